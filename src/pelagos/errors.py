@@ -1,0 +1,31 @@
+"""One error tree: every message says what, where, got, expected, and what to do."""
+
+from __future__ import annotations
+
+
+class PelagosError(Exception):
+    """Something the user or the world got wrong; the command line prints it as one line and exits 1."""
+
+
+class ConfigError(PelagosError):
+    """A configuration value that is missing, of the wrong type or impossible."""
+
+
+class CheckpointError(PelagosError):
+    """A checkpoint that cannot be read or written as asked."""
+
+
+class RequestError(PelagosError):
+    """A request (prompt, sampling parameters, chat body) that cannot be served as asked."""
+
+
+class CapacityError(PelagosError):
+    """A request that is valid but does not fit the memory or context planned for."""
+
+
+class DataError(PelagosError):
+    """Training or evaluation data that is missing, malformed or made for another tokenizer."""
+
+
+class MissingDependency(PelagosError):
+    """An optional library this feature needs is not installed."""
