@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pelagos.errors import ConfigError
@@ -93,7 +92,7 @@ class ModelConfig:
     eos_token_id: int = 1
     tie_word_embeddings: bool = False
     expert_dtype: str = "fp4"
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -122,7 +121,9 @@ class ModelConfig:
             if self.qk_rope_head_dim > size or self.qk_rope_head_dim % 2:
                 raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim}: expected an even number <= {name}={size}")
         if self.num_attention_heads % self.o_groups:
-            raise ConfigError(f"o_groups={self.o_groups} does not divide num_attention_heads={self.num_attention_heads}")
+            raise ConfigError(
+                f"o_groups={self.o_groups} does not divide num_attention_heads={self.num_attention_heads}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than n_routed_experts={self.n_routed_experts}"
@@ -189,7 +190,7 @@ class ModelConfig:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             warnings.warn(f"{source}: unknown key {key!r} is kept but has no effect{hint}", stacklevel=2)
         try:
-            return cls(**known, extra=MappingProxyType(data))
+            return cls(**known, extra=data)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
@@ -298,7 +299,7 @@ def nano() -> ModelConfig:
         qk_rope_head_dim=64, q_lora_rank=128, o_groups=2, o_lora_rank=128, sliding_window=128,
         compress_ratios=(0, 4, 128, 4, 128, 4, 128, 4, 0), index_n_heads=8, index_head_dim=64, index_topk=128,
         n_routed_experts=22, num_experts_per_tok=4, moe_intermediate_size=128, num_hash_layers=2,
-        routed_scaling_factor=1.5, swiglu_limit=10.0, extra=MappingProxyType({"generation": "0731"}),
+        routed_scaling_factor=1.5, swiglu_limit=10.0, extra={"generation": "0731"},
     )  # fmt: skip
 
 
