@@ -1,8 +1,8 @@
-"""Training of a small byte-level BPE vocabulary that splits text as the released tokenizer does."""
+"""Training of a small byte-level BPE vocabulary that splits text as the released tokenizer does, or as told."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pelagos.chat.tokens import SPECIAL_TOKENS
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The released tokenizer cuts text in this order: digits in groups of at most three, runs of Chinese and
 # Japanese, then words, punctuation and spaces. No piece crosses a cut, so no merge can spell a special token.
-_SPLITS = (
+RELEASED_SPLITS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
@@ -21,11 +21,14 @@ _SPLITS = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, splits: Sequence[str] = RELEASED_SPLITS
+) -> tokenizers.Tokenizer:
     """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, SPECIAL_TOKENS first, then the 256 bytes.
 
-    Save it with `.save("tokenizer.json")`. Raises ConfigError for a vocabulary too small for those, and
-    MissingDependency without the `tokenizers` library. Source of the splits: released `tokenizer.json`.
+    `splits` are the patterns that cut the text, in order; no merge crosses a cut. Save it with
+    `.save("tokenizer.json")`. Raises ConfigError for a vocabulary too small for those, and MissingDependency without
+    the `tokenizers` library. Source of the default splits: released `tokenizer.json`.
     """
     try:
         import tokenizers
@@ -39,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
         raise ConfigError(f"vocab_size={vocab_size}: the special tokens and the 256 bytes alone take {smallest}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _SPLITS]
+        [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in splits]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
