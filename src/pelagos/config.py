@@ -324,6 +324,13 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]()
 
 
+def bundled_model_dir(name: str) -> Path:
+    """Return where the bundled model `name` lies (or would): `models/` of the repository, else of the package."""
+    package = Path(__file__).resolve().parent
+    repository = package.parents[1] / "models"
+    return (repository if repository.is_dir() else package / "models") / name
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
     """The environment variables Pelagos honours; nothing else reads `os.environ`."""

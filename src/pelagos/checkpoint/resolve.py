@@ -1,0 +1,63 @@
+"""From what the user typed to a checkpoint directory: a bundled name, a directory, or a hub id already downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pelagos.config import bundled_model_dir, read_environment
+from pelagos.errors import CheckpointError
+
+_BUNDLED_NAME = re.compile(r"\w[\w-]*")
+_HUB_ID = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)")
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """Return the checkpoint directory of a bundled name, a directory or a hub id, looked up in that order.
+
+    A hub id `org/name` is found in the local hub cache at the revision of `refs/main`; nothing is downloaded.
+    Raises CheckpointError listing what was tried and the bundled names.
+    """
+    text = str(name_or_path)
+    tried: list[str] = []
+    if _BUNDLED_NAME.fullmatch(text):
+        bundled = bundled_model_dir(text)
+        if (bundled / "config.json").is_file():
+            return bundled
+        tried.append(f"bundled model {bundled}")
+    directory = Path(name_or_path).expanduser()
+    if directory.is_dir():
+        if (directory / "config.json").is_file():
+            return directory
+        tried.append(f"directory {directory} (has no config.json)")
+    elif directory.exists():
+        tried.append(f"{directory} (is a file, expected a directory)")
+    else:
+        tried.append(f"directory {directory}")
+    if hub_id := _HUB_ID.fullmatch(text):
+        repository = read_environment().hub_cache / f"models--{hub_id[1]}--{hub_id[2]}"
+        snapshot = _main_snapshot(repository)
+        if isinstance(snapshot, Path):
+            return snapshot
+        tried.append(f"hub cache {repository} ({snapshot})")
+    names = ", ".join(bundled_names()) or "none"
+    raise CheckpointError(f"model {text!r}: not found; tried {'; '.join(tried)}. Bundled models: {names}")
+
+
+def bundled_names() -> list[str]:
+    """Return the names of the models that come with this installation."""
+    return sorted(file.parent.name for file in bundled_model_dir("any").parent.glob("*/config.json"))
+
+
+def _main_snapshot(repository: Path) -> Path | str:
+    """Return the snapshot of `refs/main`, or why there is none."""
+    if not repository.is_dir():
+        return "not downloaded"
+    try:
+        revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return "no refs/main; name a directory under its snapshots/ instead"
+    snapshot = repository / "snapshots" / revision
+    if not re.fullmatch(r"\w+", revision) or not (snapshot / "config.json").is_file():
+        return f"refs/main is {revision!r}, which has no snapshot with a config.json; download it again"
+    return snapshot
