@@ -1,0 +1,262 @@
+"""Token shards on disk and the packed batches training reads from them. Needs numpy only.
+
+A shard directory holds `meta.json` and, for each split, `SPLIT.tokens` (uint16 little-endian, samples end to end) and
+`SPLIT.index.npz` (offsets (N+1,) int64, kinds (N,) uint8, text_bytes (N,) int32). Bit 15 of a token says: no loss on
+predicting it (a prompt). Files are checked by size and sha256; another version or tokenizer is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pelagos.errors import ConfigError, DataError
+
+FORMAT_VERSION = 1
+KINDS = ("docs", "code", "books", "chat", "fim")
+SPLITS = ("train", "heldout")
+NO_LOSS = 1 << 15
+TOKEN_MASK = NO_LOSS - 1
+IGNORE = -100  # target of a position without loss
+ALIGN = 128  # samples start where every compressor closes a group: the least common multiple of 4 and 128
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One split: tokens (T,) uint16 memory-mapped, offsets (N+1,) int64, kinds (N,) uint8, text_bytes (N,) int32."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    kinds: np.ndarray
+    text_bytes: np.ndarray
+    meta: Mapping[str, Any]
+
+    def bytes_of(self, kind: str) -> int:
+        """Return the UTF-8 bytes of text behind all samples of a kind (0 for chat and fim)."""
+        return int(self.text_bytes[self.kinds == KINDS.index(kind)].sum(dtype=np.int64))
+
+
+class Batch(NamedTuple):
+    """Packed rows, all (B, S): ids int64 (0 where padded), positions int64 from 0 in each sample, segments int32
+    (number of the sample in its row, -1 where padded), targets int64 (next token, IGNORE where no loss)."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    targets: np.ndarray
+
+
+class Plan(NamedTuple):
+    """Where one epoch's pieces go: row r holds pieces row_starts[r] : row_starts[r + 1]; sources index the tokens."""
+
+    row_starts: np.ndarray
+    sources: np.ndarray
+    lengths: np.ndarray
+    columns: np.ndarray
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hex; raises DataError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def write_shard(
+    directory: Path, split: str, samples: Sequence[np.ndarray], kinds: Sequence[str], text_bytes: Sequence[int]
+) -> dict[str, Any]:
+    """Write one split's files and return its entry for `meta.json`; samples are (n,) uint16 with n >= 2."""
+    lengths = np.array([sample.size for sample in samples], dtype=np.int64)
+    if lengths.size == 0 or lengths.min() < 2:
+        raise DataError(f"{split}: expected samples of at least 2 tokens, got {lengths.min() if lengths.size else 0}")
+    kind_ids = np.array([KINDS.index(kind) for kind in kinds], dtype=np.uint8)
+    sizes = np.array(text_bytes, dtype=np.int32)
+    np.concatenate(samples).astype("<u2").tofile(directory / f"{split}.tokens")
+    np.savez_compressed(
+        directory / f"{split}.index.npz", offsets=np.append(0, np.cumsum(lengths)), kinds=kind_ids, text_bytes=sizes
+    )
+    summary = {}
+    for index, kind in enumerate(KINDS):
+        mine = kind_ids == index
+        num_tokens, num_bytes = int(lengths[mine].sum()), int(sizes[mine].sum(dtype=np.int64))
+        summary[kind] = {"samples": int(mine.sum()), "tokens": num_tokens, "bytes": num_bytes}
+    files = {}
+    for name in (f"{split}.tokens", f"{split}.index.npz"):
+        files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
+    return {"samples": len(samples), "tokens": int(lengths.sum()), "kinds": summary, "files": files}
+
+
+def write_meta(directory: Path, tokenizer: Path, splits: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Write `meta.json`, the last file of a shard directory: version, tokenizer, splits, where the texts are from."""
+    meta = {
+        "format": "pelagos shards", "version": FORMAT_VERSION, "tokenizer_sha256": sha256_of(tokenizer),
+        "kinds": list(KINDS), "splits": splits, **provenance,
+    }  # fmt: skip
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_shard(directory: Path, split: str, *, tokenizer: Path | None = None) -> Shard:
+    """Open one split after checking version, sizes and checksums, and the tokenizer when its file is given.
+
+    Raises DataError naming file, expected and got for anything missing, truncated, damaged or made for another
+    tokenizer.
+    """
+    path = directory / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version, files = meta["version"], meta["splits"][split]["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: no token shards with a {split!r} split here ({error!r}); run `pelagos data`"
+        ) from None
+    if version != FORMAT_VERSION or meta["kinds"] != list(KINDS):
+        raise DataError(f"{path}: format {version}, this build reads {FORMAT_VERSION}; run `pelagos data` again")
+    if tokenizer is not None and sha256_of(tokenizer) != meta["tokenizer_sha256"]:
+        raise DataError(f"{path}: shards were made with another tokenizer than {tokenizer}; run `pelagos data` again")
+    for name, expected in files.items():
+        file = directory / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected["bytes"]:
+            raise DataError(f"{file}: {size} bytes, expected {expected['bytes']}; copy or make it again")
+        if sha256_of(file) != expected["sha256"]:
+            raise DataError(f"{file}: damaged (sha256 differs from meta.json); copy or make it again")
+    tokens = np.memmap(directory / f"{split}.tokens", dtype="<u2", mode="r")
+    try:
+        with np.load(directory / f"{split}.index.npz", allow_pickle=False) as index:
+            shard = Shard(tokens, index["offsets"], index["kinds"], index["text_bytes"], meta)
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{directory / split}.index.npz: not an index of token shards: {error!r}") from None
+    if shard.offsets[-1] != tokens.size or not len(shard.kinds) == len(shard.text_bytes) == len(shard.offsets) - 1:
+        raise DataError(f"{directory / split}.index.npz: does not describe the {tokens.size} tokens beside it")
+    return shard
+
+
+class PackedBatches:
+    """Endless (B, S) batches of whole samples, each starting at a multiple of ALIGN in its row.
+
+    A sample longer than `row_tokens` is cut into pieces (at a different place each epoch); the token after a cut stays
+    the target of the last token before it. `repeats` says how often a kind is seen per epoch (0.5: every other epoch).
+    The order depends on `seed`, the epoch and `repeats` alone; `state` and `restore` resume it to the row.
+    """
+
+    def __init__(self, shard: Shard, *, batch_rows: int, row_tokens: int, repeats: Mapping[str, float], seed: int):
+        """Raise ConfigError for a row that is no multiple of ALIGN, an unknown kind, or a mixture without samples."""
+        if row_tokens < ALIGN or row_tokens % ALIGN or batch_rows < 1:
+            raise ConfigError(f"{batch_rows} rows of {row_tokens} tokens: expected >= 1 rows of a multiple of {ALIGN}")
+        if unknown := set(repeats) - set(KINDS):
+            raise ConfigError(f"unknown kinds {sorted(unknown)} in the mixture; known: {', '.join(KINDS)}")
+        self.shard, self.batch_rows, self.row_tokens, self.seed = shard, batch_rows, row_tokens, seed
+        per_kind = np.array([repeats.get(kind, 0.0) for kind in KINDS], dtype=np.float64)
+        self._repeats = per_kind[shard.kinds]  # (N,)
+        if per_kind.min() < 0 or not self._repeats.any():
+            raise ConfigError(f"mixture {dict(repeats)} selects no sample: expected repeats >= 0 of kinds that exist")
+        self._phase = np.random.default_rng(seed).random(self._repeats.size)  # (N,)
+        self._epoch, self._cursor, self._plan = 0, 0, self.plan(0)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """Return {"epoch", "cursor"}: the epoch and its next row."""
+        return {"epoch": self._epoch, "cursor": self._cursor}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continue as the instance whose `state` this is; raises ConfigError for a row that is not in that epoch."""
+        plan = self.plan(state["epoch"])
+        if not 0 <= state["cursor"] <= len(plan.row_starts) - 1:
+            raise ConfigError(f"data state {dict(state)}: that epoch has {len(plan.row_starts) - 1} rows")
+        self._epoch, self._cursor, self._plan = state["epoch"], state["cursor"], plan
+
+    def next(self) -> Batch:
+        """Return the next batch; it runs on into the next epoch, so every batch has `batch_rows` rows."""
+        parts: list[Batch] = []
+        missing = self.batch_rows
+        while missing:
+            stop = min(self._cursor + missing, len(self._plan.row_starts) - 1)
+            if stop > self._cursor:
+                parts.append(self.rows(self._plan, self._cursor, stop))
+                missing -= stop - self._cursor
+                self._cursor = stop
+            if missing:
+                self._epoch, self._cursor = self._epoch + 1, 0
+                self._plan = self.plan(self._epoch)
+        return parts[0] if len(parts) == 1 else Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """Yield one epoch and stop; the last batch may have fewer rows. Leaves `state` alone."""
+        plan = self.plan(epoch)
+        num_rows = len(plan.row_starts) - 1
+        for start in range(0, num_rows, self.batch_rows):
+            yield self.rows(plan, start, min(start + self.batch_rows, num_rows))
+
+    def plan(self, epoch: int) -> Plan:
+        """Choose, cut, pack (best fit, largest first) and shuffle one epoch; a pure function of its arguments."""
+        rng = np.random.default_rng((self.seed, epoch))
+        seen = np.floor(epoch * self._repeats + self._phase)
+        copies = (np.floor((epoch + 1) * self._repeats + self._phase) - seen).astype(np.int64)
+        samples = rng.permutation(np.repeat(np.arange(copies.size), copies))
+        inputs = np.diff(self.shard.offsets)[samples] - 1  # the last token of a sample is only a target
+        size = self.row_tokens
+        first = np.where(inputs > size, ALIGN * rng.integers(1, size // ALIGN + 1, samples.size), inputs)
+        num_pieces = 1 + -(-(inputs - first) // size)
+        number = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+        piece_first, piece_inputs = np.repeat(first, num_pieces), np.repeat(inputs, num_pieces)
+        begin = np.where(number == 0, 0, piece_first + (number - 1) * size)
+        lengths = np.minimum(np.where(number == 0, piece_first, size), piece_inputs - begin)
+        sources = np.repeat(self.shard.offsets[samples], num_pieces) + begin
+        blocks = -(-lengths // ALIGN)
+        order = np.argsort(size - blocks, kind="stable")  # largest first
+        rows, columns = _best_fit(blocks[order], size // ALIGN)
+        num_rows = rows.max(initial=-1) + 1
+        rows = rng.permutation(num_rows)[rows]
+        by_row = np.argsort(rows, kind="stable")
+        order = order[by_row]
+        row_starts = np.searchsorted(rows[by_row], np.arange(num_rows + 1))
+        return Plan(row_starts, sources[order], lengths[order], columns[by_row] * ALIGN)
+
+    def rows(self, plan: Plan, start: int, stop: int) -> Batch:
+        """Build rows start:stop of a plan."""
+        shape = (stop - start, self.row_tokens)
+        pieces = slice(plan.row_starts[start], plan.row_starts[stop])
+        lengths = plan.lengths[pieces]
+        ends = np.cumsum(lengths)
+        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)  # position in the piece
+        per_row = np.diff(plan.row_starts[start : stop + 1])
+        row = np.repeat(np.arange(stop - start), per_row)
+        segment = np.arange(row.size) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        to = np.repeat(row * self.row_tokens + plan.columns[pieces], lengths) + within
+        source = np.repeat(plan.sources[pieces], lengths) + within
+        following = self.shard.tokens[source + 1]
+        batch = Batch(
+            np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1, np.int32),
+            np.full(shape, IGNORE, np.int64),
+        )  # fmt: skip
+        batch.ids.ravel()[to] = self.shard.tokens[source] & TOKEN_MASK
+        batch.positions.ravel()[to] = within
+        batch.segments.ravel()[to] = np.repeat(segment, lengths)
+        batch.targets.ravel()[to] = np.where(following & NO_LOSS, IGNORE, following.astype(np.int64))
+        return batch
+
+
+def _best_fit(blocks: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put pieces of `blocks` (P,) into rows of `capacity`, each where it leaves least; return row and first block."""
+    rows, columns = np.empty_like(blocks), np.empty_like(blocks)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by blocks left
+    num_rows = 0
+    for piece, size in enumerate(blocks.tolist()):
+        left = next((room for room in range(size, capacity) if open_rows[room]), capacity)
+        if left == capacity:
+            row, num_rows = num_rows, num_rows + 1
+        else:
+            row = open_rows[left].pop()
+        rows[piece], columns[piece] = row, capacity - left
+        if left > size:
+            open_rows[left - size].append(row)
+    return rows, columns
