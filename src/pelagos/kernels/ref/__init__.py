@@ -1,0 +1,1 @@
+"""Reference operators: plain torch, float32 where the released code is, differentiable, no CUDA-only call."""

@@ -1,0 +1,117 @@
+"""Attention of a query over its sliding window and its compressed entries, with a sink, in one softmax.
+
+Keys and values are the same vectors (one KV head). Source: technical report 2.3.3; inference/kernel.py sparse_attn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def window_mask(start: int, length: int, window: int, segments: Tensor | None, device: torch.device) -> Tensor:
+    """Say which rows [start - window, start + length) each query sees: itself and the window - 1 rows before it.
+
+    Returns (1, S, window + S) bool for S <= window, else tiles (1, N, window, 2 * window) around the diagonal,
+    N = ceil(S / window). With segments (B, S), a query sees only rows of its own segment and the result has B.
+    """
+    blocks = max(1, -(-length // window))
+    size = length if blocks == 1 else window
+    row = torch.arange(window + size, device=device)
+    back = torch.arange(size, device=device)[:, None] + window - row
+    band = ((back >= 0) & (back < window)).expand(blocks, -1, -1)
+    tile = torch.arange(blocks, device=device)[:, None, None] * size
+    mask = (band & (row + tile >= window - start)).unsqueeze(0)  # (1, N, size, window + size)
+    if segments is not None:
+        pad = blocks * size - length
+        own = functional.pad(segments, (0, pad), value=-3).unflatten(1, (blocks, size))
+        rows = functional.pad(segments, (window, pad), value=-2).unfold(1, window + size, size)
+        mask = mask & (own.unsqueeze(3) == rows.unsqueeze(2))
+    return mask.squeeze(1) if blocks == 1 else mask
+
+
+def sparse_attention(
+    q: Tensor,
+    rows: Tensor,
+    row_mask: Tensor,
+    entries: Tensor | None,
+    entry_mask: Tensor | None,
+    sink: Tensor,
+    *,
+    window: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend q (B, S, H, C) to rows (B, window + S, C) and entries; return (B, S, H, C) and the entries' weights.
+
+    row_mask as `window_mask` returns it. entries (B, M, C) are shared by all queries, or (B, S, K, C) picked
+    for each; entry_mask broadcasts to (B, S, M or K). sink (H,) float32 joins the denominator only. Softmax in
+    float32. The weights are (B, S, H, M or K) float32, None without entries.
+    """
+    batch, length, heads, width = q.shape
+    if length > window:
+        out, weights = _blocked(q, rows, row_mask, entries, entry_mask, sink, window)
+        return out, weights
+    scale = width**-0.5
+    flat = q.flatten(1, 2)  # (B, S*H, C)
+    near = torch.matmul(flat, rows.transpose(1, 2)).float().unflatten(1, (length, heads)) * scale
+    near = near.masked_fill(~row_mask.unsqueeze(2), -torch.inf)
+    far = _entry_logits(q, entries, entry_mask, scale)
+    p_near, p_far = _softmax_with_sink(near, far, sink)
+    out = torch.matmul(p_near.to(q.dtype).flatten(1, 2), rows).unflatten(1, (length, heads))
+    if entries is not None and p_far is not None:
+        out = out + _mix_entries(p_far.to(q.dtype), entries)
+    return out.view(batch, length, heads, width), p_far
+
+
+def _blocked(
+    q: Tensor,
+    rows: Tensor,
+    row_mask: Tensor,
+    entries: Tensor | None,
+    entry_mask: Tensor | None,
+    sink: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for S > window: queries in blocks of `window`, each against its own and the previous block of rows."""
+    batch, length, heads, width = q.shape
+    scale = width**-0.5
+    pad = -length % window
+    blocks = (length + pad) // window
+    tiles = functional.pad(rows, (0, 0, 0, pad)).unflatten(1, (blocks + 1, window))
+    keys = torch.cat((tiles[:, :-1], tiles[:, 1:]), 2)  # (B, N, 2W, C)
+    tiled = functional.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))  # (B, N, W, H, C)
+    near = torch.matmul(tiled.flatten(2, 3), keys.transpose(2, 3)).float().unflatten(2, (window, heads)) * scale
+    near = near.masked_fill(~row_mask.unsqueeze(3), -torch.inf).flatten(1, 2)[:, :length]  # (B, S, H, 2W)
+    far = _entry_logits(q, entries, entry_mask, scale)
+    p_near, p_far = _softmax_with_sink(near, far, sink)
+    p_tiled = functional.pad(p_near.to(q.dtype), (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))
+    out = torch.matmul(p_tiled.flatten(2, 3), keys).unflatten(2, (window, heads)).flatten(1, 2)[:, :length]
+    if entries is not None and p_far is not None:
+        out = out + _mix_entries(p_far.to(q.dtype), entries)
+    return out.reshape(batch, length, heads, width), p_far
+
+
+def _entry_logits(q: Tensor, entries: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:
+    if entries is None or mask is None:
+        return None
+    if entries.dim() == 3:
+        logits = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).unflatten(1, q.shape[1:3])
+    else:
+        logits = torch.matmul(q, entries.transpose(2, 3))
+    return (logits.float() * scale).masked_fill(~mask.unsqueeze(2), -torch.inf)
+
+
+def _mix_entries(weights: Tensor, entries: Tensor) -> Tensor:
+    if entries.dim() == 3:
+        return torch.matmul(weights.flatten(1, 2), entries).unflatten(1, weights.shape[1:3])
+    return torch.matmul(weights, entries)
+
+
+def _softmax_with_sink(near: Tensor, far: Tensor | None, sink: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Softmax over near, far and one sink logit a head (dim 2), the sink's share dropped."""
+    parts = [near] if far is None else [near, far]
+    last = sink.float()[:, None].expand(*near.shape[:-1], 1)
+    weights = torch.cat([*parts, last], -1).softmax(-1)
+    if far is None:
+        return weights[..., :-1], None
+    return weights[..., : near.shape[-1]], weights[..., near.shape[-1] : -1]

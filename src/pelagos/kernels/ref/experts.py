@@ -1,0 +1,71 @@
+"""Routing and the clamped SwiGLU experts.
+
+Source: technical report 2.1; inference/model.py Gate, Expert, MoE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Quantizer = Callable[[Tensor], Tensor]
+
+
+def route(scores: Tensor, chosen: Tensor, scaling: float) -> Tensor:
+    """Return the weights (T, K) float32 of the chosen experts (T, K): their scores, normalised, times `scaling`."""
+    picked = scores.gather(-1, chosen)
+    return picked / (picked.sum(-1, keepdim=True) + 1e-20) * scaling
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """Return silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; the gate has an upper clamp only."""
+    return functional.silu(gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        ends = counts.cumsum(0).to(torch.int32)
+        return torch._grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+    groups = x.split(counts.tolist())
+    return torch.cat([functional.linear(g, weight[e].to(x.dtype)) for e, g in enumerate(groups) if len(g)])
+
+
+def mixture(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None
+) -> Tensor:
+    """Return the routed experts' sum (T, D) float32 for x (T, D), chosen (T, K) int64, weights (T, K) float32.
+
+    w13 (E, 2F, D) holds w1 over w3, w2 (E, D, F). `quantize` simulates the activation format before each
+    product; the routing weight enters before w2, as released.
+    """
+    tokens, picks = chosen.shape
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = functional.one_hot(flat, w13.shape[0]).sum(0)
+    prepared = quantize(x) if quantize else x
+    gate, up = grouped_linear(prepared[order // picks], w13, counts).chunk(2, -1)
+    hidden = (swiglu(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, counts)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return out[back].view(tokens, picks, -1).float().sum(1)
+
+
+def mixture_few(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None
+) -> Tensor:
+    """The same as `mixture` for a handful of tokens: each token visits its experts one by one."""
+    prepared = quantize(x) if quantize else x
+    out = []
+    for token, experts in enumerate(chosen.tolist()):
+        row = prepared[token : token + 1]
+        pairs = [functional.linear(row, w13[e].to(x.dtype)) for e in experts]
+        gate, up = torch.cat(pairs).chunk(2, -1)
+        hidden = (swiglu(gate, up, limit) * weights[token].unsqueeze(-1)).to(x.dtype)
+        hidden = quantize(hidden) if quantize else hidden
+        parts = [functional.linear(hidden[i : i + 1], w2[e].to(x.dtype)).float() for i, e in enumerate(experts)]
+        out.append(torch.cat(parts).sum(0, keepdim=True))
+    return torch.cat(out)

@@ -1,0 +1,65 @@
+"""Manifold-constrained hyper-connections: mix four residual streams before and after a site.
+
+Everything between the flattened streams and the cast is float32. Source: technical report 2.2,
+inference/model.py Block.hc_pre / hc_post / hc_head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Make each (n, n) matrix of logits (..., n, n) float32 nearly doubly stochastic.
+
+    Softmax over rows counts as the first row normalisation; the last operation normalises columns.
+    """
+    mix = logits.softmax(-1) + eps
+    mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        mix = mix / (mix.sum(-1, keepdim=True) + eps)
+        mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    return mix
+
+
+def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """Return fn (R, n*d) applied to the RMS-normalised flattened streams (..., n, d): (..., R) float32."""
+    flat = streams.flatten(-2).float()
+    return torch.nn.functional.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def hc_pre(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collapse streams (..., n, d) to the site's input and compute how its output will be mixed back.
+
+    fn ((2+n)*n, n*d), base ((2+n)*n,), scale (3,) float32. Returns x (..., d) in the streams' dtype,
+    post (..., n) and comb (..., n, n) float32.
+    """
+    n = streams.shape[-2]
+    mix = mix_logits(streams, fn, norm_eps)
+    pre = torch.sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * torch.sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = sinkhorn((mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), iters, eps)
+    return collapse(streams, pre), post, comb
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """Return sum_i pre_i X_i: streams (..., n, d), pre (..., n) float32 -> (..., d) in the streams' dtype."""
+    return (pre.unsqueeze(-1) * streams.float()).sum(-2).to(streams.dtype)
+
+
+def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """Return X'_k = post_k y + sum_j comb[j, k] X_j: the sum runs over the FIRST index of comb.
+
+    y (..., d), streams (..., n, d) -> (..., n, d) in the streams' dtype; arithmetic in float32.
+    """
+    wide = streams.float()
+    mixed = (comb.unsqueeze(-1) * wide.unsqueeze(-2)).sum(-3)  # (..., n, d)
+    return (post.unsqueeze(-1) * y.float().unsqueeze(-2) + mixed).to(streams.dtype)
+
+
+def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:
+    """Collapse streams (..., n, d) before the final norm: fn (n, n*d), base (n,), scale (1,) -> (..., d)."""
+    return collapse(streams, torch.sigmoid(mix_logits(streams, fn, norm_eps) * scale + base) + eps)

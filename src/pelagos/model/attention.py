@@ -1,0 +1,275 @@
+"""The attention site: sliding window, compressor, lightning indexer, sink, grouped output projection.
+
+Source: technical report 2.3; inference/model.py Attention, Compressor, Indexer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pelagos import numerics
+from pelagos.config import ModelConfig
+from pelagos.kernels.ref import compress
+from pelagos.kernels.ref.attention import sparse_attention, window_mask
+from pelagos.kernels.ref.norm_rope import apply_rope, rms_norm, rope_frequencies, rope_table
+from pelagos.model.cache import LayerCache
+from pelagos.model.layers import Linear, RMSNorm
+
+CSA_RATIO = 4  # the one ratio whose windows overlap and whose entries are picked by the indexer
+SCORE_ELEMENTS = 1 << 24  # indexer logits held at once outside training: 64 MB in float32
+
+Table = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Step:
+    """What all layers of one forward share: token ids, positions, rotary tables and masks."""
+
+    config: ModelConfig
+    ids: Tensor  # (B, S) int64
+    start: int  # position of the first token; all sequences of the batch agree
+    positions: Tensor  # (B or 1, S) int64, restarting with each packed sample
+    segments: Tensor | None = None  # (B, S) int, packed sample of each token
+    dense: bool = False  # training before sparsity: every visible entry is attended
+    _tables: dict[bool, Table] = field(default_factory=dict)
+    _visible: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _window: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence in this forward."""
+        return self.ids.shape[1]
+
+    def table(self, compressed: bool) -> Table:
+        """Rotary table (B or 1, S, width) of this forward's positions; layers with a compressor have their own."""
+        if compressed not in self._tables:
+            self._tables[compressed] = self.table_at(self.positions, compressed)
+        return self._tables[compressed]
+
+    def table_at(self, positions: Tensor, compressed: bool) -> Table:
+        """Rotary table (..., width) at positions (...)."""
+        config = self.config
+        theta = config.compress_rope_theta if compressed else config.rope_theta
+        yarn = {}
+        if compressed and config.rope_scaling is not None:
+            scaling = config.rope_scaling
+            yarn = {
+                "factor": scaling.factor,
+                "original": scaling.original_max_position_embeddings,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+            }
+        freqs = rope_frequencies(config.qk_rope_head_dim, theta, device=positions.device, **yarn)
+        return rope_table(positions, freqs, max(config.head_dim, config.index_head_dim))
+
+    def window_mask(self) -> Tensor:
+        """The sliding-window mask, shared by all layers."""
+        if self._window is None:
+            size = self.config.sliding_window
+            self._window = window_mask(self.start, self.length, size, self.segments, self.ids.device)
+        return self._window
+
+    def visible(self, ratio: int, entries: int) -> Tensor:
+        """(B or 1, S, M) bool: the entries each query may see."""
+        key = (ratio, entries)
+        if key not in self._visible:
+            mask = compress.visible_entries(self.start, self.length, ratio, entries, self.ids.device).unsqueeze(0)
+            if self.segments is not None:
+                own = self.segments[:, : entries * ratio : ratio]
+                mask = mask & (own.unsqueeze(1) == self.segments.unsqueeze(2))
+            self._visible[key] = mask
+        return self._visible[key]
+
+
+def last_channels(table: Table, width: int) -> Table:
+    """Cut a rotary table to its last `width` channels."""
+    return table[0][..., -width:], table[1][..., -width:]
+
+
+class Compressor(nn.Module):
+    """Pool every `ratio` tokens into one entry (overlapping the previous window when the ratio is 4)."""
+
+    def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
+        super().__init__()
+        self.ratio, self.width, self.eps = ratio, width, config.rms_norm_eps
+        self.overlap = ratio == CSA_RATIO
+        span = width * (1 + self.overlap)
+        self.wkv = Linear(config.hidden_size, span, "bf16")
+        self.wgate = Linear(config.hidden_size, span, "bf16")
+        self.ape = nn.Parameter(torch.empty(ratio, span))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache, name: str) -> Tensor:
+        """Append the windows that x (B, S, D) completes; return them (B, N, width), normed and rotated, N >= 0."""
+        wide = x.float()
+        slot = torch.arange(step.start, step.start + step.length, device=x.device) % self.ratio
+        kv = self.wkv(wide)
+        score = self.wgate(wide) + self.ape[slot]
+        keep = self.ratio * (1 + self.overlap)
+        kv, score = cache.tail(name, kv, score, keep)
+        begin = step.start // self.ratio
+        count = (step.start + step.length) // self.ratio - begin
+        if count == 0:
+            return x.new_empty((x.shape[0], 0, self.width))
+        first = keep + begin * self.ratio - step.start
+        if self.overlap:
+            layout = {"dim": self.width, "first": first, "count": count, "ratio": self.ratio}
+            values = compress.overlap_slots(kv, fill=0.0, **layout)
+            scores = compress.overlap_slots(score, fill=-torch.inf, **layout)
+            if step.segments is not None:
+                scores = self._hide_other_samples(scores, step.segments, count)
+        else:
+            values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
+            scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
+        pooled = compress.pool_windows(values, scores).to(x.dtype)
+        return apply_rope(self.norm(pooled), last_channels(self._table(step, begin, count), self.width))
+
+    def _table(self, step: Step, begin: int, count: int) -> Table:
+        """Entries are rotated at the position of their window's first token."""
+        if step.segments is not None:
+            return step.table_at(step.positions[:, : count * self.ratio : self.ratio], True)
+        device = step.ids.device
+        return step.table_at(torch.arange(begin, begin + count, device=device).unsqueeze(0) * self.ratio, True)
+
+    def _hide_other_samples(self, scores: Tensor, segments: Tensor, count: int) -> Tensor:
+        """A window that opens a packed sample has no previous window."""
+        own = segments[:, : count * self.ratio : self.ratio]
+        opens = own != functional.pad(own, (1, 0), value=-2)[:, :-1]  # (B, N)
+        previous = torch.arange(2 * self.ratio, device=scores.device) < self.ratio
+        return scores.masked_fill((opens.unsqueeze(-1) & previous).unsqueeze(-1), -torch.inf)
+
+
+class Indexer(nn.Module):
+    """Score compressed entries for each query with a few small heads and pick the best `index_topk`.
+
+    It learns from its own loss alone (technical report 3), so all its inputs are detached.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.width, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.width, "fp8")
+        self.weights_proj = Linear(config.hidden_size, self.heads, "bf16")
+        self.compressor = Compressor(config, CSA_RATIO, self.width)
+        self.simulate = False
+
+    def keys(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """Append this forward's index keys; return all of them (B, M, width)."""
+        return cache.entries("index", self._prepare(self.compressor(x.detach(), step, cache, "index")))
+
+    def scores(self, x: Tensor, latent: Tensor, keys: Tensor, step: Step) -> Tensor:
+        """Return index scores (B, S, M) float32 of attention input x (B, S, D) with query latent (B, S, q_lora)."""
+        q, weights = self._queries(x, latent, step)
+        return compress.index_scores(q, keys, weights)
+
+    def picks(self, x: Tensor, latent: Tensor, keys: Tensor, step: Step) -> Tensor:
+        """Return the entries each query attends, (B, S, min(topk, M)) int64 ascending, -1 where fewer are visible."""
+        q, weights = self._queries(x, latent, step)
+        visible = step.visible(CSA_RATIO, keys.shape[1])
+        chunk = max(1, SCORE_ELEMENTS // (q.shape[0] * self.heads * keys.shape[1]))
+        parts = [
+            compress.index_topk(
+                compress.index_scores(q[:, i : i + chunk], keys, weights[:, i : i + chunk]),
+                visible[:, i : i + chunk],
+                self.topk,
+            )
+            for i in range(0, step.length, chunk)
+        ]
+        return torch.cat(parts, 1)
+
+    def _queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        q = self.wq_b(latent.detach()).unflatten(-1, (self.heads, self.width))
+        cos, sin = last_channels(step.table(True), self.width)
+        q = self._prepare(apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2))))
+        return q, self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """In released mode rotate by Hadamard, then simulate FP4: both sides alike."""
+        return numerics.fake_quant_fp4(numerics.hadamard(x)) if self.simulate else x
+
+
+class Attention(nn.Module):
+    """One attention site. The ratio decides its kind: 0 window only, 4 CSA, anything else HCA."""
+
+    def __init__(self, config: ModelConfig, ratio: int) -> None:
+        super().__init__()
+        self.ratio, self.heads, self.width = ratio, config.num_attention_heads, config.head_dim
+        self.nope = config.head_dim - config.qk_rope_head_dim
+        self.groups, self.eps, self.window_size = config.o_groups, config.rms_norm_eps, config.sliding_window
+        inner = self.heads * self.width
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank, "fp8")
+        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.wq_b = Linear(config.q_lora_rank, inner, "fp8")
+        self.wkv = Linear(config.hidden_size, self.width, "fp8")
+        self.kv_norm = RMSNorm(self.width, config.rms_norm_eps)
+        self.attn_sink = nn.Parameter(torch.empty(self.heads))
+        self.wo_a = Linear(inner // self.groups, self.groups * config.o_lora_rank, "fp8", simulate_input=False)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size, "fp8")
+        self.compressor = Compressor(config, ratio, self.width) if ratio else None
+        self.indexer = Indexer(config) if ratio == CSA_RATIO else None
+        self.simulate = False
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache, aux: dict[str, Tensor] | None = None) -> Tensor:
+        """Attend x (B, S, D), already normed; return (B, S, D). `aux` collects what losses and traces need."""
+        latent = self.q_norm(self.wq_a(x))
+        q = rms_norm(self.wq_b(latent).unflatten(-1, (self.heads, self.width)), None, self.eps)
+        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
+        by_head = (cos.unsqueeze(2), sin.unsqueeze(2))
+        q = apply_rope(q, by_head)
+        rows = cache.window(self._store(apply_rope(self.kv_norm(self.wkv(x)), (cos, sin))))
+        entries, mask = self._entries(x, latent, step, cache, aux)
+        out, weights = sparse_attention(
+            q, rows, step.window_mask(), entries, mask, self.attn_sink, window=self.window_size
+        )
+        if aux is not None and weights is not None:
+            aux["entry_weights"] = weights
+        return self._project(apply_rope(out, by_head, inverse=True))
+
+    def _store(self, kv: Tensor) -> Tensor:
+        """In released mode the nope channels of whatever is cached pass through FP8, blocks of 64."""
+        if not self.simulate:
+            return kv
+        nope = numerics.fake_quant_fp8(kv[..., : self.nope], numerics.KV_BLOCK)
+        return torch.cat((nope, kv[..., self.nope :]), -1)
+
+    def _entries(
+        self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache, aux: dict[str, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Append this forward's compressed entries; return those to attend, shared or picked, and their mask."""
+        if self.compressor is None:
+            return None, None
+        entries = cache.entries("main", self._store(self.compressor(x, step, cache, "main")))
+        count = entries.shape[1]
+        keys = self.indexer.keys(x, step, cache) if self.indexer is not None else None
+        if count == 0:
+            return None, None
+        visible = step.visible(self.ratio, count)
+        if self.indexer is None or keys is None:
+            return entries, visible
+        if aux is not None:
+            aux["index_scores"] = scores = self.indexer.scores(x, latent, keys, step)
+            if count <= self.indexer.topk or step.dense:
+                return entries, visible
+            picks = compress.index_topk(scores.detach(), visible, self.indexer.topk)
+            return entries, visible & _picked_mask(picks, count)
+        if count <= self.indexer.topk:
+            return entries, visible
+        picks = self.indexer.picks(x, latent, keys, step)
+        index = picks.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, entries.shape[2])
+        return entries.gather(1, index).unflatten(1, picks.shape[1:]), picks >= 0
+
+    def _project(self, out: Tensor) -> Tensor:
+        """Grouped output projection: heads in consecutive groups, each with its slice of wo_a, then wo_b."""
+        grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # (B, S, G, H*C/G)
+        weight = self.wo_a.effective_weight(out.dtype).unflatten(0, (self.groups, -1))  # (G, R, H*C/G)
+        return self.wo_b(torch.einsum("bsgi,gri->bsgr", grouped, weight).flatten(2))
+
+
+def _picked_mask(picks: Tensor, entries: int) -> Tensor:
+    """Turn picks (B, S, K) into (B, S, entries) bool."""
+    mask = torch.zeros((*picks.shape[:2], entries + 1), dtype=torch.bool, device=picks.device)
+    return mask.scatter(2, picks.where(picks >= 0, entries), True)[..., :entries]

@@ -1,0 +1,96 @@
+"""The mixture-of-experts site: hash or learned routing, clamped SwiGLU experts, one shared expert.
+
+Source: technical report 2.1; inference/model.py Gate, Expert, MoE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pelagos.config import ModelConfig
+from pelagos.kernels.ref import experts as ops
+from pelagos.model.layers import Linear, quantize_activations, quantize_weight
+
+FEW_TOKENS = 4  # up to here a loop over the chosen experts is quicker than sorting tokens
+
+
+class Router(nn.Module):
+    """Choose experts a token: by table in the first layers, else by score plus balance bias. Weights are always scores."""
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.tid2eid: Tensor | None
+        self.bias: Tensor | None
+        table = torch.zeros(config.vocab_size, self.topk, dtype=torch.int64) if hashed else None
+        self.register_buffer("tid2eid", table)
+        self.register_buffer("bias", None if hashed else torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return chosen (T, K) int64, weights (T, K) and all scores (T, E) float32 for x (T, D), ids (T,)."""
+        scores = functional.softplus(functional.linear(x.float(), self.weight.float())).sqrt()
+        if self.tid2eid is not None:
+            chosen = self.tid2eid[ids]
+        else:
+            chosen = (scores.detach() + self.bias).topk(self.topk, -1).indices
+        return chosen, ops.route(scores, chosen, self.scaling), scores
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: w13 (E, 2F, D) is w1 over w3, w2 (E, D, F)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count, width, dim = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.w13 = nn.Parameter(torch.empty(count, 2 * width, dim))
+        self.w2 = nn.Parameter(torch.empty(count, dim, width))
+        self.limit = float(config.swiglu_limit)
+        self.release = "fp8" if config.expert_dtype == "fp8" else "fp4"
+        self.stored = self.release
+        self.simulate = False
+        self.master = False
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum (T, D) float32 of the chosen experts for x (T, D)."""
+        w13, w2 = self.w13, self.w2
+        if self.master:
+            w13, w2 = quantize_weight(w13, self.stored), quantize_weight(w2, self.stored)
+        quantize = quantize_activations if self.simulate and self.stored in ("fp8", "fp4") else None
+        few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
+        return (ops.mixture_few if few else ops.mixture)(x, chosen, weights, w13, w2, self.limit, quantize)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token passes; clamped like the routed ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.moe_intermediate_size, "fp8")
+        self.w3 = Linear(config.hidden_size, config.moe_intermediate_size, "fp8")
+        self.w2 = Linear(config.moe_intermediate_size, config.hidden_size, "fp8")
+        self.limit = float(config.swiglu_limit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert; the sum is float32, cast once."""
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.gate = Router(config, hashed)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x: Tensor, ids: Tensor, aux: dict[str, Tensor] | None = None) -> Tensor:
+        """Return (B, S, D) for x (B, S, D), ids (B, S); `aux` collects scores and choices."""
+        flat = x.flatten(0, 1)
+        chosen, weights, scores = self.gate(flat, ids.flatten())
+        if aux is not None:
+            aux["router_scores"], aux["chosen"], aux["chosen_weights"] = scores, chosen, weights
+        out = self.experts(flat, chosen, weights) + self.shared_experts(flat).float()
+        return out.to(x.dtype).view(x.shape)

@@ -1,0 +1,66 @@
+"""Projections and norms that know how the checkpoint stores them.
+
+In `released` mode a product with an FP8 or FP4 weight sees activations quantised in blocks of 128, as the
+official GEMMs do. With `master` weights (training) the weight is quantised on the fly as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pelagos import numerics
+from pelagos.kernels.ref.norm_rope import rms_norm
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """Simulate e4m3 activations in blocks of 128 along the last dimension, as before every FP8 or FP4 product."""
+    return numerics.fake_quant_fp8(x, numerics.ACT_BLOCK)
+
+
+def quantize_weight(weight: Tensor, stored: str) -> Tensor:
+    """Simulate a weight's stored format (`fp8` or `fp4`; others pass), with a straight-through gradient."""
+    if stored == "fp8":
+        return numerics.fake_quant_fp8(weight, numerics.FP8_BLOCK)
+    return numerics.fake_quant_fp4(weight) if stored == "fp4" else weight
+
+
+class Linear(nn.Module):
+    """A bias-free projection (out, in). `release` is the format the release stores, `stored` the one found."""
+
+    def __init__(self, inputs: int, outputs: int, release: str, *, simulate_input: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.release = release
+        self.stored = release
+        self.simulate_input = simulate_input
+        self.simulate = False
+        self.master = False
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight the product uses, in `dtype`."""
+        weight = quantize_weight(self.weight, self.stored) if self.master else self.weight
+        return weight.to(dtype)
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether this product sees simulated FP8 activations."""
+        return self.simulate and self.simulate_input and self.stored in ("fp8", "fp4")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quantizes_input:
+            x = quantize_activations(x)
+        return functional.linear(x, self.effective_weight(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight; statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

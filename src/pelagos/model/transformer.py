@@ -1,0 +1,250 @@
+"""The V4 transformer: one forward for training, prefill and decode over a cache.
+
+Owns the layer plan, the two number modes and the names of the released checkpoint. It knows no optimizer, no
+server and no page table. Source: technical report 2; inference/model.py Transformer, Block, MTPBlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pelagos.config import ModelConfig
+from pelagos.errors import ConfigError, RequestError
+from pelagos.kernels.ref import hyper_connection as hc
+from pelagos.model.attention import Attention, Indexer, Step
+from pelagos.model.cache import Cache, FullSequence
+from pelagos.model.experts import Experts, MoE, Router
+from pelagos.model.layers import Linear, RMSNorm
+
+MODES = ("reference", "released")
+Released = tuple[str, Tensor, str]
+
+
+class Block(nn.Module):
+    """One layer: an attention site and a MoE site, each inside its hyper-connection."""
+
+    def __init__(self, config: ModelConfig, ratio: int, hashed: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.attn = Attention(config, ratio)
+        self.ffn = MoE(config, hashed)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        streams, rows = config.hc_mult, (2 + config.hc_mult) * config.hc_mult
+        for site in ("attn", "ffn"):
+            flat = streams * config.hidden_size
+            self.register_parameter(f"hc_{site}_fn", nn.Parameter(torch.empty(rows, flat)))
+            self.register_parameter(f"hc_{site}_base", nn.Parameter(torch.empty(rows)))
+            self.register_parameter(f"hc_{site}_scale", nn.Parameter(torch.empty(3)))
+
+    def _pre(self, streams: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
+        config = self.config
+        eps = {"iters": config.hc_sinkhorn_iters, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
+        return hc.hc_pre(streams, fn, base, scale, **eps)
+
+    def forward(
+        self, streams: Tensor, step: Step, cache: Cache, index: int, aux: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the streams (B, S, n, D) after this layer; `index` is its place in the cache."""
+        x, post, comb = self._pre(streams, "attn")
+        if aux is not None:
+            aux["hc_attn_comb"] = comb
+        y = self.attn(self.attn_norm(x), step, cache.layer(index), aux)
+        streams = hc.hc_post(y, streams, post, comb)
+        x, post, comb = self._pre(streams, "ffn")
+        if aux is not None:
+            aux["hc_ffn_comb"] = comb
+        return hc.hc_post(self.ffn(self.ffn_norm(x), step.ids, aux), streams, post, comb)
+
+
+class Collapse(nn.Module):
+    """hc_head and the norm behind it; the attribute names follow the owner's checkpoint names."""
+
+    hc_head_fn: nn.Parameter
+    hc_head_base: nn.Parameter
+    hc_head_scale: nn.Parameter
+    norm: RMSNorm
+
+    def _add_head(self, config: ModelConfig) -> None:
+        n = config.hc_mult
+        self.hc_head_fn = nn.Parameter(torch.empty(n, n * config.hidden_size))
+        self.hc_head_base = nn.Parameter(torch.empty(n))
+        self.hc_head_scale = nn.Parameter(torch.empty(1))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def collapse(self, streams: Tensor, config: ModelConfig) -> Tensor:
+        """Collapse streams (B, S, n, D) to the normed vector (B, S, D) the vocabulary head reads."""
+        eps = {"eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
+        return self.norm(hc.hc_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, **eps))
+
+
+class MTPBlock(Block, Collapse):
+    """The draft layer: reads the backbone's streams and the next token, predicts the token after it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        Block.__init__(self, config, 0, False)
+        self.e_proj = Linear(config.hidden_size, config.hidden_size, "fp8")
+        self.h_proj = Linear(config.hidden_size, config.hidden_size, "fp8")
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._add_head(config)
+
+    def enter(self, embedded: Tensor, streams: Tensor) -> Tensor:
+        """Join next-token embeddings (B, S, D) with the backbone's streams (B, S, n, D)."""
+        return self.e_proj(self.enorm(embedded)).unsqueeze(2) + self.h_proj(self.hnorm(streams))
+
+
+class Embedding(nn.Module):
+    """Token embedding under its released name `embed.weight`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return functional.embedding(ids, self.weight)
+
+
+class Transformer(Collapse):
+    """A DeepSeek-V4 model in one of two number modes.
+
+    `reference` runs without quantisation simulation; `released` simulates FP8 KV, FP4 indexer operands and FP8
+    activations as the official code does. `dtype` is both the parameters' and the carrier's. With
+    `master_weights` the parameters are float32 masters quantised on the fly (training).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mode: str = "reference",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device(device or "cpu"):
+            self.embed = Embedding(config)
+            self.layers = nn.ModuleList(
+                Block(config, ratio, index < config.num_hash_layers) for index, ratio in enumerate(config.layer_ratios)
+            )
+            self._add_head(config)
+            self.head = Linear(config.hidden_size, config.vocab_size, "bf16")
+            self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers))
+        self.to(dtype)
+        self.carrier = dtype
+        self.mode = mode
+        self.set_mode(mode)
+
+    def set_mode(self, mode: str, *, master_weights: bool = False) -> None:
+        """Choose the number mode; `master_weights` also quantises weights on the fly, with straight-through gradients."""
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        self.mode = mode
+        for module in self.modules():
+            if isinstance(module, (Linear, Experts, Attention, Indexer)):
+                module.simulate = mode == "released"
+            if isinstance(module, (Linear, Experts)):
+                module.master = master_weights
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
+        """Return float32 logits (B, S, V) for ids (B, S) int64, or (B, 1, V) with `last_only`.
+
+        With a cache the tokens follow those it holds. Raises RequestError for ids that are not int64 (B, S >= 1)
+        within the vocabulary.
+        """
+        self._check(ids)
+        cache = cache if cache is not None else FullSequence(self.config.sliding_window)
+        streams = self.run(self.step(ids, start=cache.position), cache)
+        cache.advance(ids.shape[1])
+        return self.logits(self.collapse(streams[:, -1:] if last_only else streams, self.config))
+
+    def step(
+        self, ids: Tensor, *, start: int = 0, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Step:
+        """Describe one forward over ids (B, S); packed samples bring positions and segments (B, S)."""
+        if positions is None:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device).unsqueeze(0)
+        return Step(self.config, ids, start, positions, segments)
+
+    def run(self, step: Step, cache: Cache, aux: list[dict[str, Tensor]] | None = None) -> Tensor:
+        """Return the backbone's streams (B, S, n, D); `aux` receives one dict a layer."""
+        embedded = self.embed(step.ids).to(self.carrier)
+        streams = embedded.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        for index, layer in enumerate(self.layers):
+            notes = None if aux is None else {}
+            streams = layer(streams, step, cache, index, notes)
+            if aux is not None and notes is not None:
+                aux.append(notes)
+        return streams
+
+    def draft(
+        self, streams: Tensor, next_ids: Tensor, step: Step, cache: Cache, aux: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the MTP block's normed vectors (B, S, D): position t pairs streams t with token t + 1.
+
+        Raises ConfigError for a model without an MTP block.
+        """
+        if not len(self.mtp):
+            raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        entered = block.enter(self.embed(next_ids).to(self.carrier), streams)
+        inner = Step(self.config, next_ids, step.start, step.positions, step.segments)
+        return block.collapse(block(entered, inner, cache, len(self.layers), aux), self.config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits (..., V) of normed vectors (..., D); the product runs in float32 as released."""
+        return functional.linear(hidden.float(), self.head.weight.float())
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[1] == 0:
+            raise RequestError(f"ids: expected int64 (batch, length >= 1), got {ids.dtype} {tuple(ids.shape)}")
+        if (
+            ids.device.type == "cpu"
+            and ids.numel()
+            and not (0 <= int(ids.min()) and int(ids.max()) < self.config.vocab_size)
+        ):
+            raise RequestError(f"ids: expected 0 <= id < vocab_size={self.config.vocab_size}, got {int(ids.max())}")
+
+    def released_tensors(self) -> Iterator[Released]:
+        """Yield (official name, live tensor or view, released format) for every tensor of the checkpoint."""
+        for prefix, module in self.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            if isinstance(module, Experts):
+                yield from _expert_tensors(dot, module)
+                continue
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                yield dot + name, tensor, _release_format(module, name)
+
+    def set_format(self, name: str, stored: str) -> None:
+        """Record how a weight was stored, so that only FP8 and FP4 products simulate their activations."""
+        path = name.rsplit(".", 1)[0]
+        if ".experts." in path:
+            path = path.split(".experts.")[0] + ".experts"
+        module = self.get_submodule(path) if path != name else self
+        if isinstance(module, (Linear, Experts)):
+            module.stored = stored
+
+
+def _expert_tensors(dot: str, module: Experts) -> Iterator[Released]:
+    width = module.w2.shape[2]
+    for expert in range(module.w2.shape[0]):
+        views = {"w1": module.w13[expert, :width], "w2": module.w2[expert], "w3": module.w13[expert, width:]}
+        for name, view in views.items():
+            yield f"{dot}{expert}.{name}.weight", view, module.release
+
+
+def _release_format(module: nn.Module, name: str) -> str:
+    if isinstance(module, Linear):
+        return module.release
+    if isinstance(module, Router) and name != "weight":
+        return "i64" if name == "tid2eid" else "f32"
+    if name.startswith("hc_") or name in ("attn_sink", "ape"):
+        return "f32"
+    return "bf16"
