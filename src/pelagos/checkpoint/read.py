@@ -10,9 +10,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Checkpoint:
                 for info in group:
                     yield info.name, self._values(stream, info), info.format
 
-    def _values(self, stream: BinaryIO, info: TensorInfo) -> Tensor:
+    def _values(self, stream: BufferedReader, info: TensorInfo) -> Tensor:
         values = read_tensor(stream, info.stored)
         if info.scale is not None:
             if info.scale.file == info.stored.file:
@@ -131,7 +131,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, draft, tensors)
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> BufferedReader:
     try:
         return file.open("rb")
     except OSError as error:

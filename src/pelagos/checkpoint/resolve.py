@@ -20,28 +20,36 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     text = str(name_or_path)
     tried: list[str] = []
+    try:
+        found = _search(text, tried)
+    except (OSError, ValueError, RuntimeError) as error:  # a path the system refuses: too long, no such home
+        tried.append(f"path ({error})"[:200])
+        found = None
+    if found is None:
+        names = ", ".join(bundled_names()) or "none"
+        raise CheckpointError(f"model {text[:200]!r}: not found; tried {'; '.join(tried)}. Bundled models: {names}")
+    return found
+
+
+def _search(text: str, tried: list[str]) -> Path | None:
+    """Return the directory, or None with one line in `tried` for each place looked at."""
     if _BUNDLED_NAME.fullmatch(text):
         bundled = bundled_model_dir(text)
         if (bundled / "config.json").is_file():
             return bundled
         tried.append(f"bundled model {bundled}")
-    directory = Path(name_or_path).expanduser()
-    if directory.is_dir():
-        if (directory / "config.json").is_file():
-            return directory
-        tried.append(f"directory {directory} (has no config.json)")
-    elif directory.exists():
-        tried.append(f"{directory} (is a file, expected a directory)")
-    else:
-        tried.append(f"directory {directory}")
+    directory = Path(text).expanduser()
+    if (directory / "config.json").is_file():
+        return directory
+    reason = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "not there"
+    tried.append(f"directory {directory} ({reason})")
     if hub_id := _HUB_ID.fullmatch(text):
         repository = read_environment().hub_cache / f"models--{hub_id[1]}--{hub_id[2]}"
         snapshot = _main_snapshot(repository)
         if isinstance(snapshot, Path):
             return snapshot
         tried.append(f"hub cache {repository} ({snapshot})")
-    names = ", ".join(bundled_names()) or "none"
-    raise CheckpointError(f"model {text!r}: not found; tried {'; '.join(tried)}. Bundled models: {names}")
+    return None
 
 
 def bundled_names() -> list[str]:

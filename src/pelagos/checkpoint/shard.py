@@ -11,8 +11,9 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def read_tensor(stream: BinaryIO, stored: Stored) -> Tensor:
+def read_tensor(stream: BufferedReader, stored: Stored) -> Tensor:
     """Return one tensor in its stored dtype and shape, in memory of its own; raises CheckpointError when cut short."""
     data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
     try:
