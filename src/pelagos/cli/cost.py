@@ -1,0 +1,66 @@
+"""`pelagos cost`: parse token counts and tasks, make one report, print it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated
+
+import typer
+
+from pelagos import cost as costs
+from pelagos.errors import ConfigError
+
+_MAX_TOKENS = 2**50
+
+
+def cost(
+    model: Annotated[str, typer.Option(help="flash, pro, nano, tiny, v3.2 or a directory with config.json")] = "flash",
+    context: Annotated[str, typer.Option(help="Tokens of context; K = 1,024, M = 1,048,576.")] = "1M",
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="IN,OUT,HIT,N", help="Price N requests; HIT is a share of IN (<= 1 or 90%) or tokens."),
+    ] = None,
+    prices: Annotated[str, typer.Option(help="launch, current, or a date (YYYY-MM-DD).")] = "current",
+    weighting: Annotated[
+        str, typer.Option(help=f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}.")
+    ] = costs.DEFAULT_WEIGHTING,
+    layout: Annotated[str, typer.Option(help=f"How cache rows are encoded: {', '.join(costs.LAYOUTS)}.")] = "released",
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Cost a model: parameters, cache bytes, FLOPs per token, V3.2 and GQA-8 beside it, a task's price."""
+    report = costs.report(
+        model,
+        context=parse_tokens(context, "context"),
+        weighting=weighting,
+        layout=layout,
+        task=None if task is None else parse_task(task),
+        prices=prices,
+    )
+    typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else report.table())
+
+
+def parse_tokens(text: str, name: str) -> int:
+    """Read a token count such as `4096`, `128K` or `1M` (binary suffixes); raises ConfigError naming `name`."""
+    match = re.fullmatch(r"(\d{1,16})(\.\d{1,6})?([KM]?)", text.strip().upper().replace("_", ""), re.ASCII)
+    scale = {"": 1, "K": 2**10, "M": 2**20}
+    value = float(match[1] + (match[2] or "")) * scale[match[3]] if match else 0.5
+    if value != int(value) or value > _MAX_TOKENS:
+        raise ConfigError(f"{name}={text!r}: expected a whole number of tokens, such as 4096, 128K or 1M")
+    return int(value)
+
+
+def parse_task(text: str) -> tuple[int, int, float, int]:
+    """Read `IN,OUT,HIT,N`: tokens, tokens, a share or a number of tokens, requests; raises ConfigError."""
+    fields = [field.strip() for field in text.split(",")]
+    if len(fields) != 4:
+        raise ConfigError(f"task {text!r}: expected IN,OUT,HIT,N such as 20000,1500,0.9,50, got {len(fields)} fields")
+    if re.fullmatch(r"[01]?\.\d{1,12}|\d{1,3}(\.\d{1,10})?%", fields[2], re.ASCII):
+        hit = float(fields[2].rstrip("%")) / (100 if fields[2].endswith("%") else 1)
+        if hit > 1:
+            raise ConfigError(f"task HIT={fields[2]}: a share of the input is at most 1 (100%)")
+    else:
+        hit = float(parse_tokens(fields[2], "task HIT"))
+    names = ((0, "IN"), (1, "OUT"), (3, "N"))
+    read, generated, requests = (parse_tokens(fields[i], f"task {name}") for i, name in names)
+    return read, generated, hit, requests
