@@ -19,6 +19,10 @@ class RequestError(PelagosError):
     """A request (prompt, sampling parameters, chat body) that cannot be served as asked."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt and completion that together are longer than the model's positions."""
+
+
 class CapacityError(PelagosError):
     """A request that is valid but does not fit the memory or context planned for."""
 

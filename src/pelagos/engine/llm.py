@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pelagos.config import GENERATIONS
 from pelagos.engine.sampler import Sampler, SamplingParams
-from pelagos.errors import RequestError
+from pelagos.errors import ContextLengthError, RequestError
+from pelagos.load import load_model
+from pelagos.model import ContiguousCache, Transformer
 
 if TYPE_CHECKING:
     from pelagos.chat import Tokenizer
-    from pelagos.model import ContiguousCache, Transformer
 
 Prompt = str | Sequence[int]
 # A multiple of 128, so every compressor closes its groups on a chunk boundary.
@@ -65,7 +66,6 @@ class LLM:
         Raises CheckpointError, ConfigError, or RequestError for an unknown generation.
         """
         from pelagos.chat import Tokenizer
-        from pelagos.load import load_model
 
         self._hold(load_model(path_or_name, mode=mode, device=device), Tokenizer.load(path_or_name), generation)
 
@@ -129,14 +129,14 @@ class LLM:
     def _check_context(self, prompt: int, completion: int) -> None:
         limit = self.model.config.max_position_embeddings
         if prompt + completion > limit:
-            raise RequestError(
+            raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} "
                 f"tokens ({prompt} in the messages, {completion} in the completion). Please reduce the length of the "
                 "messages or completion."
             )
 
     def _steps(self, ids: list[int], params: SamplingParams, cancel: threading.Event) -> Iterator[Step]:
-        cache = self._new_cache(len(ids) + params.max_tokens)
+        cache = ContiguousCache(self.model.config, capacity=len(ids) + params.max_tokens)
         logits = None
         for start in range(0, len(ids), PREFILL_CHUNK):
             if cancel.is_set():
@@ -159,12 +159,6 @@ class LLM:
             if reason is not None:
                 return
             logits = self._forward([token], cache)
-
-    def _new_cache(self, capacity: int) -> ContiguousCache:
-        from pelagos.model import ContiguousCache
-
-        weight = next(self.model.parameters())
-        return ContiguousCache(self.model.config, 1, device=weight.device, dtype=weight.dtype, capacity=capacity)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], cache: ContiguousCache) -> Tensor:
