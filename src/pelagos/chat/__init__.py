@@ -1,5 +1,6 @@
 """Prompt protocol of DeepSeek-V4: rendering, tokenisation, output parsing. No device code."""
 
 from pelagos.chat.bpe import train_tokenizer
+from pelagos.chat.render import Prompt, render, render_prompt
 
-__all__ = ["train_tokenizer"]
+__all__ = ["Prompt", "render", "render_prompt", "train_tokenizer"]
