@@ -1,0 +1,110 @@
+"""Join checkpoint and model: fill a Transformer from named tensors, and write one back.
+
+Names, shapes and kinds are compared before any value is read, so a wrong checkpoint fails in a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_model, write_checkpoint
+from pelagos.checkpoint.write import SHARD_BYTES
+from pelagos.errors import CheckpointError, ConfigError
+from pelagos.model import Transformer
+
+_LISTED = 5  # names an error lists before it only counts
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    mode: str = "reference",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Transformer:
+    """Load a bundled name, a directory or a cached hub id into a Transformer in evaluation state.
+
+    `dtype` (None = float32) is the parameters' and the carrier's. Of a GA build the backbone is loaded and a logged
+    notice says which draft was left out. Raises CheckpointError naming tensor, file, expected and got; ConfigError
+    for a bad `config.json`, mode or dtype. Peak memory is the model plus one tensor.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(f"dtype={dtype}: expected float32, bfloat16 or float16")
+    checkpoint = open_checkpoint(resolve_model(path_or_name))
+    left_out = _left_out(checkpoint)
+    drafts = int(checkpoint.draft == "mtp")
+    config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=drafts)
+    model = Transformer(config, mode=mode, dtype=dtype, device="meta")
+    found = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
+    _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
+    model.to_empty(device=torch.device(device or "cpu"))
+    targets = {name: tensor for name, tensor, _ in model.released_tensors()}
+    with torch.no_grad():
+        for name, values, stored in checkpoint.stream(found):
+            targets[name].copy_(values)
+            model.set_format(name, stored)
+    return model.eval()
+
+
+def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD_BYTES, exact: bool = False) -> None:
+    """Write a model as a released-format checkpoint directory, atomically; the tokenizer is the caller's to copy.
+
+    With `exact` every float tensor is stored in float32 instead of the release's FP8, FP4 and BF16.
+    Raises CheckpointError when a value does not fit its format or the disk fails; an old checkpoint then stays.
+    """
+    write_checkpoint(path, _formatted(model.released_tensors(), exact), model.config, shard_bytes=shard_bytes)
+
+
+def _formatted(tensors: Iterable[tuple[str, Tensor, str]], exact: bool) -> Iterator[tuple[str, Tensor, str]]:
+    for name, tensor, release in tensors:
+        yield name, tensor, "f32" if exact and tensor.is_floating_point() else release
+
+
+def _left_out(checkpoint: Checkpoint) -> set[str]:
+    """Return the draft tensors this build has no block for, and say so; also say when the announced block is absent."""
+    if checkpoint.draft == "dspark":
+        names = {name for name in checkpoint.tensors if name.startswith("mtp.")}
+        stages = len({name.split(".")[1] for name in names})
+        size = sum(checkpoint.tensors[name].num_bytes for name in names)
+        _log.warning(
+            "%s: backbone loaded, DSpark draft left out (%d stages mtp.*, %d tensors, %d bytes)",
+            checkpoint.path, stages, len(names), size,
+        )  # fmt: skip
+        return names
+    if checkpoint.draft is None and checkpoint.config.num_nextn_predict_layers:
+        _log.warning("%s: config.json announces an MTP draft, the files hold none; loaded without", checkpoint.path)
+    return set()
+
+
+def _compare(path: Path, wanted: dict[str, Tensor], found: dict[str, TensorInfo]) -> None:
+    """Raise CheckpointError unless the checkpoint holds exactly the model's tensors in their shapes and kinds."""
+    missing = [f"{name} {list(wanted[name].shape)}" for name in wanted if name not in found]
+    extra = [
+        f"{name} {list(info.shape)} in {info.stored.file.name}" for name, info in found.items() if name not in wanted
+    ]
+    if missing or extra:
+        said = [f"{len(each)} {what}: {_some(each)}" for what, each in (("missing", missing), ("extra", extra)) if each]
+        raise CheckpointError(f"{path}: expected the {len(wanted)} tensors of config.json; {'; '.join(said)}")
+    for name, info in found.items():
+        expected = tuple(wanted[name].shape)
+        if info.shape != expected:
+            raise CheckpointError(
+                f"{info.stored.place}: {info.format} values of shape {list(info.shape)}, "
+                f"expected {list(expected)} by config.json"
+            )
+        if (info.format == "i64") == wanted[name].is_floating_point():
+            kind = "a float format" if wanted[name].is_floating_point() else "I64 or I32"
+            raise CheckpointError(f"{info.stored.place}: dtype {info.stored.dtype}, expected {kind}")
+
+
+def _some(items: list[str]) -> str:
+    rest = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
