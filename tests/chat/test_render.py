@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import random
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import deepseek_recipe
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.chat.conversations import some_body
 
 from pelagos.chat import render, render_prompt
@@ -311,6 +314,31 @@ def test_deep_nesting_is_refused_and_not_followed():
             render({"messages": [user(content)]})
     while deep:  # unwound by hand: a plain delete would recurse
         deep = deep.pop()
+
+
+JSON_KEYS = st.sampled_from(
+    "role content task prefix wo_eos tools tool_calls id type function name arguments text thinking tool_call_id "
+    "reasoning_content".split()
+)
+JSON_LEAVES = st.sampled_from(
+    [None, True, 1, "", "user", "assistant", "tool", "developer", "system", "text", "query", "action", "function"]
+)
+JSON = st.recursive(
+    JSON_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(JSON_KEYS, inner, max_size=5)
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "developer", "system"]), "content": JSON},
+    optional={"task": JSON, "tool_calls": JSON, "tools": JSON, "prefix": JSON, "tool_call_id": JSON},
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(messages=st.lists(MESSAGE | JSON, max_size=4), asked=st.dictionaries(JSON_KEYS, JSON, max_size=3))
+def test_any_json_renders_or_is_a_request_error(messages, asked):
+    with contextlib.suppress(RequestError):
+        prompt = render_prompt({**asked, "messages": messages})
+        assert prompt.pieces[0] == (BOS, True)
+        assert [text for text, special in prompt.pieces if special].count(BOS) == 1
 
 
 def test_an_unknown_generation_is_refused():

@@ -8,7 +8,8 @@ reading of histories. Every case where the prompt differs from the library's sta
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+import secrets
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
@@ -131,7 +132,6 @@ class _Edits:
 
 def _plan(asked: dict[str, Any], messages: list[dict[str, Any]]) -> _Edits:
     """Bring `messages` (and tools in `asked`) to what deepseek-recipe accepts and return what to change afterwards."""
-    marks = _unused_characters(asked, messages)
     edits = _Edits()
     for index, message in enumerate(messages):
         message["prefix"] = bool(message.get("prefix") or message.pop("wo_eos", False))
@@ -143,30 +143,31 @@ def _plan(asked: dict[str, Any], messages: list[dict[str, Any]]) -> _Edits:
                 raise RequestError(f"messages[{index}].tools: the request declares tools already; declare them once")
             asked["tools"] = tools
             if role == "developer":
-                edits.tools = next(marks)
+                edits.tools = _new_mark()
                 _write_mark(message, edits.tools, index, at_end=True)
     _fill_tool_calls(messages)
     for index, message in enumerate(messages):
         if message.get("task") is not None:
             _check_task(messages, index)
-            edits.tasks.append((next(marks), message["task"]))
+            edits.tasks.append((_new_mark(), message["task"]))
             _write_mark(message, edits.tasks[-1][0], index, at_end=True)
     last = messages[-1] if messages else {}
     edits.continues = last.get("prefix", False)
     if last.get("role") == "assistant" and not edits.continues and last.get("task") is None:
         answers_task = len(messages) > 1 and messages[-2].get("task") is not None
         edits.reasoning = None if answers_task else last.get("reasoning_content") or ""
-        edits.end = next(marks)
+        edits.end = _new_mark()
         _write_mark(last, edits.end, len(messages) - 1, at_end=False)
         # The library insists on a result for each call; what stands behind the last message is cut off again.
-        messages += [{"role": "tool", "tool_call_id": c["id"], "content": ""} for c in last.get("tool_calls") or []]
+        calls = last.get("tool_calls")
+        ids = [call.get("id") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+        messages += [{"role": "tool", "tool_call_id": identity, "content": ""} for identity in ids]
     return edits
 
 
-def _unused_characters(*values: Any) -> Iterator[str]:
-    """Yield private-use characters that occur nowhere in the request."""
-    text = _to_json(values)
-    yield from (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+def _new_mark() -> str:
+    """Return a text that no request can foresee and so none contains."""
+    return secrets.token_hex(16)
 
 
 def _to_json(value: Any) -> str:
@@ -178,7 +179,7 @@ def _to_json(value: Any) -> str:
 
 def _write_mark(message: dict[str, Any], mark: str, index: int, *, at_end: bool) -> None:
     content = message.get("content")
-    if isinstance(content, list) and content:
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) and content:
         parts = [dict(part) for part in content]
         part, key = parts[-1 if at_end else 0], "text"
         message["content"] = parts
@@ -192,7 +193,7 @@ def _write_mark(message: dict[str, Any], mark: str, index: int, *, at_end: bool)
 
 def _check_task(messages: list[dict[str, Any]], index: int) -> None:
     message = messages[index]
-    if message["task"] not in TASK_TOKENS:
+    if not isinstance(message["task"], str) or message["task"] not in TASK_TOKENS:
         raise RequestError(f"messages[{index}].task={message['task']!r}: expected one of {', '.join(TASK_TOKENS)}")
     if message.get("role") not in ("user", "assistant") or message.get("tool_calls"):
         raise RequestError(f"messages[{index}].task: only a user message or an assistant's answer can carry a task")
@@ -279,7 +280,7 @@ def _slice(pieces: Pieces, begin: int, end: int | None = None) -> Pieces:
 def _split(pieces: Pieces, mark: str) -> tuple[Pieces, Pieces]:
     """Cut at a mark and drop it."""
     position = "".join(text for text, _ in pieces).index(mark)
-    return _slice(pieces, 0, position), _slice(pieces, position + 1)
+    return _slice(pieces, 0, position), _slice(pieces, position + len(mark))
 
 
 def _length_to_special(pieces: Pieces, names: Container[str]) -> int:
