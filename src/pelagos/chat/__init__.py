@@ -2,5 +2,6 @@
 
 from pelagos.chat.bpe import train_tokenizer
 from pelagos.chat.render import Prompt, render, render_prompt
+from pelagos.chat.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Prompt", "render", "render_prompt", "train_tokenizer"]
+__all__ = ["Prompt", "StreamDecoder", "Tokenizer", "render", "render_prompt", "train_tokenizer"]
