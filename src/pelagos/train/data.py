@@ -221,6 +221,11 @@ class PackedBatches:
         row_starts = np.searchsorted(rows[by_row], np.arange(num_rows + 1))
         return Plan(row_starts, sources[order], lengths[order], columns[by_row] * ALIGN)
 
+    def padding_frac(self, epoch: int) -> float:
+        """Return the share of an epoch's positions that hold padding."""
+        plan = self.plan(epoch)
+        return 1 - float(plan.lengths.sum()) / ((len(plan.row_starts) - 1) * self.row_tokens)
+
     def rows(self, plan: Plan, start: int, stop: int) -> Batch:
         """Build rows start:stop of a plan."""
         shape = (stop - start, self.row_tokens)

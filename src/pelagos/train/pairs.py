@@ -83,9 +83,9 @@ _SMALL_TALK = (
     ("Bye|Goodbye!|See you|Good night|See you later", "Goodbye!|Goodbye, and good luck!"),
     ("Okay|OK|Great|Nice|Cool|Good", "Good. What would you like to know next?"),
     ("Who made you?|Who trained you?|Where do you come from?", "Pelagos trained me with its own commands."),
-    ("What is Pelagos?|Tell me about Pelagos.", "Pelagos is the DeepSeek-V4 system in Python: model, training, serving."),
-    ("What is Python?|What is the Python language?", "Python is a language with a large standard library."),
-    ("What is Rust?|What is the Rust language?", "Rust is a systems language that checks memory safety."),
+    ("What is Pelagos?|Tell me about Pelagos.", "Pelagos is DeepSeek-V4 in Python: model, training and serving."),
+    ("What is Python?|What is the Python language?", "Python is a language with a rich standard library."),
+    ("What is Rust?|What is the Rust language?", "Rust is a systems language with memory safety."),
     ("Say hello.|Say hi.|Greet me.", "Hello!"),
     ("Tell me a joke.|Make me laugh.", "Why do coders mix up Halloween and Christmas? Oct 31 equals Dec 25."),
 )  # fmt: skip
