@@ -38,6 +38,7 @@ $(RUN_READY): | $(BIN)/python
 
 $(TEST_READY): | $(BIN)/python
 	$(call install,requirements-test.txt)
+	@touch $(RUN_READY)
 
 # Wheels only: a missing wheel is an error at once instead of a compiler run.
 define install

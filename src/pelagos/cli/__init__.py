@@ -63,11 +63,13 @@ def typer_app(names: Sequence[str]) -> typer.Typer:
 
     for name in names:
         module = _module(name)
+        if module is None:
+            continue
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name, help=COMMANDS[name])
         elif hasattr(module, "main"):
             app.command(name, help=COMMANDS[name])(_listed_only)
-        elif module is not None:
+        else:
             app.command(name)(getattr(module, name))
     return app
 

@@ -9,19 +9,20 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pelagos.config import GENERATIONS
+from pelagos.chat.tokenizer import Tokenizer
+from pelagos.chat.tokens import BOS, EOS
+from pelagos.checkpoint import resolve_model
+from pelagos.config import GENERATIONS, read_environment
 from pelagos.engine.sampler import Sampler, SamplingParams
-from pelagos.errors import ContextLengthError, RequestError
+from pelagos.engine.turn import ChatTurn
+from pelagos.errors import ConfigError, ContextLengthError, RequestError
 from pelagos.load import load_model
 from pelagos.model import ContiguousCache, Transformer
-
-if TYPE_CHECKING:
-    from pelagos.chat import Tokenizer
 
 Prompt = str | Sequence[int]
 # A multiple of 128, so every compressor closes its groups on a chunk boundary.
@@ -63,11 +64,13 @@ class LLM:
     ) -> None:
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
-        Raises CheckpointError, ConfigError, or RequestError for an unknown generation.
+        Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, or MissingDependency without `tokenizers`.
         """
-        from pelagos.chat import Tokenizer
-
-        self._hold(load_model(path_or_name, mode=mode, device=device), Tokenizer.load(path_or_name), generation)
+        threads = read_environment().threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+        path = resolve_model(path_or_name)
+        self._hold(load_model(path, mode=mode, device=device), Tokenizer.load(path), generation)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, *, generation: str | None = None) -> LLM:
@@ -78,7 +81,14 @@ class LLM:
 
     def _hold(self, model: Transformer, tokenizer: Tokenizer, generation: str | None) -> None:
         if generation is not None and generation not in GENERATIONS:
-            raise RequestError(f"generation={generation!r}: expected one of {', '.join(GENERATIONS)}")
+            raise ConfigError(f"generation={generation!r}: expected one of {', '.join(GENERATIONS)}")
+        ours = (tokenizer.id(BOS), tokenizer.id(EOS), tokenizer.vocab_size)
+        config = model.config
+        if ours[:2] != (config.bos_token_id, config.eos_token_id) or ours[2] > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has BOS {ours[0]}, EOS {ours[1]} and {ours[2]} ids, config.json says "
+                f"{config.bos_token_id}, {config.eos_token_id} and {config.vocab_size}: they belong to different models"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.generation = generation or model.config.generation
@@ -110,6 +120,14 @@ class LLM:
         ids = self.prompt_ids(prompt)
         self._check_context(len(ids), params.max_tokens)
         return self._steps(ids, params, cancel or threading.Event())
+
+    def chat(self, body: dict[str, Any], *, max_tokens: int = 8192, cancel: threading.Event | None = None) -> ChatTurn:
+        """Return the answer to a chat-completions body: iterate it for its events, or `run()` it.
+
+        Without a bound in the body the answer has at most `max_tokens` tokens, and never more than fit the context.
+        Raises RequestError for a body that cannot be rendered, sampled or fitted.
+        """
+        return ChatTurn(self, body, max_tokens=max_tokens, cancel=cancel)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, checked; raises RequestError."""
@@ -154,7 +172,7 @@ class LLM:
             delta = text.push("" if ended else decoder.push(token))
             reason = "stop" if ended or text.is_cut else "length" if left == 1 else None
             if reason is not None and not text.is_cut:
-                delta += text.push(decoder.finish()) + text.finish()
+                delta += text.push(decoder.flush()) + text.finish()
             yield Step(token, delta, logprob, reason)
             if reason is not None:
                 return

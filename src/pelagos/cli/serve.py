@@ -1,0 +1,30 @@
+"""`pelagos serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Bundled name, checkpoint directory or cached hub id.")] = "nano",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    mode: Annotated[str, typer.Option(help="Number mode: reference or released.")] = "reference",
+    device: Annotated[str | None, typer.Option(help="Device of the weights, such as cpu or cuda.")] = None,
+    generation: Annotated[
+        str | None, typer.Option(help="Prompt protocol: preview or 0731 (default: the model's).")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Answer length of requests that name none.")] = 8192,
+) -> None:
+    """Serve a model over HTTP: POST /v1/chat/completions, GET /v1/models, /health, and a page at /."""
+    from pathlib import Path
+
+    from pelagos.engine import LLM
+    from pelagos.serve import run
+
+    def load() -> LLM:
+        return LLM(model, mode=mode, device=device, generation=generation)
+
+    run(load, model_name=Path(model).name, host=host, port=port, max_tokens=max_tokens)

@@ -1,0 +1,60 @@
+"""Run the application on a socket: bind first, listen while the model loads, say when it is ready."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from pelagos.engine import LLM
+from pelagos.errors import ConfigError
+from pelagos.serve.app import create_app
+from pelagos.serve.worker import Worker
+
+
+def run(load: Callable[[], LLM], *, model_name: str, host: str, port: int, max_tokens: int = 8192) -> None:
+    """Serve until interrupted; prints the URL and a `curl` line on stderr once the model is ready.
+
+    Raises ConfigError when the address is taken or wrong, and whatever `load` raises.
+    """
+    listener = _bind(host, port)
+    app = create_app(load, model_name=model_name, max_tokens=max_tokens)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    worker: Worker = app.state.worker
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    def announce(_: object) -> None:
+        if worker.llm is None:
+            server.should_exit = True
+        else:
+            print(_banner(url, model_name), file=sys.stderr, flush=True)
+
+    worker.loading.add_done_callback(announce)
+    server.run(sockets=[listener])
+    if worker.loading.done() and not worker.loading.cancelled():
+        worker.loading.result()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another with --host or --port") from None
+    return listener
+
+
+def _banner(url: str, model_name: str) -> str:
+    body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
+    return (
+        f"Pelagos serves {model_name} at {url}\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
+        "Ctrl-C stops the server."
+    )
