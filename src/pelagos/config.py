@@ -298,7 +298,7 @@ def nano() -> ModelConfig:
         vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, head_dim=128,
         qk_rope_head_dim=64, q_lora_rank=128, o_groups=2, o_lora_rank=128, sliding_window=128,
         compress_ratios=(0, 4, 128, 4, 128, 4, 128, 4, 0), index_n_heads=8, index_head_dim=64, index_topk=128,
-        n_routed_experts=22, num_experts_per_tok=4, moe_intermediate_size=128, num_hash_layers=2,
+        n_routed_experts=20, num_experts_per_tok=4, moe_intermediate_size=128, num_hash_layers=2,
         routed_scaling_factor=1.5, swiglu_limit=10.0, extra={"generation": "0731"},
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ class Step:
     dense: bool = False  # training before sparsity: every visible entry is attended
     _tables: dict[bool, Table] = field(default_factory=dict)
     _visible: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _entry_tables: dict[tuple[int, int, int], Table] = field(default_factory=dict)
     _window: Tensor | None = None
 
     @property
@@ -49,6 +50,17 @@ class Step:
         if compressed not in self._tables:
             self._tables[compressed] = self.table_at(self.positions, compressed)
         return self._tables[compressed]
+
+    def entry_table(self, ratio: int, begin: int, count: int) -> Table:
+        """Rotary table (B or 1, count, width) of entries from `begin`: the position of their window's first token."""
+        key = (ratio, begin, count)
+        if key not in self._entry_tables:
+            if self.segments is not None:
+                positions = self.positions[:, : count * ratio : ratio]
+            else:
+                positions = torch.arange(begin, begin + count, device=self.ids.device).unsqueeze(0) * ratio
+            self._entry_tables[key] = self.table_at(positions, True)
+        return self._entry_tables[key]
 
     def table_at(self, positions: Tensor, compressed: bool) -> Table:
         """Rotary table (..., width) at positions (...)."""
@@ -126,14 +138,7 @@ class Compressor(nn.Module):
             values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
             scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
         pooled = compress.pool_windows(values, scores).to(x.dtype)
-        return apply_rope(self.norm(pooled), last_channels(self._table(step, begin, count), self.width))
-
-    def _table(self, step: Step, begin: int, count: int) -> Table:
-        """Entries are rotated at the position of their window's first token."""
-        if step.segments is not None:
-            return step.table_at(step.positions[:, : count * self.ratio : self.ratio], True)
-        device = step.ids.device
-        return step.table_at(torch.arange(begin, begin + count, device=device).unsqueeze(0) * self.ratio, True)
+        return apply_rope(self.norm(pooled), last_channels(step.entry_table(self.ratio, begin, count), self.width))
 
     def _hide_other_samples(self, scores: Tensor, segments: Tensor, count: int) -> Tensor:
         """A window that opens a packed sample has no previous window."""

@@ -17,7 +17,7 @@ FEW_TOKENS = 4  # up to here a loop over the chosen experts is quicker than sort
 
 
 class Router(nn.Module):
-    """Choose experts a token: by table in the first layers, else by score plus balance bias. Weights are always scores."""
+    """Choose experts a token: by table in the first layers, else by score plus balance bias; weights are scores."""
 
     def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ class Transformer(Collapse):
         self.set_mode(mode)
 
     def set_mode(self, mode: str, *, master_weights: bool = False) -> None:
-        """Choose the number mode; `master_weights` also quantises weights on the fly, with straight-through gradients."""
+        """Choose the number mode; `master_weights` quantises weights on the fly (training)."""
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
         self.mode = mode
@@ -208,7 +208,7 @@ class Transformer(Collapse):
         if (
             ids.device.type == "cpu"
             and ids.numel()
-            and not (0 <= int(ids.min()) and int(ids.max()) < self.config.vocab_size)
+            and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size)
         ):
             raise RequestError(f"ids: expected 0 <= id < vocab_size={self.config.vocab_size}, got {int(ids.max())}")
 

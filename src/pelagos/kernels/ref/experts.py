@@ -29,7 +29,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         ends = counts.cumsum(0).to(torch.int32)
-        return torch._grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+        return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
     groups = x.split(counts.tolist())
     return torch.cat([functional.linear(g, weight[e].to(x.dtype)) for e, g in enumerate(groups) if len(g)])
 

@@ -1,0 +1,135 @@
+"""What training minimises: next token, MTP, sequence balance, and the indexer's own divergence.
+
+Source: technical report 2.1, 4.2.2; V3 for the balance rules; V3.2 for the indexer's loss over compressed entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pelagos.model import FullSequence, Transformer
+from pelagos.model.attention import CSA_RATIO, Step
+from pelagos.train.data import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """Weights of the terms beside the next-token loss."""
+
+    mtp: float = 0.3
+    balance: float = 1e-4
+    indexer: float = 1.0
+
+
+@dataclass
+class Losses:
+    """One batch's terms: `total` to differentiate, the others detached; `load` (layers, E) tokens an expert."""
+
+    total: Tensor
+    next_token: Tensor
+    mtp: Tensor
+    balance: Tensor
+    indexer: Tensor
+    load: Tensor
+
+
+def token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of normed vectors (T, D) under head (V, D) where targets (T,) are not IGNORE."""
+    logits = functional.linear(hidden, head.to(hidden.dtype)).float()
+    count = (targets != IGNORE).sum().clamp_min(1)
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
+
+
+def sequence_balance(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Return sum_e f_e P_e averaged over sequences: scores (B, S, E), chosen (B, S, K). It is 1 when balanced."""
+    experts, picks = scores.shape[-1], chosen.shape[-1]
+    share = scores / scores.sum(-1, keepdim=True)
+    counts = functional.one_hot(chosen, experts).sum((1, 2)).float()  # (B, E)
+    fraction = counts * experts / (chosen.shape[1] * picks)
+    return (fraction * share.mean(1)).sum(-1).mean()
+
+
+def indexer_divergence(scores: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    """KL from the main attention over compressed entries to the indexer, averaged over queries that see any.
+
+    scores (B, S, M), weights (B, S, H, M), visible broadcastable (B, S, M) bool. The target sums the heads and is
+    normalised over entries; it is detached.
+    """
+    target = weights.detach().sum(2)
+    target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
+    seen = visible.expand(scores.shape)
+    log_q = scores.masked_fill(~seen, -1e30).log_softmax(-1)
+    divergence = (target * (target.clamp_min(1e-20).log() - log_q)).masked_fill(~seen, 0).sum(-1)
+    any_seen = seen.any(-1)
+    return (divergence * any_seen).sum() / any_seen.sum().clamp_min(1)
+
+
+def next_of(ids: Tensor, targets: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the MTP block's inputs and targets: the next token of each position and the token after that."""
+    follows = functional.pad(segments[:, 1:] == segments[:, :-1], (0, 1))
+    next_ids = torch.where(follows, functional.pad(ids[:, 1:], (0, 1)), ids)
+    after = torch.where(follows, functional.pad(targets[:, 1:], (0, 1), value=IGNORE), IGNORE)
+    return next_ids, after
+
+
+def losses(
+    model: Transformer,
+    ids: Tensor,
+    positions: Tensor,
+    segments: Tensor,
+    targets: Tensor,
+    weights: LossWeights,
+    *,
+    dense: bool,
+) -> Losses:
+    """Run one packed batch, all (B, S), and return its loss terms; `dense` attends every visible entry."""
+    step = prepare_step(model, ids, positions, segments, dense=dense)
+    cache = FullSequence(model.config.sliding_window)
+    notes: list[dict[str, Tensor]] = []
+    streams = model.run(step, cache, notes)
+    hidden = model.collapse(streams, model.config)
+    main = token_loss(hidden.flatten(0, 1), model.head.weight, targets.flatten())
+    zero = main.new_zeros(())
+    draft = zero
+    if len(model.mtp):
+        next_ids, after = next_of(ids, targets, segments)
+        draft_notes: dict[str, Tensor] = {}
+        drafted = model.draft(streams, next_ids, step, cache, draft_notes)
+        notes.append(draft_notes)
+        draft = token_loss(drafted.flatten(0, 1), model.head.weight, after.flatten())
+    balance, indexer, load = zero, zero, []
+    for note in notes:
+        scores, chosen = (note[k].unflatten(0, ids.shape) for k in ("router_scores", "chosen"))
+        balance = balance + sequence_balance(scores, chosen)
+        load.append(functional.one_hot(chosen.flatten(), scores.shape[-1]).sum(0))
+        if "index_scores" in note:
+            visible = step.visible(CSA_RATIO, note["index_scores"].shape[-1])
+            indexer = indexer + indexer_divergence(note["index_scores"], note["entry_weights"], visible)
+    total = main + weights.mtp * draft + weights.balance * balance + weights.indexer * indexer
+    return Losses(total, main.detach(), draft.detach(), balance.detach(), indexer.detach(), torch.stack(load))
+
+
+def prepare_step(model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, *, dense: bool) -> Step:
+    """Describe a packed batch and compute what its layers share once, outside any compiled region."""
+    step = model.step(ids, positions=positions, segments=segments)
+    step.dense = dense
+    step.window_mask()
+    for ratio in {r for r in model.config.layer_ratios if r}:
+        step.table(True)
+        step.visible(ratio, ids.shape[1] // ratio)
+        step.entry_table(ratio, 0, ids.shape[1] // ratio)
+    step.table(False)
+    return step
+
+
+@torch.no_grad()
+def update_balance_bias(model: Transformer, load: Tensor, speed: float) -> None:
+    """Nudge each learned router's bias by `speed` towards the mean load: load (layers, E) counts of this step."""
+    for layer, counts in zip([*model.layers, *model.mtp], load.float(), strict=True):
+        bias = layer.ffn.gate.bias
+        if bias is not None:
+            bias += speed * torch.sign(counts.mean() - counts)

@@ -1,0 +1,127 @@
+"""The report's optimizer: Muon for matrices, AdamW for the embedding, the head, norms and everything that is no matrix.
+
+Source: technical report 2.4, Algorithm 1, 4.2.2.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pelagos.model import Transformer
+
+FAST, LANDING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
+NEWTON_SCHULZ = (FAST,) * 8 + (LANDING,) * 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Constants of both optimizers; the report's values."""
+
+    momentum: float = 0.95
+    update_rms: float = 0.18
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-20
+
+
+def newton_schulz(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ) -> Tensor:
+    """Orthogonalise each matrix of x (..., N, M) by the report's ten steps, in bfloat16; keeps the dtype of x."""
+    wide = x.shape[-2] > x.shape[-1]
+    y = x.mT if wide else x
+    y = (y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(torch.bfloat16)
+    for a, b, c in coefficients:
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return (y.mT if wide else y).to(x.dtype)
+
+
+def logical_matrices(name: str, parameter: Tensor, model: Transformer) -> list[Tensor]:
+    """Cut a parameter into the matrices the report treats as independent: views (R, C) or stacks (E, R, C).
+
+    Experts' gate and up are separate, a grouped projection is one matrix a group, an mHC generator is three.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    config = model.config
+    if leaf == "w13":
+        return list(parameter.chunk(2, 1))
+    if ".wo_a." in name:
+        return [parameter.unflatten(0, (config.o_groups, -1))]
+    if leaf.startswith("hc_") and leaf.endswith("_fn") and "head" not in leaf:
+        n = config.hc_mult
+        return list(parameter.split([n, n, n * n]))
+    return [parameter]
+
+
+def is_muon(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix outside embedding, head and positional biases."""
+    leaf = name.rsplit(".", 1)[-1]
+    return parameter.dim() >= 2 and leaf != "ape" and not name.startswith(("embed.", "head."))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether AdamW decays a parameter: embedding, head and norm weights, not biases, scales, sinks or positions."""
+    return name.startswith(("embed.", "head.")) or name.endswith("norm.weight")
+
+
+class Optimizer:
+    """Muon and AdamW over one model. `step(lr)` applies one update; `state_dict` resumes it bitwise."""
+
+    def __init__(self, model: Transformer, config: OptimConfig | None = None) -> None:
+        self.config = config or OptimConfig()
+        named = dict(model.named_parameters())
+        self._groups: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
+        self._model, self._muon = model, [n for n, p in named.items() if is_muon(n, p)]
+        self._buffers = {n: torch.zeros_like(named[n]) for n in self._muon}
+        for name in self._muon:
+            for index, view in enumerate(logical_matrices(name, named[name].detach(), model)):
+                self._groups[tuple(view.shape[-2:])].append((name, index))
+        others = [(n, p) for n, p in named.items() if n not in self._buffers]
+        adam = [
+            {"params": [p for n, p in others if decays(n, p)], "weight_decay": self.config.weight_decay},
+            {"params": [p for n, p in others if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        fused = next(model.parameters()).is_cuda
+        self._adam = torch.optim.AdamW(adam, lr=0.0, betas=self.config.betas, eps=self.config.eps, fused=fused)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Apply one update at learning rate `lr` from the gradients in place; parameters without one are left."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        named = dict(self._model.named_parameters())
+        live = {n: g for n in self._muon if (g := named[n].grad) is not None}
+        if not live:
+            return
+        names = list(live)
+        buffers, gradients = [self._buffers[n] for n in names], [live[n] for n in names]
+        torch._foreach_mul_(buffers, self.config.momentum)
+        torch._foreach_add_(buffers, gradients)
+        nesterov = torch._foreach_add(gradients, buffers, alpha=self.config.momentum)
+        torch._foreach_mul_([named[n] for n in names], 1 - lr * self.config.weight_decay)
+        update = dict(zip(names, nesterov, strict=True))
+        for shape, members in self._groups.items():
+            present = [(n, i) for n, i in members if n in update]
+            if not present:
+                continue
+            views = [logical_matrices(n, update[n], self._model)[i].reshape(-1, *shape) for n, i in present]
+            orthogonal = newton_schulz(torch.cat(views))
+            scale = -lr * self.config.update_rms * max(shape) ** 0.5
+            for (name, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
+                target = logical_matrices(name, named[name], self._model)[index]
+                target.add_(part.view(target.shape), alpha=scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return momentum buffers and AdamW's state."""
+        return {"muon": self._buffers, "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state["muon"][name])
+        self._adam.load_state_dict(state["adam"])
