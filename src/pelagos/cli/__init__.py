@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pelagos.errors import MissingDependency, PelagosError
+from pelagos.errors import PelagosError
 
 if TYPE_CHECKING:
     import typer
@@ -42,19 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer_app([args[0]] if module else list(COMMANDS))(args, prog_name="pelagos")
         return 0
     except PelagosError as error:
-        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        print(f"{red}pelagos: {' '.join(str(error).split())}{plain}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        return _fail(f"this command needs `pip install typer rich` ({error})")
     except KeyboardInterrupt:
         return 130
 
 
+def _fail(message: str) -> int:
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}pelagos: {' '.join(message.split())}{plain}", file=sys.stderr)
+    return 1
+
+
 def typer_app(names: Sequence[str]) -> typer.Typer:
-    """Return a typer application of the commands in `names`; raises MissingDependency without typer."""
-    try:
-        import typer
-    except ImportError as error:
-        raise MissingDependency(f"this command needs `pip install typer rich` ({error})") from None
+    """Return a typer application of the commands in `names` that are here."""
+    import typer
+
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @app.callback()

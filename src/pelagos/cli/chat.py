@@ -77,20 +77,20 @@ class Talk:
                 yield line
 
     def take(self, line: str) -> None:
-        """Obey a command, or answer a message."""
+        """Obey a command, or answer a message; what cannot be served is said, and the conversation goes on."""
         command, _, argument = line.strip().partition(" ")
-        if command == "/think":
-            try:
+        try:
+            if command == "/think":
                 self._set_effort(argument.strip() or ("high" if self._effort == "off" else "off"))
                 self._err.print(f"thinking: {self._effort}", style="dim")
-            except RequestError as error:
-                self._err.print(str(error), style="red")
-        elif command == "/clear":
-            self._messages = list(self._system)
-        elif command.startswith("/"):
-            self._err.print(_HELP, style="dim")
-        else:
-            self._answer(line)
+            elif command == "/clear":
+                self._messages = list(self._system)
+            elif command.startswith("/"):
+                self._err.print(_HELP, style="dim")
+            else:
+                self._answer(line)
+        except RequestError as error:
+            self._err.print(str(error), style="red")
 
     def _set_effort(self, effort: str) -> None:
         if effort not in ("off", *_EFFORTS):
