@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_WRAPPERS = ("arguments", "input")  # parameters that some outputs wrap around the real ones
 _CLOSERS = {"{": "}", "[": "]"}
 
 
@@ -18,17 +17,18 @@ class Arguments:
         properties = schema.get("properties") if isinstance(schema, Mapping) else None
         self._properties: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
         self._begun = False
-        self._name: str | None = None  # of the parameter in hand
+        self._name: str | None = None  # of the parameter in hand, or of a wrapper that waits for the end of the call
         self._is_string: bool | None = None  # what its tag says, None when it says nothing
-        self._streams = False
+        self._streams = self._wraps = False
         self._text = ""
 
     def open(self, name: str, is_string: bool | None) -> str:
-        """Begin a parameter; strings stream, other values wait for their end."""
+        """Begin a parameter; strings stream, other values and possible wrappers of the real arguments wait."""
         added = self._settle()
-        wraps = not self._begun and name in _WRAPPERS and self._properties and name not in self._properties
+        known = not self._properties or name in self._properties
+        self._wraps = name in ("arguments", "input") and not known and not self._begun
         self._name, self._is_string, self._text = name, is_string, ""
-        self._streams = bool(is_string) and not wraps
+        self._streams = bool(is_string) and not self._wraps
         return added + self._key() + '"' if self._streams else added
 
     def push(self, text: str) -> str:
@@ -39,18 +39,14 @@ class Arguments:
         return ""
 
     def close(self) -> str:
-        """End the parameter; a possible wrapper waits to see whether it is the only one."""
-        if self._streams:
-            self._name, self._streams = None, False
-            return '"'
-        return "" if self._may_unwrap() else self._settle()
+        """End the parameter."""
+        return "" if self._wraps else self._settle()
 
     def end(self) -> str:
         """End the call."""
-        if self._may_unwrap():
-            inner = _parsed(self._text)
-            if isinstance(inner, dict) and inner and inner.keys() <= self._properties.keys():
-                return json.dumps(inner, ensure_ascii=False)
+        inner = _parsed(self._text) if self._wraps and self._name and not self._begun else None
+        if isinstance(inner, dict) and inner and inner.keys() <= self._properties.keys():
+            return json.dumps(inner, ensure_ascii=False)
         added = self._settle()
         return added + "}" if self._begun else "{}"
 
@@ -60,40 +56,30 @@ class Arguments:
             return ""
         return self._key() + (_quoted(self._text)[:-1] if self._is_string else self._text)
 
-    def _may_unwrap(self) -> bool:
-        return (
-            not self._begun
-            and self._name in _WRAPPERS
-            and bool(self._properties)
-            and self._name not in self._properties
-        )
-
     def _settle(self) -> str:
-        """Write the value that waits, if one does."""
+        """Finish the value in hand, if there is one."""
         if self._name is None:
             return ""
-        added = self._key() + self._value(self._properties.get(self._name))
-        self._name = None
+        added = '"' if self._streams else self._key() + self._value(self._properties.get(self._name))
+        self._name, self._streams = None, False
         return added
 
     def _key(self) -> str:
-        assert self._name is not None
         lead, self._begun = ", " if self._begun else "{", True
         return f"{lead}{_quoted(self._name)}: "
 
     def _value(self, schema: Any) -> str:
         kind = schema.get("type") if isinstance(schema, Mapping) else None
         is_string = kind == "string" if self._is_string is None and kind is not None else self._is_string
-        text = self._text.strip()
         if not is_string:
-            if _is_json(text):
-                return text
-            if (is_string is False) and _is_json(repaired := _close_brackets(text)):
-                return repaired
+            text = self._text.strip()
+            for candidate in (text, _close_brackets(text)) if is_string is False else (text,):
+                if _parsed(candidate) is not None or candidate == "null":
+                    return candidate
         return _quoted(self._text)
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str | None) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -107,29 +93,21 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _is_json(text: str) -> bool:
-    return text == "null" or _parsed(text) is not None
-
-
 def _close_brackets(text: str) -> str:
-    """Add the quotes and brackets that are missing at the end, drop closing ones that close nothing."""
-    kept: list[str] = []
-    expected: list[str] = []
+    """Add the quotes and brackets that are missing, drop closing ones that close nothing."""
+    kept, expected = "", ""
     in_string = escaped = False
     for character in text:
         if in_string:
             in_string = escaped or character != '"'
             escaped = character == "\\" and not escaped
-        elif character == '"':
-            in_string = True
-        elif character in _CLOSERS:
-            expected.append(_CLOSERS[character])
-        elif character in _CLOSERS.values():
-            if character not in expected:
-                continue
-            while expected[-1] != character:
-                kept.append(expected.pop())
-            expected.pop()
-        kept.append(character)
-    body = "".join(kept) + ('"' if in_string else "")
-    return body.rstrip().removesuffix(",") + "".join(reversed(expected))
+        elif character in "}]":
+            inner, found, outer = expected.partition(character)
+            kept += inner + found
+            expected = outer if found else expected
+            continue
+        else:
+            in_string = character == '"'
+            expected = _CLOSERS.get(character, "") + expected
+        kept += character
+    return (kept + '"' * in_string).rstrip().removesuffix(",") + expected

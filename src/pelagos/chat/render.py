@@ -8,28 +8,25 @@ reading of histories. Every case where the prompt differs from the library's sta
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
-from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, LATEST_REMINDER, TASK_TOKENS, THINK, USER
+from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, LATEST_REMINDER, MARKS, TASK_TOKENS, THINK, USER
 from pelagos.config import GENERATIONS
 from pelagos.errors import ConfigError, MissingDependency, RequestError
 
 # The preview build knew two prompts; deepseek-recipe renders them as its `low` and `high`.
 _PREVIEW_EFFORTS = {
-    "minimal": "low",
-    "low": "low",
-    "medium": "low",
-    "high": "low",
-    "xhigh": "high",
-    "max": "high",
-    "ultra": "high",
+    **dict.fromkeys(("minimal", "low", "medium", "high"), "low"),
+    **dict.fromkeys(("xhigh", "max", "ultra"), "high"),
 }
-
-Pieces = list[tuple[str, bool]]  # a text, and whether it is one special token
+_TOKENS = {mark: token for token, mark in MARKS.items()}
+_CUTS = re.compile(f"([{''.join(_TOKENS)}])")
+_TURN = re.compile(f"[{MARKS[USER]}{MARKS[ASSISTANT]}{MARKS[LATEST_REMINDER]}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +75,18 @@ def render_prompt(body: dict[str, Any], *, generation: str = "0731") -> Prompt:
         raise RequestError(f"messages: expected a list of objects, got {type(given).__name__}")
     messages = [dict(message) for message in given]
     edits = _plan(asked, messages)
-    pieces, request = _convert(messages, asked)
+    text, request = _convert(messages, asked)
     conversation, options = request.conversation, request.parsing_options
     thinking, tools = conversation.thinking_mode, conversation.tools if options.parse_tool_calls else None
     if edits.tools is not None:
-        pieces = _move_tools(pieces, edits.tools, messages, asked)
-    for mark, task in edits.tasks:
-        pieces = _put_task(pieces, mark, task, thinking=thinking)
+        text = _move_tools(text, edits.tools, messages, asked)
+    for place, task in edits.tasks:
+        text = _put_task(text, place, task, thinking=thinking)
     if edits.end is not None:
-        keeps_reasoning = thinking and tools is None
-        pieces = _put_end(pieces, edits.end, edits.reasoning if keeps_reasoning else None)
-    stage = str(options.thinking_initial_stage).rpartition(".")[2]
-    in_reasoning = stage.startswith("Reasoning") and given[-1].get("task") is None
+        text = _put_end(text, edits.end, edits.reasoning if thinking and tools is None else None)
+    in_reasoning = "Reasoning" in str(options.thinking_initial_stage).rpartition(".")[2] and not given[-1].get("task")
     return Prompt(
-        pieces=_merge(pieces),
+        pieces=tuple((_TOKENS.get(piece, piece), piece in _TOKENS) for piece in _CUTS.split(text) if piece),
         thinking=thinking,
         effort=conversation.reasoning_effort,
         start="tool_calls" if options.starts_in_tool_calls else "reasoning" if in_reasoning else "content",
@@ -121,11 +116,11 @@ def _mode(body: Mapping[str, Any], generation: str) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Edits:
-    """Changes to make in the library's prompt, at private marks written into message texts."""
+    """Changes to make in the library's prompt, at places: texts no request can foresee, written into messages."""
 
-    tasks: list[tuple[str, str]] = field(default_factory=list)  # mark behind a text, task
-    tools: str | None = None  # mark behind the developer text the tool section belongs to
-    end: str | None = None  # mark before the text of the message that ends the conversation
+    tasks: list[tuple[str, str]] = field(default_factory=list)  # place behind a text, task
+    tools: str | None = None  # place behind the developer text the tool section belongs to
+    end: str | None = None  # place before the text of the message that ends the conversation
     reasoning: str | None = None  # reasoning of that message, None where an answer to a task has none
     continues: bool = False  # the last message is to be continued
 
@@ -143,31 +138,22 @@ def _plan(asked: dict[str, Any], messages: list[dict[str, Any]]) -> _Edits:
                 raise RequestError(f"messages[{index}].tools: the request declares tools already; declare them once")
             asked["tools"] = tools
             if role == "developer":
-                edits.tools = _new_mark()
-                _write_mark(message, edits.tools, index, at_end=True)
+                edits.tools = _write_place(message, index, at_end=True)
     _fill_tool_calls(messages)
     for index, message in enumerate(messages):
         if message.get("task") is not None:
             _check_task(messages, index)
-            edits.tasks.append((_new_mark(), message["task"]))
-            _write_mark(message, edits.tasks[-1][0], index, at_end=True)
+            edits.tasks.append((_write_place(message, index, at_end=True), message["task"]))
     last = messages[-1] if messages else {}
     edits.continues = last.get("prefix", False)
     if last.get("role") == "assistant" and not edits.continues and last.get("task") is None:
         answers_task = len(messages) > 1 and messages[-2].get("task") is not None
         edits.reasoning = None if answers_task else last.get("reasoning_content") or ""
-        edits.end = _new_mark()
-        _write_mark(last, edits.end, len(messages) - 1, at_end=False)
+        edits.end = _write_place(last, len(messages) - 1, at_end=False)
         # The library insists on a result for each call; what stands behind the last message is cut off again.
-        calls = last.get("tool_calls")
-        ids = [call.get("id") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-        messages += [{"role": "tool", "tool_call_id": identity, "content": ""} for identity in ids]
+        calls = [call for call in last.get("tool_calls") or () if isinstance(call, dict)]
+        messages += [{"role": "tool", "tool_call_id": call.get("id"), "content": ""} for call in calls]
     return edits
-
-
-def _new_mark() -> str:
-    """Return a text that no request can foresee and so none contains."""
-    return secrets.token_hex(16)
 
 
 def _to_json(value: Any) -> str:
@@ -177,18 +163,17 @@ def _to_json(value: Any) -> str:
         raise RequestError(f"the request is not JSON: {error}") from None
 
 
-def _write_mark(message: dict[str, Any], mark: str, index: int, *, at_end: bool) -> None:
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) and content:
-        parts = [dict(part) for part in content]
-        part, key = parts[-1 if at_end else 0], "text"
-        message["content"] = parts
-    else:
-        part, key = message, "content"
-        content = part[key] = content or ""
-    if not isinstance(part.get(key), str):
+def _write_place(message: dict[str, Any], index: int, *, at_end: bool) -> str:
+    holder, key, content = message, "content", message.get("content") or ""
+    if content and isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        message["content"] = parts = [dict(part) for part in content]
+        holder, key = parts[-1 if at_end else 0], "text"
+        content = holder.get("text")
+    if not isinstance(content, str):
         raise RequestError(f"messages[{index}].content: expected text at the {'end' if at_end else 'beginning'}")
-    part[key] = part[key] + mark if at_end else mark + part[key]
+    place = secrets.token_hex(16)
+    holder[key] = content + place if at_end else place + content
+    return place
 
 
 def _check_task(messages: list[dict[str, Any]], index: int) -> None:
@@ -209,13 +194,12 @@ def _fill_tool_calls(messages: list[dict[str, Any]]) -> None:
     for message in messages:
         calls = message.pop("tool_calls", None)
         if message.get("role") == "assistant":
+            if calls:
+                calls = calls if isinstance(calls, list) else [calls]
+                calls = message["tool_calls"] = [_fill_call(call, index) for index, call in enumerate(calls)]
+                waiting = [call.get("id") for call in calls if isinstance(call, dict)]
             if message.get("content") is None and (not calls or message["prefix"]):
                 message["content"] = ""
-            if isinstance(calls, list) and calls:
-                calls = [_fill_call(call, index) for index, call in enumerate(calls)]
-                waiting = [call.get("id") for call in calls if isinstance(call, dict)]
-            if calls:
-                message["tool_calls"] = calls
         elif message.get("role") == "tool":
             if message.get("tool_call_id") is None and waiting:
                 message["tool_call_id"] = waiting[0]
@@ -226,16 +210,13 @@ def _fill_call(call: Any, index: int) -> Any:
     if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
         return call  # the library names what is missing
     arguments = call["function"].get("arguments")
-    if arguments is None or arguments == "":
-        arguments = "{}"
-    elif not isinstance(arguments, str):
-        arguments = _to_json(arguments)
-    function = {**call["function"], "arguments": arguments}
+    arguments = "{}" if arguments is None or arguments == "" else arguments
+    function = {**call["function"], "arguments": arguments if isinstance(arguments, str) else _to_json(arguments)}
     return {"type": "function", **call, "id": call.get("id") or f"call_{index:02}", "function": function}
 
 
-def _convert(messages: list[dict[str, Any]], asked: Mapping[str, Any]) -> tuple[Pieces, Any]:
-    """Return deepseek-recipe's prompt in pieces, and its converted request."""
+def _convert(messages: list[dict[str, Any]], asked: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return deepseek-recipe's prompt, marks for special tokens, and its converted request."""
     try:
         import deepseek_recipe as recipe
     except ImportError as error:
@@ -249,71 +230,36 @@ def _convert(messages: list[dict[str, Any]], asked: Mapping[str, Any]) -> tuple[
         rendered = recipe.DeepseekV4Encoding().render_conversation(request.conversation)
     except (recipe.ConversionError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(str(error)) from None
-    pieces, position = [], 0
+    text, position = "", 0
     for begin, end in rendered.special_ranges:
-        pieces += [(rendered.prompt[position:begin], False), (rendered.prompt[begin:end], True)]
+        text += rendered.prompt[position:begin] + MARKS[rendered.prompt[begin:end]]
         position = end
-    return [*pieces, (rendered.prompt[position:], False)], request
+    return text + rendered.prompt[position:], request
 
 
-def _merge(pieces: Pieces) -> tuple[tuple[str, bool], ...]:
-    """Join neighbouring texts, which must be tokenised as one, and drop empty ones."""
-    merged: Pieces = []
-    for text, special in pieces:
-        if not special and merged and not merged[-1][1]:
-            merged[-1] = (merged[-1][0] + text, False)
-        elif text:
-            merged.append((text, special))
-    return tuple(merged)
+def _move_tools(text: str, place: str, messages: list[dict[str, Any]], asked: dict[str, Any]) -> str:
+    """Move the tool section from behind the system text to a place."""
+    without, _ = _convert(messages, {key: asked[key] for key in ("thinking", "reasoning_effort") if key in asked})
+    alone, _ = _convert([{"role": "user", "content": ""}], {"tools": asked["tools"], "reasoning_effort": "none"})
+    begin = _TURN.split(without, maxsplit=1)[0]
+    section = _TURN.split(alone, maxsplit=1)[0].removeprefix(MARKS[BOS])
+    return text.replace(begin + section, begin, 1).replace(place, section)
 
 
-def _slice(pieces: Pieces, begin: int, end: int | None = None) -> Pieces:
-    """Return the pieces between two character positions."""
-    cut, position = [], 0
-    for text, special in pieces:
-        part = text[max(begin - position, 0) : None if end is None else max(end - position, 0)]
-        cut += [(part, special)] if part else []
-        position += len(text)
-    return cut
+def _put_task(text: str, place: str, task: str, *, thinking: bool) -> str:
+    """Put a task's token in the place of the opening of the next assistant turn."""
+    before, _, after = text.partition(place)
+    if after.startswith(MARKS[EOS]):
+        before, after = before + after[0], after[1:]
+    opening = MARKS[ASSISTANT] + MARKS[THINK if thinking else END_THINK] if task == "action" else ""
+    return (
+        before + opening + MARKS[TASK_TOKENS[task]] + after.lstrip(MARKS[ASSISTANT] + MARKS[THINK] + MARKS[END_THINK])
+    )
 
 
-def _split(pieces: Pieces, mark: str) -> tuple[Pieces, Pieces]:
-    """Cut at a mark and drop it."""
-    position = "".join(text for text, _ in pieces).index(mark)
-    return _slice(pieces, 0, position), _slice(pieces, position + len(mark))
-
-
-def _length_to_special(pieces: Pieces, names: Container[str]) -> int:
-    """Count the characters before the first of these special tokens behind BOS."""
-    at = next(index for index, (text, special) in enumerate(pieces) if special and text in names)
-    return sum(len(text) for text, _ in pieces[:at])
-
-
-def _move_tools(pieces: Pieces, mark: str, messages: list[dict[str, Any]], asked: dict[str, Any]) -> Pieces:
-    """Move the tool section from behind the system text to the mark."""
-    turns = (USER, ASSISTANT, LATEST_REMINDER)
-    mode = {key: value for key, value in asked.items() if key in ("thinking", "reasoning_effort")}
-    begin = _length_to_special(_convert(messages, mode)[0], turns)
-    section, _ = _convert([{"role": "user", "content": ""}], {"tools": asked["tools"], "reasoning_effort": "none"})
-    end = begin + _length_to_special(section, turns) - len(BOS)
-    before, after = _split(_slice(pieces, 0, begin) + _slice(pieces, end), mark)
-    return before + _slice(pieces, begin, end) + after
-
-
-def _put_task(pieces: Pieces, mark: str, task: str, *, thinking: bool) -> Pieces:
-    """Replace the opening of the next assistant turn by the task's token."""
-    before, after = _split(pieces, mark)
-    if after[0] == (EOS, True):
-        before, after = [*before, after[0]], after[1:]
-    while after and after[0][1] and after[0][0] in (ASSISTANT, THINK, END_THINK):
-        after = after[1:]
-    opening = [ASSISTANT, THINK if thinking else END_THINK] if task == "action" else []
-    return before + [(token, True) for token in [*opening, TASK_TOKENS[task]]] + after
-
-
-def _put_end(pieces: Pieces, mark: str, reasoning: str | None) -> Pieces:
-    """End the prompt with the marked message, its reasoning put back where the library dropped it."""
-    before, after = _split(pieces, mark)
+def _put_end(text: str, place: str, reasoning: str | None) -> str:
+    """End the prompt with the message at a place, its reasoning put back where the library dropped it."""
+    before, _, after = text.partition(place)
     if reasoning is not None:
-        before = [*before[:-1], (THINK, True), (reasoning, False), before[-1]]
-    return before + after[: after.index((EOS, True)) + 1]
+        before = before[:-1] + MARKS[THINK] + reasoning + before[-1]
+    return before + after[: after.index(MARKS[EOS]) + 1]

@@ -30,10 +30,9 @@ class Tokenizer:
         import tokenizers
 
         # Every added token counts as special: the released vocabulary adds none that text should reach.
-        self.special_tokens: Mapping[int, str] = {
-            index: token.content for index, token in full.get_added_tokens_decoder().items()
-        }
-        self._ids = {token: index for index, token in self.special_tokens.items()}
+        added = full.get_added_tokens_decoder()
+        self._ids = {token.content: index for index, token in added.items()}
+        self.special_tokens: Mapping[int, str] = {index: token for token, index in self._ids.items()}
         missing = " ".join(token for token in SPECIAL_TOKENS if token not in self._ids)
         if missing:
             raise ConfigError(f"{source}: special tokens missing: {missing}; is this a DeepSeek-V4 tokenizer?")
@@ -42,7 +41,9 @@ class Tokenizer:
         if full.normalizer is not None:
             self._plain.normalizer = full.normalizer
         self._bytes = _token_bytes(full.get_vocab(), self.special_tokens, source)
-        self._refuse_reachable_specials(source)
+        for text in self._ids:
+            if not self.special_tokens.keys().isdisjoint(self.encode(text)):
+                raise ConfigError(f"{source}: the text {text!r} tokenises to a special id; its merges are not V4's")
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> Tokenizer:
@@ -56,9 +57,8 @@ class Tokenizer:
         except ImportError as error:
             raise MissingDependency(f"text needs the tokenizers library: `pip install tokenizers` ({error})") from None
         file = Path(path_or_name)
-        bundled = bundled_model_dir(file.name)
-        if file.name == str(path_or_name) and bundled.is_dir():
-            file = bundled
+        if file.name == str(path_or_name) and bundled_model_dir(file.name).is_dir():
+            file = bundled_model_dir(file.name)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise ConfigError(f"{file}: not found; expected a tokenizer.json, its directory or a bundled model's name")
@@ -88,10 +88,8 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Tokenise a rendered prompt piece by piece."""
-        ids: list[int] = []
-        for text, special in prompt.pieces:
-            ids += [self._ids[text]] if special else self.encode(text)
-        return ids
+        pieces = ([self._ids[text]] if special else self.encode(text) for text, special in prompt.pieces)
+        return [index for piece in pieces for index in piece]
 
     def encode_chat(self, body: dict[str, Any], *, generation: str = "0731") -> list[int]:
         """Render a chat-completions body (see `render_prompt`) and tokenise it."""
@@ -108,12 +106,6 @@ class Tokenizer:
 
     def _spell(self, index: int) -> bytes:
         return self._bytes[index] if 0 <= index < len(self._bytes) else _UNKNOWN
-
-    def _refuse_reachable_specials(self, source: str) -> None:
-        texts = list(self.special_tokens.values())
-        for text, encoding in zip(texts, self._plain.encode_batch(texts, add_special_tokens=False), strict=True):
-            if not self.special_tokens.keys().isdisjoint(encoding.ids):
-                raise ConfigError(f"{source}: the text {text!r} tokenises to a special id; its merges are not V4's")
 
 
 class StreamDecoder:
@@ -141,12 +133,9 @@ def _token_bytes(vocab: Mapping[str, int], special: Mapping[int, str], source: s
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
-    spelled = [_UNKNOWN] * (max(max(vocab.values()), max(special)) + 1)
+    spelled = [_UNKNOWN] * (max(vocab.values()) + 1)
     for token, index in vocab.items():
-        if index in special:
-            spelled[index] = special[index].encode()
-        elif all(character in table for character in token):
-            spelled[index] = bytes(table[character] for character in token)
-        else:
+        if index not in special and not table.keys() >= set(token):
             raise ConfigError(f"{source}: token {index} is {token!r}, which is not byte-level BPE; V4's tokenizer is")
+        spelled[index] = special[index].encode() if index in special else bytes(table[letter] for letter in token)
     return spelled

@@ -1,45 +1,24 @@
 """Names of the special tokens of DeepSeek-V4: the one place where they are spelled.
 
-Ids are never written down here: they are read from `tokenizer.json`. A new small vocabulary (`train_tokenizer`)
-gives them the ids 0, 1, 2 ... in the order of SPECIAL_TOKENS. Source: the released tokenizer.
+Ids are never written down: they are read from `tokenizer.json`. A new small vocabulary (`train_tokenizer`) gives
+them the ids 0, 1, 2 ... in the order of SPECIAL_TOKENS. Source: the released tokenizer.
 """
 
 from __future__ import annotations
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-FIM_HOLE = "<｜fim▁hole｜>"
-FIM_BEGIN = "<｜fim▁begin｜>"
-FIM_END = "<｜fim▁end｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
-THINK = "<think>"
-END_THINK = "</think>"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
 LATEST_REMINDER = "<｜latest_reminder｜>"
-
 # Value of a message's `task` field -> the token that asks for it (quick instructions).
 TASK_TOKENS = {
-    "action": "<｜action｜>",
-    "query": "<｜query｜>",
-    "authority": "<｜authority｜>",
-    "domain": "<｜domain｜>",
-    "title": "<｜title｜>",
-    "extracted_url": "<｜extracted_url｜>",
-    "read_url": "<｜read_url｜>",
+    task: f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "extracted_url", "read_url")
 }
-
 SPECIAL_TOKENS: tuple[str, ...] = (
-    BOS,
-    EOS,
-    FIM_HOLE,
-    FIM_BEGIN,
-    FIM_END,
-    USER,
-    ASSISTANT,
-    THINK,
-    END_THINK,
-    DSML,
-    LATEST_REMINDER,
+    *(BOS, EOS, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, THINK, END_THINK, DSML, LATEST_REMINDER),
     *TASK_TOKENS.values(),
 )
+# Inside this room one unpaired surrogate stands for one special token: text that came in as UTF-8 cannot hold any.
+MARKS = {token: chr(0xD800 + index) for index, token in enumerate(SPECIAL_TOKENS)}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import string
 
-_MASK = (1 << 64) - 1
 # The first 32 bytes of XXH3's secret and its constants (xxHash specification): enough for inputs of 17 to 32 bytes.
 _SECRET = bytes.fromhex("b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f")
-_PRIME = 0x9E3779B185EBCA87
-_AVALANCHE = 0x165667919E3779F9
+_PRIME, _AVALANCHE, _MASK = 0x9E3779B185EBCA87, 0x165667919E3779F9, (1 << 64) - 1
 
 
 def new_tool_call_id(index: int, *, empty_reasoning: bool, rng: random.Random) -> str:
@@ -20,18 +18,11 @@ def new_tool_call_id(index: int, *, empty_reasoning: bool, rng: random.Random) -
 
 
 def _xxh3_64(data: bytes) -> int:
-    """XXH3-64 without seed of 17 to 32 bytes."""
-    assert 17 <= len(data) <= 32
-
-    def mix(at: int, secret: int) -> int:
-        low, high = (
-            int.from_bytes(data[at + lane : at + lane + 8], "little")
-            ^ int.from_bytes(_SECRET[secret + lane : secret + lane + 8], "little")
-            for lane in (0, 8)
-        )
-        product = low * high
-        return (product ^ (product >> 64)) & _MASK
-
-    total = (len(data) * _PRIME + mix(0, 0) + mix(len(data) - 16, 16)) & _MASK
+    total = len(data) * _PRIME
+    for lane, secret in ((data[:16], _SECRET[:16]), (data[-16:], _SECRET[16:])):
+        mixed = int.from_bytes(lane, "little") ^ int.from_bytes(secret, "little")
+        product = (mixed & _MASK) * (mixed >> 64)
+        total += (product & _MASK) ^ (product >> 64)
+    total &= _MASK
     total = (total ^ (total >> 37)) * _AVALANCHE & _MASK
     return total ^ (total >> 32)
