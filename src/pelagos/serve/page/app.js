@@ -86,7 +86,10 @@ class AnswerView {
       this.fold.append(this.label, this.thought);
       this.node.prepend(this.fold);
     }
-    if (this.fold && this.thought.textContent !== this.thinking) this.thought.textContent = this.thinking;
+    if (this.fold && this.shown !== this.thinking) {
+      this.shown = this.thinking;
+      this.thought.replaceChildren(...rendered(this.thinking));
+    }
     if (this.content) this.endThinking();
     this.body.replaceChildren(...rendered(this.content));
   }
