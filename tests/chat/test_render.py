@@ -297,6 +297,7 @@ def test_an_empty_argument_text_is_no_argument():
         ({"messages": [user("q", task="query"), user("r")]}, r"messages\[0\].task: expected the last message"),
         ({"messages": [user(7, task="query")]}, r"messages\[0\].content: expected text at the end"),
         ({"messages": [user("a\ud800")]}, "surrogates not allowed"),
+        ({"messages": [user("q"), assistant("", reasoning_content="\ud805")], **LOW}, "surrogates not allowed"),
         ({"messages": [assistant("", tool_calls=[call("x", {1, 2})])]}, "not JSON"),
     ],
 )

@@ -46,9 +46,10 @@ def test_a_dsml_tag_is_ordinary_tokens_around_one_special(tokenizer):
     assert ids[-1] == tokenizer.id("<｜end▁of▁sentence｜>")
 
 
-def test_special_ids_stand_exactly_where_the_renderer_wrote_them(tokenizer):
-    rng = random.Random(3)
-    for _ in range(500):
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_special_ids_stand_exactly_where_the_renderer_wrote_them(tokenizer, count):
+    rng = random.Random(count)
+    for _ in range(count):
         prompt = render_prompt(some_body(rng))
         ids = tokenizer.encode_prompt(prompt)
         written = [text for text, special in prompt.pieces if special]
