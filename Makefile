@@ -43,7 +43,7 @@ $(TEST_READY): | $(BIN)/python
 # Wheels only: a missing wheel is an error at once instead of a compiler run.
 define install
 	@echo "make: installing $(1) into $(VENV) (the first time this downloads torch)" >&2
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --only-binary :all: -r $(1)
+	$(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --only-binary :all: -r $(1)
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 endef
