@@ -15,6 +15,7 @@ from pelagos import numerics
 from pelagos.config import ModelConfig
 from pelagos.kernels.ref import compress
 from pelagos.kernels.ref.attention import sparse_attention, window_mask
+from pelagos.kernels.ref.gemm import grouped_projection
 from pelagos.kernels.ref.norm_rope import apply_rope, rms_norm, rope_frequencies, rope_table
 from pelagos.model.cache import LayerCache
 from pelagos.model.layers import Linear, RMSNorm
@@ -227,9 +228,7 @@ class Attention(nn.Module):
         q = apply_rope(q, by_head)
         rows = cache.window(self._store(apply_rope(self.kv_norm(self.wkv(x)), (cos, sin))))
         entries, mask = self._entries(x, latent, step, cache, aux)
-        out, weights = sparse_attention(
-            q, rows, step.window_mask(), entries, mask, self.attn_sink, window=self.window_size
-        )
+        out, weights = self._attend(q, rows, step, entries, mask)
         if aux is not None and weights is not None:
             aux["entry_weights"] = weights
         return self._project(apply_rope(out, by_head, inverse=True))
@@ -267,11 +266,23 @@ class Attention(nn.Module):
         index = picks.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, entries.shape[2])
         return entries.gather(1, index).unflatten(1, picks.shape[1:]), picks >= 0
 
+    def _attend(
+        self, q: Tensor, rows: Tensor, step: Step, entries: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend in the carrier; with a float32 one in released mode in float64, rounded once (see gemm.py)."""
+        if not self.simulate or q.dtype != torch.float32:
+            return sparse_attention(q, rows, step.window_mask(), entries, mask, self.attn_sink, window=self.window_size)
+        wide = None if entries is None else entries.double()
+        out, weights = sparse_attention(
+            q.double(), rows.double(), step.window_mask(), wide, mask, self.attn_sink, window=self.window_size
+        )
+        return out.float(), None if weights is None else weights.float()
+
     def _project(self, out: Tensor) -> Tensor:
         """Grouped output projection: heads in consecutive groups, each with its slice of wo_a, then wo_b."""
         grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # (B, S, G, H*C/G)
         weight = self.wo_a.effective_weight(out.dtype).unflatten(0, (self.groups, -1))  # (G, R, H*C/G)
-        return self.wo_b(torch.einsum("bsgi,gri->bsgr", grouped, weight).flatten(2))
+        return self.wo_b(grouped_projection(grouped, weight, ordered=self.simulate).flatten(2))
 
 
 def _picked_mask(picks: Tensor, entries: int) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pelagos import numerics
+from pelagos.kernels.ref.gemm import linear
 from pelagos.kernels.ref.norm_rope import rms_norm
 
 
@@ -49,9 +49,9 @@ class Linear(nn.Module):
         return self.simulate and self.simulate_input and self.stored in ("fp8", "fp4")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.quantizes_input:
-            x = quantize_activations(x)
-        return functional.linear(x, self.effective_weight(x.dtype))
+        quantized = self.quantizes_input
+        x = quantize_activations(x) if quantized else x
+        return linear(x, self.effective_weight(x.dtype), quantized=quantized)
 
 
 class RMSNorm(nn.Module):

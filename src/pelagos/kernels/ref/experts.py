@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pelagos.kernels.ref.gemm import linear
+
 Quantizer = Callable[[Tensor], Tensor]
 
 
@@ -25,13 +27,16 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return functional.silu(gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R."""
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, quantized: bool = False) -> Tensor:
+    """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R.
+
+    `quantized` as in `gemm.linear`.
+    """
     if x.is_cuda and x.dtype == torch.bfloat16:
         ends = counts.cumsum(0).to(torch.int32)
         return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
     groups = x.split(counts.tolist())
-    return torch.cat([functional.linear(g, weight[e].to(x.dtype)) for e, g in enumerate(groups) if len(g)])
+    return torch.cat([linear(g, weight[e], quantized=quantized) for e, g in enumerate(groups) if len(g)])
 
 
 def mixture(
@@ -46,10 +51,11 @@ def mixture(
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     counts = functional.one_hot(flat, w13.shape[0]).sum(0)
+    quantized = quantize is not None
     prepared = quantize(x) if quantize else x
-    gate, up = grouped_linear(prepared[order // picks], w13, counts).chunk(2, -1)
+    gate, up = grouped_linear(prepared[order // picks], w13, counts, quantized=quantized).chunk(2, -1)
     hidden = (swiglu(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, counts)
+    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, counts, quantized=quantized)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return out[back].view(tokens, picks, -1).float().sum(1)
 
@@ -58,14 +64,15 @@ def mixture_few(
     x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None
 ) -> Tensor:
     """The same as `mixture` for a handful of tokens: each token visits its experts one by one."""
+    quantized = quantize is not None
     prepared = quantize(x) if quantize else x
     out = []
     for token, experts in enumerate(chosen.tolist()):
         row = prepared[token : token + 1]
-        pairs = [functional.linear(row, w13[e].to(x.dtype)) for e in experts]
+        pairs = [linear(row, w13[e], quantized=quantized) for e in experts]
         gate, up = torch.cat(pairs).chunk(2, -1)
         hidden = (swiglu(gate, up, limit) * weights[token].unsqueeze(-1)).to(x.dtype)
         hidden = quantize(hidden) if quantize else hidden
-        parts = [functional.linear(hidden[i : i + 1], w2[e].to(x.dtype)).float() for i, e in enumerate(experts)]
+        parts = [linear(hidden[i : i + 1], w2[e], quantized=quantized).float() for i, e in enumerate(experts)]
         out.append(torch.cat(parts).sum(0, keepdim=True))
     return torch.cat(out)
