@@ -40,8 +40,8 @@ FILE_CEILING = 800
 # Rooms whose code never sees a device.
 DEVICE_FREE = ("chat", "cost", "sandbox")
 DEVICE_LIBRARIES = ("torch", "triton", "numpy")
-# Files where the released tokens are spelled, or where people read typeset text.
-NON_ASCII = {"chat/tokens.py", "chat/bpe.py", "serve/page/index.html"}
+# The files where the released tokens and the splits of the tokenizer are spelled.
+NON_ASCII = {"chat/tokens.py", "chat/bpe.py"}
 
 
 def room_of(path: Path) -> str:

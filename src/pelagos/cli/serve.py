@@ -27,4 +27,4 @@ def serve(
     def load() -> LLM:
         return LLM(model, mode=mode, device=device, generation=generation)
 
-    run(load, model_name=Path(model).name, host=host, port=port, max_tokens=max_tokens)
+    run(load, model_name=Path(model).resolve().name, host=host, port=port, max_tokens=max_tokens)
