@@ -15,8 +15,9 @@ from torch.nn import functional
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError, RequestError
 from pelagos.kernels.ref import hyper_connection as hc
+from pelagos.kernels.sinkhorn import sinkhorn
 from pelagos.model.attention import Attention, Indexer, Step
-from pelagos.model.cache import Cache, FullSequence
+from pelagos.model.cache import Cache, FullSequence, LayerCache
 from pelagos.model.experts import Experts, MoE, Router
 from pelagos.model.layers import Linear, RMSNorm
 
@@ -41,25 +42,32 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", nn.Parameter(torch.empty(rows)))
             self.register_parameter(f"hc_{site}_scale", nn.Parameter(torch.empty(3)))
 
-    def _pre(self, streams: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
-        fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
-        config = self.config
-        eps = {"iters": config.hc_sinkhorn_iters, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
-        return hc.hc_pre(streams, fn, base, scale, **eps)
-
     def forward(
         self, streams: Tensor, step: Step, cache: Cache, index: int, aux: dict[str, Tensor] | None = None
     ) -> Tensor:
         """Return the streams (B, S, n, D) after this layer; `index` is its place in the cache."""
-        x, post, comb = self._pre(streams, "attn")
+        return self.expert_site(self.attention_site(streams, step, cache.layer(index), aux), step.ids, aux)
+
+    def attention_site(self, streams: Tensor, step: Step, cache: LayerCache, aux: dict[str, Tensor] | None) -> Tensor:
+        """Return the streams after the attention site."""
+        x, post, comb = self._enter(streams, "attn", aux)
+        return hc.hc_post(self.attn(self.attn_norm(x), step, cache, aux), streams, post, comb)
+
+    def expert_site(self, streams: Tensor, ids: Tensor, aux: dict[str, Tensor] | None) -> Tensor:
+        """Return the streams after the MoE site."""
+        x, post, comb = self._enter(streams, "ffn", aux)
+        return hc.hc_post(self.ffn(self.ffn_norm(x), ids, aux), streams, post, comb)
+
+    def _enter(self, streams: Tensor, site: str, aux: dict[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Collapse the streams to the site's input; return it with the weights its output comes back by."""
+        fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
+        config = self.config
+        mix = hc.mix_logits(streams, fn, config.rms_norm_eps)
+        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
+        comb = sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
         if aux is not None:
-            aux["hc_attn_comb"] = comb
-        y = self.attn(self.attn_norm(x), step, cache.layer(index), aux)
-        streams = hc.hc_post(y, streams, post, comb)
-        x, post, comb = self._pre(streams, "ffn")
-        if aux is not None:
-            aux["hc_ffn_comb"] = comb
-        return hc.hc_post(self.ffn(self.ffn_norm(x), step.ids, aux), streams, post, comb)
+            aux[f"hc_{site}_comb"] = comb
+        return hc.collapse(streams, pre), post, comb
 
 
 class Collapse(nn.Module):
@@ -175,7 +183,7 @@ class Transformer(Collapse):
     def run(self, step: Step, cache: Cache, aux: list[dict[str, Tensor]] | None = None) -> Tensor:
         """Return the backbone's streams (B, S, n, D); `aux` receives one dict a layer."""
         embedded = self.embed(step.ids).to(self.carrier)
-        streams = embedded.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
         for index, layer in enumerate(self.layers):
             notes = None if aux is None else {}
             streams = layer(streams, step, cache, index, notes)

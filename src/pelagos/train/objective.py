@@ -5,6 +5,7 @@ Source: technical report 2.1, 4.2.2; V3 for the balance rules; V3.2 for the inde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,14 +86,18 @@ def losses(
     weights: LossWeights,
     *,
     dense: bool,
+    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = token_loss,
 ) -> Losses:
-    """Run one packed batch, all (B, S), and return its loss terms; `dense` attends every visible entry."""
+    """Run one packed batch, all (B, S), and return its loss terms.
+
+    `dense` attends every visible entry; `cross_entropy` is `token_loss` or a compiled form of it.
+    """
     step = prepare_step(model, ids, positions, segments, dense=dense)
     cache = FullSequence(model.config.sliding_window)
     notes: list[dict[str, Tensor]] = []
     streams = model.run(step, cache, notes)
     hidden = model.collapse(streams, model.config)
-    main = token_loss(hidden.flatten(0, 1), model.head.weight, targets.flatten())
+    main = cross_entropy(hidden.flatten(0, 1), model.head.weight, targets.flatten())
     zero = main.new_zeros(())
     draft = zero
     if len(model.mtp):
@@ -100,7 +105,7 @@ def losses(
         draft_notes: dict[str, Tensor] = {}
         drafted = model.draft(streams, next_ids, step, cache, draft_notes)
         notes.append(draft_notes)
-        draft = token_loss(drafted.flatten(0, 1), model.head.weight, after.flatten())
+        draft = cross_entropy(drafted.flatten(0, 1), model.head.weight, after.flatten())
     balance, indexer, load = zero, zero, []
     for note in notes:
         scores, chosen = (note[k].unflatten(0, ids.shape) for k in ("router_scores", "chosen"))

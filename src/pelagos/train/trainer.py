@@ -24,10 +24,11 @@ from pelagos.load import save_model
 from pelagos.model import Transformer
 from pelagos.train.data import IGNORE, Batch, PackedBatches, read_shard
 from pelagos.train.init import initialise
-from pelagos.train.objective import Losses, LossWeights, losses, update_balance_bias
+from pelagos.train.objective import Losses, LossWeights, losses, token_loss, update_balance_bias
 from pelagos.train.optim import Optimizer
 
 RUN_FORMAT = 1
+EXPORT_SHARD_BYTES = 15_000_000  # a shard of the bundled model stays under the 16 MiB that file hosts take
 SCORED = ("docs", "code", "books", "chat")
 
 
@@ -97,10 +98,13 @@ class Trainer:
         self.batches = PackedBatches(read_shard(data, "train"), repeats=config.repeats, **layout)
         self.heldout = read_shard(data, "heldout")
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
+        self.cross_entropy = token_loss
         if config.compile:
+            self.cross_entropy = torch.compile(token_loss, dynamic=False)
             torch._dynamo.config.recompile_limit = 64  # layer kinds x stages
             for block in (*self.model.layers, *self.model.mtp):
-                block.forward = torch.compile(block.forward, dynamic=False)
+                block.attention_site = torch.compile(block.attention_site, dynamic=False)
+                block.expert_site = torch.compile(block.expert_site, dynamic=False)
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -137,8 +141,9 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.grad = None
         for _ in range(config.accumulate):
-            batch = self._to_device(self.batches.next())
-            terms = losses(self.model, *batch, weights, dense=self.step < config.sparse_from * config.steps)
+            batch = self.batches.next()
+            dense = self.step < config.sparse_from * config.steps
+            terms = self._losses(batch, weights, dense=dense)
             (terms.total / config.accumulate).backward()
             load = terms.load if load is None else load + terms.load
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -155,9 +160,10 @@ class Trainer:
         if self.model.mode != mode:
             self.model.set_mode(mode, master_weights=quantise)
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _losses(self, batch: Batch, weights: LossWeights, *, dense: bool) -> Losses:
         ids, positions, segments, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in batch)
-        return ids, positions, segments, targets
+        options = {"dense": dense, "cross_entropy": self.cross_entropy}
+        return losses(self.model, ids, positions, segments, targets, weights, **options)
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out loss a kind over up to `eval_rows` rows: bits per byte of text, nats a token for chat.
@@ -174,7 +180,7 @@ class Trainer:
             for batch in PackedBatches(self.heldout, repeats={kind: 1}, **layout).epoch():
                 if rows >= config.eval_rows or (rows and len(batch.ids) < config.batch_rows):
                     break
-                terms = losses(self.model, *self._to_device(batch), LossWeights(), dense=dense)
+                terms = self._losses(batch, LossWeights(), dense=dense)
                 tokens = int((batch.targets != IGNORE).sum())
                 nats, count, rows = nats + float(terms.next_token) * tokens, count + tokens, rows + len(batch.ids)
             scores[kind] = nats / count * (self._tokens_per_byte(kind) / math.log(2) if kind != "chat" else 1.0)
@@ -233,7 +239,7 @@ class Trainer:
         partial.replace(self.out / "state.pt")
 
     def resume(self) -> bool:
-        """Continue from the state in `out` if there is one; raises CheckpointError when it is torn or another model's."""
+        """Continue from the state in `out`, if any; raises CheckpointError when it is torn or another model's."""
         path = self.out / "state.pt"
         if not path.exists():
             return False
@@ -252,4 +258,4 @@ class Trainer:
 
     def export(self, path: Path) -> None:
         """Write the model as a released-format checkpoint (FP4 experts, FP8 projections)."""
-        save_model(self.model, path)
+        save_model(self.model, path, shard_bytes=EXPORT_SHARD_BYTES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pool_windows(kv: Tensor, score: Tensor) -> Tensor:
-    """Pool slots by a per-channel softmax: kv, score (B, N, slots, D) float32 -> (B, N, D). A slot at -inf is absent."""
+    """Pool slots by a per-channel softmax: kv, score (B, N, slots, D) float32 -> (B, N, D); -inf hides a slot."""
     return (score.softmax(2) * kv).sum(2)
 
 

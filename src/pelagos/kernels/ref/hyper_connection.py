@@ -29,20 +29,14 @@ def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     return torch.nn.functional.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
-def hc_pre(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Collapse streams (..., n, d) to the site's input and compute how its output will be mixed back.
+def split_mix(mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a site's (..., (2+n)*n) mix logits into pre (..., n), post (..., n) and comb logits (..., n, n), float32.
 
-    fn ((2+n)*n, n*d), base ((2+n)*n,), scale (3,) float32. Returns x (..., d) in the streams' dtype,
-    post (..., n) and comb (..., n, n) float32.
+    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2.
     """
-    n = streams.shape[-2]
-    mix = mix_logits(streams, fn, norm_eps)
     pre = torch.sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    comb = sinkhorn((mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), iters, eps)
-    return collapse(streams, pre), post, comb
+    return pre, post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalise x (..., C) by its root mean square: float32 statistics, weight (C,) or None, one cast back at the end."""
+    """Normalise x (..., C) by its root mean square in float32, weight (C,) or None, one cast back at the end."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide if weight is None else wide * weight.float()).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Triton kernels, imported only when a CUDA tensor (or the interpreter) asks for them."""
