@@ -269,14 +269,14 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, rows: Tensor, step: Step, entries: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend in the carrier; with a float32 one in released mode in float64, rounded once (see gemm.py)."""
+        """Attend in the carrier; in released mode with a float32 one, sum in float64 and round (see gemm.py)."""
         if not self.simulate or q.dtype != torch.float32:
             return sparse_attention(q, rows, step.window_mask(), entries, mask, self.attn_sink, window=self.window_size)
         wide = None if entries is None else entries.double()
         out, weights = sparse_attention(
             q.double(), rows.double(), step.window_mask(), wide, mask, self.attn_sink, window=self.window_size
         )
-        return out.float(), None if weights is None else weights.float()
+        return out.float(), weights
 
     def _project(self, out: Tensor) -> Tensor:
         """Grouped output projection: heads in consecutive groups, each with its slice of wo_a, then wo_b."""

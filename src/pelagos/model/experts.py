@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pelagos.config import ModelConfig
 from pelagos.kernels.ref import experts as ops
+from pelagos.kernels.ref.gemm import linear, ordered_linear
 from pelagos.model.layers import Linear, quantize_activations, quantize_weight
 
 FEW_TOKENS = 4  # up to here a loop over the chosen experts is quicker than sorting tokens
@@ -27,11 +28,13 @@ class Router(nn.Module):
         self.bias: Tensor | None
         table = torch.zeros(config.vocab_size, self.topk, dtype=torch.int64) if hashed else None
         self.register_buffer("tid2eid", table)
+        self.simulate = False
         self.register_buffer("bias", None if hashed else torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return chosen (T, K) int64, weights (T, K) and all scores (T, E) float32 for x (T, D), ids (T,)."""
-        scores = functional.softplus(functional.linear(x.float(), self.weight.float())).sqrt()
+        product = ordered_linear if self.simulate else linear
+        scores = functional.softplus(product(x.float(), self.weight)).sqrt()
         if self.tid2eid is not None:
             chosen = self.tid2eid[ids]
         else:

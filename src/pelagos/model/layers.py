@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pelagos import numerics
-from pelagos.kernels.ref.gemm import linear
+from pelagos.kernels.ref.gemm import linear, ordered_linear, quantized_linear
 from pelagos.kernels.ref.norm_rope import rms_norm
 
 
@@ -49,9 +49,10 @@ class Linear(nn.Module):
         return self.simulate and self.simulate_input and self.stored in ("fp8", "fp4")
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = self.quantizes_input
-        x = quantize_activations(x) if quantized else x
-        return linear(x, self.effective_weight(x.dtype), quantized=quantized)
+        weight = self.effective_weight(x.dtype)
+        if self.quantizes_input:
+            return quantized_linear(quantize_activations(x), weight)
+        return ordered_linear(x, weight) if self.simulate else linear(x, weight)
 
 
 class RMSNorm(nn.Module):

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, ratio: int, hashed: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.simulate = config, False
         self.attn = Attention(config, ratio)
         self.ffn = MoE(config, hashed)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -62,7 +62,7 @@ class Block(nn.Module):
         """Collapse the streams to the site's input; return it with the weights its output comes back by."""
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         config = self.config
-        mix = hc.mix_logits(streams, fn, config.rms_norm_eps)
+        mix = hc.mix_logits(streams, fn, config.rms_norm_eps, ordered=self.simulate)
         pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
         comb = sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
         if aux is not None:
@@ -155,7 +155,7 @@ class Transformer(Collapse):
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
         self.mode = mode
         for module in self.modules():
-            if isinstance(module, (Linear, Experts, Attention, Indexer)):
+            if isinstance(module, (Linear, Experts, Router, Attention, Indexer, Block)):
                 module.simulate = mode == "released"
             if isinstance(module, (Linear, Experts)):
                 module.master = master_weights

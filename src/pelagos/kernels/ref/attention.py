@@ -45,7 +45,8 @@ def sparse_attention(
 
     row_mask as `window_mask` returns it. entries (B, M, C) are shared by all queries, or (B, S, K, C) picked
     for each; entry_mask broadcasts to (B, S, M or K). sink (H,) float32 joins the denominator only. Softmax in
-    float32, or float64 if q is. The weights are (B, S, H, M or K) in the softmax's dtype, None without entries.
+    float32; for a float64 q in float64, between logits and weights rounded to float32 as products of the
+    carrier are. The weights are (B, S, H, M or K) float32, None without entries.
     """
     batch, length, heads, width = q.shape
     if length > window:
@@ -53,7 +54,7 @@ def sparse_attention(
         return out, weights
     scale = width**-0.5
     flat = q.flatten(1, 2)  # (B, S*H, C)
-    near = _wide(torch.matmul(flat, rows.transpose(1, 2))).unflatten(1, (length, heads)) * scale
+    near = _logits(torch.matmul(flat, rows.transpose(1, 2))).unflatten(1, (length, heads)) * scale
     near = near.masked_fill(~row_mask.unsqueeze(2), -torch.inf)
     far = _entry_logits(q, entries, entry_mask, scale)
     p_near, p_far = _softmax_with_sink(near, far, sink)
@@ -80,7 +81,7 @@ def _blocked(
     tiles = functional.pad(rows, (0, 0, 0, pad)).unflatten(1, (blocks + 1, window))
     keys = torch.cat((tiles[:, :-1], tiles[:, 1:]), 2)  # (B, N, 2W, C)
     tiled = functional.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))  # (B, N, W, H, C)
-    near = _wide(torch.matmul(tiled.flatten(2, 3), keys.transpose(2, 3))).unflatten(2, (window, heads)) * scale
+    near = _logits(torch.matmul(tiled.flatten(2, 3), keys.transpose(2, 3))).unflatten(2, (window, heads)) * scale
     near = near.masked_fill(~row_mask.unsqueeze(3), -torch.inf).flatten(1, 2)[:, :length]  # (B, S, H, 2W)
     far = _entry_logits(q, entries, entry_mask, scale)
     p_near, p_far = _softmax_with_sink(near, far, sink)
@@ -91,8 +92,9 @@ def _blocked(
     return out.reshape(batch, length, heads, width), p_far
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _logits(product: Tensor) -> Tensor:
+    rounded = product.float()
+    return rounded.double() if product.dtype == torch.float64 else rounded
 
 
 def _entry_logits(q: Tensor, entries: Tensor | None, mask: Tensor | None, scale: float) -> Tensor | None:
@@ -102,7 +104,7 @@ def _entry_logits(q: Tensor, entries: Tensor | None, mask: Tensor | None, scale:
         logits = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).unflatten(1, q.shape[1:3])
     else:
         logits = torch.matmul(q, entries.transpose(2, 3))
-    return (_wide(logits) * scale).masked_fill(~mask.unsqueeze(2), -torch.inf)
+    return (_logits(logits) * scale).masked_fill(~mask.unsqueeze(2), -torch.inf)
 
 
 def _mix_entries(weights: Tensor, entries: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def _softmax_with_sink(near: Tensor, far: Tensor | None, sink: Tensor) -> tuple[
     """Softmax over near, far and one sink logit a head (dim 2), the sink's share dropped."""
     parts = [near] if far is None else [near, far]
     last = sink.to(near.dtype)[:, None].expand(*near.shape[:-1], 1)
-    weights = torch.cat([*parts, last], -1).softmax(-1)
+    weights = torch.cat([*parts, last], -1).softmax(-1).float()
     if far is None:
         return weights[..., :-1], None
     return weights[..., : near.shape[-1]], weights[..., near.shape[-1] : -1]

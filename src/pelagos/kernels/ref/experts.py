@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.ref.gemm import linear
+from pelagos.kernels.ref.gemm import linear, quantized_linear
 
 Quantizer = Callable[[Tensor], Tensor]
 
@@ -30,13 +30,14 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, quantized: bool = False) -> Tensor:
     """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R.
 
-    `quantized` as in `gemm.linear`.
+    `quantized` chooses `gemm.quantized_linear`.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
         ends = counts.cumsum(0).to(torch.int32)
         return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+    product = quantized_linear if quantized else linear
     groups = x.split(counts.tolist())
-    return torch.cat([linear(g, weight[e], quantized=quantized) for e, g in enumerate(groups) if len(g)])
+    return torch.cat([product(g, weight[e]) for e, g in enumerate(groups) if len(g)])
 
 
 def mixture(
@@ -64,15 +65,15 @@ def mixture_few(
     x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None
 ) -> Tensor:
     """The same as `mixture` for a handful of tokens: each token visits its experts one by one."""
-    quantized = quantize is not None
+    product = quantized_linear if quantize else linear
     prepared = quantize(x) if quantize else x
     out = []
     for token, experts in enumerate(chosen.tolist()):
         row = prepared[token : token + 1]
-        pairs = [linear(row, w13[e], quantized=quantized) for e in experts]
+        pairs = [product(row, w13[e]) for e in experts]
         gate, up = torch.cat(pairs).chunk(2, -1)
         hidden = (swiglu(gate, up, limit) * weights[token].unsqueeze(-1)).to(x.dtype)
         hidden = quantize(hidden) if quantize else hidden
-        parts = [linear(hidden[i : i + 1], w2[e], quantized=quantized).float() for i, e in enumerate(experts)]
+        parts = [product(hidden[i : i + 1], w2[e]).float() for i, e in enumerate(experts)]
         out.append(torch.cat(parts).sum(0, keepdim=True))
     return torch.cat(out)

@@ -1,48 +1,60 @@
 """Products, with the sums that the `released` mode takes when the carrier is float32.
 
-The released run is met bit by bit only if no value on a border of the next quantisation falls to the other side,
-so those sums are exact or in a fixed order: no BLAS, thread count or batch shape has a say. Other carriers and
-the reference mode take the plain product. Source: inference/model.py linear, Attention.
+The released run is met only if no value on a border of the next quantisation falls to the other side, so there
+sums are exact (float64, rounded once) or in an order of ours: no BLAS, thread count or batch shape has a say.
+Other carriers and the reference mode take the plain product. Source: inference/model.py linear, Attention.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-SUM_BLOCK = 256  # columns summed one after another before their sum joins the total
+SUM_BLOCK = 192  # columns that the recorded run's BLAS adds one after another before their sum joins the total
 
 
-def linear(x: Tensor, weight: Tensor, *, quantized: bool = False) -> Tensor:
-    """Return x (..., I) @ weight (O, I)^T in x's dtype.
-
-    `quantized` says that the operands stand for FP8 or FP4 ones: a float32 product is then summed in float64.
-    """
-    if quantized and x.dtype == torch.float32:
-        return functional.linear(x.double(), weight.double()).float()
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x (..., I) @ weight (O, I)^T in x's dtype."""
     return functional.linear(x, weight.to(x.dtype))
+
+
+def quantized_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `linear` of operands that stand for FP8 or FP4 ones: a float32 product is summed in float64."""
+    if x.dtype != torch.float32:
+        return linear(x, weight)
+    return functional.linear(x.double(), weight.double()).float()
+
+
+def ordered_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `linear`, a float32 product summed column by column in blocks of 192."""
+    if x.dtype != torch.float32:
+        return linear(x, weight)
+    return _in_order(x.unsqueeze(-2), weight.float().unsqueeze(0), SUM_BLOCK).squeeze(-2)
 
 
 def grouped_projection(x: Tensor, weight: Tensor, *, ordered: bool = False) -> Tensor:
     """Return each group's product, x (B, S, G, I) with weight (G, R, I) in x's dtype -> (B, S, G, R).
 
-    `ordered` sums a float32 product column by column in blocks of 256. This is the order of the recorded run's
-    BLAS, found by trial: one of the golden vectors' values lies so close to an e4m3 border, 1e-7 of its terms,
-    that a float64 sum and other float32 orders round it the other way, and all later positions see it.
+    `ordered` sums a float32 product column by column. In the golden vectors one value of it lies 1e-7 of its
+    terms from an e4m3 border, and a float64 sum rounds it away from the recorded run; later positions all see it.
     """
     if not ordered or x.dtype != torch.float32:
         return torch.einsum("bsgi,gri->bsgr", x, weight)
+    return _in_order(x, weight, weight.shape[2])
+
+
+def _in_order(x: Tensor, weight: Tensor, block: int) -> Tensor:
+    """Multiply x (..., G, I) by weight (G, R, I) in float32: (..., G, R), columns added in turn within each block.
+
+    A weighted bag adds its table rows one after another (by fused multiply-add): a sequential sum in one call.
+    """
     groups, rows, inner = weight.shape
-    block = math.gcd(inner, SUM_BLOCK)
-    table = weight.transpose(1, 2).reshape(groups * inner, rows)
-    columns = torch.arange(groups * inner, dtype=torch.int32, device=x.device).view(1, -1, block)
-    bags = columns.expand(x.shape[0] * x.shape[1], -1, -1).reshape(-1, block)
-    # A weighted bag adds its table rows one after another (by fused multiply-add): a sequential sum in one call.
-    sums = functional.embedding_bag(bags, table, per_sample_weights=x.reshape(-1, block), mode="sum")
-    total, *rest = sums.view(*x.shape[:3], inner // block, rows).unbind(3)
+    table = weight.transpose(1, 2).reshape(groups * inner, rows).contiguous()
+    columns = torch.arange(groups * inner, device=x.device).repeat(x.numel() // (groups * inner))
+    starts = torch.arange(0, x.numel(), inner, device=x.device)[:, None] + torch.arange(0, inner, block, device=x.device)
+    sums = functional.embedding_bag(columns, table, starts.flatten(), mode="sum", per_sample_weights=x.flatten())
+    total, *rest = sums.view(*x.shape[:-1], -1, rows).unbind(-2)
     for part in rest:
         total = total + part
     return total

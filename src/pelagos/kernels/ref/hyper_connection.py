@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pelagos.kernels.ref.gemm import linear, ordered_linear
+
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Make each (n, n) matrix of logits (..., n, n) float32 nearly doubly stochastic.
@@ -23,10 +25,14 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     return mix
 
 
-def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    """Return fn (R, n*d) applied to the RMS-normalised flattened streams (..., n, d): (..., R) float32."""
+def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float, *, ordered: bool = False) -> Tensor:
+    """Return fn (R, n*d) applied to the RMS-normalised flattened streams (..., n, d): (..., R) float32.
+
+    `ordered` chooses `gemm.ordered_linear`.
+    """
     flat = streams.flatten(-2).float()
-    return torch.nn.functional.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    product = ordered_linear if ordered else linear
+    return product(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
 def split_mix(mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int) -> tuple[Tensor, Tensor, Tensor]:
