@@ -18,6 +18,7 @@ from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.sinkhorn import sinkhorn
 from pelagos.model.attention import Attention, Indexer, Step
 from pelagos.model.cache import Cache, FullSequence, LayerCache
+from pelagos.model.decode import STREAMS, Decoder
 from pelagos.model.experts import Experts, MoE, Router
 from pelagos.model.layers import Linear, RMSNorm
 
@@ -146,6 +147,7 @@ class Transformer(Collapse):
             self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers))
         self.to(dtype)
         self.carrier = dtype
+        self._cpu_decoder: Decoder | None = None
         self.mode = mode
         self.set_mode(mode)
 
@@ -168,9 +170,23 @@ class Transformer(Collapse):
         """
         self._check(ids)
         cache = cache if cache is not None else FullSequence(self.config.sliding_window)
-        streams = self.run(self.step(ids, start=cache.position), cache)
+        if self._decodes_on_cpu(ids):
+            streams = self._decoder().step(int(ids), cache)
+        else:
+            streams = self.run(self.step(ids, start=cache.position), cache)
         cache.advance(ids.shape[1])
         return self.logits(self.collapse(streams[:, -1:] if last_only else streams, self.config))
+
+    def _decodes_on_cpu(self, ids: Tensor) -> bool:
+        """Whether `decode.Decoder` covers this call: one token, float32 on the CPU, reference mode, no gradient."""
+        plain = self.mode == "reference" and self.carrier == torch.float32 and not torch.is_grad_enabled()
+        return plain and ids.numel() == 1 and ids.device.type == "cpu" and self.config.hc_mult == STREAMS
+
+    def _decoder(self) -> Decoder:
+        if self._cpu_decoder is None or not self._cpu_decoder.is_current(self):
+            with torch.inference_mode(False), torch.no_grad():
+                self._cpu_decoder = Decoder(self)
+        return self._cpu_decoder
 
     def step(
         self, ids: Tensor, *, start: int = 0, positions: Tensor | None = None, segments: Tensor | None = None
