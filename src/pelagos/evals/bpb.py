@@ -31,6 +31,7 @@ from pelagos.model import ContiguousCache, Transformer
 JSON_LINES = (".jsonl", ".ndjson")
 FORWARD_TOKENS = 512  # in one forward: larger ones leave the processor's caches, smaller ones leave it idle
 MAX_ROWS = 8
+BATCH_TOKENS = 8192  # several documents share a batch up to this size, so that progress shows
 IGNORED = -100  # target of a padded position
 MAX_PADDING = 1.1  # documents share a batch while its padded size is at most this times their tokens
 Progress = Callable[[str], None]
@@ -138,8 +139,8 @@ def score_documents(
     while documents:
         rows = 1
         while rows < min(MAX_ROWS, len(documents)):
-            longest = _length(documents[rows])
-            if longest * (rows + 1) > MAX_PADDING * sum(map(_length, documents[: rows + 1])):
+            padded = _length(documents[rows]) * (rows + 1)
+            if padded > min(BATCH_TOKENS, MAX_PADDING * sum(map(_length, documents[: rows + 1]))):
                 break
             rows += 1
         started = time.perf_counter()
