@@ -74,29 +74,47 @@ class FullSequence:
         return new
 
 
+class _Trail:
+    """The last `keep` rows of a growing sequence (B, ., D), appended in place; room for more is made now and then."""
+
+    SLACK = 512
+
+    def __init__(self, like: Tensor, keep: int, fill: float) -> None:
+        self.keep, self.end = keep, keep
+        self._rows = like.new_full((like.shape[0], keep + max(self.SLACK, like.shape[1]), like.shape[2]), fill)
+
+    def append(self, new: Tensor) -> Tensor:
+        """Append new (B, S, D); return a view of the `keep` rows before it and itself, valid until the next call."""
+        length = new.shape[1]
+        if self.end + length > self._rows.shape[1]:
+            last = self._rows[:, self.end - self.keep : self.end].clone()
+            if self.keep + length > self._rows.shape[1]:
+                self._rows = new.new_empty((new.shape[0], self.keep + length + self.SLACK, new.shape[2]))
+            self._rows[:, : self.keep] = last
+            self.end = self.keep
+        self._rows[:, self.end : self.end + length] = new
+        self.end += length
+        return self._rows[:, self.end - length - self.keep : self.end]
+
+
 class _ContiguousLayer:
     """Window rows, compressor tails and entries of one layer in growing tensors."""
 
     def __init__(self, window: int) -> None:
         self._window_size = window
-        self._rows: Tensor | None = None
-        self._tails: dict[str, tuple[Tensor, Tensor]] = {}
+        self._trails: dict[str, _Trail] = {}
         self._entries: dict[str, tuple[Tensor, int]] = {}
 
     def window(self, kv: Tensor) -> Tensor:
-        past = self._rows if self._rows is not None else kv.new_zeros((kv.shape[0], self._window_size, kv.shape[2]))
-        rows = torch.cat((past, kv), 1)
-        self._rows = rows[:, -self._window_size :]
-        return rows
+        return self._append("window", kv, self._window_size, 0.0)
 
     def tail(self, name: str, kv: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        if name not in self._tails:
-            shape = (kv.shape[0], keep, kv.shape[2])
-            self._tails[name] = (kv.new_zeros(shape), score.new_full(shape, -torch.inf))
-        past_kv, past_score = self._tails[name]
-        rows = torch.cat((past_kv, kv), 1), torch.cat((past_score, score), 1)
-        self._tails[name] = rows[0][:, -keep:], rows[1][:, -keep:]
-        return rows
+        return self._append(f"{name} kv", kv, keep, 0.0), self._append(f"{name} score", score, keep, -torch.inf)
+
+    def _append(self, name: str, new: Tensor, keep: int, fill: float) -> Tensor:
+        if name not in self._trails:
+            self._trails[name] = _Trail(new, keep, fill)
+        return self._trails[name].append(new)
 
     def entries(self, name: str, new: Tensor) -> Tensor:
         buffer, used = self._entries.get(name, (new, 0))
@@ -105,7 +123,8 @@ class _ContiguousLayer:
             grown = new.new_empty((new.shape[0], max(32, 2 * count), new.shape[2]))
             grown[:, :used] = buffer[:, :used]
             buffer = grown
-        buffer[:, used:count] = new
+        if new.shape[1]:
+            buffer[:, used:count] = new
         self._entries[name] = (buffer, count)
         return buffer[:, :count]
 

@@ -65,8 +65,12 @@ def sinkhorn4(logits: Array, iters: int, eps: float) -> Array:
     return (k * np.array([[p], [q], [r], [s]]) * np.array([w, x, y, z])).astype(F32)
 
 
+def _inverse_rms(x: Array, eps: float) -> float:
+    return 1.0 / math.sqrt(float(x.dot(x)) / x.size + eps)
+
+
 def _norm(x: Array, weight: Array, eps: float) -> Array:
-    return x * F32(1.0 / math.sqrt(float(x.dot(x)) / x.size + eps)) * weight
+    return x * F32(_inverse_rms(x, eps)) * weight
 
 
 def _sigmoid(x: Array) -> Array:
@@ -74,23 +78,22 @@ def _sigmoid(x: Array) -> Array:
 
 
 class _Rope:
-    """Angles of one rotary base; `at` gives cos and signed sin of a position for the last channels."""
+    """Unit complex numbers of one rotary base; `at` gives those of a position."""
 
     def __init__(self, freqs: Tensor) -> None:
         self.freqs = freqs.numpy()
         self.width = 2 * self.freqs.size
 
-    def at(self, position: int) -> tuple[Array, Array]:
+    def at(self, position: int) -> Array:
         angle = F32(position) * self.freqs
-        return np.cos(angle), np.sin(angle)
+        turns = np.empty(angle.size, np.complex64)
+        turns.real, turns.imag = np.cos(angle), np.sin(angle)
+        return turns
 
-    def turn(self, x: Array, table: tuple[Array, Array], sign: float = 1.0) -> None:
-        """Rotate the last channels of x (..., C) in place; sign -1 conjugates."""
-        cos, sin = table
-        even, odd = x[..., -self.width :: 2], x[..., -self.width + 1 :: 2]
-        turned = even * cos - odd * (sign * sin)
-        odd[...] = odd * cos + even * (sign * sin)
-        even[...] = turned
+    def turn(self, x: Array, turns: Array) -> None:
+        """Rotate the last channels of x (..., C) in place, adjacent pairs as complex numbers."""
+        pairs = x[..., -self.width :].view(np.complex64)
+        pairs *= turns
 
 
 class _Site:
@@ -98,19 +101,18 @@ class _Site:
 
     def __init__(self, block: Block, site: str) -> None:
         config = block.config
-        self.fn, self.base, scale = (
+        self.fn, self.base, self.scale = (
             getattr(block, f"hc_{site}_{part}").detach().numpy() for part in ("fn", "base", "scale")
         )
         n = config.hc_mult
-        self.scale = np.repeat(scale, (n, n, n * n)).astype(F32)
+        self.part = np.repeat(np.arange(3), (n, n, n * n))  # which scale each mix logit takes
         self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
         self.norm = getattr(block, f"{site}_norm").weight.detach().numpy()
 
     def enter(self, streams: Array) -> tuple[Array, Array, Array]:
         """Return the normed input (D,), post (4, 1) and comb (4, 4) of streams (4, D)."""
         flat = streams.ravel()
-        inverse = 1.0 / math.sqrt(float(flat.dot(flat)) / flat.size + self.eps)
-        mix = self.fn.dot(flat) * F32(inverse) * self.scale + self.base
+        mix = self.fn.dot(flat) * F32(_inverse_rms(flat, self.eps)) * self.scale[self.part] + self.base
         gates = _sigmoid(mix[: 2 * STREAMS])
         comb = sinkhorn4(mix[2 * STREAMS :].reshape(STREAMS, STREAMS), self.iters, self.hc_eps)
         x = (gates[:STREAMS] + F32(self.hc_eps)).dot(streams)
@@ -164,7 +166,8 @@ class _Attend:
             self.index_pool = _Pool(inner)
             self.index_heads, self.index_width = module.indexer.heads, module.indexer.width
             self.topk = module.indexer.topk
-        self.cuts = np.cumsum([m.weight.shape[0] for m in first])[:-1]
+        ends = np.cumsum([m.weight.shape[0] for m in first]).tolist()
+        self.cuts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         self.first = fuse([m.weight for m in first])
         self.second = fuse([m.weight for m in second])
         self.q_norm, self.kv_norm = module.q_norm.weight.detach().numpy(), module.kv_norm.weight.detach().numpy()
@@ -172,10 +175,11 @@ class _Attend:
         self.wo_a = module.wo_a.weight.detach().unflatten(0, (module.groups, -1)).numpy()
         self.wo_b = module.wo_b.weight.detach().numpy()
 
-    def __call__(self, x: Array, position: int, tables: dict[bool, tuple[Array, Array]], cache: LayerCache) -> Array:
+    def __call__(self, x: Array, position: int, tables: dict[bool, Array], cache: LayerCache) -> Array:
         """Attend x (D,), already normed; return (D,)."""
         table = tables[self.ratio > 0]
-        parts = np.split(self.first.dot(x), self.cuts)
+        fused = self.first.dot(x)
+        parts = [fused[cut] for cut in self.cuts]
         second = self.second.dot(_norm(parts[0], self.q_norm, self.eps))
         q = second[: self.heads * self.width].reshape(self.heads, self.width)
         q = q * (1.0 / np.sqrt(np.einsum("hc,hc->h", q, q) / self.width + self.eps)).astype(F32)[:, None]
@@ -203,14 +207,14 @@ class _Attend:
             new = _rows(entry)
         return cache.entries(name, new).numpy()[0]  # (M, width); all are visible to the newest token
 
-    def _picks(self, second: Array, weights: Array, keys: Array, table: tuple[Array, Array]) -> Array:
+    def _picks(self, second: Array, weights: Array, keys: Array, table: Array) -> Array:
         q = second[self.heads * self.width :].reshape(self.index_heads, self.index_width).copy()
         self.rope.turn(q, table)
         scale = F32(self.index_width**-0.5 * self.index_heads**-0.5)
         scores = (weights * scale).dot(np.maximum(q.dot(keys.T), 0))
         return np.sort(np.argpartition(-scores, self.topk - 1)[: self.topk])
 
-    def _output(self, q: Array, keys: list[Array], table: tuple[Array, Array]) -> Array:
+    def _output(self, q: Array, keys: list[Array], table: Array) -> Array:
         scaled = q * F32(self.width**-0.5)
         logits = np.concatenate([self.sink, *(scaled.dot(k.T) for k in keys)], 1)  # (H, 1 + K)
         weights = np.exp(logits - logits.max(1, keepdims=True))
@@ -219,9 +223,12 @@ class _Attend:
         for k in keys:
             out += weights[:, start : start + len(k)].dot(k)
             start += len(k)
-        self.rope.turn(out, table, -1.0)
+        self.rope.turn(out, table.conj())
         grouped = out.reshape(len(self.wo_a), -1)
-        return self.wo_b.dot(np.concatenate([w.dot(g) for w, g in zip(self.wo_a, grouped, strict=True)]))
+        latent = np.empty(self.wo_a.shape[:2], F32)
+        for weight, group, place in zip(self.wo_a, grouped, latent, strict=True):
+            np.dot(weight, group, out=place)
+        return self.wo_b.dot(latent.ravel())
 
 
 class _Mixture:
@@ -247,7 +254,10 @@ class _Mixture:
             chosen = np.argpartition(-(scores + self.bias), self.topk - 1)[: self.topk]
         weights = scores[chosen]
         weights = weights * F32(self.scaling / (float(weights.sum()) + 1e-20))
-        hidden = np.stack([*(self.w13[e].dot(x) for e in chosen), first[self.count :]])  # (A + 1, 2F)
+        hidden = np.empty((self.topk + 1, 2 * self.width), F32)
+        for place, expert in zip(hidden, chosen, strict=False):
+            np.dot(self.w13[expert], x, out=place)
+        hidden[-1] = first[self.count :]
         gate, up = np.minimum(hidden[:, : self.width], self.limit), hidden[:, self.width :]
         hidden = gate * _sigmoid(gate) * np.clip(up, -self.limit, self.limit)
         out = self.shared_w2.dot(hidden[-1])
@@ -271,9 +281,13 @@ class Decoder:
             True: _Rope(rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, **yarn)),
         }
         self.layers = [
-            (_Site(b, "attn"), _Attend(b.attn, self.ropes), _Site(b, "ffn"), _Mixture(b.ffn)) for b in model.layers
+            (_Site(b, "attn"), _Attend(b.attn, self.ropes), _Site(b, "ffn"), _Mixture(b.ffn)) for b in model.blocks
         ]
         self.embed = model.embed.weight.detach().numpy()
+        self.head = tuple(
+            p.detach().numpy() for p in (model.hc_head_fn, model.hc_head_base, model.hc_head_scale, model.norm.weight)
+        )
+        self.hc_eps, self.eps = config.hc_eps, config.rms_norm_eps
         self._addresses = addresses(model)
 
     def is_current(self, model: Transformer) -> bool:
@@ -281,7 +295,7 @@ class Decoder:
         return self._addresses == addresses(model)
 
     def step(self, token: int, cache: Cache) -> Tensor:
-        """Append one token; return the backbone's streams (1, 1, 4, D) float32."""
+        """Append one token; return the normed vector (1, 1, D) float32 that the vocabulary head reads."""
         position = cache.position
         tables = {kind: rope.at(position) for kind, rope in self.ropes.items()}
         streams = np.repeat(self.embed[token][None], STREAMS, 0)
@@ -290,11 +304,13 @@ class Decoder:
             streams = comb.T.dot(streams) + post * attend(x, position, tables, cache.layer(index))
             x, post, comb = ffn_site.enter(streams)
             streams = comb.T.dot(streams) + post * mixture(x, token)
-        return torch.from_numpy(streams).view(1, 1, STREAMS, -1)
+        fn, base, scale, norm = self.head
+        flat = streams.ravel()
+        mix = fn.dot(flat) * F32(_inverse_rms(flat, self.eps)) * scale + base
+        return _rows(_norm((_sigmoid(mix) + F32(self.hc_eps)).dot(streams), norm, self.eps))
 
 
 def addresses(model: Transformer) -> tuple[int, ...]:
     """Where the first and last layers' parameters live."""
-    return tuple(
-        p.data_ptr() for p in (model.embed.weight, model.layers[0].attn.wq_a.weight, model.layers[-1].ffn.experts.w2)
-    )
+    first, last = model.blocks[0], model.blocks[-1]
+    return tuple(p.data_ptr() for p in (model.embed.weight, first.attn.wq_a.weight, last.ffn.experts.w2))

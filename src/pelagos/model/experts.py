@@ -38,6 +38,7 @@ class Router(nn.Module):
         if self.tid2eid is not None:
             chosen = self.tid2eid[ids]
         else:
+            assert self.bias is not None
             chosen = (scores.detach() + self.bias).topk(self.topk, -1).indices
         return chosen, ops.route(scores, chosen, self.scaling), scores
 

@@ -64,7 +64,7 @@ class Block(nn.Module):
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         config = self.config
         mix = hc.mix_logits(streams, fn, config.rms_norm_eps, ordered=self.simulate)
-        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
+        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult, steady=self.simulate)
         comb = sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
         if aux is not None:
             aux[f"hc_{site}_comb"] = comb
@@ -151,6 +151,11 @@ class Transformer(Collapse):
         self.mode = mode
         self.set_mode(mode)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The backbone's layers in order."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def set_mode(self, mode: str, *, master_weights: bool = False) -> None:
         """Choose the number mode; `master_weights` quantises weights on the fly (training)."""
         if mode not in MODES:
@@ -171,11 +176,12 @@ class Transformer(Collapse):
         self._check(ids)
         cache = cache if cache is not None else FullSequence(self.config.sliding_window)
         if self._decodes_on_cpu(ids):
-            streams = self._decoder().step(int(ids), cache)
+            hidden = self._decoder().step(int(ids), cache)
         else:
             streams = self.run(self.step(ids, start=cache.position), cache)
+            hidden = self.collapse(streams[:, -1:] if last_only else streams, self.config)
         cache.advance(ids.shape[1])
-        return self.logits(self.collapse(streams[:, -1:] if last_only else streams, self.config))
+        return self.logits(hidden)
 
     def _decodes_on_cpu(self, ids: Tensor) -> bool:
         """Whether `decode.Decoder` covers this call: one token, float32 on the CPU, reference mode, no gradient."""
