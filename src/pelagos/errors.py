@@ -31,5 +31,9 @@ class DataError(PelagosError):
     """Training or evaluation data that is missing, malformed or made for another tokenizer."""
 
 
+class TrainingError(PelagosError):
+    """A training run that cannot go on: its loss or gradient is no longer finite."""
+
+
 class MissingDependency(PelagosError):
     """An optional library this feature needs is not installed."""

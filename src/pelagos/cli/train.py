@@ -4,54 +4,121 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pelagos.config import PRESETS, bundled_model_dir, preset
+from pelagos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pelagos.train.trainer import TrainConfig, Trainer
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, train (or resume), export; the last line on stdout is a JSON summary."""
-    import torch
+    """Parse, train (or resume), export; the last line on stdout is a JSON summary.
 
-    from pelagos.config import preset
+    SIGINT and SIGTERM save after the present step and return 128 + the signal's number; a second one ends at once.
+    """
     from pelagos.train.trainer import TrainConfig, Trainer
 
-    parser = argparse.ArgumentParser(prog="pelagos train", description="Pre-train a model on token shards.")
-    parser.add_argument("--model", default="nano", help="preset: nano, tiny, flash, pro")
-    parser.add_argument("--data", type=Path, required=True, help="directory written by `pelagos data`")
-    parser.add_argument("--out", type=Path, required=True, help="run directory; an interrupted run resumes from it")
-    parser.add_argument("--export", type=Path, help="write the released-format checkpoint here at the end")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other TrainConfig field")
-    args = parser.parse_args(argv)
-    config = TrainConfig(steps=args.steps, **_overrides(args.set, TrainConfig))
-    trainer = Trainer(preset(args.model), config, data=args.data, out=args.out, device=args.device)
-    if trainer.resume():
-        print(f"resumed at step {trainer.step}", file=sys.stderr)
-    trainer.run()
+    args = _parser(TrainConfig).parse_args(argv)
+    model, config = preset(args.model), TrainConfig(steps=args.steps, **_overrides(args.set, TrainConfig))
+    bundled = bundled_model_dir(args.model)
+    tokenizer = bundled if (bundled / "tokenizer.json").is_file() else None
+    device = args.device or _default_device()
+    trainer = Trainer(model, config, data=args.data, out=args.out, device=device, tokenizer=tokenizer)
+    if args.export:
+        trainer.check_export(args.export)
+    resumed = trainer.resume()
+    print(f"{'resuming' if resumed else 'training'} {args.model}: {trainer.describe()}", file=sys.stderr)
+    if received := _run(trainer):
+        print(
+            f"stopped by {received.name} at step {trainer.step} of {config.steps}; the state is in "
+            f"{args.out / 'state.pt'}, the same command continues",
+            file=sys.stderr,
+        )
+        return 128 + received
     if args.export:
         trainer.export(args.export)
-    print(json.dumps({"step": trainer.step, "tokens": trainer.tokens, "heldout": trainer.evaluate()}))
+        print(f"exported to {args.export}", file=sys.stderr)
+    print(json.dumps({"step": trainer.step, "tokens": trainer.tokens, "heldout": trainer.scores}))
     return 0
 
 
-def _overrides(pairs: Sequence[str], config: type) -> dict[str, object]:
-    """Parse FIELD=VALUE pairs by the type of the field's default; unknown fields raise ConfigError."""
-    import difflib
+def _run(trainer: Trainer) -> signal.Signals | None:
+    """Run; return the signal that ended it early."""
+    received: list[signal.Signals] = []
 
-    from pelagos.errors import ConfigError
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, before[number])  # the next one ends the process
+        trainer.stop()
+        print(f"{received[-1].name}: saving after this step; once more to end now", file=sys.stderr, flush=True)
 
-    fields = {f.name: f for f in dataclasses.fields(config)}
-    values: dict[str, object] = {}
+    before = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return None if trainer.run() else received[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parser(config: type[TrainConfig]) -> argparse.ArgumentParser:
+    settings = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(config) if f.name != "steps")
+    parser = argparse.ArgumentParser(
+        prog="pelagos train",
+        description="Pre-train a preset from zero on token shards. Run the same command again to continue a run that "
+        "was interrupted (Ctrl-C and SIGTERM save first).",
+        epilog=f"Settings for --set and their defaults: {settings}. decay_from, sparse_from and quantise_from are "
+        "fractions of --steps. Example: pelagos train --data shards --out run --steps 3300 --export run/model "
+        "--set lr=0.004 --set compile=true",
+    )
+    parser.add_argument("--model", default="nano", help=f"preset: {', '.join(PRESETS)} (default: nano)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shards written by `pelagos data`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory: state.pt, log.jsonl")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of the whole run")
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="at the end, write the released-format checkpoint here"
+    )
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="one setting, its value in JSON; repeatable"
+    )
+    return parser
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    factory = field.default_factory
+    return json.dumps(field.default if factory is dataclasses.MISSING else factory()).replace("%", "%%")
+
+
+def _overrides(pairs: Sequence[str], config: type[TrainConfig]) -> dict[str, Any]:
+    """Parse FIELD=VALUE pairs; raises ConfigError for an unknown field or a value that is not JSON."""
+    fields = [f.name for f in dataclasses.fields(config) if f.name != "steps"]
+    values: dict[str, Any] = {}
     for pair in pairs:
-        name, _, text = pair.partition("=")
+        name, equals, text = pair.partition("=")
+        if name == "steps":
+            raise ConfigError(f"--set {pair}: give it as --steps")
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            raise ConfigError(f"--set {pair}: unknown field{f', did you mean {near[0]}?' if near else ''}")
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"--set {pair}: unknown field {name!r}; {hint}")
         try:
             values[name] = json.loads(text)
         except ValueError:
-            raise ConfigError(f"--set {pair}: expected a JSON value after '='") from None
+            got = f"got {text!r}" if equals else "got no '='"
+            raise ConfigError(f"--set {pair}: expected FIELD=VALUE with a value in JSON (0.5, true), {got}") from None
     return values

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pelagos.model import FullSequence, Transformer
 from pelagos.model.attention import CSA_RATIO, Step
+from pelagos.model.experts import Router
 from pelagos.train.data import IGNORE
 
 
@@ -135,6 +136,7 @@ def prepare_step(model: Transformer, ids: Tensor, positions: Tensor, segments: T
 def update_balance_bias(model: Transformer, load: Tensor, speed: float) -> None:
     """Nudge each learned router's bias by `speed` towards the mean load: load (layers, E) counts of this step."""
     for layer, counts in zip([*model.layers, *model.mtp], load.float(), strict=True):
-        bias = layer.ffn.gate.bias
-        if bias is not None:
-            bias += speed * torch.sign(counts.mean() - counts)
+        gate = layer.get_submodule("ffn.gate")
+        assert isinstance(gate, Router)
+        if gate.bias is not None:
+            gate.bias += speed * torch.sign(counts.mean() - counts)

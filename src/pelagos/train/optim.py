@@ -2,6 +2,8 @@
 
 Source: technical report 2.4, Algorithm 1, 4.2.2.
 """
+# torch.optim itself updates lists of tensors by the foreach functions, which torch names with an underscore.
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -14,30 +16,35 @@ from torch import Tensor
 
 from pelagos.model import Transformer
 
+Coefficients = tuple[tuple[float, float, float], ...]
 FAST, LANDING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
-NEWTON_SCHULZ = (FAST,) * 8 + (LANDING,) * 2
+NEWTON_SCHULZ: Coefficients = (FAST,) * 8 + (LANDING,) * 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Constants of both optimizers; the report's values."""
+    """Constants of both optimizers: the report's values, and the sinks, scales, biases and positions undecayed."""
 
     momentum: float = 0.95
+    newton_schulz: Coefficients = NEWTON_SCHULZ
     update_rms: float = 0.18
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-20
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ) -> Tensor:
-    """Orthogonalise each matrix of x (..., N, M) by the report's ten steps, in bfloat16; keeps the dtype of x."""
-    wide = x.shape[-2] > x.shape[-1]
-    y = x.mT if wide else x
+def newton_schulz(x: Tensor, coefficients: Coefficients = NEWTON_SCHULZ) -> Tensor:
+    """Orthogonalise each matrix of x (..., N, M), one step a coefficient triple, in bfloat16; keeps the dtype of x.
+
+    Source: technical report Algorithm 1.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x
     y = (y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(torch.bfloat16)
     for a, b, c in coefficients:
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return (y.mT if wide else y).to(x.dtype)
+    return (y.mT if tall else y).to(x.dtype)
 
 
 def logical_matrices(name: str, parameter: Tensor, model: Transformer) -> list[Tensor]:
@@ -110,7 +117,7 @@ class Optimizer:
             if not present:
                 continue
             views = [logical_matrices(n, update[n], self._model)[i].reshape(-1, *shape) for n, i in present]
-            orthogonal = newton_schulz(torch.cat(views))
+            orthogonal = newton_schulz(torch.cat(views), self.config.newton_schulz)
             scale = -lr * self.config.update_rms * max(shape) ** 0.5
             for (name, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
                 target = logical_matrices(name, named[name], self._model)[index]
@@ -121,7 +128,7 @@ class Optimizer:
         return {"muon": self._buffers, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned for the same model."""
         for name, buffer in self._buffers.items():
             buffer.copy_(state["muon"][name])
         self._adam.load_state_dict(state["adam"])
