@@ -51,9 +51,10 @@ def _in_order(x: Tensor, weight: Tensor, block: int) -> Tensor:
     """
     groups, rows, inner = weight.shape
     table = weight.transpose(1, 2).reshape(groups * inner, rows).contiguous()
-    columns = torch.arange(groups * inner, device=x.device).repeat(x.numel() // (groups * inner))
-    starts = torch.arange(0, x.numel(), inner, device=x.device)[:, None] + torch.arange(0, inner, block, device=x.device)
-    sums = functional.embedding_bag(columns, table, starts.flatten(), mode="sum", per_sample_weights=x.flatten())
+    place = torch.arange(x.numel(), device=x.device)
+    starts = place[::inner, None] + place[:inner:block]
+    bags = (place % (groups * inner), table, starts.flatten())
+    sums = functional.embedding_bag(*bags, mode="sum", per_sample_weights=x.flatten())
     total, *rest = sums.view(*x.shape[:-1], -1, rows).unbind(-2)
     for part in rest:
         total = total + part

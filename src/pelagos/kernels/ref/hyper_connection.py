@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pelagos.kernels.ref.gemm import linear, ordered_linear
 
+VECTOR_ELEMENTS = 64  # float32 elements that a CPU kernel takes at once, unrolling included, and then some
+
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Make each (n, n) matrix of logits (..., n, n) float32 nearly doubly stochastic.
@@ -35,14 +37,26 @@ def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float, *, ordered: bool = 
     return product(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
-def split_mix(mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_mix(
+    mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int, steady: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cut a site's (..., (2+n)*n) mix logits into pre (..., n), post (..., n) and comb logits (..., n, n), float32.
 
-    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2.
+    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2. `steady` chooses `steady_sigmoid`.
     """
-    pre = torch.sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
-    post = 2 * torch.sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    sigmoid = steady_sigmoid if steady else torch.sigmoid
+    pre = sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
     return pre, post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+
+
+def steady_sigmoid(x: Tensor) -> Tensor:
+    """Return sigmoid(x), the same last bit for any shape of x.
+
+    On a CPU torch computes what is left over after whole vectors by another path; here nothing is left over.
+    """
+    whole = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % VECTOR_ELEMENTS))
+    return whole.sigmoid()[: x.numel()].view(x.shape)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
