@@ -299,6 +299,7 @@ def test_an_empty_argument_text_is_no_argument():
         ({"messages": [user("a\ud800")]}, "surrogates not allowed"),
         ({"messages": [user("q"), assistant("", reasoning_content="\ud805")], **LOW}, "surrogates not allowed"),
         ({"messages": [assistant("", tool_calls=[call("x", {1, 2})])]}, "not JSON"),
+        ({"messages": [user(-(2**63) - 1)]}, "beyond 64 bits"),
     ],
 )
 def test_a_bad_body_is_a_request_error(body, message):

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.engine.scripted import ScriptedModel, scripted_llm
 from tests.engine.test_turn import CALL, TOOL
@@ -217,6 +217,8 @@ BODY = st.fixed_dictionaries(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@example({"messages": [{"role": "system", "content": -(2**63) - 1}]})
+@example({"messages": [{"role": "user", "content": "a"}], "max_tokens": 2**70, "seed": 2**63 - 1})
 @given(BODY)
 def test_no_body_breaks_the_server(client: httpx.Client, body: dict[str, Any]) -> None:
     answer = client.post(PATH, content=json.dumps({**body, "max_tokens": body.get("max_tokens", 2)}))

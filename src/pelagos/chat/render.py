@@ -228,6 +228,8 @@ def _convert(messages: list[dict[str, Any]], asked: Mapping[str, Any]) -> tuple[
     try:
         request = recipe.ChatCompletionRequest(body).convert(recipe.ConversionOptions())
         rendered = recipe.DeepseekV4Encoding().render_conversation(request.conversation)
+    except OverflowError:
+        raise RequestError("the request holds a whole number beyond 64 bits: write it as text") from None
     except (recipe.ConversionError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(str(error)) from None
     text, position = "", 0

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const conversation = []; // messages as the server takes them
-let model = null;
+let model = null; // the name of the model once it can answer
 let running = null; // AbortController of the answer being written
 let chapter = 0; // how often the conversation was cleared
 
@@ -198,9 +198,9 @@ async function watchServer() {
   try {
     const health = await fetch("health", { cache: "no-store" });
     const state = await health.json();
-    model = state.model;
+    model = health.ok ? state.model : null;
     $("status").className = health.ok ? "ready" : "";
-    $("status-text").textContent = health.ok ? model : `loading ${model}`;
+    $("status-text").textContent = health.ok ? model : `loading ${state.model}`;
     if (health.ok) wait = 15000;
   } catch {
     $("status").className = "lost";
