@@ -1,6 +1,7 @@
 """Sinkhorn forward and backward: a block of matrices stays in registers through all iterations.
 
 Backward undoes each division M' = M / s with the stored s: M = M' s and dM = (dM' - sum(dM' M')) / s.
+Against float64 that is as close as autograd in float32 for logits of std up to 8 (2e-7), 4 times further at std 50.
 """
 # Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
 # pyright: reportArgumentType=false, reportCallIssue=false
