@@ -22,8 +22,8 @@ test: check
 	$(BIN)/python -m pytest
 
 check: $(TEST_READY)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
