@@ -1,16 +1,19 @@
-"""Products, with the sums that the `released` mode takes when the carrier is float32.
+"""Products, and what makes them and functions steady in `released` mode when the carrier is float32.
 
 The released run is met only if no value on a border of the next quantisation falls to the other side, so there
-sums are exact (float64, rounded once) or in an order of ours: no BLAS, thread count or batch shape has a say.
-Other carriers and the reference mode take the plain product. Source: inference/model.py linear, Attention.
+sums are exact (float64, rounded once) or in an order of ours: no BLAS, thread count or shape has a say. Other
+carriers and the reference mode take the plain product. Source: inference/model.py linear, Attention.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+VECTOR_ELEMENTS = 64  # float32 elements that a CPU kernel takes at once, unrolling included
 SUM_BLOCK = 192  # columns that the recorded run's BLAS adds one after another before their sum joins the total
 
 
@@ -42,6 +45,17 @@ def grouped_projection(x: Tensor, weight: Tensor, *, ordered: bool = False) -> T
     if not ordered or x.dtype != torch.float32:
         return torch.einsum("bsgi,gri->bsgr", x, weight)
     return _in_order(x, weight, weight.shape[2])
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, *, steady: bool) -> Tensor:
+    """Return function(x); `steady` gives an element the same last bit in any shape.
+
+    Torch on a CPU takes what is left over after whole vectors by another path, so here nothing is left over.
+    """
+    if not steady:
+        return function(x)
+    whole = functional.pad(x.flatten(), (0, -x.numel() % VECTOR_ELEMENTS))
+    return function(whole)[: x.numel()].view(x.shape)
 
 
 def _in_order(x: Tensor, weight: Tensor, block: int) -> Tensor:

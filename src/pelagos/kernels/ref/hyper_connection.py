@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pelagos.kernels.ref.gemm import linear, ordered_linear
-
-VECTOR_ELEMENTS = 64  # float32 elements that a CPU kernel takes at once, unrolling included, and then some
+from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -42,21 +40,11 @@ def split_mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cut a site's (..., (2+n)*n) mix logits into pre (..., n), post (..., n) and comb logits (..., n, n), float32.
 
-    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2. `steady` chooses `steady_sigmoid`.
+    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2. `steady` as in `gemm.elementwise`.
     """
-    sigmoid = steady_sigmoid if steady else torch.sigmoid
-    pre = sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
-    post = 2 * sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    pre = elementwise(torch.sigmoid, mix[..., :n] * scale[0] + base[:n], steady=steady) + eps
+    post = 2 * elementwise(torch.sigmoid, mix[..., n : 2 * n] * scale[1] + base[n : 2 * n], steady=steady)
     return pre, post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
-
-
-def steady_sigmoid(x: Tensor) -> Tensor:
-    """Return sigmoid(x), the same last bit for any shape of x.
-
-    On a CPU torch computes what is left over after whole vectors by another path; here nothing is left over.
-    """
-    whole = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % VECTOR_ELEMENTS))
-    return whole.sigmoid()[: x.numel()].view(x.shape)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
