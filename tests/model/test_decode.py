@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pelagos.config import ModelConfig, tiny
+from pelagos.errors import CapacityError
 from pelagos.kernels.ref.hyper_connection import sinkhorn
 from pelagos.model import ContiguousCache, Transformer
 from pelagos.model.decode import sinkhorn4
@@ -87,3 +88,14 @@ def test_unrolled_sinkhorn_equals_the_reference(spread: float) -> None:
     expected = sinkhorn(logits, 20, 1e-6).numpy()
     for matrix, reference in zip(logits.numpy(), expected, strict=True):
         assert np.abs(sinkhorn4(matrix, 20, 1e-6) - reference).max() < 2e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_full_cache_refuses_before_it_appends(tokens: int) -> None:
+    model, ids = random_model(CONFIGS["tiny"]), torch.arange(30).unsqueeze(0)
+    cache = ContiguousCache(model.config, capacity=10)
+    with torch.no_grad():
+        model(ids[:, :10], cache)
+        with pytest.raises(CapacityError, match=rf"10 tokens held \+ {tokens} new"):
+            model(ids[:, 10 : 10 + tokens], cache)
+    assert cache.position == 10

@@ -44,6 +44,10 @@ class Cache(Protocol):
         """Return the memory of a layer."""
         ...
 
+    def check_room(self, tokens: int) -> None:
+        """Raise CapacityError, with nothing appended yet, when `tokens` more do not fit."""
+        ...
+
     def advance(self, tokens: int) -> None:
         """Record that a whole forward over `tokens` more tokens has been appended."""
         ...
@@ -59,6 +63,9 @@ class FullSequence:
 
     def layer(self, index: int) -> FullSequence:
         return self
+
+    def check_room(self, tokens: int) -> None:
+        return None
 
     def advance(self, tokens: int) -> None:
         return None
@@ -144,7 +151,7 @@ class ContiguousCache:
         return self._layers[index]
 
     def advance(self, tokens: int) -> None:
-        """Move past `tokens` appended tokens; raises CapacityError beyond the capacity."""
+        """Move past `tokens` appended tokens."""
         self.position += tokens
 
     def check_room(self, tokens: int) -> None:

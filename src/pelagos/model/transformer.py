@@ -171,10 +171,11 @@ class Transformer(Collapse):
         """Return float32 logits (B, S, V) for ids (B, S) int64, or (B, 1, V) with `last_only`.
 
         With a cache the tokens follow those it holds. Raises RequestError for ids that are not int64 (B, S >= 1)
-        within the vocabulary.
+        within the vocabulary, CapacityError for more tokens than the cache holds.
         """
         self._check(ids)
         cache = cache if cache is not None else FullSequence(self.config.sliding_window)
+        cache.check_room(ids.shape[1])
         if self._decodes_on_cpu(ids):
             hidden = self._decoder().step(int(ids), cache)
         else:
