@@ -65,14 +65,16 @@ def parity() -> list[tuple[str, str, str]]:
 
 def text_rows() -> list[tuple[str, str, str]]:
     """Bits per byte of nano beside PPMd conditioned on the same training text."""
-    nano, ppmd = result("nano"), result("ppmd")
+    nano, ppmd = result("nano_bpb"), result("ppmd")
     if nano is None or ppmd is None:
         return []
-    pairs = [
-        f"{nano['results'][kind]['bits_per_byte']:.3f} ({ppmd['results'][kind]['bits_per_byte']:.3f})" for kind in KINDS
-    ]
-    what = f"nano on held-out {', '.join(KINDS.values())}: bits per byte (PPMd after the same training text)"
-    return [(what, ", ".join(pairs), f"`{nano['command']}`")]
+    pairs = []
+    for kind, name in KINDS.items():
+        ours, theirs = nano["results"][kind], ppmd["results"][kind]
+        part = "" if ours["sample"] is None else f" on {ours['documents']} of {theirs['documents']} files"
+        pairs.append(f"{name} {ours['bits_per_byte']:.3f}{part} ({theirs['bits_per_byte']:.3f})")
+    what = "bits per byte of held-out text, nano (PPMd after the same training text)"
+    return [(what, "; ".join(pairs), f"`{nano['command'].partition(' (')[0]}`")]
 
 
 def decode() -> list[tuple[str, str, str]]:

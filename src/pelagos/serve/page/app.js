@@ -67,6 +67,7 @@ class AnswerView {
   }
 
   add(delta) {
+    if (delta.content || delta.reasoning_content) this.first ??= performance.now();
     this.thinking += delta.reasoning_content || "";
     this.content += delta.content || "";
     if (this.pending) return;
@@ -171,9 +172,10 @@ async function answer() {
   }
   running = null;
   showRunning();
-  const seconds = (performance.now() - view.start) / 1000;
+  const seconds = (performance.now() - view.first) / 1000; // of the tokens after the first
   const parts = [];
-  if (usage) parts.push(`${usage.completion_tokens} tokens`, `${(usage.completion_tokens / seconds).toFixed(0)} tokens/s`);
+  if (usage) parts.push(`${usage.completion_tokens} tokens`);
+  if (usage && seconds > 0.1) parts.push(`${((usage.completion_tokens - 1) / seconds).toFixed(0)} tokens/s`);
   if (reason === "stopped") parts.push("stopped");
   if (reason === "length") parts.push("cut at the longest answer");
   view.finish(parts.join(" \u00b7 "), error);
