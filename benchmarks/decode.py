@@ -66,7 +66,9 @@ def main() -> int:
     result = {
         "bench": "decode",
         "device": platform.processor() or platform.machine(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "command": "python -m benchmarks.decode " + " ".join(sys.argv[1:]),
         "torch": torch.__version__,
         "threads": args.threads,

@@ -56,7 +56,7 @@ def main() -> int:
     return 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def against_transformers(cases: int) -> dict[str, Any]:
     """Largest |logit difference| over `cases` configurations, in one pass and chunk by chunk; ties are left out."""
     worst = {"one_pass": 0.0, "chunks": 0.0}
@@ -81,7 +81,7 @@ def against_transformers(cases: int) -> dict[str, Any]:
     return {"max_difference": worst, "configurations": cases, "positions": positions, "ties": ties}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def against_golden() -> dict[str, Any]:
     """Distances from the released code's logits, prefill of 300 tokens and 163 decoded one by one."""
     model = load_model(GOLDEN, mode="released")
