@@ -293,7 +293,7 @@ def pro() -> ModelConfig:
 
 
 def nano() -> ModelConfig:
-    """The bundled model: true ratios, window, hash layers, four streams and MTP at 28M parameters."""
+    """The bundled model: true ratios, window, hash layers, four streams and MTP at 26M parameters."""
     return ModelConfig(
         vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, head_dim=128,
         qk_rope_head_dim=64, q_lora_rank=128, o_groups=2, o_lora_rank=128, sliding_window=128,
