@@ -99,3 +99,14 @@ def test_a_full_cache_refuses_before_it_appends(tokens: int) -> None:
         with pytest.raises(CapacityError, match=rf"10 tokens held \+ {tokens} new"):
             model(ids[:, 10 : 10 + tokens], cache)
     assert cache.position == 10
+
+
+def test_a_model_made_in_inference_mode_decodes() -> None:
+    with torch.inference_mode():
+        model = random_model(CONFIGS["tiny"])
+    ids = torch.arange(12).unsqueeze(0)
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            cache, whole = ContiguousCache(model.config), model(ids)
+            model(ids[:, :11], cache)
+            assert float((model(ids[:, 11:], cache)[:, 0] - whole[:, 11]).abs().max()) < 2e-5

@@ -191,7 +191,7 @@ class Transformer(Collapse):
 
     def _decoder(self) -> Decoder:
         if self._cpu_decoder is None or not self._cpu_decoder.is_current(self):
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(self.embed.weight.is_inference()), torch.no_grad():
                 self._cpu_decoder = Decoder(self)
         return self._cpu_decoder
 
