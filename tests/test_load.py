@@ -106,6 +106,8 @@ def test_dtype_and_mode(saved: Path, model: Transformer) -> None:
         load_model(saved, dtype=torch.int8)
     with pytest.raises(ConfigError, match="mode='fast'"):
         load_model(saved, mode="fast")
+    with pytest.raises(ConfigError, match="device 'cpu:x' is not usable here"):
+        load_model(saved, device="cpu:x")
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -33,11 +33,12 @@ def load_model(
 
     `dtype` (None = float32) is the parameters' and the carrier's. Of a GA build the backbone is loaded and a logged
     notice says which draft was left out. Raises CheckpointError naming tensor, file, expected and got; ConfigError
-    for a bad `config.json`, mode or dtype. Peak memory is the model plus one tensor.
+    for a bad `config.json`, mode, dtype or device. Peak memory is the model plus one tensor.
     """
     dtype = torch.float32 if dtype is None else dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ConfigError(f"dtype={dtype}: expected float32, bfloat16 or float16")
+        raise ConfigError(f"dtype={dtype}: expected float32, bfloat16, float16 or float64")
+    target = usable_device("cpu" if device is None else device)
     checkpoint = open_checkpoint(resolve_model(path_or_name))
     left_out = _left_out(checkpoint)
     drafts = int(checkpoint.draft == "mtp")
@@ -45,7 +46,7 @@ def load_model(
     model = Transformer(config, mode=mode, dtype=dtype, device="meta")
     found = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
     _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
-    model.to_empty(device=torch.device(device or "cpu"))
+    model.to_empty(device=target)
     targets = {name: tensor for name, tensor, _ in model.released_tensors()}
     with torch.no_grad():
         for name, values, stored in checkpoint.stream(found):
@@ -61,6 +62,17 @@ def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD
     Raises CheckpointError when a value does not fit its format or the disk fails; an old checkpoint then stays.
     """
     write_checkpoint(path, _formatted(model.released_tensors(), exact), model.config, shard_bytes=shard_bytes)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return the device a name stands for; raises ConfigError unless it can compute here."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {str(device)!r} is not usable here ({reason}); try --device cpu") from None
+    return found
 
 
 def _formatted(tensors: Iterable[tuple[str, Tensor, str]], exact: bool) -> Iterator[tuple[str, Tensor, str]]:

@@ -169,6 +169,14 @@ def test_bad_mode() -> None:
         Transformer(TINY, mode="fp4", device="meta")
 
 
+@pytest.mark.parametrize("size", [16, 96])
+def test_index_keys_that_fp4_cannot_hold(size: int) -> None:
+    config = dataclasses.replace(TINY, index_head_dim=size)
+    with pytest.raises(ConfigError, match=f"index_head_dim={size}: released mode .* power of two >= 32"):
+        Transformer(config, mode="released", device="meta")
+    Transformer(dataclasses.replace(config, compress_ratios=(0, 8) * 3), mode="released", device="meta")
+
+
 def test_cache_capacity(models: dict[tuple[str, str], Transformer]) -> None:
     cache = ContiguousCache(TINY, capacity=10)
     with torch.no_grad():

@@ -16,11 +16,12 @@ from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError, RequestError
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.sinkhorn import sinkhorn
-from pelagos.model.attention import Attention, Indexer, Step
+from pelagos.model.attention import CSA_RATIO, Attention, Indexer, Step
 from pelagos.model.cache import Cache, FullSequence, LayerCache
 from pelagos.model.decode import STREAMS, Decoder
 from pelagos.model.experts import Experts, MoE, Router
 from pelagos.model.layers import Linear, RMSNorm
+from pelagos.numerics import FP4_GROUP
 
 MODES = ("reference", "released")
 Released = tuple[str, Tensor, str]
@@ -160,6 +161,12 @@ class Transformer(Collapse):
         """Choose the number mode; `master_weights` quantises weights on the fly (training)."""
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        size = self.config.index_head_dim
+        if mode == "released" and CSA_RATIO in self.config.layer_ratios and (size % FP4_GROUP or size & (size - 1)):
+            raise ConfigError(
+                f"index_head_dim={size}: released mode rotates index keys by Hadamard and rounds them to FP4, "
+                f"expected a power of two >= {FP4_GROUP}; mode='reference' takes any"
+            )
         self.mode = mode
         for module in self.modules():
             if isinstance(module, (Linear, Experts, Router, Attention, Indexer, Block)):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
-from pelagos.load import save_model
+from pelagos.load import save_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import FP4_GROUP
 from pelagos.train.data import IGNORE, SPLITS, TOKEN_MASK, Batch, PackedBatches, Shard, read_shard, sha256_of
@@ -128,7 +128,7 @@ class Trainer:
         tokenizer: Path | None = None,
     ) -> None:
         self.config, self.out, self.tokenizer = config, out, tokenizer
-        self.device = _usable(device)
+        self.device = usable_device(device)
         _check_quantisable(model, config)
         shards = [read_shard(data, s, tokenizer=tokenizer and tokenizer / TOKENIZER_FILES[0]) for s in SPLITS]
         for split, shard in zip(SPLITS, shards, strict=True):
@@ -427,16 +427,6 @@ class Trainer:
             shutil.copyfile(source, partial)
             partial.replace(target)
         save_model(self.model, path, shard_bytes=EXPORT_SHARD_BYTES)
-
-
-def _usable(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device {name!r} is not usable here ({reason}); try --device cpu") from None
-    return device
 
 
 def _check_quantisable(model: ModelConfig, config: TrainConfig) -> None:
