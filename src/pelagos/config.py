@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pelagos.errors import ConfigError
 FLASH_RATIOS = (0, 0) + (4, 128) * 20 + (4, 0)
 PRO_RATIOS = (128, 128) + (4, 128) * 29 + (4, 0)
 GENERATIONS = ("preview", "0731")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Written to every config.json and dropped on reading when they hold just this.
 _WRITTEN_CONSTANTS: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -329,6 +331,32 @@ def bundled_model_dir(name: str) -> Path:
     package = Path(__file__).resolve().parent
     repository = package.parents[1] / "models"
     return (repository if repository.is_dir() else package / "models") / name
+
+
+def hub_snapshot(hub_id: str) -> Path | str:
+    """Return the snapshot of `refs/main` of `org/name` in the local hub cache, or where it was sought and why not."""
+    organisation, _, name = hub_id.partition("/")
+    repository = read_environment().hub_cache / f"models--{organisation}--{name}"
+    if not repository.is_dir():
+        return f"{repository} (not downloaded)"
+    try:
+        revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return f"{repository} (no refs/main; name a directory under its snapshots/ instead)"
+    snapshot = repository / "snapshots" / revision
+    if not re.fullmatch(r"\w+", revision) or not (snapshot / "config.json").is_file():
+        return f"{repository} (refs/main is {revision!r}, which has no snapshot with a config.json; download it again)"
+    return snapshot
+
+
+def local_model(path_or_name: str | Path) -> Path:
+    """Return the directory of a bundled name or of a hub id in the local cache; anything else is the path it spells."""
+    path, text = Path(path_or_name), str(path_or_name)
+    if text and path.name == text and bundled_model_dir(text).is_dir():
+        return bundled_model_dir(text)
+    if HUB_ID.fullmatch(text) and not path.exists() and isinstance(found := hub_snapshot(text), Path):
+        return found
+    return path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

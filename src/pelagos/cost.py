@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pelagos.config import PRESETS, ModelConfig, preset
+from pelagos.config import PRESETS, ModelConfig, local_model, preset
 from pelagos.errors import ConfigError
 
 PAGE_TOKENS = 128  # lcm of the released ratios 4 and 128: a page never holds part of a compressed entry
@@ -55,7 +55,7 @@ Model = ModelConfig | V32Spec
 
 
 def resolve(model: Model | str | Path) -> tuple[str, Model]:
-    """Return (display name, model) for a preset name, `v3.2`, a directory with `config.json`, or a config itself."""
+    """Return (display name, model) for a preset name, `v3.2`, a directory or cached hub id, or a config itself."""
     if isinstance(model, (ModelConfig, V32Spec)):
         return ("v3.2" if isinstance(model, V32Spec) else "config"), model
     name = str(model)
@@ -63,9 +63,11 @@ def resolve(model: Model | str | Path) -> tuple[str, Model]:
         return name, V32
     if name in PRESETS:
         return name, preset(name)
-    if not Path(name).exists():
-        raise ConfigError(f"model {name!r}: expected {', '.join(PRESETS)}, v3.2, or a directory with config.json")
-    return name, ModelConfig.load(name)
+    path = local_model(name)
+    if not path.exists():
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"model {name!r}: expected {known}, v3.2, a directory with config.json or a cached hub id")
+    return name, ModelConfig.load(path)
 
 
 def layer_kind(ratio: int) -> str:

@@ -119,6 +119,20 @@ def test_an_id_outside_the_vocabulary_is_visible(tokenizer):
     assert tokenizer.vocab_size == 600
 
 
+def test_load_by_cached_hub_id(tokenizer_file, tokenizer, tmp_path, monkeypatch):
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / "a1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"some.model: not found; expected a tokenizer.json"):
+        Tokenizer.load("some/model")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a1")
+    assert Tokenizer.load("some/model").encode("sea") == tokenizer.encode("sea")
+
+
 def test_load_by_file_directory_and_bundled_name(tokenizer_file, tokenizer):
     text = some_text(random.Random(5), 30)
     assert Tokenizer.load(tokenizer_file.parent).encode(text) == tokenizer.encode(text)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pelagos.chat.render import Prompt, render_prompt
 from pelagos.chat.tokens import SPECIAL_TOKENS
-from pelagos.config import bundled_model_dir
+from pelagos.config import local_model
 from pelagos.errors import ConfigError, MissingDependency, RequestError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`: the file, the directory that holds it, or the name of a bundled model.
+        """Read a `tokenizer.json`: the file, its directory, a bundled model's name or a cached hub id.
 
         Raises ConfigError if there is none, if it cannot be read or if special tokens are missing, and
         MissingDependency without the `tokenizers` library.
@@ -56,12 +56,10 @@ class Tokenizer:
             import tokenizers
         except ImportError as error:
             raise MissingDependency(f"text needs the tokenizers library: `pip install tokenizers` ({error})") from None
-        file = Path(path_or_name)
-        if file.name == str(path_or_name) and bundled_model_dir(file.name).is_dir():
-            file = bundled_model_dir(file.name)
+        file = local_model(path_or_name)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise ConfigError(f"{file}: not found; expected a tokenizer.json, its directory or a bundled model's name")
+            raise ConfigError(f"{file}: not found; expected a tokenizer.json, its directory, a bundled name or hub id")
         try:
             full = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception

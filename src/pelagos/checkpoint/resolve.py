@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pelagos.config import bundled_model_dir, read_environment
+from pelagos.config import HUB_ID, bundled_model_dir, hub_snapshot
 from pelagos.errors import CheckpointError
 
 _BUNDLED_NAME = re.compile(r"\w[\w-]*")
-_HUB_ID = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)")
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
@@ -43,29 +42,14 @@ def _search(text: str, tried: list[str]) -> Path | None:
         return directory
     reason = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "not there"
     tried.append(f"directory {directory} ({reason})")
-    if hub_id := _HUB_ID.fullmatch(text):
-        repository = read_environment().hub_cache / f"models--{hub_id[1]}--{hub_id[2]}"
-        snapshot = _main_snapshot(repository)
+    if HUB_ID.fullmatch(text):
+        snapshot = hub_snapshot(text)
         if isinstance(snapshot, Path):
             return snapshot
-        tried.append(f"hub cache {repository} ({snapshot})")
+        tried.append(f"hub cache {snapshot}")
     return None
 
 
 def bundled_names() -> list[str]:
     """Return the names of the models that come with this installation."""
     return sorted(file.parent.name for file in bundled_model_dir("any").parent.glob("*/config.json"))
-
-
-def _main_snapshot(repository: Path) -> Path | str:
-    """Return the snapshot of `refs/main`, or why there is none."""
-    if not repository.is_dir():
-        return "not downloaded"
-    try:
-        revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return "no refs/main; name a directory under its snapshots/ instead"
-    snapshot = repository / "snapshots" / revision
-    if not re.fullmatch(r"\w+", revision) or not (snapshot / "config.json").is_file():
-        return f"refs/main is {revision!r}, which has no snapshot with a config.json; download it again"
-    return snapshot

@@ -15,7 +15,7 @@ _MAX_TOKENS = 2**50
 
 
 def cost(
-    model: Annotated[str, typer.Option(help="flash, pro, nano, tiny, v3.2 or a directory with config.json")] = "flash",
+    model: Annotated[str, typer.Option(help="flash, pro, nano, tiny, v3.2, a directory or a cached hub id")] = "flash",
     context: Annotated[str, typer.Option(help="Tokens of context; K = 1,024, M = 1,048,576.")] = "1M",
     task: Annotated[
         str | None,
