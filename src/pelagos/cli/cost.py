@@ -21,7 +21,9 @@ def cost(
         str | None,
         typer.Option(metavar="IN,OUT,HIT,N", help="Price N requests; HIT is a share of IN (<= 1 or 90%) or tokens."),
     ] = None,
-    prices: Annotated[str, typer.Option(help="launch, current, or a date (YYYY-MM-DD).")] = "current",
+    prices: Annotated[
+        str | None, typer.Option(help="For --task: launch, current (the default), or a date (YYYY-MM-DD).")
+    ] = None,
     weighting: Annotated[
         str, typer.Option(help=f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}.")
     ] = costs.DEFAULT_WEIGHTING,
@@ -29,13 +31,15 @@ def cost(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Cost a model: parameters, cache bytes, FLOPs per token, V3.2 and GQA-8 beside it, a task's price."""
+    if prices is not None and task is None:
+        raise ConfigError(f"--prices {prices}: prices a task, give one with --task IN,OUT,HIT,N")
     report = costs.report(
         model,
         context=parse_tokens(context, "context"),
         weighting=weighting,
         layout=layout,
         task=None if task is None else parse_task(task),
-        prices=prices,
+        prices=prices or "current",
     )
     typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else report.table())
 
