@@ -23,7 +23,7 @@ SHARD = "model-00001-of-00001.safetensors"
 
 
 def random_model(**changes: object) -> Transformer:
-    config = dataclasses.replace(tiny(), index_head_dim=32, **changes)  # pyright: ignore[reportArgumentType]
+    config = dataclasses.replace(tiny(), **changes)  # pyright: ignore[reportArgumentType]
     model = Transformer(config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

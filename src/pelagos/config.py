@@ -306,11 +306,11 @@ def nano() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """A model for tests: every mechanism, 0.5M parameters, boundaries crossed within a few dozen tokens."""
+    """A model for tests: every mechanism in both number modes, 0.5M parameters, boundaries crossed within a few dozen tokens."""
     return ModelConfig(
         vocab_size=128, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, head_dim=32, qk_rope_head_dim=8,
         q_lora_rank=24, o_groups=2, o_lora_rank=16, sliding_window=16, compress_ratios=(0, 4, 8, 4, 8, 0, 0),
-        index_n_heads=16, index_head_dim=16, index_topk=4, n_routed_experts=8, num_experts_per_tok=2,
+        index_n_heads=16, index_head_dim=32, index_topk=4, n_routed_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=32, num_hash_layers=2, routed_scaling_factor=1.5, swiglu_limit=10.0,
         rope_scaling=RopeScaling(original_max_position_embeddings=64),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def test_nan_logits_are_refused() -> None:
         ("max_tokens", 0), ("max_tokens", True), ("max_tokens", 1.5), ("max_tokens", "9"), ("temperature", -0.1),
         ("temperature", 2.1), ("temperature", math.nan), ("temperature", "1"), ("temperature", True), ("top_p", 0),
         ("top_p", 1.01), ("top_k", -1), ("top_k", 1.0), ("seed", -1), ("seed", 2**63), ("seed", "x"), ("stop", [""]),
-        ("stop", ["a"] * 17), ("stop", [1]), ("stop", 5), ("logprobs", 1),
+        ("stop", ["a"] * 17), ("stop", [1]), ("stop", 5), ("logprobs", 2),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from pelagos.config import ModelConfig, tiny
 from pelagos.model import Transformer
 
 # Every boundary within a few dozen tokens; the released mode wants index dimensions in groups of 32.
-TINY = dataclasses.replace(tiny(), index_head_dim=32)
+TINY = tiny()
 # The released ratios and window; three windows of 128 tokens cross all of them.
 TRUE = dataclasses.replace(
     TINY, sliding_window=128, compress_ratios=(0, 4, 128, 4, 128, 0, 0), index_topk=24, hidden_size=32, head_dim=16

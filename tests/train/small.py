@@ -18,8 +18,8 @@ from pelagos.train.trainer import TrainConfig, Trainer
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """The tiny preset with an indexer that FP4 can hold and few layers, each kind once."""
-    base = {"index_head_dim": 32, "num_hidden_layers": 3, "compress_ratios": (0, 4, 8, 0), "num_hash_layers": 1}
+    """The tiny preset with few layers, each kind once."""
+    base = {"num_hidden_layers": 3, "compress_ratios": (0, 4, 8, 0), "num_hash_layers": 1}
     base["hc_sinkhorn_iters"] = 4
     return dataclasses.replace(tiny(), **(base | changes))
 

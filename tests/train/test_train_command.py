@@ -102,7 +102,6 @@ def test_a_second_interrupt_ends_at_once(data, tmp_path, capsys, monkeypatch):
         (["batch_rows=1.5"], "batch_rows=1.5: expected a whole number"),
         (['repeats={"poems": 1}'], "unknown kinds ['poems']"),
         (["row_tokens=100"], "multiple of 128"),
-        (["quantise_from=0.5"], "FP4 needs multiples of 32, here index_head_dim=16"),
     ],
 )
 def test_bad_settings_are_one_line(data, tmp_path, capsys, settings, said):

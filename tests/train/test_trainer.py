@@ -214,7 +214,9 @@ def test_what_cannot_work_is_refused_at_the_start(data, tmp_path):
     with pytest.raises(DataError, match="no sample of docs"):
         trainer_of(write_shards(tmp_path / "fim", kinds=("fim",)), tmp_path / "run", repeats={"fim": 1})
     with pytest.raises(ConfigError, match="index_head_dim=16"):
-        Trainer(tiny(), run_config(), data=data, out=tmp_path / "run", device="cpu")
+        Trainer(
+            dataclasses.replace(tiny(), index_head_dim=16), run_config(), data=data, out=tmp_path / "run", device="cpu"
+        )
     with pytest.raises(ConfigError, match="device 'cpux' is not usable"):
         Trainer(small_config(), run_config(), data=data, out=tmp_path / "run", device="cpux")
     foreign = tmp_path / "tokenizer"

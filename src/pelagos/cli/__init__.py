@@ -27,7 +27,6 @@ COMMANDS = {
     "data": "Build and inspect training data.",
     "train": "Train a model.",
     "eval": "Measure a model.",
-    "bench": "Measure speed.",
     "inspect": "Show what a checkpoint holds, or trace a text through it.",
 }
 

@@ -23,7 +23,7 @@ class SamplingParams:
     """What one request asks of the sampler; a wrong value raises RequestError naming it.
 
     temperature 0 is greedy; top_k 0 keeps every token; seed None draws a fresh one per request. The text is cut
-    before the first of the `stop` strings. `logprobs` asks for the log-probability of every picked token.
+    before the first of the `stop` strings. `logprobs` (true or 1) asks for the log-probability of every picked token.
     """
 
     max_tokens: int = 256
@@ -32,7 +32,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop: str | Sequence[str] = ()
-    logprobs: bool = False
+    logprobs: bool | int = False
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, "a whole number >= 1", _is_whole(self.max_tokens, 1))
@@ -47,7 +47,7 @@ class SamplingParams:
         good = isinstance(stops, (list, tuple)) and all(isinstance(s, str) and s for s in stops)
         _check("stop", self.stop, f"at most {MAX_STOPS} strings, none empty", good and len(stops) <= MAX_STOPS)
         object.__setattr__(self, "stop", tuple(stops))
-        _check("logprobs", self.logprobs, "true or false", type(self.logprobs) is bool)
+        _check("logprobs", self.logprobs, "true, false, 0 or 1", self.logprobs in (0, 1))
 
 
 def _check(name: str, value: object, expected: str, good: bool) -> None:

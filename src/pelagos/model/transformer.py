@@ -181,9 +181,10 @@ class Transformer(Collapse):
         within the vocabulary, CapacityError for more tokens than the cache holds.
         """
         self._check(ids)
+        continues = cache is not None
         cache = cache if cache is not None else FullSequence(self.config.sliding_window)
         cache.check_room(ids.shape[1])
-        if self._decodes_on_cpu(ids):
+        if continues and self._decodes_on_cpu(ids):
             hidden = self._decoder().step(int(ids), cache)
         else:
             streams = self.run(self.step(ids, start=cache.position), cache)
