@@ -306,7 +306,7 @@ def nano() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """A model for tests: every mechanism in both number modes, 0.5M parameters, boundaries crossed within a few dozen tokens."""
+    """A model for tests: every mechanism, both number modes, 0.5M parameters, boundaries within a few dozen tokens."""
     return ModelConfig(
         vocab_size=128, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, head_dim=32, qk_rope_head_dim=8,
         q_lora_rank=24, o_groups=2, o_lora_rank=16, sliding_window=16, compress_ratios=(0, 4, 8, 4, 8, 0, 0),
