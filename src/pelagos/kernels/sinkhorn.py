@@ -6,7 +6,7 @@ On CUDA one Triton kernel each way; elsewhere `ref.hyper_connection.sinkhorn`, w
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from pelagos.kernels.ref import hyper_connection as ref
 
@@ -23,7 +23,7 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     return mixed
 
 
-@torch.library.custom_op("pelagos::sinkhorn", mutates_args=())
+@library.custom_op("pelagos::sinkhorn", mutates_args=())
 def _forward(logits: Tensor, iters: int, eps: float) -> tuple[Tensor, Tensor]:
     from pelagos.kernels.triton import sinkhorn as kernel
 
@@ -37,7 +37,7 @@ def _(logits: Tensor, iters: int, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits), logits.new_empty((2 * iters - 1, count, n))
 
 
-@torch.library.custom_op("pelagos::sinkhorn_backward", mutates_args=())
+@library.custom_op("pelagos::sinkhorn_backward", mutates_args=())
 def _backward(grad: Tensor, mixed: Tensor, normalisers: Tensor, eps: float) -> Tensor:
     from pelagos.kernels.triton import sinkhorn as kernel
 
