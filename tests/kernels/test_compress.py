@@ -28,7 +28,7 @@ def test_pool_is_a_softmax_per_channel() -> None:
 def test_overlap_takes_first_half_of_the_previous_window(first: int, count: int) -> None:
     ratio, dim = 4, 3
     rows = normal(2, 17, 2 * dim)
-    slots = compress.overlap_slots(rows, fill=0.0, dim=dim, first=first, count=count, ratio=ratio)
+    slots = compress.overlap_slots(rows, dim=dim, first=first, count=count, ratio=ratio)
     assert slots.shape == (2, count, 2 * ratio, dim)
     for n in range(count):
         for slot in range(ratio):

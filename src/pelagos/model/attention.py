@@ -131,8 +131,8 @@ class Compressor(nn.Module):
         first = keep + begin * self.ratio - step.start
         if self.overlap:
             layout = {"dim": self.width, "first": first, "count": count, "ratio": self.ratio}
-            values = compress.overlap_slots(kv, fill=0.0, **layout)
-            scores = compress.overlap_slots(score, fill=-torch.inf, **layout)
+            values = compress.overlap_slots(kv, **layout)
+            scores = compress.overlap_slots(score, **layout)
             if step.segments is not None:
                 scores = self._hide_other_samples(scores, step.segments, count)
         else:

@@ -50,8 +50,7 @@ def sparse_attention(
     """
     batch, length, heads, width = q.shape
     if length > window:
-        out, weights = _blocked(q, rows, row_mask, entries, entry_mask, sink, window)
-        return out, weights
+        return _blocked(q, rows, row_mask, entries, entry_mask, sink, window)
     scale = width**-0.5
     flat = q.flatten(1, 2)  # (B, S*H, C)
     near = _logits(torch.matmul(flat, rows.transpose(1, 2))).unflatten(1, (length, heads)) * scale

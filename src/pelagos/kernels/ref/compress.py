@@ -14,11 +14,11 @@ def pool_windows(kv: Tensor, score: Tensor) -> Tensor:
     return (score.softmax(2) * kv).sum(2)
 
 
-def overlap_slots(rows: Tensor, *, fill: float, dim: int, first: int, count: int, ratio: int) -> Tensor:
+def overlap_slots(rows: Tensor, *, dim: int, first: int, count: int, ratio: int) -> Tensor:
     """Return the 2*ratio slots of `count` overlapping windows from rows (B, R, 2*dim).
 
     Window i spans rows [first + i*ratio, +ratio). The previous window gives its first `dim` channels, the
-    current one its last; rows before the sequence are expected to hold `fill` already.
+    current one its last; rows before the sequence are the caller's (kv 0, score -inf).
     """
     span = count * ratio
     previous = rows[:, first - ratio : first - ratio + span, :dim].unflatten(1, (count, ratio))

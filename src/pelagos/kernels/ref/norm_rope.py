@@ -1,6 +1,6 @@
 """RMSNorm and rotary embedding as the released model applies them.
 
-Source: inference/model.py RMSNorm, precompute_freqs_cis, apply_rotary_emb; spec pitfalls 1-6.
+Source: inference/model.py RMSNorm, precompute_freqs_cis, apply_rotary_emb.
 """
 
 from __future__ import annotations
