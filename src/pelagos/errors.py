@@ -27,6 +27,10 @@ class CapacityError(PelagosError):
     """A request that is valid but does not fit the memory or context planned for."""
 
 
+class CacheError(PelagosError):
+    """Cached state on disk or in memory that is damaged, of another layout, or not to be had."""
+
+
 class DataError(PelagosError):
     """Training or evaluation data that is missing, malformed or made for another tokenizer."""
 

@@ -1,0 +1,160 @@
+"""What a server sees of the engine: submit a prompt, read a stream of steps, abort, ask for statistics.
+
+`Engine` is a protocol; `LocalEngine` runs a model, a scripted one serves tests. Everything above this floor uses
+these names and nothing else of the engine.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from pelagos.engine.sampler import SamplingParams
+
+REASONS = ("stop", "length", "cancelled", "deadline")
+
+
+class Step(NamedTuple):
+    """One generated token: its id, the text it makes certain, its log-probability, and on the last one why it ended.
+
+    finish_reason is None except on the last step: `stop` (end token, stop id or stop string) or `length`. A stream
+    that is aborted or runs out of time ends without a last step. `top_logprobs` holds (token id, log-probability) of
+    the most likely tokens where they were asked for.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    finish_reason: str | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Stream:
+    """The steps of one request as they come; iterate it in one thread, `cancel` from any.
+
+    `finish_reason` is None while it runs, then one of REASONS. cached_tokens is how many prompt tokens were not
+    computed again, accepted_drafts how many generated tokens came from a draft.
+    """
+
+    def __init__(self, request_id: str, *, on_step: Callable[[], None] | None = None) -> None:
+        """`on_step` is called from the engine's thread after anything is put into the stream."""
+        self.request_id = request_id
+        self.finish_reason: str | None = None
+        self.cached_tokens = 0
+        self.accepted_drafts = 0
+        self.prompt_logprobs: list[float | None] | None = None
+        self._steps: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
+        self._on_step = on_step
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ask the engine to end this request at its next step; idempotent, returns at once."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def put(self, step: Step) -> None:
+        """Append a step (the engine's side)."""
+        self._steps.put(step)
+        if self._on_step is not None:
+            self._on_step()
+
+    def close(self, reason: str | None, error: BaseException | None = None) -> None:
+        """End the stream with a reason or an error, which iteration raises (the engine's side)."""
+        self.finish_reason = reason
+        self._steps.put(error)
+        if self._on_step is not None:
+            self._on_step()
+
+    def poll(self) -> Step | None:
+        """Return the next step without waiting, None when there is none now; raises StopIteration at the end."""
+        try:
+            return self._next(self._steps.get_nowait())
+        except queue.Empty:
+            return None
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            try:
+                yield self._next(self._steps.get())
+            except StopIteration:
+                return
+
+    def _next(self, item: Step | BaseException | None) -> Step:
+        if isinstance(item, Step):
+            return item
+        self._steps.put(item)  # whoever asks again hears the same
+        if item is None:
+            raise StopIteration
+        raise item
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start, and what is in use now; bytes are of tensors and buffers, exact."""
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    requests_done: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0  # of admitted requests
+    computed_tokens: int = 0  # prompt tokens that went through the model, recomputed window tails included
+    hit_tokens: int = 0  # prompt tokens whose compressed entries were there already
+    cached_tokens: int = 0  # prompt tokens that did not go through the model
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
+    pages_total: int = 0
+    pages_in_use: int = 0  # held by requests; cached pages nobody holds are not in use
+    pages_cached: int = 0
+    slots_total: int = 0
+    slots_in_use: int = 0
+    states_cached: int = 0
+    state_bytes_cached: int = 0
+    evicted_pages: int = 0
+    evicted_states: int = 0
+    disk: dict[str, int] = field(default_factory=dict)  # hits, misses, written, damaged, dropped, evicted, bytes
+    bytes_planned: dict[str, int] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A source of completions that many requests share."""
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        user_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cuts: Sequence[int] = (),
+        on_step: Callable[[], None] | None = None,
+    ) -> Stream:
+        """Queue one prompt and return its stream at once.
+
+        Higher `priority` goes first; after `timeout_s` the stream ends with `deadline`. `user_id` isolates cached
+        prefixes. `cuts` are prompt lengths at which a later prompt is likely to part from this one (the end of the
+        messages before the generation suffix): state is kept there. Raises RequestError for a bad prompt,
+        ContextLengthError beyond the model's positions, CapacityError for what never fits this engine's memory.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free what it holds at the next step; an unknown id is ignored."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return a consistent copy of the counters."""
+        ...
+
+    def close(self) -> None:
+        """Abort what runs, finish writes and end the engine's threads; further submits raise CapacityError."""
+        ...
