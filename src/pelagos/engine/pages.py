@@ -1,0 +1,116 @@
+"""The page pool: page ids with reference counts and, for pages of a known prefix, a content key.
+
+Knows nothing of what a page holds. A page is free, in use (references > 0) or cached (no reference, but a key by
+which `lookup` finds it again); cached pages are given away when free ones run out, the longest unused first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pelagos.errors import CapacityError
+
+
+class PagePool:
+    """`count` page ids; every operation costs O(1) a page.
+
+    Release the pages of a sequence deepest first: a page without the ones before it is unreachable, and pages
+    are evicted in the order of their release.
+    """
+
+    def __init__(self, count: int) -> None:
+        """All `count` pages are free. Raises CapacityError below 1."""
+        if count < 1:
+            raise CapacityError(f"page pool of {count} pages: expected at least 1")
+        self.count = count
+        self.evictions = 0
+        self._references = [0] * count
+        self._keys: list[bytes | None] = [None] * count
+        self._by_key: dict[bytes, int] = {}
+        self._free = list(range(count - 1, -1, -1))
+        self._cached: dict[int, None] = {}  # in order of last use, oldest first
+
+    @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Pages without a reference that `lookup` still finds."""
+        return len(self._cached)
+
+    @property
+    def in_use(self) -> int:
+        """Pages with at least one reference."""
+        return self.count - self.free - self.cached
+
+    @property
+    def available(self) -> int:
+        """Pages that `alloc` can give: free and cached ones."""
+        return self.free + self.cached
+
+    def alloc(self, count: int) -> list[int] | None:
+        """Return `count` pages with one reference each, evicting cached pages if need be; None if there are too few."""
+        if count > self.available:
+            return None
+        while self.free < count:
+            self._evict()
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a reference to each page, which must be in use or cached."""
+        for page in pages:
+            assert self._references[page] or page in self._cached, f"page {page} is free"
+            self._references[page] += 1
+            self._cached.pop(page, None)
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop a reference of each page, in this order; the last one makes a page with a key cached, others free.
+
+        A private duplicate of a page that is found by the same key becomes free and counts as a use of that one.
+        """
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is released more often than held"
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            key = self._keys[page]
+            owner = page if key is None else self._by_key.setdefault(key, page)
+            if key is not None and owner == page:
+                self._cached[page] = None
+                continue
+            self._keys[page] = None
+            self._free.append(page)
+            if owner in self._cached:
+                self._cached[owner] = self._cached.pop(owner)
+
+    def register(self, page: int, key: bytes) -> int:
+        """Name the content of a page in use; return the page that `lookup` finds by this key: it, or an earlier one."""
+        assert self._references[page] > 0 and self._keys[page] in (None, key), f"page {page} cannot become {key.hex()}"
+        self._keys[page] = key
+        return self._by_key.setdefault(key, page)
+
+    def lookup(self, key: bytes) -> int | None:
+        """Return the page of that content, in use or cached; take a reference with `share` before anything else."""
+        return self._by_key.get(key)
+
+    def references(self, page: int) -> int:
+        """How many hold the page."""
+        return self._references[page]
+
+    def check(self) -> None:
+        """Assert that every page is in exactly one state and that keys and pages agree."""
+
+    def _evict(self) -> None:
+        page = next(iter(self._cached))
+        del self._cached[page]
+        key = self._keys[page]
+        assert key is not None
+        del self._by_key[key]
+        self._keys[page] = None
+        self._free.append(page)
+        self.evictions += 1
