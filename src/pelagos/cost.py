@@ -379,20 +379,22 @@ def _attended_rows(c: ModelConfig, ratio: int, context: int) -> int:
     return min(c.sliding_window, context) + (min(entries, c.index_topk) if layer_kind(ratio) == "csa" else entries)
 
 
-def state_bytes(config: ModelConfig, *, layout: str = "released", draft: bool = False) -> dict[str, int]:
+def state_bytes(
+    config: ModelConfig, *, layout: str = "released", draft: bool = False, rewind: int = 0
+) -> dict[str, int]:
     """Return the constant bytes of one sequence: window rings, and FP32 state of compressors and index compressors.
 
     A compressor keeps its projections and gate scores as two FP32 arrays (k x ratio, k x dim), k = 2 in CSA (the
-    previous window overlaps) and 1 elsewhere. `draft` adds the MTP layer's window ring.
+    previous window overlaps) and 1 elsewhere. `draft` adds the MTP layer's window ring, `rewind` rows to every array.
     """
     main, _ = row_bytes(config, layout)
     rings = config.num_hidden_layers + (1 if draft and has_mtp(config) else 0)
-    sizes = {"window": rings * config.sliding_window * main, "compressor": 0, "indexer": 0}
+    sizes = {"window": rings * (config.sliding_window + rewind) * main, "compressor": 0, "indexer": 0}
     for ratio in config.layer_ratios:
-        is_csa = layer_kind(ratio) == "csa"
-        slots = 2 * 4 * (4 if is_csa else 1) * ratio
+        k = 2 if layer_kind(ratio) == "csa" else 1
+        slots = 2 * 4 * k * (k * ratio + rewind) if ratio else 0
         sizes["compressor"] += slots * config.head_dim
-        sizes["indexer"] += slots * config.index_head_dim if is_csa else 0
+        sizes["indexer"] += slots * config.index_head_dim if k == 2 else 0
     return sizes
 
 

@@ -1,13 +1,18 @@
 """The memory plan: how many pages, slots and snapshot bytes an engine gets, before anything is allocated.
 
-All byte formulas are the cost model's. Source: technical report 6.1.
+All byte formulas are the cost model's; a request that can never fit is refused in words. Source: technical report 6.1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from pelagos import cost
 from pelagos.config import ModelConfig
+from pelagos.errors import CapacityError, ConfigError
+
+USUAL_CONTEXT = 32_768  # positions a request is planned with when nobody says how much memory to use
+_LAYOUTS = {"reference": "float32", "released": "released"}  # number mode -> how the cost model calls its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +25,8 @@ class MemoryPlan:
     page_bytes: int
     slot_bytes: int
     page_tokens: int
-    weight_bytes: int
-    scratch_bytes: int
+    weight_bytes: int = 0
+    scratch_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -33,13 +38,29 @@ class MemoryPlan:
         """All planned bytes: weights and scratch too."""
         return self.kv_bytes + self.weight_bytes + self.scratch_bytes
 
+    @property
+    def positions(self) -> int:
+        """Positions that all pages together hold: the longest a request can become."""
+        return self.pages * self.page_tokens
+
     def refuse(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Say why a request can never fit this plan, None when it can (alone, if need be)."""
-        raise NotImplementedError
+        if prompt_tokens + max_tokens <= self.positions:
+            return None
+        pages = -(-(prompt_tokens + max_tokens) // self.page_tokens)
+        return (
+            f"a prompt of {prompt_tokens:,} tokens and up to {max_tokens:,} more take {pages:,} pages of "
+            f"{self.page_bytes:,} bytes, the engine has {self.pages:,} ({self.positions:,} positions): "
+            f"ask for fewer tokens, or raise kv_bytes by {(pages - self.pages) * self.page_bytes:,}"
+        )
 
     def describe(self) -> dict[str, int]:
         """Return every figure by name, for statistics and printing."""
-        raise NotImplementedError
+        return asdict(self) | {
+            "positions": self.positions,
+            "kv_bytes": self.kv_bytes,
+            "total_bytes": self.total_bytes,
+        }
 
 
 def plan_memory(
@@ -55,10 +76,42 @@ def plan_memory(
     scratch_bytes: int = 0,
     available: int | None = None,
 ) -> MemoryPlan:
-    """Split `kv_bytes` into slots, snapshots and pages.
+    """Split `kv_bytes` into slots (one a request), snapshots (a quarter of the rest with a prefix cache) and pages.
 
-    Without kv_bytes: enough for max_requests of min(the model's positions, 32,768) tokens, or a share of what
+    Without kv_bytes: enough for max_requests of min(the model's positions, 32,768) tokens, or half of what
     `available` bytes leave after weights and scratch, whichever is less. Raises CapacityError when not one request
-    of chunk_tokens fits.
+    of chunk_tokens fits, or more than `available` is asked for, and ConfigError for values that mean nothing.
     """
-    raise NotImplementedError
+    for name, value, least in (
+        ("max_requests", max_requests, 1),
+        ("chunk_tokens", chunk_tokens, 1),
+        ("rewind", rewind, 0),
+        ("kv_bytes", 0 if kv_bytes is None else kv_bytes, 0),
+    ):
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{name}={value!r}: expected a whole number >= {least}")
+    if mode not in _LAYOUTS:
+        raise ConfigError(f"mode={mode!r}: expected {' or '.join(_LAYOUTS)}")
+    layout, tokens = _LAYOUTS[mode], cost.page_tokens(config)
+    page = sum(cost.page_bytes(config, tokens=tokens, layout=layout).values())
+    slot = sum(cost.state_bytes(config, layout=layout, draft=True, rewind=rewind).values())
+    slots = max_requests * slot
+    least = slots + -(-chunk_tokens // tokens) * page
+    room = None if available is None else available - weight_bytes - scratch_bytes
+    if kv_bytes is None:
+        pages = max_requests * -(-min(config.max_position_embeddings, USUAL_CONTEXT) // tokens)
+        kv_bytes = slots + pages * page * (4 if prefix_cache else 3) // 3
+        kv_bytes = kv_bytes if room is None else min(kv_bytes, max(room // 2, min(least, room)))
+    elif room is not None and kv_bytes > room:
+        raise CapacityError(
+            f"kv_bytes={kv_bytes:,} with weights of {weight_bytes:,} and scratch of {scratch_bytes:,} bytes: "
+            f"there are {available:,} bytes; ask for at most {max(0, room):,}"
+        )
+    if kv_bytes < least:
+        raise CapacityError(
+            f"{max_requests} slots of {slot:,} bytes and pages for {chunk_tokens:,} tokens take {least:,} bytes, there "
+            f"are {max(0, kv_bytes):,} for the cache: raise kv_bytes to that, or lower max_requests or chunk_tokens"
+        )
+    states = min((kv_bytes - slots) // 4, kv_bytes - least) if prefix_cache else 0
+    pages = (kv_bytes - slots - states) // page
+    return MemoryPlan(pages, max_requests, states, page, slot, tokens, weight_bytes, scratch_bytes)

@@ -8,17 +8,21 @@ frozen entries, which restores the state exactly. No I/O and no tensors. Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pelagos.engine.pages import PagePool
+from pelagos.errors import RequestError
 from pelagos.kernels.layout import CacheLayout
 
 KEY_BYTES = 16
 STATE_INTERVAL = 512  # positions between states taken inside a prompt
+_TOKEN = np.dtype("<i4")
 
 
 class KeyChain:
@@ -26,30 +30,48 @@ class KeyChain:
 
     def __init__(self, salt: bytes, user_id: str, page_tokens: int) -> None:
         """The keys of an empty sequence; `PrefixCache.chain` makes one with its own salt."""
-        raise NotImplementedError
+        self.user_id = user_id
+        self.keys: list[bytes] = []  # of the completed pages, first to last
+        self._page_bytes = page_tokens * _TOKEN.itemsize
+        self._tokens = bytearray()
+        self._root = _hash(len(salt).to_bytes(8, "little") + salt + user_id.encode("utf-8", "surrogatepass"))
 
     def __len__(self) -> int:
         """Tokens pushed."""
-        raise NotImplementedError
-
-    user_id: str
-    keys: list[bytes]  # of the completed pages, first to last
+        return len(self._tokens) // _TOKEN.itemsize
 
     def push(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append token ids (any integer sequence or array) after those pushed before."""
-        raise NotImplementedError
+        """Append token ids (any integer sequence or array) after those pushed before.
+
+        Raises RequestError for an id that is negative or needs more than 31 bits.
+        """
+        ids = np.asarray(tokens, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < 2**31):
+            raise RequestError(f"token ids {ids.min()}..{ids.max()}: expected 0..2147483647")
+        self._tokens += ids.astype(_TOKEN).tobytes()
+        size = self._page_bytes
+        for page in range(len(self.keys), len(self._tokens) // size):
+            self.keys.append(_hash(self.node_key(page) + self._tokens[page * size : (page + 1) * size]))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on (rejected drafts)."""
-        raise NotImplementedError
+        del self._tokens[length * _TOKEN.itemsize :]
+        del self.keys[len(self._tokens) // self._page_bytes :]
 
     def node_key(self, page: int) -> bytes:
         """The key before page `page`: the root for 0, else the key of page - 1."""
-        raise NotImplementedError
+        return self.keys[page - 1] if page else self._root
 
     def state_key(self, position: int) -> bytes:
         """The key of the state after `position` tokens, 1..len."""
-        raise NotImplementedError
+        assert 0 < position <= len(self), f"state at {position} of {len(self)} tokens"
+        end = position * _TOKEN.itemsize
+        page, inside = divmod(end, self._page_bytes)
+        return _hash(self.node_key(page) + self._tokens[end - inside : end] + b"state")
+
+
+def _hash(content: bytes) -> bytes:
+    return blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 class DiskIndex(Protocol):
@@ -69,13 +91,13 @@ class Match:
     """What a prompt can start from.
 
     `pages` (a reference of each is taken: `pool.release(reversed(pages))` gives up) are the first of the page table;
-    compute positions resume..n-1 with the span's `frozen`. With `state` the slot is unpacked from it at `resume`; if
-    `resume` is beyond the pages (`opens_page`), the open page is too, into a page of the sequence's own. Without state
-    and with resume > 0 the slot is zeroed, and outputs before `exact` are not to be used. All zero when nothing
-    would be saved.
+    compute positions resume..n-1 with the span's `frozen`. With `state` the slot is unpacked from it at `resume`, and
+    if `resume` lies beyond the pages, so is the open page, into a page of the sequence's own. Without `state` and
+    with resume > 0 the slot is zeroed, and what comes out before position `exact` is not to be used. When nothing would
+    be saved everything is zero and no page is held.
 
-    disk_pages counts further page keys (after `pages`) worth reading from disk, disk_state is the state worth
-    reading, at disk_position; both zero or None when the disk makes nothing better. Read them, `add` them, match again.
+    If the disk makes it better, `disk_resume` is where the prompt could resume after reading the `disk_pages` page
+    keys that follow `pages` and, unless None, the state `disk_state` of position disk_resume: add them and match again.
     """
 
     pages: tuple[int, ...] = ()
@@ -83,14 +105,14 @@ class Match:
     frozen: int = 0
     exact: int = 0
     state: np.ndarray | None = None
+    disk_resume: int = 0
     disk_pages: int = 0
     disk_state: bytes | None = None
-    disk_position: int = 0
 
     @property
     def hit_tokens(self) -> int:
-        """Prompt tokens whose compressed entries need not be made again."""
-        return max(self.resume, self.frozen) if self.state is not None else self.frozen
+        """Tokens whose compressed entries need not be made again."""
+        return max(self.resume, self.frozen)
 
 
 class Cut(NamedTuple):
@@ -111,6 +133,12 @@ class PrefixStats:
     evicted_states: int = 0
 
 
+class _State(NamedTuple):
+    node: bytes
+    remainder: int
+    packed: np.ndarray
+
+
 class PrefixCache:
     """The index over a page pool and a store of packed states bounded by `state_bytes`."""
 
@@ -119,40 +147,166 @@ class PrefixCache:
     ) -> None:
         """`salt` names model, number mode and numeric path; `interval` is rounded up to whole pages."""
         self.stats = PrefixStats()
-        raise NotImplementedError
+        self.interval = layout.pages_for(max(1, interval)) * layout.page_tokens
+        self._pool = pool
+        self._salt = salt
+        self._page_tokens = layout.page_tokens
+        self._recompute = layout.recompute_tokens
+        self._state_bytes = state_bytes
+        self._anchors: dict[bytes, _State] = {}  # by state key, in order of last use, oldest first
+        self._between: dict[bytes, _State] = {}
+        self._between_bytes = 0
+        self._under: dict[bytes, dict[int, int]] = {}  # key of the last completed page -> {tokens after it: states}
 
     def chain(self, user_id: str, tokens: Sequence[int] | np.ndarray = ()) -> KeyChain:
         """Start the keys of a user's sequence; keep the chain with the request, hashing is its cost."""
-        raise NotImplementedError
+        chain = KeyChain(self._salt, user_id, self._page_tokens)
+        chain.push(tokens)
+        return chain
 
     def match(self, chain: KeyChain, limit: int, disk: DiskIndex | None = None) -> Match:
-        """Find where the chain's sequence can resume, at `limit` at most (prompt length - 1), computing the least."""
-        raise NotImplementedError
+        """Find where the chain's sequence can resume, at `limit` at most (prompt length - 1), computing the least.
+
+        The deepest state over the pages that are there, or, where that is deeper, as many tokens before the end of
+        the pages as restore the window state of all layers.
+        """
+        assert 0 <= limit <= len(chain), f"limit {limit} of {len(chain)} tokens"
+        keys = chain.keys[: (limit + 1) // self._page_tokens]
+        pages = list(self._pages_of(keys))
+        here = len(pages)
+        end, start = self._recomputed(here, limit)
+        resume, state_key = next(self._states_on(chain, here, max(start, 1), limit, None), (start, None))
+        on_disk = (0, 0, None)
+        if disk is not None:
+            there = here + disk.known_pages(chain.user_id, keys[here:])
+            _, far = self._recomputed(there, limit)
+            deepest, key = next(self._states_on(chain, there, max(far, resume) + 1, limit, disk), (far, None))
+            if deepest > resume:
+                needed = there if key is None else max(here, deepest // self._page_tokens)
+                on_disk = (deepest, needed - here, None if key is None or self._find(key) else key)
+        if not resume and not on_disk[0]:
+            return Match()
+        self._pool.share(pages)
+        state = None if state_key is None else self._use(state_key).packed
+        exact = resume if state is not None or not resume else end
+        return Match(tuple(pages), resume, here * self._page_tokens, exact, state, *on_disk)
+
+    def _pages_of(self, keys: Sequence[bytes]) -> Iterator[int]:
+        for key in keys:
+            page = self._pool.lookup(key)
+            if page is None:
+                return
+            yield page
+
+    def _recomputed(self, pages: int, limit: int) -> tuple[int, int]:
+        """Where the state is exact again, and where to start for it, when only pages are there."""
+        end = min(pages * self._page_tokens, limit)
+        return end, max(0, end - self._recompute)
+
+    def _states_on(
+        self, chain: KeyChain, pages: int, least: int, limit: int, disk: DiskIndex | None
+    ) -> Iterator[tuple[int, bytes]]:
+        """(position, key) of the states from `least` to `limit` that need at most `pages` pages, deepest first."""
+        for page in range(min(pages, limit // self._page_tokens), -1, -1):
+            if (page + 1) * self._page_tokens <= least:
+                return
+            node, begin = chain.node_key(page), page * self._page_tokens
+            stored = set(disk.known_states(chain.user_id, node)) if disk is not None else set()
+            for remainder in sorted({*self._under.get(node, ()), *(at for at, _ in stored)}, reverse=True):
+                if least <= begin + remainder <= limit:
+                    key = chain.state_key(begin + remainder)
+                    if self._find(key) is not None or (remainder, key) in stored:
+                        yield begin + remainder, key
 
     def record(self, match: Match) -> None:
         """Count a match that was used (a request may be matched many times before it is admitted)."""
-        raise NotImplementedError
+        self.stats.hit_tokens += match.hit_tokens
+        self.stats.cached_tokens += match.resume
 
     def add_page(self, key: bytes, page: int) -> bool:
-        """Publish a completed page of a running sequence under chain.keys[i]; whether `lookup` now finds this page.
+        """Publish a completed page of a running sequence under chain.keys[i]; whether the key now finds this page.
 
         False: another page has that content. The caller goes on with its own; nothing is swapped.
         """
-        raise NotImplementedError
+        return self._pool.register(page, key) == page
 
     def has_state(self, chain: KeyChain, position: int) -> bool:
         """Whether the state after `position` tokens is held; counts as a use of it."""
-        raise NotImplementedError
+        key = chain.state_key(position)
+        if self._find(key) is None:
+            return False
+        self._use(key)
+        return True
 
     def add_state(self, chain: KeyChain, position: int, packed: np.ndarray, *, anchor: bool) -> bool:
-        """Keep `layout.pack_state(...)` (not copied: hand it over) of that position; False when it is beyond the budget."""
-        raise NotImplementedError
+        """Keep `layout.pack_state(...)` of that position, uint8, handed over and not copied; whether it is held now.
 
-    def cuts(self, start: int, stop: int, *, prompt: int, marks: Sequence[int] = ()) -> list[Cut]:
+        Room is made by dropping the longest unused: states between anchors first, and for one of those no anchor.
+        """
+        key = chain.state_key(position)
+        if self._find(key) is not None:
+            self._use(key)
+            return True
+        kept = 0 if anchor else self.stats.state_bytes - self._between_bytes
+        if packed.nbytes > self._state_bytes - kept:
+            return False
+        while self.stats.state_bytes + packed.nbytes > self._state_bytes:
+            self._drop(next(iter(self._between or self._anchors)))
+        page, remainder = divmod(position, self._page_tokens)
+        state = _State(chain.node_key(page), remainder, packed)
+        (self._anchors if anchor else self._between)[key] = state
+        self._between_bytes += 0 if anchor else packed.nbytes
+        remainders = self._under.setdefault(state.node, {})
+        remainders[remainder] = remainders.get(remainder, 0) + 1
+        self.stats.states += 1
+        self.stats.state_bytes += packed.nbytes
+        return True
+
+    def cuts(self, match: Match, start: int, stop: int, *, prompt: int, marks: Sequence[int] = ()) -> list[Cut]:
         """Positions in (start, stop] at which the engine keeps the state, ascending: end chunks there.
 
-        `prompt` is the prompt's length, `marks` the request's cuts. Anchors: the marks, or the prompt's end without
-        marks. Between: every `interval` positions and the last page boundary before the prompt's end. The end of
-        the output is an anchor too, which only the engine knows.
+        `match` is what the request resumed from, `prompt` the prompt's length, `marks` the request's cuts. Anchors:
+        the marks (without any the prompt's end) and the end of the matched pages, where this prompt parts from an
+        earlier one. Between: every `interval` positions and the last page boundary before the prompt's end. None
+        where the state is not exact yet. The end of the output is an anchor too, which only the engine knows.
         """
-        raise NotImplementedError
+        anchors = {match.frozen, *(marks or (prompt,))}
+        between = {*range(0, stop + 1, self.interval), (prompt - 1) // self._page_tokens * self._page_tokens}
+        first = max(start + 1, match.exact)
+        return [Cut(at, at in anchors) for at in sorted(anchors | between) if first <= at <= stop]
+
+    def check(self) -> None:
+        """Assert that the index, the states and the counters agree."""
+        states = [*self._anchors.values(), *self._between.values()]
+        assert self.stats.states == len(states) == len(self._anchors.keys() | self._between.keys())
+        assert self.stats.state_bytes == sum(state.packed.nbytes for state in states) <= self._state_bytes
+        assert self._between_bytes == sum(state.packed.nbytes for state in self._between.values())
+        under = Counter((state.node, state.remainder) for state in states)
+        assert under == {(node, at): n for node, counts in self._under.items() for at, n in counts.items()}
+
+    def _find(self, key: bytes) -> _State | None:
+        return self._anchors.get(key) or self._between.get(key)
+
+    def _use(self, key: bytes) -> _State:
+        """Make a state the last used; one between anchors has shown its worth and becomes an anchor."""
+        state = self._pop(key)
+        self._anchors[key] = state
+        return state
+
+    def _pop(self, key: bytes) -> _State:
+        if key in self._anchors:
+            return self._anchors.pop(key)
+        self._between_bytes -= self._between[key].packed.nbytes
+        return self._between.pop(key)
+
+    def _drop(self, key: bytes) -> None:
+        state = self._pop(key)
+        remainders = self._under[state.node]
+        remainders[state.remainder] -= 1
+        if not remainders[state.remainder]:
+            del remainders[state.remainder]
+        if not remainders:
+            del self._under[state.node]
+        self.stats.states -= 1
+        self.stats.state_bytes -= state.packed.nbytes
+        self.stats.evicted_states += 1
