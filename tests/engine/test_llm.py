@@ -14,7 +14,7 @@ from tests.engine.scripted import config_for, small_tokenizer
 import pelagos
 from pelagos.engine import LLM, SamplingParams
 from pelagos.engine import llm as llm_module
-from pelagos.engine.llm import StopCut
+from pelagos.engine.output import StopCut
 from pelagos.errors import ConfigError, ContextLengthError, RequestError
 from pelagos.model import ContiguousCache, Transformer
 

@@ -18,6 +18,7 @@ from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import BOS, EOS
 from pelagos.checkpoint import resolve_model
 from pelagos.config import GENERATIONS, read_environment
+from pelagos.engine.output import StopCut
 from pelagos.engine.sampler import Sampler, SamplingParams
 from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, ContextLengthError, RequestError
@@ -161,13 +162,15 @@ class LLM:
                 return
             logits = self._forward(ids[start : start + PREFILL_CHUNK], cache)
         assert logits is not None
-        sampler = Sampler(params)
+        sampler = Sampler(params, self.model.config.vocab_size, ids)
+        position = len(ids)
         decoder = self.tokenizer.stream_decoder()
         text = StopCut(params.stop)
         for left in range(params.max_tokens, 0, -1):
             if cancel.is_set():
                 return
-            token, logprob = sampler.pick(logits)
+            token, logprob, _ = sampler.pick(logits.float().cpu().numpy(), position)
+            position += 1
             ended = token == self.model.config.eos_token_id
             delta = text.push("" if ended else decoder.push(token))
             reason = "stop" if ended or text.is_cut else "length" if left == 1 else None
@@ -182,38 +185,6 @@ class LLM:
     def _forward(self, ids: list[int], cache: ContiguousCache) -> Tensor:
         batch = torch.tensor([ids], device=next(self.model.parameters()).device)  # (1, S)
         return self.model(batch, cache, last_only=True)[0, -1]  # (V,)
-
-
-class StopCut:
-    """Lets text through up to the first stop string, holding back only what may still become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.is_cut = False
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Return what is certain to come before any stop string; nothing more once `is_cut`."""
-        if self.is_cut:
-            return ""
-        text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.is_cut, self._held = True, ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """Return the text still held back: nothing follows, so it is no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
