@@ -8,14 +8,45 @@ Source: technical report 6.2 (full, periodic and zero storage of window state).
 
 from __future__ import annotations
 
+import collections
+import errno
+import hashlib
+import heapq
+import mmap
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from pelagos.errors import ConfigError
+from pelagos.engine.disk_file import (
+    PAGES,
+    STATE,
+    VERSION,
+    Bytes,
+    CacheDirectory,
+    DamagedFile,
+    Listed,
+    Record,
+    Table,
+    count_intact,
+    read_into,
+)
+from pelagos.errors import CacheError, ConfigError
 
-Bytes = bytes | bytearray | memoryview  # uint8 ndarrays pass as memoryview(array)
+KEY_BYTES = 16
+_RUN_BYTES = 64 << 20  # the most page data in one file: what one eviction takes
+_PART_BYTES = 8 << 20  # what one reader takes at a time
+_PART_RECORDS = 512
+_READERS = 4
+_TICK_S = 1.0  # how often last uses are written down and other processes' files looked for
+_LOCK_S = 10.0
+_PAUSE_S = (1.0, 60.0)  # after a failed write, doubling from the first to the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +73,7 @@ class StatePolicy:
 
 
 def parse_policy(text: str, page_tokens: int) -> StatePolicy:
-    """Read `full`, `periodic(P)`, `zero` or `turns`; ConfigError otherwise or when P is no multiple of `page_tokens`."""
+    """Read `full`, `periodic(P)`, `zero` or `turns`; ConfigError otherwise or when P is no multiple of a page."""
     found = re.fullmatch(r"\s*(?:(full|zero|turns)|periodic\(\s*(\d{1,12})\s*\))\s*", text)
     if found is None:
         raise ConfigError(f"disk_policy={text!r}: expected full, periodic(P), zero or turns, as in periodic(1024)")
@@ -61,20 +92,70 @@ class Ticket:
     `state`: the payload of the state, or None when it was not asked for, is gone or is damaged.
     """
 
-    pages: list[memoryview]
-    state: bytes | bytearray | None
+    def __init__(self) -> None:
+        self.pages: list[memoryview] = []
+        self.state: memoryview | None = None
+        self._ended = threading.Event()
+        self._cancelled = False
+        self._parts: list[_Part] = []
+        self._parts_left = 0
 
     def done(self) -> bool:
         """Whether the read has ended, well or not; never waits."""
-        raise NotImplementedError
+        return self._ended.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the read has ended and return `done()`."""
-        raise NotImplementedError
+        return self._ended.wait(timeout)
 
     def cancel(self) -> None:
         """Give up what has not been read yet; `done()` follows soon, and only then may `into` be used again."""
-        raise NotImplementedError
+        self._cancelled = True
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    """One file in the directory; those of other models and other format versions have no keys."""
+
+    tag: str
+    name: str
+    kind: int
+    size: int
+    used: int  # nanoseconds; ahead of its mtime until the next tick
+    data: int = 0  # byte offset of the first record
+    length: int = 0  # bytes of each
+    keys: tuple[bytes, ...] = ()
+    crcs: array[int] = field(default_factory=lambda: array("I"))  # running
+    node: bytes = b""  # of a state
+
+
+@dataclass(slots=True)
+class _User:
+    files: dict[str, _File] = field(default_factory=dict)
+    pages: dict[bytes, tuple[_File, int]] = field(default_factory=dict)  # key -> file, index in its table
+    states: dict[bytes, tuple[_File, int]] = field(default_factory=dict)
+    nodes: dict[bytes, dict[bytes, int]] = field(default_factory=dict)  # node -> state key -> remainder
+    size: int = 0
+    mark: int = 0  # of CacheDirectory.list_files
+
+
+class _Job(NamedTuple):
+    tag: str
+    kind: int
+    records: list[Record]
+    payloads: Sequence[Bytes]
+    size: int
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Consecutive records of one file that one reader reads for a ticket, and how many came back intact."""
+
+    file: _File
+    first: int
+    count: int = 0
+    buffers: list[memoryview] = field(default_factory=list)  # empty until read when memory is ours to get
+    intact: int = 0
 
 
 class DiskCache:
@@ -99,17 +180,50 @@ class DiskCache:
         fingerprint: all that must be equal for bytes to be exchangeable: model, mode, numeric path, layout version.
         quota_bytes bounds all files in `root`, whoever wrote them; user_quota_bytes those of one user.
         queue_bytes bounds what waits to be written. Raises CacheError when the directory belongs to another user,
-        is open to others and not ours to close, or cannot be made; ConfigError for a size that is not > 0.
+        is open to others and in other use, or cannot be made; ConfigError for a size that is not > 0.
         """
-        raise NotImplementedError
+        user_quota_bytes = quota_bytes if user_quota_bytes is None else user_quota_bytes
+        sizes = {"page_bytes": page_bytes, "disk quota": quota_bytes, "disk quota of a user": user_quota_bytes}
+        for name, value in (sizes | {"disk queue": queue_bytes}).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"{name} {value!r}: expected a whole number of bytes > 0")
+        self._page_bytes, self._quota, self._user_quota = page_bytes, quota_bytes, user_quota_bytes
+        self._queue_room = queue_bytes
+        identity = b"".join(len(part).to_bytes(8, "little") + part for part in (fingerprint, b"%d" % page_bytes))
+        self._fingerprint = hashlib.blake2b(identity, digest_size=16, person=b"model").digest()
+        self._directory = CacheDirectory(root)
+        self._wake = threading.Condition()  # guards everything below
+        self._users: dict[str, _User] = {}
+        self._bytes = 0
+        self._queue: collections.deque[_Job] = collections.deque()
+        self._queued_bytes = 0  # of the job being written too
+        self._touched: set[_File] = set()
+        self._unsure: set[str] = set()  # users of whom something was not found: another process may have written it
+        self._paused_until, self._pause_s = 0.0, _PAUSE_S[0]
+        self._closing = self._closed = False
+        names = "hits misses written written_bytes dropped damaged evicted errors"
+        self._counts: collections.Counter[str] = collections.Counter(dict.fromkeys(names.split(), 0))
+        with self._directory.locked(_TICK_S) as held:
+            self._refresh(sweep=held)
+            if held:
+                self._make_room("", 0)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="pelagos-disk-reader")
+        self._writer = threading.Thread(target=self._work, name="pelagos-disk-writer", daemon=True)
+        self._writer.start()
 
     def known_pages(self, user: str, keys: Sequence[bytes]) -> int:
         """How many leading pages of this chain are on disk, as far as the index knows; counts as a use of them."""
-        raise NotImplementedError
+        with self._wake:
+            found = self._find(self._directory.tag(user), keys)
+            self._touch(file for file, _ in found)
+            return len(found)
 
     def known_states(self, user: str, node_key: bytes) -> list[tuple[int, bytes]]:
         """(remainder tokens, state key) of the states stored under a node of the page chain, longest first."""
-        raise NotImplementedError
+        with self._wake:
+            place = self._users.get(self._directory.tag(user))
+            states = place.nodes.get(node_key, {}) if place else {}
+            return sorted(((remainder, key) for key, remainder in states.items()), reverse=True)
 
     def read(
         self,
@@ -122,32 +236,96 @@ class DiskCache:
         """Start reading leading pages of a chain and a state; what is not in the index is simply not delivered.
 
         `into`: one writable buffer of page_bytes for each page, filled in place (rows of a page pool); fresh memory
-        otherwise.
+        otherwise, which asks less of the interpreter while other threads run Python but twice the time alone.
         """
-        raise NotImplementedError
+        if into is not None:
+            into = [memoryview(each).cast("B") for each in into]
+            if len(into) != len(page_keys) or any(len(each) != self._page_bytes for each in into):
+                raise CacheError(
+                    f"read into {len(into)} buffers: expected {len(page_keys)} of {self._page_bytes} bytes"
+                )
+        ticket = Ticket()
+        most = max(1, min(_PART_RECORDS, _PART_BYTES // self._page_bytes))
+        with self._wake:
+            tag = self._directory.tag(user)
+            found = [] if self._closing else self._find(tag, page_keys)
+            self._touch(file for file, _ in found)
+            parts = ticket._parts
+            for at, (file, index) in enumerate(found):
+                part = parts[-1] if parts else None
+                if part is None or part.file is not file or part.first + part.count != index or part.count == most:
+                    part = _Part(file, index)
+                    parts.append(part)
+                part.count += 1
+                part.buffers += into[at : at + 1] if into else ()
+            place = self._users.get(tag)
+            if state_key is not None and place and state_key in place.states and not self._closing:
+                file, index = place.states[state_key]
+                self._touch([file], behind=len(parts))
+                parts.append(_Part(file, index, 1))
+            self._counts["misses"] += len(page_keys) + (state_key is not None) - sum(part.count for part in parts)
+            ticket._parts_left = len(parts)
+            for part in parts:
+                self._readers.submit(self._read_part, ticket, part)
+        if not ticket._parts_left:
+            ticket._ended.set()
+        return ticket
 
     def write_pages(self, user: str, items: Sequence[tuple[bytes, Bytes]], *, first: int = 0) -> None:
         """Queue consecutive pages of one chain, (key, page_bytes bytes) each, `first` the index of the first of them.
 
         One call makes one file (of at most 64 MiB, else several): prefer one call a prompt to one a page. Pages on
-        disk already are left out. Buffers other than `bytes` are copied before this returns; what the queue has no
-        room for is dropped and counted.
+        disk already are left out and count as used. Buffers other than `bytes` are copied before this returns; what
+        the queue has no room for is dropped and counted.
         """
-        raise NotImplementedError
+        tag = self._directory.tag(user)
+        with self._wake:
+            place = self._users.get(tag, _User())
+            known = [place.pages[key][0] for key, _ in items if key in place.pages]
+            self._touch(known)
+            new = [(Record(key, bytes(KEY_BYTES), first + i, 0), data) for i, (key, data) in enumerate(items)]
+            new = [each for each in new if each[0].key not in place.pages]
+        run = max(1, _RUN_BYTES // self._page_bytes)
+        for at in range(0, len(new), run):
+            self._enqueue(tag, PAGES, new[at : at + run])
 
     def write_state(
         self, user: str, node_key: bytes, remainder: int, key: bytes, position: int, payload: Bytes
     ) -> None:
-        """Queue one state at `position`, `remainder` tokens behind the page chain's node; as `write_pages` otherwise."""
-        raise NotImplementedError
+        """Queue one state at `position`, `remainder` tokens behind a node of the page chain; else as `write_pages`."""
+        tag = self._directory.tag(user)
+        with self._wake:
+            place = self._users.get(tag)
+            if place and key in place.states:
+                self._touch([place.states[key][0]])
+                return
+        self._enqueue(tag, STATE, [(Record(key, node_key, position, remainder), payload)])
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was queued is on disk or dropped; False when `timeout` seconds were not enough."""
-        raise NotImplementedError
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._queued_bytes, timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Flush, then end the threads; later writes are dropped and later reads deliver nothing."""
-        raise NotImplementedError
+        """Flush, then end the threads; later writes are dropped and later reads deliver nothing. Returns as `flush`."""
+        with self._wake:
+            if self._closing:
+                return not self._queued_bytes
+            self._closing = True
+            self._wake.notify_all()
+        flushed = self.flush(timeout)
+        with self._wake:
+            for job in self._queue:
+                self._counts["dropped"] += len(job.records)
+                self._queued_bytes -= job.size
+            self._queue.clear()
+            self._closed = True
+            self._wake.notify_all()
+        self._readers.shutdown(wait=False)
+        if flushed:
+            self._writer.join()
+            self._directory.close()
+        return flushed
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is there now.
@@ -156,4 +334,291 @@ class DiskCache:
         pages and states. damaged, evicted: files. files, bytes: all in the directory. queued_bytes.
         errors, and error_ENOSPC and the like by kind.
         """
-        raise NotImplementedError
+        with self._wake:
+            files = sum(len(place.files) for place in self._users.values())
+            return dict(self._counts) | {"files": files, "bytes": self._bytes, "queued_bytes": self._queued_bytes}
+
+    def _find(self, tag: str, keys: Sequence[bytes]) -> list[tuple[_File, int]]:
+        place = self._users.get(tag, _User())
+        found = []
+        for key in keys:
+            spot = place.pages.get(key)
+            if spot is None:
+                self._unsure.add(tag)
+                break
+            found.append(spot)
+        return found
+
+    def _touch(self, files: Iterable[_File], behind: int = 0) -> None:
+        """Note a use now, of each later file a little earlier: the end of a chain must go before its beginning."""
+        now = time.time_ns()
+        for age, file in enumerate(dict.fromkeys(files), behind):
+            file.used = now - age
+            self._touched.add(file)
+
+    def _enqueue(self, tag: str, kind: int, items: Sequence[tuple[Record, Bytes]]) -> None:
+        records, payloads, size = [], [], 0
+        with self._wake:
+            room = self._queue_room - self._queued_bytes
+            if self._closing or time.monotonic() < self._paused_until:
+                room = 0
+            for record, data in items:
+                length = memoryview(data).nbytes
+                if not length or (kind == PAGES and length != self._page_bytes):
+                    raise CacheError(
+                        f"write of {length} bytes: expected page_bytes={self._page_bytes}, or a state's > 0"
+                    )
+                if {len(record.key), len(record.node)} != {KEY_BYTES}:
+                    raise CacheError(f"cache keys of {len(record.key)} bytes: expected {KEY_BYTES}")
+                if size + length > room:
+                    break
+                size += length
+                records.append(record)
+                payloads.append(data)
+            self._counts["dropped"] += len(items) - len(records)
+            self._queued_bytes += size
+        payloads = [data if isinstance(data, bytes) else bytes(data) for data in payloads]
+        if records:
+            with self._wake:
+                self._queue.append(_Job(tag, kind, records, payloads, size))
+                self._wake.notify_all()
+
+    # A reader's thread.
+
+    def _read_part(self, ticket: Ticket, part: _Part) -> None:
+        file, end = part.file, part.first + part.count
+        try:
+            if not (ticket._cancelled or self._closed):
+                sums = file.crcs[part.first : end]
+                before = file.crcs[part.first - 1] if part.first else 0
+                whole = memoryview(b"")
+                if not part.buffers:
+                    whole = memoryview(mmap.mmap(-1, part.count * file.length))
+                    part.buffers = [whole[i * file.length : (i + 1) * file.length] for i in range(part.count)]
+                fd = self._directory.open_file(file.tag, file.name)
+                try:
+                    read_into(fd, [whole] if whole else part.buffers, file.data + part.first * file.length)
+                finally:
+                    os.close(fd)
+                # One checksum over all of it leaves other threads alone; one a record only to find the damaged one.
+                if whole and count_intact([whole], before, sums[-1:]):
+                    part.intact = part.count
+                else:
+                    part.intact = count_intact(part.buffers, before, sums)
+                if part.intact < part.count:
+                    self._condemn(file)
+        except FileNotFoundError:  # evicted by another process: a miss
+            self._forget(file)
+        except OSError as error:
+            self._forget(file)
+            self._count_error(error)
+        finally:
+            with self._wake:
+                ticket._parts_left -= 1
+                if not ticket._parts_left:
+                    self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        chain = True
+        for part in ticket._parts:
+            if part.file.kind == STATE:
+                ticket.state = part.buffers[0] if part.intact else None
+            elif chain:
+                ticket.pages += part.buffers[: part.intact]
+                chain = part.intact == part.count
+        hits = len(ticket.pages) + (ticket.state is not None)
+        self._counts["hits"] += hits
+        self._counts["misses"] += sum(part.count for part in ticket._parts) - hits
+        ticket._parts.clear()
+        ticket._ended.set()
+
+    def _condemn(self, file: _File) -> None:
+        if self._forget(file):  # by the first reader that finds it so
+            with self._wake:
+                self._counts["damaged"] += 1
+            self._directory.remove(file.tag, file.name)
+
+    # The writer's thread: the only one that lists, writes and evicts.
+
+    def _work(self) -> None:
+        next_tick = time.monotonic() + _TICK_S
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._closed, max(0, next_tick - time.monotonic()))
+                job = self._queue.popleft() if self._queue else None
+                if job is None and self._closed:
+                    break
+            if job is not None:
+                written = False
+                if time.monotonic() >= self._paused_until:
+                    try:
+                        written = self._write(job)
+                        self._pause_s = _PAUSE_S[0]
+                    except OSError as error:
+                        self._count_error(error)
+                        self._paused_until = time.monotonic() + self._pause_s
+                        self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
+                with self._wake:
+                    self._counts["dropped"] += 0 if written else len(job.records)
+                    self._queued_bytes -= job.size
+                    self._wake.notify_all()
+            if time.monotonic() >= next_tick:
+                self._tick()
+                next_tick = time.monotonic() + _TICK_S
+        self._tick()
+
+    def _tick(self) -> None:
+        with self._wake:
+            touched, self._touched = self._touched, set()
+            unsure, self._unsure = self._unsure, set()
+        for file in touched:
+            try:
+                if not self._directory.set_last_use(file.tag, file.name, file.used):
+                    self._forget(file)
+            except OSError as error:
+                self._count_error(error)
+        for tag in unsure:
+            self._refresh_user(tag, sweep=False)
+
+    def _write(self, job: _Job) -> bool:
+        with self._directory.locked(_LOCK_S) as held:
+            if not held:
+                raise OSError(errno.EBUSY, "another process holds the lock")
+            self._refresh(sweep=True)
+            place = self._users.get(job.tag, _User())
+            known = place.pages if job.kind == PAGES else place.states
+            new = [
+                (record, data)
+                for record, data in zip(job.records, job.payloads, strict=True)
+                if record.key not in known
+            ]
+            if not new:
+                return True
+            records, payloads = zip(*new, strict=True)
+            length = len(payloads[0])
+            if not self._make_room(job.tag, Table(job.kind, b"", length, list(records)).size):
+                return False
+            listed, table = self._directory.publish(job.tag, job.kind, self._fingerprint, records, payloads)
+            with self._wake:
+                self._add(job.tag, listed, table)
+                self._counts["written"] += len(records)
+                self._counts["written_bytes"] += length * len(records)
+        return True
+
+    def _make_room(self, tag: str, size: int) -> bool:
+        """Evict the least recently used files until `size` more bytes of a user fit both quotas; holds the lock."""
+        place = self._users.get(tag, _User())
+        if size > min(self._quota, self._user_quota):
+            return False
+        return self._evict([place], lambda: place.size + size <= self._user_quota) and self._evict(
+            list(self._users.values()), lambda: self._bytes + size <= self._quota
+        )
+
+    def _evict(self, places: list[_User], fits: Callable[[], bool]) -> bool:
+        if fits():
+            return True
+        with self._wake:
+            oldest = [(file.used, file.name, file) for place in places for file in place.files.values()]
+        heapq.heapify(oldest)
+        while oldest and not fits():
+            used, name, file = heapq.heappop(oldest)
+            try:
+                latest = max(file.used, self._directory.last_use(file.tag, name))  # others use files too
+                if latest > used:
+                    heapq.heappush(oldest, (latest, name, file))
+                    continue
+                removed = self._directory.remove(file.tag, name)
+            except OSError as error:
+                self._count_error(error)
+                continue
+            self._forget(file)
+            with self._wake:
+                self._counts["evicted"] += removed
+        return fits()
+
+    def _refresh(self, *, sweep: bool) -> None:
+        """Look for what other processes wrote and removed; sweep torn files away when the lock is held."""
+        tags = self._directory.tags()
+        for tag in {*tags, *self._users}:
+            self._refresh_user(tag, sweep=sweep)
+
+    def _refresh_user(self, tag: str, *, sweep: bool) -> None:
+        place = self._users.get(tag, _User())
+        try:
+            listed, mark = self._directory.list_files(tag, mark=place.mark, sweep=sweep)
+            if listed is None:
+                return
+            for each in listed:
+                if each.name not in place.files:
+                    self._admit(tag, each)
+        except OSError as error:
+            self._count_error(error)
+            return
+        names = {each.name for each in listed}
+        for file in [file for file in list(place.files.values()) if file.name not in names]:
+            self._forget(file)
+        with self._wake:
+            place = self._users.get(tag)
+            if place and place.files:
+                place.mark = mark
+            else:
+                self._users.pop(tag, None)
+
+    def _admit(self, tag: str, listed: Listed) -> None:
+        table = None
+        if (listed.fingerprint, listed.version) == (self._fingerprint, VERSION):
+            try:
+                table = self._directory.read_table(tag, listed)
+            except DamagedFile:
+                with self._wake:
+                    self._counts["damaged"] += 1
+                self._directory.remove(tag, listed.name)
+                return
+            except FileNotFoundError:
+                return
+        with self._wake:
+            self._add(tag, listed, table)
+
+    # The index; callers hold `_wake`, or these take it.
+
+    def _add(self, tag: str, listed: Listed, table: Table | None) -> None:
+        file = _File(tag, listed.name, listed.kind, listed.size, listed.used)
+        place = self._users.setdefault(tag, _User())
+        place.files[file.name] = file
+        place.size += file.size
+        self._bytes += file.size
+        if table is None:
+            return
+        file.data, file.length = table.data, table.length
+        file.keys = tuple(record.key for record in table.records)
+        file.crcs.extend(record.crc for record in table.records)
+        spots = place.pages if file.kind == PAGES else place.states
+        for index, record in enumerate(table.records):
+            spots.setdefault(record.key, (file, index))
+            if file.kind == STATE:
+                file.node = record.node
+                place.nodes.setdefault(record.node, {})[record.key] = record.remainder
+
+    def _forget(self, file: _File) -> bool:
+        with self._wake:
+            place = self._users.get(file.tag)
+            if place is None or place.files.pop(file.name, None) is not file:
+                return False
+            place.size -= file.size
+            self._bytes -= file.size
+            place.mark = 0
+            spots = place.pages if file.kind == PAGES else place.states
+            for key in file.keys:
+                if key in spots and spots[key][0] is file:
+                    del spots[key]
+                    if file.kind == STATE:
+                        del place.nodes[file.node][key]
+            if file.kind == STATE and not place.nodes.get(file.node, True):
+                del place.nodes[file.node]
+            self._touched.discard(file)
+            return True
+
+    def _count_error(self, error: OSError) -> None:
+        with self._wake:
+            self._counts["errors"] += 1
+            self._counts[f"error_{errno.errorcode.get(error.errno or 0, 'unknown')}"] += 1

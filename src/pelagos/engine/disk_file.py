@@ -1,0 +1,404 @@
+"""The directory and the files of the prefix cache on disk, byte by byte as docs/cache_format.md describes them.
+
+Owns the secret that hides user ids and binds files to users, the lock between processes, the header, the table and
+the checksums, and publication by rename. It keeps no index and starts no thread; POSIX only (flock, preadv).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import re
+import secrets
+import stat
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pelagos.errors import CacheError
+
+Bytes = bytes | bytearray | memoryview  # what holds payloads; a uint8 array passes as memoryview(array)
+
+MAGIC = b"PELAGOSC"
+VERSION = 1
+PAGES, STATE = 1, 2
+SUFFIXES = {PAGES: "pages", STATE: "state"}
+HEADER = struct.Struct("<8sII16s16sQQ16s")  # magic, version, kind, fingerprint, user, count, length, digest
+RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, running crc32
+DIGEST_BYTES = 16
+_UNSIGNED_BYTES = HEADER.size - DIGEST_BYTES
+_SECRET_BYTES = 32
+_NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\.(pages|state)(\d{1,4})")
+_TAG = re.compile(r"[0-9a-f]{32}")
+_TEMP = ".tmp"
+_CHUNK_BYTES = 8 << 20
+_IOV_MAX = 512
+_MARK_MAX_AGE_NS = 100_000_000  # a directory changed less than this ago may change again within one tick of its clock
+
+
+class DamagedFile(CacheError):
+    """A cache file whose bytes are not those that were published."""
+
+
+class Record(NamedTuple):
+    """One page or state: its key, its place, and the CRC-32 of the data of all records up to and with this one."""
+
+    key: bytes
+    node: bytes  # the page-chain node under a state; zeros for pages
+    position: int  # tokens before a state; index in its chain of a page
+    remainder: int  # tokens between the node and a state
+    crc: int = 0
+
+
+class Table(NamedTuple):
+    """What the header and the table of one file say; `length` bytes a record."""
+
+    kind: int
+    fingerprint: bytes
+    length: int
+    records: list[Record]
+
+    @property
+    def data(self) -> int:
+        """Byte offset of the first record's data."""
+        return HEADER.size + RECORD.size * len(self.records)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.data + self.length * len(self.records)
+
+
+class Listed(NamedTuple):
+    """One cache file as its directory shows it; `used` is its last use, mtime in nanoseconds."""
+
+    name: str
+    fingerprint: bytes
+    kind: int
+    version: int
+    size: int
+    used: int
+
+
+class CacheDirectory:
+    """A private directory of cache files: one folder a user, named by a keyed hash of the user id."""
+
+    def __init__(self, root: Path, *, create: bool = True) -> None:
+        """Open `root`, making it (0700) and its secret (0600) when `create`.
+
+        Raises CacheError when it is missing or no cache, another user's, or open to others and in other use.
+        """
+        self.root = root
+        try:
+            self._make_private(create)
+            self._lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._secret = self._read_secret() or self._new_secret()
+            except BaseException:
+                os.close(self._lock_fd)
+                raise
+        except OSError as error:
+            raise CacheError(f"{root}: no cache directory can be had here ({error.strerror}); give another") from error
+
+    def close(self) -> None:
+        """Let go of the lock file; nothing else may be called after it."""
+        os.close(self._lock_fd)
+
+    def _make_private(self, create: bool) -> None:
+        if create:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = os.stat(self.root)
+        if not stat.S_ISDIR(info.st_mode):
+            raise CacheError(f"{self.root}: expected a directory for the cache, got another kind of file")
+        if info.st_uid != os.geteuid():
+            raise CacheError(
+                f"{self.root}: owned by uid {info.st_uid}, expected uid {os.geteuid()} that runs this; "
+                "a cache holds prompts: give a directory of your own"
+            )
+        if info.st_mode & 0o077:
+            if os.listdir(self.root) and not (self.root / "secret").exists():
+                raise CacheError(
+                    f"{self.root}: mode {stat.S_IMODE(info.st_mode):04o} lets others in and it is not empty, expected "
+                    "0700; a cache holds prompts: `chmod 700` it or give another directory"
+                )
+            os.chmod(self.root, 0o700)
+        if not create and not (self.root / "secret").exists():
+            raise CacheError(f"{self.root}: holds no prefix cache; give the directory that the server was given")
+
+    def _read_secret(self) -> bytes | None:
+        try:
+            fd = os.open(self.root / "secret", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            raw = file.read(_SECRET_BYTES + DIGEST_BYTES + 1)
+        secret = raw[:_SECRET_BYTES]
+        return secret if raw == secret + _digest(secret) else None
+
+    def _new_secret(self) -> bytes:
+        with self.locked(10.0) as held:
+            if not held:
+                raise CacheError(f"{self.root}: another process holds its lock; try again when that one goes on")
+            secret = self._read_secret()
+            if secret is None:  # missing, or damaged: then the files made with it are damaged too
+                secret = secrets.token_bytes(_SECRET_BYTES)
+                _publish(self.root, "secret", [secret + _digest(secret)])
+        return secret
+
+    @contextlib.contextmanager
+    def locked(self, timeout: float) -> Iterator[bool]:
+        """Hold the directory's lock, which every process writes, evicts and sweeps under; False when not to be had.
+
+        The system releases it when its holder dies.
+        """
+        deadline = time.monotonic() + timeout
+        held = False
+        while not held:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.005)
+        try:
+            yield held
+        finally:
+            if held:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def tag(self, user: str) -> str:
+        """The name of a user's folder: a hash keyed by the directory's secret."""
+        name = user.encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(name, key=self._secret, digest_size=16, person=b"user").hexdigest()
+
+    def _key(self, tag: str) -> bytes:
+        return hashlib.blake2b(bytes.fromhex(tag), key=self._secret, digest_size=32, person=b"header").digest()
+
+    def tags(self) -> list[str]:
+        """The user folders there are; links and other things are passed over."""
+        with os.scandir(self.root) as found:
+            return sorted(e.name for e in found if _TAG.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+
+    def list_files(self, tag: str, *, mark: int = 0, sweep: bool = False) -> tuple[list[Listed] | None, int]:
+        """The cache files of a user and a mark to give next time: None then says that nothing came or went.
+
+        sweep: remove torn temporary files, which nobody can be writing while the caller holds the lock.
+        Links, other people's files and names that are no cache file's are passed over.
+        """
+        folder = self.root / tag
+        listed: list[Listed] = []
+        try:
+            before = os.lstat(folder)
+            if not stat.S_ISDIR(before.st_mode):
+                return listed, 0
+            if mark and before.st_mtime_ns == mark:
+                return None, mark
+            settled = time.time_ns() - before.st_mtime_ns > _MARK_MAX_AGE_NS
+            with os.scandir(folder) as found:
+                for entry in found:
+                    if entry.name.endswith(_TEMP):
+                        settled = False
+                        if sweep:
+                            _remove(folder / entry.name)
+                        continue
+                    parts = _NAME.fullmatch(entry.name)
+                    if parts is None:
+                        continue
+                    try:
+                        info = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                        kind = PAGES if parts[2] == SUFFIXES[PAGES] else STATE
+                        used = min(info.st_mtime_ns, time.time_ns())  # a clock set back must not keep it for ever
+                        model = bytes.fromhex(parts[1])
+                        listed.append(Listed(entry.name, model, kind, int(parts[3]), info.st_size, used))
+        except FileNotFoundError:
+            return listed, 0
+        return listed, before.st_mtime_ns if settled else 0
+
+    def publish(
+        self, tag: str, kind: int, fingerprint: bytes, records: Sequence[Record], payloads: Sequence[Bytes]
+    ) -> tuple[Listed, Table]:
+        """Write one file of records of equal length and return what is there now; whole and durable, or OSError.
+
+        After an error no trace of it is left. The caller holds the lock. `crc` of the records is filled in here.
+        """
+        crc, summed = 0, []
+        for record, payload in zip(records, payloads, strict=True):
+            crc = zlib.crc32(payload, crc)
+            summed.append(record._replace(crc=crc))
+        table = [RECORD.pack(*record) for record in summed]
+        head = HEADER.pack(*(MAGIC, VERSION, kind, fingerprint, bytes.fromhex(tag), len(table), len(payloads[0])), b"")[
+            :_UNSIGNED_BYTES
+        ]
+        digest = _digest(head + b"".join(table), self._key(tag))
+        folder = self.root / tag
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            _sync_directory(self.root)
+        name = f"{fingerprint.hex()}.{secrets.token_hex(8)}.{SUFFIXES[kind]}{VERSION}"
+        _publish(folder, name, [head, digest, *table, *payloads])
+        contents = Table(kind, fingerprint, len(payloads[0]), summed)
+        return Listed(name, fingerprint, kind, VERSION, contents.size, time.time_ns()), contents
+
+    def open_file(self, tag: str, name: str) -> int:
+        """Open a cache file for reading, never through a link, and return its descriptor."""
+        return os.open(self.root / tag / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def read_table(self, tag: str, listed: Listed) -> Table:
+        """Read and check header and table of a file.
+
+        Raises DamagedFile when any bit of them or the file's size is off, CacheError when its name says that it is
+        of another format version.
+        """
+        fd = self.open_file(tag, listed.name)
+        try:
+            return self._read_table(fd, tag, listed)
+        finally:
+            os.close(fd)
+
+    def _read_table(self, fd: int, tag: str, listed: Listed) -> Table:
+        if listed.version != VERSION:
+            raise CacheError(f"{listed.name}: format {listed.version}, this build reads {VERSION}; purge it")
+        size = os.fstat(fd).st_size
+        raw = os.pread(fd, 1 << 16, 0)
+        if len(raw) < HEADER.size:
+            raise DamagedFile(f"{listed.name}: {size} bytes, expected a header of {HEADER.size}")
+        magic, version, kind, fingerprint, user, count, length, digest = HEADER.unpack_from(raw)
+        if size != HEADER.size + count * (RECORD.size + length) or not count:
+            raise DamagedFile(
+                f"{listed.name}: {size} bytes, expected another size: truncated, or its header is damaged"
+            )
+        data = HEADER.size + count * RECORD.size
+        if len(raw) < data:
+            raw += os.pread(fd, data - len(raw), len(raw))
+        table = raw[HEADER.size : data]
+        if digest != _digest(raw[:_UNSIGNED_BYTES] + table, self._key(tag)):
+            raise DamagedFile(f"{listed.name}: its header or table is damaged, or it is another user's")
+        if (magic, version, kind, fingerprint, user.hex()) != (MAGIC, VERSION, listed.kind, listed.fingerprint, tag):
+            raise DamagedFile(f"{listed.name}: its header names another kind, model or user than its place does")
+        return Table(kind, fingerprint, length, [Record(*fields) for fields in RECORD.iter_unpack(table)])
+
+    def verify(self, tag: str, listed: Listed) -> Table:
+        """Read one file whole and return its table; DamagedFile when a bit of it is off."""
+        fd = self.open_file(tag, listed.name)
+        try:
+            table = self._read_table(fd, tag, listed)
+            crc = 0
+            for offset in range(table.data, table.size, _CHUNK_BYTES):
+                crc = zlib.crc32(os.pread(fd, min(_CHUNK_BYTES, table.size - offset), offset), crc)
+            if crc != table.records[-1].crc:
+                raise DamagedFile(f"{listed.name}: data of {len(table.records)} records do not give their checksum")
+            return table
+        finally:
+            os.close(fd)
+
+    def last_use(self, tag: str, name: str) -> int:
+        """When a file was last used by any process, in nanoseconds; 0 when it is gone or its time is yet to come."""
+        try:
+            used = os.lstat(self.root / tag / name).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+        return used if used <= time.time_ns() else 0
+
+    def set_last_use(self, tag: str, name: str, used: int) -> bool:
+        """Write down a file's last use; False when it is gone."""
+        try:
+            os.utime(self.root / tag / name, ns=(used, used), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, tag: str, name: str) -> bool:
+        """Remove one cache file; False when it was gone already."""
+        return _remove(self.root / tag / name)
+
+    def remove_user(self, tag: str) -> int:
+        """Remove a user's folder and return the number of cache files that were in it; the caller holds the lock."""
+        listed, _ = self.list_files(tag, sweep=True)
+        removed = sum(self.remove(tag, each.name) for each in listed or ())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.rmdir(self.root / tag)
+        return removed
+
+
+def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+    """Fill buffers in order from a file; False when it ends before."""
+    left = [each for each in buffers if len(each)]
+    while left:
+        got = os.preadv(fd, left[:_IOV_MAX], offset)
+        if not got:
+            return False
+        offset += got
+        left = _rest(left, got)
+    return True
+
+
+def count_intact(buffers: Sequence[memoryview], before: int, expected: Sequence[int]) -> int:
+    """How many leading buffers continue the running CRC-32 `before` as `expected` says."""
+    for index, (buffer, crc) in enumerate(zip(buffers, expected, strict=True)):
+        before = zlib.crc32(buffer, before)
+        if before != crc:
+            return index
+    return len(expected)
+
+
+def _publish(folder: Path, name: str, parts: Sequence[Bytes]) -> None:
+    fd_folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    temp = name + _TEMP
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temp, flags, 0o600, dir_fd=fd_folder)
+        try:
+            try:
+                left = [memoryview(each).cast("B") for each in parts if len(each)]
+                while left:
+                    left = _rest(left, os.writev(fd, left[:_IOV_MAX]))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temp, name, src_dir_fd=fd_folder, dst_dir_fd=fd_folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp, dir_fd=fd_folder)
+            raise
+        os.fsync(fd_folder)
+    finally:
+        os.close(fd_folder)
+
+
+def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
+    ends = itertools.accumulate(map(len, buffers))
+    for index, end in enumerate(ends):
+        if end > done:
+            buffer = buffers[index]
+            return [buffer[len(buffer) - (end - done) :], *buffers[index + 1 :]]
+    return []
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _digest(data: bytes, key: bytes = b"") -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=key).digest()
