@@ -365,13 +365,18 @@ class Environment:
 
     hub_cache: Path
     threads: int | None
+    cache_home: Path
 
 
 def read_environment() -> Environment:
-    """Read HF_HUB_CACHE / HF_HOME (hub cache) and PELAGOS_THREADS (CPU threads); a bad value is a ConfigError."""
+    """Read HF_HUB_CACHE / HF_HOME (hub cache), XDG_CACHE_HOME (our own) and PELAGOS_THREADS (CPU threads).
+
+    Raises ConfigError for a bad value.
+    """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     threads = os.environ.get("PELAGOS_THREADS")
     if threads is not None and (not threads.isdigit() or int(threads) == 0):
         raise ConfigError(f"PELAGOS_THREADS={threads!r}: expected a whole number > 0")
-    return Environment(hub_cache=hub, threads=int(threads) if threads else None)
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Environment(hub_cache=hub, threads=int(threads) if threads else None, cache_home=own)

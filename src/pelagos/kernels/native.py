@@ -1,0 +1,494 @@
+"""The whole forward of a batch of spans on the CPU as one call of a C library: float32, reference mode, bit-exact.
+
+Owns the build of the library, the packing of the weights and the checks of what is asked; the arithmetic is in
+`native/*.c`. A token's outputs have the same bits whatever the batch, the chunks, the threads, and the places of its
+pages and slot. Meaning: model/transformer.py. Source: technical report 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pelagos.config import ModelConfig, read_environment
+from pelagos.errors import CapacityError, CheckpointError, ConfigError, MissingDependency, RequestError
+from pelagos.kernels.layout import CacheLayout, LayerPlace, Output, Section, Span, Tail
+
+SOURCES = Path(__file__).with_name("native")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+TARGETS = ("-march=native", "-mcpu=native")  # the second where a compiler knows the first for x86 only
+BLOCK_TOKENS = 256  # tokens that pass all layers together: what they leave behind stays in the second-level cache
+_LANES, _PANEL, _STREAMS = 16, 64, 4
+_SPAN_FIELDS = 8
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A built library: its file and the key of its bits, or no file and the reason."""
+
+    path: Path | None
+    key: str
+    reason: str = ""
+
+
+def build(cache_home: Path | None = None) -> Build:
+    """Compile the library into `cache_home`/pelagos (default: the user's cache) unless it is there; never raises.
+
+    The key names sources, flags, compiler and processor. Several processes may build at once: each renames its own
+    finished file into place.
+    """
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Build(None, "", f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH; install one")
+    sources = sorted(SOURCES.glob("*.c"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.[ch]"))]
+    key = hashlib.blake2b("\0".join((*parts, *FLAGS, version, _processor())).encode(), digest_size=8).hexdigest()
+    folder = (cache_home or read_environment().cache_home) / "pelagos"
+    path = folder / f"native-{key}.so"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            if failure := _compile(compiler, sources, path):
+                return Build(None, key, failure)
+        check = ctypes.CDLL(str(path)).native_self_test()
+    except OSError as error:
+        return Build(None, key, f"{path}: {error}; delete it or make the folder writable")
+    return (
+        Build(None, key, f"{path}: self-test {check} failed with {version.splitlines()[0]}")
+        if check
+        else Build(path, key)
+    )
+
+
+def _compile(compiler: str, sources: Sequence[Path], path: Path) -> str:
+    """Compile to a name of our own and rename; return why it failed, or nothing."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    failure = ""
+    for target in TARGETS:
+        command = [compiler, *FLAGS, target, "-o", name, *map(str, sources), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            os.replace(name, path)
+            return ""
+        failure = failure or f"{compiler} failed on the native forward: {done.stderr.strip()[-500:]}"
+    os.unlink(name)
+    return failure
+
+
+def _processor() -> str:
+    """What decides the instructions a compiler chooses for this machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name", "CPU part"))}))
+
+
+# The descriptors of native/native.h, field by field: int64 or a pointer each.
+_Fields = list[tuple[str, type]]
+
+
+def _integers(names: str) -> _Fields:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _pointers(names: str) -> _Fields:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = _pointers("data") + _integers("n k bf16")
+
+
+def _matrices(names: str) -> _Fields:
+    return [(name, _Matrix) for name in names.split()]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        _integers("ratio overlap window window_rows entries index_keys main_kv main_score main_rows")
+        + _integers("index_kv index_score index_rows")
+        + _matrices("first second wo_a wo_b attn_fn ffn_fn gate w13 w2 shared_w2")
+        + _pointers("attn_base attn_scale attn_norm ffn_base ffn_scale ffn_norm q_norm kv_norm sink main_ape")
+        + _pointers("main_norm index_ape index_norm bias tid2eid")
+    )
+
+
+class _Collapse(ctypes.Structure):
+    _fields_ = _matrices("fn") + _pointers("base scale norm")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        _integers("dim heads width rope q_lora groups o_lora window index_heads index_width topk")
+        + _integers("experts picks hidden vocab iters layers drafts page_tokens page_bytes slot_bytes max_ratio")
+        + [(name, ctypes.c_double) for name in ("scaling", "limit", "hc_eps", "eps")]
+        + _pointers("layer embed")
+        + _integers("embed_bf16")
+        + _matrices("head e_proj h_proj")
+        + _pointers("enorm hnorm")
+        + [("collapse", _Collapse * 2), ("freqs", ctypes.c_void_p * 2)]
+        + _pointers("pages slots")
+    )
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    library.pool_new.argtypes, library.pool_new.restype = [ctypes.c_int], pointer
+    library.pool_free.argtypes, library.pool_free.restype = [pointer], None
+    library.native_scratch.argtypes, library.native_scratch.restype = [pointer, whole, ctypes.c_int], whole
+    library.native_forward.restype = None
+    library.native_forward.argtypes = [pointer, pointer, pointer, whole, pointer, pointer, whole, *[pointer] * 4]
+    return library
+
+
+def _panels(weight: Array) -> Array:
+    """Reorder (n, k) into panels [n / 64][k][64], then [k][32] and [k][16] for the rest; flat, n padded to 16."""
+    n, k = weight.shape
+    padded = np.zeros((-(-n // _LANES) * _LANES, k), weight.dtype)
+    padded[:n] = weight
+    whole = len(padded) // _PANEL * _PANEL
+    pieces = [padded[:whole].reshape(-1, _PANEL, k).transpose(0, 2, 1).ravel()]
+    for width in (32, 16):
+        if (len(padded) - whole) % (2 * width) >= width:
+            pieces.append(padded[whole : whole + width].T.ravel())
+            whole += width
+    return np.concatenate(pieces)
+
+
+def _interleave(w1: Array, w3: Array) -> Array:
+    """Rows of w1 and w3 (F, D) in turns of 16, so that a panel holds gates next to their ups."""
+    return np.stack((w1.reshape(-1, _LANES, w1.shape[1]), w3.reshape(-1, _LANES, w3.shape[1])), 1).reshape(
+        -1, w1.shape[1]
+    )
+
+
+class _Weights:
+    """Packed weights, planned first and then written into one arena, so that huge pages can hold them."""
+
+    def __init__(self, tensors: Mapping[str, Array]) -> None:
+        self._tensors = tensors
+        self._plan: list[tuple[_Matrix, list[tuple[str, ...]], str]] = []
+        self.kept: list[object] = []
+        self.bytes = 0
+
+    def get(self, name: str, *shape: int, dtype: type = np.float32) -> Array:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{name}: not among the tensors given, expected {dtype.__name__} {shape}")
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise CheckpointError(f"{name}: got {tensor.dtype} {tensor.shape}, expected {dtype.__name__} {shape}")
+        return tensor
+
+    def vector(self, name: str, *shape: int, dtype: type = np.float32) -> int:
+        """Keep a copy of a small tensor; return its address."""
+        return self.keep(self.get(name, *shape, dtype=dtype).copy())
+
+    def keep(self, values: Array) -> int:
+        values = np.ascontiguousarray(values)
+        self.kept.append(values)
+        self.bytes += values.nbytes
+        return values.ctypes.data
+
+    def matrix(self, into: _Matrix, stacks: Sequence[Array], *, narrow: bool = True) -> None:
+        """Pack stacked weights (n, k) into `into`, as bfloat16 when every value is one and `narrow` allows it."""
+        n, k = stacks[0].shape
+        lossless = narrow and all(_is_bf16(weight) for weight in stacks)
+        size = 2 if lossless else 4
+        each = -(-n // _LANES) * _LANES * k
+        arena = np.empty(len(stacks) * each * size + 64, np.uint8)
+        start = -arena.ctypes.data % 64
+        room = arena[start : start + len(stacks) * each * size].view(np.uint16 if lossless else np.float32)
+        for i, weight in enumerate(stacks):
+            values = _panels(np.ascontiguousarray(weight))
+            room[i * each : (i + 1) * each] = (values.view(np.uint32) >> 16).astype(np.uint16) if lossless else values
+        self.kept.append(arena)
+        self.bytes += arena.nbytes
+        into.data, into.n, into.k, into.bf16 = arena.ctypes.data + start, n, k, int(lossless)
+
+
+def _is_bf16(weight: Array) -> bool:
+    return not np.any(np.ascontiguousarray(weight).view(np.uint32) & 0xFFFF)
+
+
+def _check_shape(config: ModelConfig) -> None:
+    """Raise ConfigError for what the C code was not written for."""
+    for name in ("hidden_size", "head_dim", "index_head_dim", "moe_intermediate_size"):
+        if getattr(config, name) % _LANES:
+            raise ConfigError(f"{name}={getattr(config, name)}: the native forward expects a multiple of {_LANES}")
+    if config.hc_mult != _STREAMS:
+        raise ConfigError(f"hc_mult={config.hc_mult}: the native forward expects {_STREAMS}")
+
+
+class NativeForward:
+    """The forward of spans over two pools of memory, by the C library.
+
+    tensors: float32 arrays by official name, `tid2eid` int64; they are copied (packed) and not kept. pages (num_pages,
+    page_bytes) and slots (num_slots, slot_bytes) uint8, contiguous, stay the caller's and must outlive this object.
+    Raises ConfigError for a layout or shape it does not serve, CheckpointError for a missing or wrong tensor,
+    MissingDependency when the library cannot be built. One call at a time; a second waits.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Array],
+        config: ModelConfig,
+        layout: CacheLayout,
+        pages: Array,
+        slots: Array,
+        *,
+        threads: int,
+    ) -> None:
+        _check_shape(config)
+        if layout.mode != "reference" or threads < 1:
+            raise ConfigError(f"layout mode={layout.mode!r}, threads={threads}: expected 'reference' and >= 1")
+        for name, pool, width in (("pages", pages, layout.page_bytes), ("slots", slots, layout.slot_bytes)):
+            if pool.dtype != np.uint8 or pool.ndim != 2 or pool.shape[1] != width or not pool.flags.c_contiguous:
+                raise ConfigError(f"{name}: got {pool.dtype} {pool.shape}, expected contiguous uint8 (count, {width})")
+        built = build()
+        if built.path is None:
+            raise MissingDependency(f"native forward: {built.reason}")
+        self.numeric_path = f"cpu:native:{built.key}"
+        self._library = _load(built.path)
+        self._config, self._layout, self._pages, self._slots = config, layout, pages, slots
+        self._weights = _Weights(tensors)
+        self._model = _describe(self._weights, config, layout, pages, slots)
+        self._pointer = ctypes.addressof(self._model)
+        self._pool = self._library.pool_new(threads)
+        self._threads = threads
+        self._close = weakref.finalize(self, self._library.pool_free, self._pool)
+        self._lock = threading.Lock()
+        self._scratch = np.empty(0, np.uint8)
+        self._block = 0
+        self._rows = np.empty((16, _SPAN_FIELDS), np.int64)
+        self._tokens, self._page_ids = np.empty(64, np.int64), np.empty(64, np.int32)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self._weights.bytes
+
+    def scratch_bytes(self, tokens: int) -> int:
+        """Bytes of scratch that calls of up to `tokens` tokens keep; it stops growing at BLOCK_TOKENS."""
+        return int(self._library.native_scratch(self._pointer, min(tokens, BLOCK_TOKENS), self._threads)) + 64
+
+    def close(self) -> None:
+        """End the threads; the object cannot be used afterwards."""
+        self._close()
+
+    def forward(self, spans: Sequence[Span]) -> Output:
+        """Run the backbone over spans; return their last tokens' logits and streams, rows in span order.
+
+        Raises RequestError for tokens outside the vocabulary or a span that asks for more rows than it has,
+        CapacityError for slots or pages that are not there.
+        """
+        return self._call(spans, None)
+
+    def draft(self, spans: Sequence[Span], streams: Array) -> Output:
+        """Run the draft block: span.tokens are the next ids, streams (tokens, 4, D) float32 those of each position.
+
+        Raises as `forward`, and ConfigError for a model without a draft block.
+        """
+        if not self._config.num_nextn_predict_layers:
+            raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
+        expected = (sum(len(span.tokens) for span in spans), _STREAMS, self._config.hidden_size)
+        if streams.shape != expected or streams.dtype != np.float32:
+            raise RequestError(f"draft streams: got {streams.dtype} {streams.shape}, expected float32 {expected}")
+        return self._call(spans, np.ascontiguousarray(streams))
+
+    def _call(self, spans: Sequence[Span], streams: Array | None) -> Output:
+        config = self._config
+        with self._lock:
+            total, logits, kept = self._lay_out(spans)
+            block = min(total, BLOCK_TOKENS)
+            if block > self._block:
+                self._block = min(BLOCK_TOKENS, max(16, 1 << (block - 1).bit_length()))
+                self._scratch = np.empty(self.scratch_bytes(self._block), np.uint8)
+            out = np.empty((logits, config.vocab_size), np.float32)
+            out_streams = np.empty((kept, _STREAMS, config.hidden_size), np.float32)
+            if total:
+                self._library.native_forward(
+                    self._pointer, self._pool, self._rows.ctypes.data, len(spans), self._tokens.ctypes.data,
+                    self._page_ids.ctypes.data, self._block, -(-self._scratch.ctypes.data // 64) * 64,
+                    None if streams is None else streams.ctypes.data, out.ctypes.data, out_streams.ctypes.data,
+                )  # fmt: skip
+        return Output(out, out_streams)
+
+    def _lay_out(self, spans: Sequence[Span]) -> tuple[int, int, int]:
+        """Check spans and copy them to the flat lists the library reads; return tokens, logit and stream rows."""
+        layout, count = self._layout, len(spans)
+        if count > len(self._rows):
+            self._rows = np.empty((2 * count, _SPAN_FIELDS), np.int64)
+        total = page_total = logits = kept = 0
+        seen: set[int] = set()
+        rows = []
+        for i, span in enumerate(spans):
+            length = len(span.tokens)
+            needed = layout.pages_for(span.start + length)
+            if length == 0 or span.start < 0 or not 0 <= span.logits <= length or not 0 <= span.streams <= length:
+                raise RequestError(
+                    f"span {i}: {length} tokens from {span.start}, logits={span.logits}, streams={span.streams}: "
+                    "expected at least one token, start >= 0 and no more rows than tokens"
+                )
+            if len(span.pages) < needed or not 0 <= span.slot < len(self._slots) or span.slot in seen:
+                raise CapacityError(
+                    f"span {i}: slot {span.slot} of {len(self._slots)} and {len(span.pages)} pages, expected a slot "
+                    f"of its own and {needed} pages for positions up to {span.start + length}"
+                )
+            seen.add(span.slot)
+            rows.append((total, length, span.start, span.slot, page_total, span.frozen, span.logits, span.streams))
+            total, page_total = total + length, page_total + needed
+            logits, kept = logits + span.logits, kept + span.streams
+        if total > len(self._tokens):
+            self._tokens = np.empty(2 * total, np.int64)
+        if page_total > len(self._page_ids):
+            self._page_ids = np.empty(2 * page_total, np.int32)
+        for span, row in zip(spans, rows, strict=True):
+            self._tokens[row[0] : row[0] + row[1]] = span.tokens
+            needed = layout.pages_for(span.start + row[1])
+            self._page_ids[row[4] : row[4] + needed] = span.pages[:needed]
+        if count:
+            self._rows[:count] = rows
+            _check_range("token ids", self._tokens[:total], self._config.vocab_size, RequestError)
+            _check_range("page ids", self._page_ids[:page_total], len(self._pages), CapacityError)
+        return total, logits, kept
+
+
+def _check_range(name: str, values: Array, end: int, error: type[Exception]) -> None:
+    if values.min() < 0 or values.max() >= end:
+        raise error(f"{name} {values.min()}..{values.max()}: expected 0 <= id < {end}")
+
+
+def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages: Array, slots: Array) -> _Model:
+    """Pack all weights and fill the library's model descriptor."""
+    from pelagos.kernels.ref.norm_rope import rope_frequencies
+
+    model = _Model(
+        dim=config.hidden_size, heads=config.num_attention_heads, width=config.head_dim, rope=config.qk_rope_head_dim,
+        q_lora=config.q_lora_rank, groups=config.o_groups, o_lora=config.o_lora_rank, window=config.sliding_window,
+        index_heads=config.index_n_heads, index_width=config.index_head_dim, topk=config.index_topk,
+        experts=config.n_routed_experts, picks=config.num_experts_per_tok, hidden=config.moe_intermediate_size,
+        vocab=config.vocab_size, iters=config.hc_sinkhorn_iters, layers=config.num_hidden_layers,
+        drafts=config.num_nextn_predict_layers, page_tokens=layout.page_tokens, page_bytes=layout.page_bytes,
+        slot_bytes=layout.slot_bytes, max_ratio=max(config.layer_ratios), scaling=config.routed_scaling_factor,
+        limit=config.swiglu_limit, hc_eps=config.hc_eps, eps=config.rms_norm_eps, pages=pages.ctypes.data,
+        slots=slots.ctypes.data,
+    )  # fmt: skip
+    yarn, rope = {}, config.rope_scaling
+    if rope is not None:
+        yarn = {
+            "factor": rope.factor, "original": rope.original_max_position_embeddings,
+            "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow,
+        }  # fmt: skip
+    for kind, theta, scaling in ((0, config.rope_theta, {}), (1, config.compress_rope_theta, yarn)):
+        model.freqs[kind] = weights.keep(rope_frequencies(config.qk_rope_head_dim, theta, **scaling).numpy())
+    dim, vocab = config.hidden_size, config.vocab_size
+    layers = (_Layer * len(layout.layers))()
+    for i, place in enumerate(layout.layers):
+        backbone = i < config.num_hidden_layers
+        prefix = f"layers.{i}." if backbone else f"mtp.{i - config.num_hidden_layers}."
+        _describe_layer(layers[i], weights, config, place, prefix, hashed=i < config.num_hash_layers and backbone)
+    weights.kept.append(layers)
+    model.layer = ctypes.addressof(layers)
+    embed = weights.get("embed.weight", vocab, dim)
+    model.embed_bf16 = int(_is_bf16(embed))
+    model.embed = weights.keep((embed.view(np.uint32) >> 16).astype(np.uint16) if model.embed_bf16 else embed.copy())
+    weights.matrix(model.head, [weights.get("head.weight", vocab, dim)])
+    for place, prefix in ((0, ""), (1, "mtp.0."))[: 1 + config.num_nextn_predict_layers]:
+        collapse = model.collapse[place]
+        weights.matrix(collapse.fn, [weights.get(f"{prefix}hc_head_fn", _STREAMS, _STREAMS * dim)], narrow=False)
+        collapse.base = weights.vector(f"{prefix}hc_head_base", _STREAMS)
+        collapse.scale = weights.vector(f"{prefix}hc_head_scale", 1)
+        collapse.norm = weights.vector(f"{prefix}norm.weight", dim)
+    if config.num_nextn_predict_layers:
+        for name in ("e_proj", "h_proj"):
+            weights.matrix(getattr(model, name), [weights.get(f"mtp.0.{name}.weight", dim, dim)])
+        for name in ("enorm", "hnorm"):
+            setattr(model, name, weights.vector(f"mtp.0.{name}.weight", dim))
+    return model
+
+
+def _describe_layer(
+    layer: _Layer, weights: _Weights, config: ModelConfig, place: LayerPlace, prefix: str, *, hashed: bool
+) -> None:
+    dim, width, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    attn, ffn = f"{prefix}attn.", f"{prefix}ffn."
+    layer.ratio, layer.overlap = place.ratio, int(place.index is not None)
+    layer.window, layer.window_rows = place.window.offset, place.window.rows
+    first = [
+        weights.get(f"{attn}wq_a.weight", config.q_lora_rank, dim),
+        weights.get(f"{attn}wkv.weight", width, dim),
+    ]
+    second = [weights.get(f"{attn}wq_b.weight", heads * width, config.q_lora_rank)]
+    pools = (
+        ("main", f"{attn}compressor.", "entries", place.main, place.main_tail),
+        ("index", f"{attn}indexer.compressor.", "index_keys", place.index, place.index_tail),
+    )
+    for name, path, section_name, section, tail in pools:
+        if isinstance(section, Section) and isinstance(tail, Tail):
+            span = section.width * (1 + tail.overlap)
+            first += [weights.get(f"{path}{part}.weight", span, dim) for part in ("wkv", "wgate")]
+            setattr(layer, section_name, section.offset)
+            for key, value in (("kv", tail.kv.offset), ("score", tail.score.offset), ("rows", tail.kv.rows)):
+                setattr(layer, f"{name}_{key}", value)
+            setattr(layer, f"{name}_ape", weights.vector(f"{path}ape", tail.ratio, span))
+            setattr(layer, f"{name}_norm", weights.vector(f"{path}norm.weight", section.width))
+    if place.index is not None:
+        inner = config.index_n_heads * config.index_head_dim
+        first.append(weights.get(f"{attn}indexer.weights_proj.weight", config.index_n_heads, dim))
+        second.append(weights.get(f"{attn}indexer.wq_b.weight", inner, config.q_lora_rank))
+    weights.matrix(layer.first, [np.concatenate(first)])
+    weights.matrix(layer.second, [np.concatenate(second)])
+    groups, rank = config.o_groups, config.o_lora_rank
+    wo_a = weights.get(f"{attn}wo_a.weight", groups * rank, heads * width // groups)
+    weights.matrix(layer.wo_a, list(wo_a.reshape(groups, rank, -1)))
+    weights.matrix(layer.wo_b, [weights.get(f"{attn}wo_b.weight", dim, groups * rank)])
+    layer.q_norm = weights.vector(f"{attn}q_norm.weight", config.q_lora_rank)
+    layer.kv_norm = weights.vector(f"{attn}kv_norm.weight", width)
+    layer.sink = weights.vector(f"{attn}attn_sink", heads)
+    rows = (2 + _STREAMS) * _STREAMS
+    for site in ("attn", "ffn"):
+        fn = weights.get(f"{prefix}hc_{site}_fn", rows, _STREAMS * dim)
+        weights.matrix(getattr(layer, f"{site}_fn"), [fn], narrow=False)
+        setattr(layer, f"{site}_base", weights.vector(f"{prefix}hc_{site}_base", rows))
+        setattr(layer, f"{site}_scale", weights.vector(f"{prefix}hc_{site}_scale", 3))
+        setattr(layer, f"{site}_norm", weights.vector(f"{prefix}{site}_norm.weight", dim))
+    _describe_experts(layer, weights, config, ffn, hashed=hashed)
+
+
+def _describe_experts(layer: _Layer, weights: _Weights, config: ModelConfig, ffn: str, *, hashed: bool) -> None:
+    dim, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+
+    def pair(path: str) -> Array:
+        return _interleave(*(weights.get(f"{path}.{name}.weight", hidden, dim) for name in ("w1", "w3")))
+
+    gate = np.zeros((-(-experts // _LANES) * _LANES, dim), np.float32)
+    gate[:experts] = weights.get(f"{ffn}gate.weight", experts, dim)
+    weights.matrix(layer.gate, [np.concatenate((gate, pair(f"{ffn}shared_experts")))])
+    weights.matrix(layer.w13, [pair(f"{ffn}experts.{e}") for e in range(experts)])
+    weights.matrix(layer.w2, [weights.get(f"{ffn}experts.{e}.w2.weight", dim, hidden) for e in range(experts)])
+    weights.matrix(layer.shared_w2, [weights.get(f"{ffn}shared_experts.w2.weight", dim, hidden)])
+    if hashed:
+        table = weights.get(f"{ffn}gate.tid2eid", config.vocab_size, config.num_experts_per_tok, dtype=np.int64)
+        if table.min() < 0 or table.max() >= experts:
+            raise CheckpointError(f"{ffn}gate.tid2eid: {table.min()}..{table.max()}, expected 0 <= expert < {experts}")
+        layer.tid2eid = weights.vector(f"{ffn}gate.tid2eid", *table.shape, dtype=np.int64)
+    else:
+        layer.bias = weights.vector(f"{ffn}gate.bias", experts)

@@ -1,0 +1,101 @@
+/* What the files of the native forward share: descriptors (mirrored field by field in kernels/native.py), the thread
+   pool and the products.
+
+   The rule of every file: a value of a token is computed by one fixed sequence of operations that depends on the
+   token's own position and data only. Tiles, threads, batches and chunks choose who computes it and when, never how. */
+#ifndef PELAGOS_NATIVE_H
+#define PELAGOS_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define STREAMS 4 /* hc_mult */
+#define HEADS 4   /* heads that attend together: their scores of four keys fill one vector */
+#define TILE 128  /* keys between two rescalings of the online softmax, counted along a query's own key list */
+#define ROWS 96   /* rows one work item of a product takes */
+#define PANEL 64  /* outputs of one packed panel */
+
+/* `count` stacked weights (n, k), each packed as panels [n / 64][k][64], then one of 32 and one of 16 outputs as
+   needed, in bfloat16 when that loses nothing. */
+typedef struct {
+    const void *data;
+    int64_t n, k, bf16;
+} Matrix;
+
+typedef struct {
+    int64_t ratio, overlap;
+    int64_t window, window_rows;                    /* byte offset in a slot, ring rows */
+    int64_t entries, index_keys;                    /* byte offsets in a page */
+    int64_t main_kv, main_score, main_rows;         /* tail rings in a slot */
+    int64_t index_kv, index_score, index_rows;
+    Matrix first, second, wo_a, wo_b, attn_fn, ffn_fn, gate, w13, w2, shared_w2;
+    const float *attn_base, *attn_scale, *attn_norm, *ffn_base, *ffn_scale, *ffn_norm;
+    const float *q_norm, *kv_norm, *sink, *main_ape, *main_norm, *index_ape, *index_norm, *bias;
+    const int64_t *tid2eid;                         /* (V, K), or NULL where `bias` chooses */
+} Layer;
+
+typedef struct {
+    Matrix fn;
+    const float *base, *scale, *norm;
+} Collapse;
+
+typedef struct {
+    int64_t dim, heads, width, rope, q_lora, groups, o_lora, window, index_heads, index_width, topk;
+    int64_t experts, picks, hidden, vocab, iters, layers, drafts, page_tokens, page_bytes, slot_bytes, max_ratio;
+    double scaling, limit, hc_eps, eps;
+    const Layer *layer;                             /* `layers` of the backbone, then `drafts` */
+    const void *embed;
+    int64_t embed_bf16;
+    Matrix head, e_proj, h_proj;
+    const float *enorm, *hnorm;
+    Collapse collapse[2];                           /* backbone, draft */
+    const float *freqs[2];                          /* rope / 2 each: window-only layers, compressed layers */
+    uint8_t *pages, *slots;
+} Model;
+
+/* One row of the span table (int64 each); tokens and pages are offsets into the flat lists. */
+typedef struct {
+    int64_t tokens, length, start, slot, pages, frozen, logits, streams;
+} SpanRow;
+
+/* ---- threads.c ---- */
+typedef struct Pool Pool;
+typedef void (*Job)(void *argument, int thread);
+Pool *pool_new(int threads);
+void pool_free(Pool *pool);
+int pool_threads(const Pool *pool);
+void pool_run(Pool *pool, Job job, void *argument);
+long pool_take(Pool *pool);
+void pool_barrier(Pool *pool);
+
+/* ---- product.c ---- */
+int64_t panel_count(const Matrix *m);
+/* c[r][col .. col+width) = a[r] . rows of panel `panel` of stacked weight `which`; returns the panel's first column. */
+int64_t product_panel(const Matrix *m, int64_t which, int64_t panel, const float *const *a, float *const *c, int rows,
+                      int relative);
+
+/* ---- attend.c ---- */
+/* The online softmax of HEADS heads of one query over its key list, tile by tile. q and out are (HEADS, width). */
+typedef struct {
+    float peak[16], sum[16]; /* lane 4 * (key mod 4) + head */
+    float *out, *weights;    /* weights (TILE, HEADS) */
+    int64_t width;
+} Attend;
+void attend_begin(Attend *state, const float *sink);
+void attend_tile(Attend *state, const float *q, const float **keys, int count);
+void attend_end(Attend *state);
+/* scores[k] = sum over heads of weights[h] * relu(q[h] . keys[k]); `heads` is a multiple of HEADS. */
+void index_scores(const float *q, const float *weights, int64_t heads, int64_t width, const float **keys, int count,
+                  float *scores);
+
+/* Keep the best `topk` of scores offered in ascending order of index; ties go to the lower index. */
+typedef struct {
+    uint64_t *held, *copy; /* best_capacity(topk) each */
+    int64_t count, topk;
+    uint64_t limit; /* the worst rank that still counts */
+} Best;
+int64_t best_capacity(int64_t topk);
+void best_offer(Best *best, const float *scores, int64_t first, int count);
+void best_take(Best *best, int32_t *picks);
+
+#endif
