@@ -25,11 +25,10 @@ def test_mix_logits(ordered: bool) -> None:
             assert float(got[t, row]) == pytest.approx(float(fn[row].double() @ flat) / norm, abs=1e-5)
 
 
-@pytest.mark.parametrize("steady", [False, True])
-def test_split_mix(steady: bool) -> None:
+def test_split_mix() -> None:
     rows = (2 + N) * N
     mix, base, scale = normal(3, rows), normal(rows, seed=2), torch.tensor([0.5, 2.0, 3.0])
-    pre, post, logits = hc.split_mix(mix, base, scale, eps=0.01, n=N, steady=steady)
+    pre, post, logits = hc.split_mix(mix, base, scale, eps=0.01, n=N)
     for t in range(3):
         for i in range(N):
             assert float(pre[t, i]) == pytest.approx(0.01 + 1 / (1 + math.exp(-float(mix[t, i] * 0.5 + base[i]))))

@@ -118,10 +118,7 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache, name: str) -> Tensor:
         """Append the windows that x (B, S, D) completes; return them (B, N, width), normed and rotated, N >= 0."""
-        wide = x.float()
-        slot = torch.arange(step.start, step.start + step.length, device=x.device) % self.ratio
-        kv = self.wkv(wide)
-        score = self.wgate(wide) + self.ape[slot]
+        kv, score = self.rows(x, torch.arange(step.start, step.start + step.length, device=x.device))
         keep = self.ratio * (1 + self.overlap)
         kv, score = cache.tail(name, kv, score, keep)
         begin = step.start // self.ratio
@@ -138,8 +135,17 @@ class Compressor(nn.Module):
         else:
             values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
             scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
-        pooled = compress.pool_windows(values, scores).to(x.dtype)
-        return apply_rope(self.norm(pooled), last_channels(step.entry_table(self.ratio, begin, count), self.width))
+        return self.pool(values, scores, step.entry_table(self.ratio, begin, count), x.dtype)
+
+    def rows(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what tokens x (B, S, D) at positions (S,) leave for pooling: kv and score (B, S, channels) float32."""
+        wide = x.float()
+        return self.wkv(wide), self.wgate(wide) + self.ape[positions % self.ratio]
+
+    def pool(self, values: Tensor, scores: Tensor, table: Table, dtype: torch.dtype) -> Tensor:
+        """Return the entries (B, N, width) in `dtype` of values and scores (B, N, slots, width), normed and rotated."""
+        pooled = compress.pool_windows(values, scores).to(dtype)
+        return apply_rope(self.norm(pooled), last_channels(table, self.width))
 
     def _hide_other_samples(self, scores: Tensor, segments: Tensor, count: int) -> Tensor:
         """A window that opens a packed sample has no previous window."""
@@ -165,16 +171,16 @@ class Indexer(nn.Module):
 
     def keys(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """Append this forward's index keys; return all of them (B, M, width)."""
-        return cache.entries("index", self._prepare(self.compressor(x.detach(), step, cache, "index")))
+        return cache.entries("index", self.prepare(self.compressor(x.detach(), step, cache, "index")))
 
     def scores(self, x: Tensor, latent: Tensor, keys: Tensor, step: Step) -> Tensor:
         """Return index scores (B, S, M) float32 of attention input x (B, S, D) with query latent (B, S, q_lora)."""
-        q, weights = self._queries(x, latent, step)
+        q, weights = self.queries(x, latent, step)
         return compress.index_scores(q, keys, weights)
 
     def picks(self, x: Tensor, latent: Tensor, keys: Tensor, step: Step) -> Tensor:
         """Return the entries each query attends, (B, S, min(topk, M)) int64 ascending, -1 where fewer are visible."""
-        q, weights = self._queries(x, latent, step)
+        q, weights = self.queries(x, latent, step)
         visible = step.visible(CSA_RATIO, keys.shape[1])
         chunk = max(1, SCORE_ELEMENTS // (q.shape[0] * self.heads * keys.shape[1]))
         parts = [
@@ -187,13 +193,14 @@ class Indexer(nn.Module):
         ]
         return torch.cat(parts, 1)
 
-    def _queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Return index queries (B, S, heads, width) and the scaled weights of the heads (B, S, heads)."""
         q = self.wq_b(latent.detach()).unflatten(-1, (self.heads, self.width))
         cos, sin = last_channels(step.table(True), self.width)
-        q = self._prepare(apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2))))
+        q = self.prepare(apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2))))
         return q, self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
         """In released mode rotate by Hadamard, then simulate FP4: both sides alike."""
         return numerics.fake_quant_fp4(numerics.hadamard(x)) if self.simulate else x
 
@@ -221,17 +228,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache, aux: dict[str, Tensor] | None = None) -> Tensor:
         """Attend x (B, S, D), already normed; return (B, S, D). `aux` collects what losses and traces need."""
-        latent = self.q_norm(self.wq_a(x))
-        q = rms_norm(self.wq_b(latent).unflatten(-1, (self.heads, self.width)), None, self.eps)
-        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
-        by_head = (cos.unsqueeze(2), sin.unsqueeze(2))
-        q = apply_rope(q, by_head)
-        rows = cache.window(self._store(apply_rope(self.kv_norm(self.wkv(x)), (cos, sin))))
+        latent, q, kv = self.inputs(x, step)
+        rows = cache.window(self._store(kv))
         entries, mask = self._entries(x, latent, step, cache, aux)
         out, weights = self._attend(q, rows, step, entries, mask)
         if aux is not None and weights is not None:
             aux["entry_weights"] = weights
-        return self._project(apply_rope(out, by_head, inverse=True))
+        return self.output(out, step)
+
+    def inputs(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query latent (B, S, q_lora), queries (B, S, H, C) and window rows (B, S, C) of x (B, S, D)."""
+        latent = self.q_norm(self.wq_a(x))
+        q = rms_norm(self.wq_b(latent).unflatten(-1, (self.heads, self.width)), None, self.eps)
+        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
+        q = apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2)))
+        return latent, q, apply_rope(self.kv_norm(self.wkv(x)), (cos, sin))
 
     def _store(self, kv: Tensor) -> Tensor:
         """In released mode the nope channels of whatever is cached pass through FP8, blocks of 64."""
@@ -278,8 +289,10 @@ class Attention(nn.Module):
         )
         return out.float(), weights
 
-    def _project(self, out: Tensor) -> Tensor:
-        """Grouped output projection: heads in consecutive groups, each with its slice of wo_a, then wo_b."""
+    def output(self, out: Tensor, step: Step) -> Tensor:
+        """Turn attended values (B, S, H, C) back; project heads in consecutive groups by slices of wo_a, then wo_b."""
+        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
+        out = apply_rope(out, (cos.unsqueeze(2), sin.unsqueeze(2)), inverse=True)
         grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # (B, S, G, H*C/G)
         weight = self.wo_a.effective_weight(out.dtype).unflatten(0, (self.groups, -1))  # (G, R, H*C/G)
         return self.wo_b(grouped_projection(grouped, weight, ordered=self.simulate).flatten(2))

@@ -52,20 +52,20 @@ class Block(nn.Module):
 
     def attention_site(self, streams: Tensor, step: Step, cache: LayerCache, aux: dict[str, Tensor] | None) -> Tensor:
         """Return the streams after the attention site."""
-        x, post, comb = self._enter(streams, "attn", aux)
+        x, post, comb = self.site_input(streams, "attn", aux)
         return hc.hc_post(self.attn(self.attn_norm(x), step, cache, aux), streams, post, comb)
 
     def expert_site(self, streams: Tensor, ids: Tensor, aux: dict[str, Tensor] | None) -> Tensor:
         """Return the streams after the MoE site."""
-        x, post, comb = self._enter(streams, "ffn", aux)
+        x, post, comb = self.site_input(streams, "ffn", aux)
         return hc.hc_post(self.ffn(self.ffn_norm(x), ids, aux), streams, post, comb)
 
-    def _enter(self, streams: Tensor, site: str, aux: dict[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def site_input(self, streams: Tensor, site: str, aux: dict[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams to the site's input; return it with the weights its output comes back by."""
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         config = self.config
         mix = hc.mix_logits(streams, fn, config.rms_norm_eps, ordered=self.simulate)
-        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult, steady=self.simulate)
+        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
         comb = sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
         if aux is not None:
             aux[f"hc_{site}_comb"] = comb

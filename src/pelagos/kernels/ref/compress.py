@@ -8,10 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pelagos.kernels.ref.gemm import elementwise, ordered_sum
+from pelagos.kernels.ref.tiles import best
+
 
 def pool_windows(kv: Tensor, score: Tensor) -> Tensor:
     """Pool slots by a per-channel softmax: kv, score (B, N, slots, D) float32 -> (B, N, D); -inf hides a slot."""
-    return (score.softmax(2) * kv).sum(2)
+    weights = elementwise(torch.exp, score - score.amax(2, keepdim=True))
+    return ordered_sum(weights / ordered_sum(weights, 2).unsqueeze(2) * kv, 2)
 
 
 def overlap_slots(rows: Tensor, *, dim: int, first: int, count: int, ratio: int) -> Tensor:
@@ -39,9 +43,7 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def index_topk(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
-    """Return the picked entries (B, S, K) int64 in ascending order, K = min(topk, M); -1 where fewer are visible."""
+    """Return the picked entries (B, S, K) int64 ascending, K = min(topk, M), a tie to the lower; -1 where fewer."""
     masked = scores.masked_fill(~visible, -torch.inf)
-    picks = masked.topk(min(topk, scores.shape[-1]), -1, sorted=False).indices
-    absent = ~visible.expand(scores.shape).gather(-1, picks)
-    picks = picks.masked_fill(absent, scores.shape[-1]).sort(-1).values
-    return picks.masked_fill(picks == scores.shape[-1], -1)
+    picks = best(masked, min(topk, scores.shape[-1]))
+    return picks.masked_fill(~visible.expand(scores.shape).gather(-1, picks), -1)

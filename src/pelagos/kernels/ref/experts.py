@@ -5,13 +5,15 @@ Source: technical report 2.1; inference/model.py Gate, Expert, MoE.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.ref.gemm import linear, quantized_linear
+from pelagos.kernels.ref.gemm import ROWS, elementwise, linear, ordered_sum, quantized_linear
+
+FEW_ROWS = 32  # up to here an expert's rows are padded to those of the fullest
 
 Quantizer = Callable[[Tensor], Tensor]
 
@@ -19,25 +21,43 @@ Quantizer = Callable[[Tensor], Tensor]
 def route(scores: Tensor, chosen: Tensor, scaling: float) -> Tensor:
     """Return the weights (T, K) float32 of the chosen experts (T, K): their scores, normalised, times `scaling`."""
     picked = scores.gather(-1, chosen)
-    return picked / (picked.sum(-1, keepdim=True) + 1e-20) * scaling
+    return picked / (ordered_sum(picked, -1).unsqueeze(-1) + 1e-20) * scaling
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """Return silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; the gate has an upper clamp only."""
-    return functional.silu(gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
+    return elementwise(functional.silu, gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, quantized: bool = False) -> Tensor:
-    """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); counts (E,) sum to R.
+def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *, quantized: bool = False) -> Tensor:
+    """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); the E counts sum to R.
 
     `quantized` chooses `gemm.quantized_linear`.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        ends = counts.cumsum(0).to(torch.int32)
-        return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+    if isinstance(counts, Tensor):
+        return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    if not quantized and len(set(counts)) == 1:
+        return torch.bmm(x.view(len(counts), -1, x.shape[1]), weight.to(x.dtype).transpose(1, 2)).flatten(0, 1)
     product = quantized_linear if quantized else linear
-    groups = x.split(counts.tolist())
+    groups = x.split(counts)
     return torch.cat([product(g, weight[e]) for e, g in enumerate(groups) if len(g)])
+
+
+def _places(chosen: Tensor, experts: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Return where each of chosen (R,) goes when grouped by expert, (R,) int64, and the rows kept for each expert.
+
+    The rows are a multiple of ROWS, so that a product gives a row the same bits in any company; where all experts
+    have few, they get equally many, so that one product does for all.
+    """
+    order = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=experts)
+    room = (counts + ROWS - 1) // ROWS * ROWS
+    most = int(room.max())
+    if most <= FEW_ROWS:
+        room = room.new_full(room.shape, most)
+    begin = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
+    place = begin.repeat_interleave(counts, output_size=len(chosen)) + torch.arange(len(chosen), device=device)
+    return torch.empty_like(order).scatter_(0, order, place), room.tolist()
 
 
 def mixture(
@@ -50,15 +70,19 @@ def mixture(
     """
     tokens, picks = chosen.shape
     flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = functional.one_hot(flat, w13.shape[0]).sum(0)
     quantized = quantize is not None
     prepared = quantize(x) if quantize else x
-    gate, up = grouped_linear(prepared[order // picks], w13, counts, quantized=quantized).chunk(2, -1)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        order = flat.argsort(stable=True)
+        rows = functional.one_hot(flat, w13.shape[0]).sum(0)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    else:
+        back, rows = _places(flat, w13.shape[0], x.device)
+        order = back.new_zeros(sum(rows)).scatter_(0, back, torch.arange(len(flat), device=x.device))
+    gate, up = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized).chunk(2, -1)
     hidden = (swiglu(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, counts, quantized=quantized)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out[back].view(tokens, picks, -1).float().sum(1)
+    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, rows, quantized=quantized)
+    return ordered_sum(out[back].view(tokens, picks, -1).float(), 1)
 
 
 def mixture_few(

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 VECTOR_ELEMENTS = 64  # float32 elements that a CPU kernel takes at once, unrolling included
+SUM_COLUMNS = 8
+THREAD_ELEMENTS = 32768  # torch's grain: elements for which one more thread joins
+ROWS = 4  # a product gives a row the same bits in any company whose number of rows is a multiple of this
 SUM_BLOCK = 192  # columns that the recorded run's BLAS adds one after another before their sum joins the total
 
 
@@ -47,15 +50,34 @@ def grouped_projection(x: Tensor, weight: Tensor, *, ordered: bool = False) -> T
     return _in_order(x, weight, weight.shape[2])
 
 
-def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, *, steady: bool) -> Tensor:
-    """Return function(x); `steady` gives an element the same last bit in any shape.
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return function(x), an element's last bit the same in any shape.
 
-    Torch on a CPU takes what is left over after whole vectors by another path, so here nothing is left over.
+    Torch on a CPU takes what is left over after whole vectors by another path, so here no thread has anything left
+    over: it gives each of the threads it takes, one per 32,768 elements, an equal share.
     """
-    if not steady:
+    if x.is_cuda:
         return function(x)
-    whole = functional.pad(x.flatten(), (0, -x.numel() % VECTOR_ELEMENTS))
-    return function(whole)[: x.numel()].view(x.shape)
+    threads = min(torch.get_num_threads(), -(-x.numel() // THREAD_ELEMENTS))
+    missing = -x.numel() % (VECTOR_ELEMENTS * max(1, threads))
+    if missing == 0 and x.is_contiguous():
+        return function(x)
+    return function(functional.pad(x.flatten(), (0, missing)))[: x.numel()].view(x.shape)
+
+
+def ordered_sum(x: Tensor, dim: int) -> Tensor:
+    """Return the sum of x over `dim`, one slice added after another: an order that no shape and no device changes.
+
+    More than eight slices are added in columns first, eight of them where they divide the slices.
+    """
+    slices = x.shape[dim]
+    if slices > SUM_COLUMNS and slices % SUM_COLUMNS == 0:
+        dim %= x.dim()
+        x = ordered_sum(x.unflatten(dim, (-1, SUM_COLUMNS)), dim)
+    total, *rest = x.unbind(dim)
+    for part in rest:
+        total = total + part
+    return total
 
 
 def _in_order(x: Tensor, weight: Tensor, block: int) -> Tensor:
@@ -69,7 +91,4 @@ def _in_order(x: Tensor, weight: Tensor, block: int) -> Tensor:
     starts = place[::inner, None] + place[:inner:block]
     bags = (place % (groups * inner), table, starts.flatten())
     sums = functional.embedding_bag(*bags, mode="sum", per_sample_weights=x.flatten())
-    total, *rest = sums.view(*x.shape[:-1], -1, rows).unbind(-2)
-    for part in rest:
-        total = total + part
-    return total
+    return ordered_sum(sums.view(*x.shape[:-1], -1, rows), -2)

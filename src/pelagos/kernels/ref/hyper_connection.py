@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear
+from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear, ordered_sum
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -35,21 +35,19 @@ def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float, *, ordered: bool = 
     return product(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
-def split_mix(
-    mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int, steady: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_mix(mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut a site's (..., (2+n)*n) mix logits into pre (..., n), post (..., n) and comb logits (..., n, n), float32.
 
-    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2. `steady` as in `gemm.elementwise`.
+    base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2.
     """
-    pre = elementwise(torch.sigmoid, mix[..., :n] * scale[0] + base[:n], steady=steady) + eps
-    post = 2 * elementwise(torch.sigmoid, mix[..., n : 2 * n] * scale[1] + base[n : 2 * n], steady=steady)
+    pre = elementwise(torch.sigmoid, mix[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * elementwise(torch.sigmoid, mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
     return pre, post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     """Return sum_i pre_i X_i: streams (..., n, d), pre (..., n) float32 -> (..., d) in the streams' dtype."""
-    return (pre.unsqueeze(-1) * streams.float()).sum(-2).to(streams.dtype)
+    return ordered_sum(pre.unsqueeze(-1) * streams.float(), -2).to(streams.dtype)
 
 
 def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -58,10 +56,11 @@ def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     y (..., d), streams (..., n, d) -> (..., n, d) in the streams' dtype; arithmetic in float32.
     """
     wide = streams.float()
-    mixed = (comb.unsqueeze(-1) * wide.unsqueeze(-2)).sum(-3)  # (..., n, d)
+    mixed = ordered_sum(comb.unsqueeze(-1) * wide.unsqueeze(-2), -3)  # (..., n, d)
     return (post.unsqueeze(-1) * y.float().unsqueeze(-2) + mixed).to(streams.dtype)
 
 
 def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:
     """Collapse streams (..., n, d) before the final norm: fn (n, n*d), base (n,), scale (1,) -> (..., d)."""
-    return collapse(streams, torch.sigmoid(mix_logits(streams, fn, norm_eps) * scale + base) + eps)
+    gates = elementwise(torch.sigmoid, mix_logits(streams, fn, norm_eps) * scale + base)
+    return collapse(streams, gates + eps)

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from pelagos.kernels.ref.gemm import elementwise
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise x (..., C) by its root mean square in float32, weight (C,) or None, one cast back at the end."""
@@ -50,7 +52,7 @@ def rope_table(positions: Tensor, freqs: Tensor, width: int) -> tuple[Tensor, Te
     """
     angle = positions[..., None].float() * freqs  # (..., r/2)
     lead = angle.new_zeros((*angle.shape[:-1], width - 2 * freqs.numel()))
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = elementwise(torch.cos, angle), elementwise(torch.sin, angle)
     pairs_cos = torch.stack((cos, cos), -1).flatten(-2)
     pairs_sin = torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((lead + 1, pairs_cos), -1), torch.cat((lead, pairs_sin), -1)

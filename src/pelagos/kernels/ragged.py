@@ -1,0 +1,172 @@
+"""Where the tokens of a ragged batch of spans lie and what each of them attends: index arrays, made once a forward.
+
+Queries are cut into blocks at a grid of absolute positions and window keys come in one tile a block, so that the tile
+of a query depends on its position alone. Source: technical report 6.1; docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.ref.tiles import TILE
+from pelagos.kernels.rows import Rows
+
+TOKENS = 1024  # tokens computed at once; longer calls run in turns, which changes no bit
+QUERIES = 256  # queries attended at once
+SIZES = (1, 8, TILE)  # queries a block
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blocks of at most Q consecutive queries; a block with fewer repeats its last one."""
+
+    spans: Tensor  # (B,) place of the span in the batch
+    positions: Tensor  # (B, Q)
+    places: Tensor  # (B, Q) in the flat tokens
+    real: Tensor  # (B, Q) bool
+    rows: Tensor  # (B, K) of the window tile in `Batch.old` rows and then new rows
+    row_mask: Tensor  # (B, Q, K)
+    last: int  # the largest position
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of one ratio that a batch completes, (N,) each, and where their slots' rows are found."""
+
+    count: int  # the rest, up to a multiple of ROWS, repeats the last one
+    spans: Tensor  # (n,) spans that complete any
+    slots: Tensor  # (N, slots) in the tail rows of those spans and then new rows
+    hidden: Tensor  # (N, slots, 1) bool: before the sequence
+    first: Tensor  # (1, N) first position
+    new: Tensor  # (k,) those not frozen, and where they go
+    page: Tensor
+    row: Tensor
+
+
+class Batch:
+    """What every layer of one forward shares: flat tokens, padded to `multiple`, and all index arrays."""
+
+    def __init__(self, spans: Sequence[Span], layout: CacheLayout, device: torch.device, multiple: int) -> None:
+        self.layout, self.device, self.multiple = layout, device, multiple
+        self.window = layout.config.sliding_window
+        lengths = np.array([len(span.tokens) for span in spans])
+        self.start = np.array([span.start for span in spans])
+        self.end = self.start + lengths
+        self.begin = np.cumsum(lengths) - lengths
+        self.frozen = np.array([span.frozen for span in spans])
+        self.total = int(lengths.sum())
+        pad = -self.total % multiple
+        self.owner = np.repeat(np.arange(len(spans)), lengths)
+        positions = np.arange(self.total) + np.repeat(self.start - self.begin, lengths)
+        self.slot = self._put([span.slot for span in spans])
+        tables = np.zeros((len(spans), max(len(span.pages) for span in spans)), np.int64)
+        for table, span in zip(tables, spans, strict=True):
+            table[: len(span.pages)] = span.pages
+        self.pages = self._put(tables)
+        self.ids = self._put(np.pad(np.concatenate([span.tokens for span in spans]), (0, pad))).unsqueeze(0)  # (1, T)
+        self.positions = self._put(np.pad(positions, (0, pad))).unsqueeze(0)
+        self.old = self._put(self.start)[:, None] - torch.arange(self.window, 0, -1, device=device)  # (n, W)
+        self.groups = list(self._groups())
+        self._windows: dict[int, Windows | None] = {}
+        self._positions = positions
+
+    def _put(self, values: np.ndarray | list[int]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
+
+    def _groups(self) -> Iterator[Group]:
+        blocks = [
+            (i, at, min(end, at - at % TILE + TILE))
+            for i, (start, end) in enumerate(zip(self.start.tolist(), self.end.tolist(), strict=True))
+            for at in (start, *range(start - start % TILE + TILE, end, TILE))
+        ]
+        for low, size in zip((0, *SIZES), SIZES, strict=False):
+            chosen = [block for block in blocks if low < block[2] - block[1] <= size]
+            step = max(1, QUERIES // size)
+            yield from (self._group(np.array(chosen[i : i + step]), size) for i in range(0, len(chosen), step))
+
+    def _group(self, blocks: np.ndarray, size: int) -> Group:
+        span, first, end = blocks.T[:, :, None]
+        offset = np.arange(size)[None]
+        positions = np.minimum(first + offset, end - 1)
+        width = self.window + TILE + -self.window % 16
+        keys = first - first % TILE + TILE - width + np.arange(width)[None]  # (B, K)
+        back = positions[:, :, None] - keys[:, None]
+        mask = (back >= 0) & (back < self.window) & (keys[:, None] >= 0)
+        keys = keys.clip(np.maximum(first - self.window + 1, 0), end - 1)
+        past, start = len(self.start) * self.window, self.start[span]
+        rows = np.where(
+            keys < start, span * self.window + keys - start + self.window, past + self.begin[span] + keys - start
+        )
+        return Group(
+            spans=self._put(blocks[:, 0]), positions=self._put(positions), rows=self._put(rows),
+            places=self._put(self.begin[span] + positions - start), real=self._put(first + offset < end) > 0,
+            row_mask=torch.from_numpy(mask).to(self.device), last=int(positions.max()),
+        )  # fmt: skip
+
+    def written(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (places in the flat tokens, slots, ring rows), (k,) each, of the tokens that stay in a ring."""
+        stay = np.flatnonzero(self._positions >= self.end[self.owner] - rows.count)
+        return self._put(stay), self.slot[self._put(self.owner[stay])], self._put(self._positions[stay] % rows.count)
+
+    def windows(self, ratio: int, overlap: bool) -> Windows | None:
+        """Return the windows of a ratio that end within the batch, None if there are none."""
+        if ratio not in self._windows:
+            self._windows[ratio] = self._find_windows(ratio, overlap)
+        return self._windows[ratio]
+
+    def _find_windows(self, ratio: int, overlap: bool) -> Windows | None:
+        ends = np.flatnonzero((self._positions + 1) % ratio == 0)
+        count = len(ends)
+        if count == 0:
+            return None
+        ends = np.pad(ends, (0, -count % self.multiple), mode="edge")
+        span, last = self.owner[ends], self._positions[ends]
+        having, rank = np.unique(span, return_inverse=True)
+        keep = ratio * (1 + overlap)
+        at = last[:, None] - np.arange(keep - 1, -1, -1)  # (N, slots)
+        start = self.start[span][:, None]
+        slots = np.where(
+            at < start,
+            rank[:, None] * keep + at - start + keep,
+            len(having) * keep + self.begin[span][:, None] + at - start,
+        )
+        new = np.flatnonzero(last[:count] >= self.frozen[span[:count]])
+        entry, per_page = last[new] // ratio, self.layout.page_tokens // ratio
+        return Windows(
+            count=count, spans=self._put(having), slots=self._put(slots.clip(0)),
+            hidden=torch.from_numpy(at < 0).to(self.device).unsqueeze(-1),
+            first=self._put(last - ratio + 1).unsqueeze(0),
+            new=self._put(new), page=self.pages[self._put(span[new]), self._put(entry // per_page)],
+            row=self._put(entry % per_page),
+        )  # fmt: skip
+
+    def tails(self, windows: Windows, keep: int) -> tuple[Tensor, Tensor]:
+        """Return the slots (n, 1) and positions (n, keep) of the tail rows before the spans that complete windows."""
+        start = self._put(self.start)[windows.spans][:, None]
+        return self.slot[windows.spans][:, None], (start - torch.arange(keep, 0, -1, device=self.device)).clamp_min(0)
+
+
+def turns(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Cut spans into batches of at most TOKENS tokens that follow one another."""
+    part: list[Span] = []
+    room = TOKENS
+    for span in spans:
+        size, at = len(span.tokens), 0
+        while at < size:
+            end = min(size, at + room)
+            logits, streams = (max(0, min(end - at, wanted - (size - end))) for wanted in (span.logits, span.streams))
+            part.append(
+                span._replace(tokens=span.tokens[at:end], start=span.start + at, logits=logits, streams=streams)
+            )
+            room, at = room - (end - at), end
+            if room == 0:
+                yield part
+                part, room = [], TOKENS
+    if part:
+        yield part

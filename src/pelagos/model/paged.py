@@ -1,0 +1,244 @@
+"""The forward of a ragged batch of spans over the paged cache: decode, verification and prefill in one call.
+
+Everything a token does alone (norms, projections, hyper-connections, experts, head) runs once over the flat tokens of
+all spans, through the modules of the `Transformer`; the attention site runs over blocks of queries cut at a grid of
+absolute positions, key tile by key tile. With `exact` a position's logits have the same bits whatever the batch, the
+chunks, the pages and the slot: docs/numerics.md says by which rules. Source: technical report 2 and 6.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels.ragged import Batch, Group, turns
+from pelagos.kernels.ref import hyper_connection as hc
+from pelagos.kernels.ref.gemm import ROWS
+from pelagos.kernels.ref.tiles import TILE, TiledAttention, best, tile_scores
+from pelagos.kernels.rows import LayerRows, Rows
+from pelagos.model.attention import Attention, Compressor, Indexer, Step
+from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
+
+KEYS = 512  # index keys scored at once, a multiple of TILE
+
+
+class _Batch(Batch):
+    """A ragged batch and what the modules share of it."""
+
+    def __init__(self, spans: Sequence[Span], layout: CacheLayout, device: torch.device, multiple: int) -> None:
+        super().__init__(spans, layout, device, multiple)
+        self.step = Step(layout.config, self.ids, 0, self.positions)
+
+
+class PagedForward:
+    """One model over two pools: pages (num_pages, page_bytes), slots (num_slots, slot_bytes) uint8, zeroed at first.
+
+    `exact` keeps a position's bits independent of its company at some cost in small batches. The model's device is
+    where it computes and where the pools lie. Raises ConfigError for pools or a mode that the layout does not fit.
+    """
+
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, pages: Tensor, slots: Tensor, *, exact: bool = True
+    ) -> None:
+        device = model.embed.weight.device
+        for name, pool, size in (("pages", pages, layout.page_bytes), ("slots", slots, layout.slot_bytes)):
+            if pool.dim() != 2 or pool.shape[1] != size or pool.dtype != torch.uint8 or pool.device != device:
+                raise ConfigError(
+                    f"{name}: expected uint8 (number, {size}) on {device}, got {pool.dtype} {tuple(pool.shape)} on "
+                    f"{pool.device}; build the pools from the same CacheLayout"
+                )
+        if layout.mode != model.mode or layout.config != model.config:
+            raise ConfigError(
+                f"cache layout of mode {layout.mode!r} for a {model.mode!r} model: expected one of this model"
+            )
+        self.model, self.layout, self.exact = model, layout, exact
+        self._multiple = ROWS if exact else 1
+        self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
+
+    @property
+    def numeric_path(self) -> str:
+        """Name what decides a logit's last bits besides the weights: device, library, carrier, number mode."""
+        device, model = self.model.embed.weight.device, self.model
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        kind = "exact" if self.exact else "fast"
+        return f"torch {torch.__version__} {device.type} {name} {model.carrier} {model.mode} {kind}"
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> Output:
+        """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order."""
+        return _joined([self._backbone(part) for part in turns(spans)])
+
+    @torch.inference_mode()
+    def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
+        """Run the MTP block: tokens are the NEXT ids, streams (sum S, n, D) float32 those before them.
+
+        Writes only the draft layer's window. Raises ConfigError for a model without an MTP block.
+        """
+        if not len(self.model.mtp):
+            raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
+        outputs, at = [], 0
+        for part in turns(spans):
+            size = sum(len(span.tokens) for span in part)
+            outputs.append(self._draft(part, streams[at : at + size]))
+            at += size
+        return _joined(outputs)
+
+    def _batch(self, spans: Sequence[Span]) -> _Batch:
+        return _Batch(spans, self.layout, self.model.embed.weight.device, self._multiple)
+
+    def _backbone(self, spans: Sequence[Span]) -> Output:
+        batch, model = self._batch(spans), self.model
+        embedded = model.embed(batch.step.ids).to(model.carrier)
+        streams = embedded.unsqueeze(2).repeat(1, 1, self.layout.config.hc_mult, 1)
+        for block, rows in zip(model.blocks, self._layers, strict=False):
+            streams = self._block(block, streams, rows, batch)
+        return self._output(model, streams[0], spans)
+
+    def _draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
+        batch, model, block = self._batch(spans), self.model, self.model.mtp[0]
+        assert isinstance(block, MTPBlock)
+        past = functional.pad(torch.tensor(streams), (0, 0, 0, 0, 0, batch.step.length - batch.total))
+        past = past.to(batch.device, model.carrier).unsqueeze(0)
+        entered = block.enter(model.embed(batch.step.ids).to(model.carrier), past)
+        return self._output(block, self._block(block, entered, self._layers[-1], batch)[0], spans)
+
+    def _output(self, head: Collapse, streams: Tensor, spans: Sequence[Span]) -> Output:
+        """Return what spans ask for of streams (T, n, D)."""
+        ends = np.cumsum([len(span.tokens) for span in spans])
+        wanted = [np.arange(end - span.logits, end) for span, end in zip(spans, ends, strict=True)]
+        kept = [np.arange(end - span.streams, end) for span, end in zip(spans, ends, strict=True)]
+        rows, rest = (torch.from_numpy(np.concatenate(each)).to(streams.device) for each in (wanted, kept))
+        logits = streams.new_empty((0, self.layout.config.vocab_size))
+        if count := len(rows):
+            rows = functional.pad(rows, (0, -count % self._multiple))
+            logits = self.model.logits(head.collapse(streams[rows].unsqueeze(0), self.layout.config))[0, :count]
+        return Output(logits.float().cpu().numpy(), streams[rest].float().cpu().numpy())
+
+    def _block(self, block: Block, streams: Tensor, rows: LayerRows, batch: _Batch) -> Tensor:
+        """Return the streams (1, T, n, D) after a layer."""
+        x, post, comb = block.site_input(streams, "attn", None)
+        streams = hc.hc_post(self._attention(block.attn, block.attn_norm(x), rows, batch), streams, post, comb)
+        return block.expert_site(streams, batch.step.ids, None)
+
+    def _attention(self, attn: Attention, x: Tensor, rows: LayerRows, batch: _Batch) -> Tensor:
+        """Return the site's output (1, T, D) for x (1, T, D); writes the window ring, tails and entries."""
+        step, indexer = batch.step, attn.indexer
+        latent, q, kv = attn.inputs(x, step)
+        keys = self._window_rows(kv[0, : batch.total], rows.window, batch)
+        if attn.compressor is not None:
+            assert rows.main is not None
+            assert rows.main_tail is not None
+            _append(attn.compressor, x, rows.main_tail, rows.main, batch, None)
+        index_q = None
+        if indexer is not None:
+            assert rows.index is not None
+            assert rows.index_tail is not None
+            _append(indexer.compressor, x, rows.index_tail, rows.index, batch, indexer)
+            if any((group.last + 1) // rows.ratio > indexer.topk for group in batch.groups):
+                index_q = indexer.queries(x, latent, step)
+        out = torch.zeros_like(q[0])
+        for group in batch.groups:
+            tiles = TiledAttention(q[0][group.places], attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32)
+            tiles.add(keys[group.rows], group.row_mask)
+            if rows.main is not None:
+                _add_entries(tiles, rows, group, batch, indexer, index_q)
+            out[group.places[group.real]] = tiles.result()[group.real].to(q.dtype)
+        return attn.output(out.unsqueeze(0), step)
+
+    def _window_rows(self, kv: Tensor, ring: Rows, batch: _Batch) -> Tensor:
+        """Put new window rows (T, C) into the ring; return the W rows before every span and then the new, as stored."""
+        old = ring.read(batch.slot[:, None], batch.old.clamp_min(0) % ring.count)
+        parts = ring.encode(kv)
+        places, slots, at = batch.written(ring)
+        ring.write(slots, at, tuple(part[places] for part in parts))
+        return torch.cat((old.flatten(0, 1), ring.decode(parts)))
+
+
+def _append(
+    compressor: Compressor, x: Tensor, rings: tuple[Rows, Rows], entries: Rows, batch: _Batch, indexer: Indexer | None
+) -> None:
+    """Put the rows of x (1, T, D) into the tail rings, and the entries they complete into the pages."""
+    fresh = [rows[0, : batch.total] for rows in compressor.rows(x, batch.step.positions[0])]
+    ratio, overlap = compressor.ratio, compressor.overlap
+    windows = batch.windows(ratio, overlap)
+    if windows is not None:
+        unit, at = batch.tails(windows, ratio * (1 + overlap))
+        values, scores = (
+            torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new))[windows.slots]
+            for ring, new in zip(rings, fresh, strict=True)
+        )
+        if overlap:
+            values, scores = (
+                torch.cat((rows[:, :ratio, : compressor.width], rows[:, ratio:, compressor.width :]), 1)
+                for rows in (values, scores)
+            )
+        values = values.masked_fill(windows.hidden, 0).unsqueeze(0)
+        scores = scores.masked_fill(windows.hidden, -torch.inf).unsqueeze(0)
+        pooled = compressor.pool(values, scores, batch.step.table_at(windows.first, True), x.dtype)[0]
+        if indexer is not None:
+            pooled = indexer.prepare(pooled)
+        entries.write(windows.page, windows.row, entries.encode(pooled[windows.new]))
+    for ring, new in zip(rings, fresh, strict=True):
+        places, slots, row = batch.written(ring)
+        ring.write(slots, row, (new[places],))
+
+
+def _add_entries(
+    tiles: TiledAttention, rows: LayerRows, group: Group, batch: _Batch, indexer: Indexer | None,
+    index_q: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Attend the visible entries, or those picked by the indexer where more are visible than it picks."""
+    assert rows.main is not None
+    visible = (group.positions + 1) // rows.ratio  # (B, Q)
+    most = (group.last + 1) // rows.ratio
+    picks = None
+    if indexer is not None and index_q is not None and most > indexer.topk:
+        assert rows.index is not None
+        q, weights = (part[0][group.places] for part in index_q)
+        picks = _picks(q, weights, rows.index, group, batch, visible, most, indexer.topk)
+        picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
+        most = indexer.topk
+    for low in range(0, most, TILE):
+        if picks is None:
+            index = torch.arange(low, low + TILE, device=batch.device)
+            keys = _entries(rows.main, index.minimum(visible[:, -1:] - 1), group, batch)
+            tiles.add(keys, index < visible.unsqueeze(2))
+        else:
+            tile = picks[:, :, low : low + TILE]
+            keys = _entries(rows.main, tile.flatten(1), group, batch).unflatten(1, tile.shape[1:])
+            tiles.add(keys, tile >= 0)
+
+
+def _entries(rows: Rows, index: Tensor, group: Group, batch: _Batch) -> Tensor:
+    """Return entries (B, N, width) float32 of each block's sequence; index (B, N), a negative one gives any row."""
+    index = index.clamp_min(0)
+    return rows.read(batch.pages[group.spans[:, None], index // rows.count], index % rows.count)
+
+
+def _picks(
+    q: Tensor, weights: Tensor, keys: Rows, group: Group, batch: _Batch, visible: Tensor, most: int, topk: int
+) -> Tensor:
+    """Return the picked entries (B, Q, topk) int64, ascending, then -1 where fewer are visible (B, Q)."""
+    scores = q.new_empty((*q.shape[:2], 0), dtype=torch.float32)
+    found = visible.new_empty((*q.shape[:2], 0))
+    for low in range(0, most, KEYS):
+        index = torch.arange(low, min(low + KEYS, most + -most % TILE), device=q.device)
+        tile = _entries(keys, index.minimum(visible[:, -1:] - 1), group, batch).to(q.dtype)
+        fresh = tile_scores(q, tile, weights).masked_fill(index >= visible.unsqueeze(2), -torch.inf)
+        scores, found = torch.cat((scores, fresh), 2), torch.cat((found, index.expand(fresh.shape)), 2)
+        if scores.shape[2] > topk:
+            places = best(scores, topk)
+            scores, found = scores.gather(2, places), found.gather(2, places)
+    return found.masked_fill(scores == -torch.inf, -1)
+
+
+def _joined(outputs: list[Output]) -> Output:
+    if len(outputs) == 1:
+        return outputs[0]
+    return Output(*(np.concatenate(each) for each in zip(*outputs, strict=True)))
