@@ -28,7 +28,7 @@ Bytes = bytes | bytearray | memoryview  # what holds payloads; a uint8 array pas
 MAGIC = b"PELAGOSC"
 VERSION = 1
 PAGES, STATE = 1, 2
-SUFFIXES = {PAGES: "pages", STATE: "state"}
+KINDS = {PAGES: "pages", STATE: "state"}
 HEADER = struct.Struct("<8sII16s16sQQ16s")  # magic, version, kind, fingerprint, user, count, length, digest
 RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, running crc32
 DIGEST_BYTES = 16
@@ -216,7 +216,7 @@ class CacheDirectory:
                     except FileNotFoundError:
                         continue
                     if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
-                        kind = PAGES if parts[2] == SUFFIXES[PAGES] else STATE
+                        kind = PAGES if parts[2] == KINDS[PAGES] else STATE
                         used = min(info.st_mtime_ns, time.time_ns())  # a clock set back must not keep it for ever
                         model = bytes.fromhex(parts[1])
                         listed.append(Listed(entry.name, model, kind, int(parts[3]), info.st_size, used))
@@ -241,10 +241,8 @@ class CacheDirectory:
         ]
         digest = _digest(head + b"".join(table), self._key(tag))
         folder = self.root / tag
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-            _sync_directory(self.root)
-        name = f"{fingerprint.hex()}.{secrets.token_hex(8)}.{SUFFIXES[kind]}{VERSION}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        name = f"{fingerprint.hex()}.{secrets.token_hex(8)}.{KINDS[kind]}{VERSION}"
         _publish(folder, name, [head, digest, *table, *payloads])
         contents = Table(kind, fingerprint, len(payloads[0]), summed)
         return Listed(name, fingerprint, kind, VERSION, contents.size, time.time_ns()), contents
@@ -382,14 +380,6 @@ def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
             buffer = buffers[index]
             return [buffer[len(buffer) - (end - done) :], *buffers[index + 1 :]]
     return []
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(path: Path) -> bool:
