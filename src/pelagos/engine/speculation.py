@@ -6,6 +6,7 @@ whether it was drafted or not. The drafter picks with the same noise and so agre
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -16,6 +17,14 @@ import numpy as np
 
 from pelagos.engine.sampler import Sampler
 from pelagos.kernels.layout import Output, Span
+
+# How often drafts agree: remembered observations, the weight of a guess in them, the guess before the first.
+_MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 8
+# Seconds: the share a new sample has, and of that in all entries; entries for each doubling of a step with drafts.
+_LEARN, _DRIFT, _CLASSES = 0.1, 0.03, 3
+# A plan holds for some steps, more of them in a larger batch; a probe for two: the first may have to catch up.
+_PLAN_STEPS, _PROBE_STEPS = 4, 2
+_PROBE_SHARE = 0.007  # of the time, what probes may cost
 
 
 class Draft(NamedTuple):
@@ -139,34 +148,261 @@ class MTPDrafter:
 
 
 class Outcome(NamedTuple):
-    """How one request fared in a step: its draft, how many of it were verified, and the tokens that were picked."""
+    """How one decoding request fared in a step: how many of its drafts were in the forward, and the tokens picked."""
 
     key: str
-    draft: Draft
     verified: int
     picked: Sequence[int]
 
 
+class _Rate:
+    """A running share of successes that forgets; with few samples it leans on a guess."""
+
+    __slots__ = ("_keep", "count", "successes")
+
+    def __init__(self, memory: float) -> None:
+        self.successes = self.count = 0.0
+        self._keep = 1 - 1 / memory
+
+    def add(self, success: bool) -> None:
+        self.successes = self.successes * self._keep + success
+        self.count = self.count * self._keep + 1
+
+    def value(self, guess: float) -> float:
+        return (self.successes + _GUESS_WEIGHT * guess) / (self.count + _GUESS_WEIGHT)
+
+
+class _StepSeconds:
+    """Seconds of a step by its number of tokens, a small table that forgets.
+
+    Steps with drafts share entries with those of about their size. All entries share a scale that follows what the
+    last steps took, so those not visited for long keep their ratio to the others as contexts grow or the machine gets
+    busy. A size never seen is guessed on the bright side.
+    """
+
+    def __init__(self) -> None:
+        self._scale = 1.0
+        self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale, samples
+
+    def add(self, size: int, plain: bool, seconds: float) -> None:
+        key = (size if plain else int(_CLASSES * math.log2(size)), plain)
+        entry = self._seen.setdefault(key, [size, math.inf, 0])
+        mean, old, samples = entry
+        entry[2] += 1
+        if samples < 2:  # the first run of a size may be slow for other reasons
+            entry[1] = min(old, max(seconds, 1e-9) / self._scale)
+        else:
+            ratio = min(max(seconds / (old * self._scale), 0.5), 2.0)  # an outlier moves nothing much
+            self._scale *= ratio**_DRIFT
+            entry[1] = old * ratio ** max(_LEARN - _DRIFT, 1 / samples - _DRIFT)
+        entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
+
+    def table(self, first: int, count: int) -> np.ndarray | None:
+        """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
+
+        Between known sizes linear; below the smallest in proportion; above the largest the last slope goes on.
+        """
+        if not self._seen:
+            return None
+        known = sorted(self._seen.values())
+        places = np.array([0.0, *(entry[0] for entry in known)])
+        seconds = np.maximum.accumulate([0.0, *(entry[1] for entry in known)])
+        gap = places[-1] - places[-2] if len(known) > 1 else 0.0
+        slope = (seconds[-1] - seconds[-2]) / gap if gap > 0.5 else 0.0
+        sizes = np.arange(first, first + count)
+        guess = np.interp(sizes, places, seconds) + np.maximum(0, sizes - places[-1]) * slope
+        return guess * self._scale
+
+
+class _DraftSeconds:
+    """Seconds of drafting as calls x a + tokens x b, by least squares that forget."""
+
+    def __init__(self) -> None:
+        self._moments = np.zeros((2, 3))  # weighted sums of (calls, tokens) x (calls, tokens, seconds)
+
+    def add(self, calls: int, tokens: int, seconds: float) -> None:
+        size = np.array([calls, tokens], float)
+        self._moments = self._moments * (1 - _LEARN) + np.outer(size, [*size, seconds])
+
+    def of(self, calls: np.ndarray, count: int) -> np.ndarray:
+        """Return seconds of 0, 1, .. tokens, (count,), in calls (count,); 0 before any sample."""
+        square = self._moments[:, :2] + 1e-3 * np.eye(2)
+        a, b = np.linalg.solve(square, self._moments[:, 2])
+        if min(a, b) < 0:  # noise along a direction that was hardly varied: one of the two explains all
+            trace = np.diag(square)
+            a, b = (0.0, self._moments[1, 2] / trace[1]) if a < b else (self._moments[0, 2] / trace[0], 0.0)
+        return a * calls + b * np.arange(count)
+
+
 class AdaptiveDepth:
-    """Chooses how many tokens to draft and verify for each request; a function of what it was told, no clock."""
+    """Chooses how many tokens to draft and verify for each request, to get the most tokens a second.
+
+    It keeps how often drafts of a depth agree (by request, leaning on all requests), what the drafter's confidence
+    was worth, and the seconds of drafting and of steps by their tokens. Steps that are not the best known choice are
+    probes: together they may cost `_PROBE_SHARE` of the time. A function of what it was told: it reads no clock.
+    Each step: `depths`, then `cut` of what was drafted, then `observe`.
+    """
 
     def __init__(self, max_depth: int) -> None:
         """`max_depth` is the drafter's."""
         self.max_depth = max_depth
+        self._agreed = [_Rate(_MEMORY) for _ in range(max_depth)]
+        self._own: dict[str, list[_Rate]] = {}
+        self._worth = [[_Rate(_MEMORY) for _ in range(_BINS)] for _ in range(max_depth)]
+        self._step_seconds, self._draft_seconds = _StepSeconds(), _DraftSeconds()
+        self._plan: list[int] = []
+        self._planned_for: list[str] = []
+        self._times: np.ndarray | None = None  # of a step by drafts verified, as the plan saw it
+        self._worths: list[list[float]] = []  # of a draft by depth and confidence, as the plan saw it
+        self._pace = 0.0  # tokens a second that the plan expects
+        self._left = 0  # steps the plan holds
+        self._probes: list[int] | None = None  # the depths of a running probe
+        self._turn = 0  # probes so far
+        self._loss = [math.inf, math.inf]  # seconds that the last probe of each kind cost
+        self._elapsed = self._spent = 0.0
+        self._made: dict[str, Draft] = {}  # for the coming step
+        self._draft_s = 0.0  # what these took
+        self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
-        return [1] * len(keys)
+        if not self._left or self._planned_for != list(keys):
+            self._planned_for = list(keys)
+            self._plan = self._best(keys)
+            self._probes = self._probe()
+            self._left = _PROBE_STEPS if self._probes else _PLAN_STEPS + len(keys) // 2
+        self._left -= 1
+        return self._probes or self._plan
 
-    def cut(self, keys: Sequence[str], drafts: Sequence[Draft]) -> list[int]:
-        """Return how many tokens of each draft to verify, given the drafter's confidence."""
-        return [len(draft.tokens) for draft in drafts]
+    def _best(self, keys: Sequence[str]) -> list[int]:
+        """Return the depths with the most expected tokens a second, if only the confident drafts are verified."""
+        batch, depths = len(keys), [0] * len(keys)
+        self._times = self._step_seconds.table(batch, 1 + self.max_depth * batch)
+        if self._times is None or not batch or not self.max_depth:
+            return depths  # the first step of all shows what one without drafts takes
+        guesses = self._guesses()
+        passes = self._gate(guesses)
+        chances = []
+        for at, key in enumerate(keys):
+            chance, own = 1.0, self._own.get(key)
+            for depth, (guess, (_, kept)) in enumerate(zip(guesses, passes, strict=True)):
+                chance *= kept * (guess if own is None else own[depth].value(guess))
+                chances.append((-chance, depth, at))
+        chances.sort()  # a request's own stay in order: they fall with depth
+        order = [depth for _, depth, _ in chances]
+        tokens = batch + np.cumsum([0.0, *(-chance for chance, _, _ in chances)])
+        shares = np.cumprod([share for share, _ in passes])
+        verified = np.cumsum([0.0, *shares[order]])
+        seconds = np.interp(verified, np.arange(self._times.size), self._times)
+        seconds += self._draft_seconds.of(np.maximum.accumulate([0, *(1 + depth for depth in order)]), verified.size)
+        best = int((tokens / seconds).argmax())
+        self._pace = float(tokens[best] / seconds[best])
+        for _, _, at in chances[:best]:
+            depths[at] += 1
+        return depths
 
-    def observe(self, outcomes: Sequence[Outcome], draft_s: float, step_s: float | None) -> None:
-        """Learn from a step: seconds of drafting and of the forward with its picks.
+    def _guesses(self) -> list[float]:
+        """Return the chance of each depth, if those before it agree, up to one deeper than any was tried."""
+        guess, guesses = _FIRST_GUESS, []
+        for rate in self._agreed:
+            guess = rate.value(guess)
+            guesses.append(guess)
+            if not rate.count:
+                break
+        return guesses
 
-        `step_s` is None where the forward also did other work (prefill chunks): its time then says nothing.
+    def _gate(self, guesses: list[float]) -> list[tuple[float, float]]:
+        """Set what a draft of each depth and confidence is worth; return the share of drafts `cut` will verify.
+
+        With each share goes the part of the accepted ones that are among them.
         """
+        assert self._times is not None
+        price = self._pace * float(self._times[-1] - self._times[0]) / (self._times.size - 1)  # of a token, in tokens
+        self._worths, passes = [], []
+        for guess, rates in zip(guesses, self._worth, strict=False):
+            values = [rate.value(guess) for rate in rates]
+            counts = [rate.count + 1e-6 for rate in rates]
+            kept = [count if value > price else 0.0 for value, count in zip(values, counts, strict=True)]
+            good = [value * count for value, count in zip(values, kept, strict=True)]
+            every = sum(value * count for value, count in zip(values, counts, strict=True))
+            passes.append((sum(kept) / sum(counts), sum(good) / every))
+            self._worths.append(values)
+        return passes
+
+    def _probe(self) -> list[int] | None:
+        """Return the depths of a probe if one can be afforded: one deeper than the plan, or in turn none at all."""
+        kind = self._turn % 2 if any(self._plan) else 0
+        probes = [0 if kind else min(depth + 1, self.max_depth) for depth in self._plan]
+        if probes == self._plan:
+            self._turn += 1
+            return None
+        loss = self._loss[kind] if self._loss[kind] < math.inf else len(self._plan) / max(self._pace, 1e-9)
+        if self._spent + max(loss, 0.0) > _PROBE_SHARE * self._elapsed:
+            return None
+        self._turn += 1
+        self._loss[kind] = 0.0
+        return probes
+
+    def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
+        """Return how many tokens of each draft to verify, given the drafter's confidence and what drafting took."""
+        self._made = {key: draft for key, draft in zip(keys, drafts, strict=True) if draft.tokens}
+        self._draft_s = seconds
+        lengths = [len(draft.tokens) for draft in drafts]
+        if any(lengths):
+            if self._made.keys() <= self._drafted:
+                self._draft_seconds.add(max(lengths), sum(lengths), seconds)
+            self._drafted = frozenset(self._made)
+        else:
+            self._drafted = frozenset()
+        if self._probes or self._times is None or self._planned_for != list(keys):
+            return lengths
+        chances: list[tuple[float, int]] = []
+        for at, draft in enumerate(drafts):
+            chance = 1.0
+            for confidence, worths in zip(draft.confidence, self._worths, strict=False):
+                chance *= worths[_bin(confidence)]
+                chances.append((-chance, at))
+        chances.sort()
+        gains = np.cumsum([0.0, *(-chance for chance, _ in chances)]) - self._pace * self._times[: 1 + len(chances)]
+        counts = [0] * len(drafts)
+        for _, at in chances[: int(gains.argmax())]:
+            counts[at] += 1
+        return counts
+
+    def observe(self, outcomes: Sequence[Outcome], seconds: float | None) -> None:
+        """Learn from a step, before the next is planned: what its requests picked, and how long forward and picks took.
+
+        `seconds` is None where the forward also did other work (prefill chunks): its time then says nothing.
+        """
+        for outcome in outcomes:
+            draft = self._made.get(outcome.key)
+            if draft is not None:
+                self._judge(outcome, draft)
+        if seconds is None or not outcomes:
+            return
+        verified = sum(outcome.verified for outcome in outcomes)
+        self._step_seconds.add(len(outcomes) + verified, not verified, seconds)
+        seconds += self._draft_s
+        self._elapsed += seconds
+        if self._probes:
+            loss = seconds - sum(len(outcome.picked) for outcome in outcomes) / max(self._pace, 1e-9)
+            self._spent = max(0.0, self._spent + loss)
+            self._loss[not any(self._probes)] += loss
+
+    def _judge(self, outcome: Outcome, draft: Draft) -> None:
+        """Note which drafts agreed: one more than was verified can be told."""
+        own = self._own.setdefault(outcome.key, [_Rate(_OWN_MEMORY) for _ in range(self.max_depth)])
+        for depth, (token, chance, picked) in enumerate(zip(*draft, outcome.picked, strict=False)):
+            for rate in (self._agreed[depth], own[depth], self._worth[depth][_bin(chance)]):
+                rate.add(token == picked)
+            if token != picked:
+                break
 
     def forget(self, key: str) -> None:
-        """Drop what is kept of a request that ended."""
+        """Drop what is kept of a request that ended, an outcome not yet told included."""
+        self._own.pop(key, None)
+        self._made.pop(key, None)
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * _BINS), _BINS - 1)
