@@ -27,6 +27,8 @@ COMMANDS = {
     "data": "Build and inspect training data.",
     "train": "Train a model.",
     "eval": "Measure a model.",
+    "bench": "Measure speed on this machine.",
+    "cache": "List, verify or purge the prefix cache on disk.",
     "inspect": "Show what a checkpoint holds, or trace a text through it.",
 }
 

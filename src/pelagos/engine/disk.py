@@ -249,7 +249,6 @@ class DiskCache:
         with self._wake:
             tag = self._directory.tag(user)
             found = [] if self._closing else self._find(tag, page_keys)
-            self._touch(file for file, _ in found)
             parts = ticket._parts
             for at, (file, index) in enumerate(found):
                 part = parts[-1] if parts else None
@@ -260,9 +259,8 @@ class DiskCache:
                 part.buffers += into[at : at + 1] if into else ()
             place = self._users.get(tag)
             if state_key is not None and place and state_key in place.states and not self._closing:
-                file, index = place.states[state_key]
-                self._touch([file], behind=len(parts))
-                parts.append(_Part(file, index, 1))
+                parts.append(_Part(*place.states[state_key], 1))
+            self._touch(part.file for part in parts)
             self._counts["misses"] += len(page_keys) + (state_key is not None) - sum(part.count for part in parts)
             ticket._parts_left = len(parts)
             for part in parts:
@@ -349,10 +347,10 @@ class DiskCache:
             found.append(spot)
         return found
 
-    def _touch(self, files: Iterable[_File], behind: int = 0) -> None:
+    def _touch(self, files: Iterable[_File]) -> None:
         """Note a use now, of each later file a little earlier: the end of a chain must go before its beginning."""
         now = time.time_ns()
-        for age, file in enumerate(dict.fromkeys(files), behind):
+        for age, file in enumerate(dict.fromkeys(files)):
             file.used = now - age
             self._touched.add(file)
 

@@ -114,8 +114,6 @@ class CacheDirectory:
         if create:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = os.stat(self.root)
-        if not stat.S_ISDIR(info.st_mode):
-            raise CacheError(f"{self.root}: expected a directory for the cache, got another kind of file")
         if info.st_uid != os.geteuid():
             raise CacheError(
                 f"{self.root}: owned by uid {info.st_uid}, expected uid {os.geteuid()} that runs this; "
