@@ -92,9 +92,9 @@ class Match:
 
     `pages` (a reference of each is taken: `pool.release(reversed(pages))` gives up) are the first of the page table;
     compute positions resume..n-1 with the span's `frozen`. With `state` the slot is unpacked from it at `resume`, and
-    if `resume` lies beyond the pages, so is the open page, into a page of the sequence's own. Without `state` and
-    with resume > 0 the slot is zeroed, and what comes out before position `exact` is not to be used. When nothing would
-    be saved everything is zero and no page is held.
+    if `resume` lies beyond the pages, so is the open page, into a page of the sequence's own. Without `state` the slot
+    is zeroed, and what comes out before position `exact` is not to be used. Pages are shared even where all tokens
+    must be computed (resume 0): it saves their room.
 
     If the disk makes it better, `disk_resume` is where the prompt could resume after reading the `disk_pages` page
     keys that follow `pages` and, unless None, the state `disk_state` of position disk_resume: add them and match again.
@@ -184,8 +184,6 @@ class PrefixCache:
             if deepest > resume:
                 needed = there if key is None else max(here, deepest // self._page_tokens)
                 on_disk = (deepest, needed - here, None if key is None or self._find(key) else key)
-        if not resume and not on_disk[0]:
-            return Match()
         self._pool.share(pages)
         state = None if state_key is None else self._use(state_key).packed
         exact = resume if state is not None or not resume else end
@@ -267,11 +265,14 @@ class PrefixCache:
 
         `match` is what the request resumed from, `prompt` the prompt's length, `marks` the request's cuts. Anchors:
         the marks (without any the prompt's end) and the end of the matched pages, where this prompt parts from an
-        earlier one. Between: every `interval` positions and the last page boundary before the prompt's end. None
-        where the state is not exact yet. The end of the output is an anchor too, which only the engine knows.
+        earlier one. Between: every `interval` positions and, without marks, the last page boundary of the prompt,
+        for who asks the same again. None where the state is not exact yet. The end of the output is an anchor too,
+        which only the engine knows.
         """
         anchors = {match.frozen, *(marks or (prompt,))}
-        between = {*range(0, stop + 1, self.interval), (prompt - 1) // self._page_tokens * self._page_tokens}
+        between = {*range(0, stop + 1, self.interval)}
+        if not marks:
+            between.add((prompt - 1) // self._page_tokens * self._page_tokens)
         first = max(start + 1, match.exact)
         return [Cut(at, at in anchors) for at in sorted(anchors | between) if first <= at <= stop]
 
