@@ -8,6 +8,10 @@
 
 #define PARAMS (STREAMS + STREAMS * STREAMS) /* post and comb of a token */
 
+/* The items of a stage, as many as this thread gets; END after it waits for the others'. */
+#define EACH(item, count) for (int64_t item; (item = stage_take(stage, count)) >= 0; stage_done(stage, count))
+#define END stage_end(stage)
+
 typedef struct { const SpanRow *span; const int32_t *pages; int64_t first, begin, length; } Segment; /* first: in the block */
 typedef struct { int64_t expert, first, count; } Group;                       /* rows [first, +count) of `order` */
 
@@ -19,8 +23,8 @@ typedef struct {
 
 typedef struct {
     const Model *model;
-    Pool *pool;
-    int64_t tokens, segments, groups, routed_groups, head_rows;
+    int64_t tokens, segments, head_rows, furthest; /* furthest: the last position of all */
+    int64_t groups, routed_groups; /* routed_groups: those before the shared expert's */
     int64_t *id, *position;
     int32_t *segment, *chosen, *picks, *order, *fill;
     float *streams, *x, *first, *second, *attended, *latent, *y, *gate, *hidden, *down, *params, *weight, *table[2];
@@ -32,6 +36,7 @@ typedef struct {
     const float *streams_in; /* of the block's first token; NULL for the backbone */
     int draft;
 } Work;
+_Static_assert(sizeof(Work) <= JOB_BYTES, "a job's argument");
 
 typedef struct { int64_t first, second, gate_rows, inner; } Widths; /* the widest of each over layers */
 
@@ -144,10 +149,10 @@ static void rope_at(const Model *m, int kind, int64_t position, float *table) {
 /* ---- products ---- */
 
 /* c = a . matrix for `rows` rows and `stacks` stacked weights, each with its own part of the rows. */
-static void linear(Work *w, const Matrix *m, int64_t stacks, const float *a, int64_t a_row, int64_t a_stack, float *c,
+static void linear(Stage *stage, const Matrix *m, int64_t stacks, const float *a, int64_t a_row, int64_t a_stack, float *c,
                    int64_t c_row, int64_t c_stack, int64_t rows) {
     int64_t panels = panel_count(m), blocks = (rows + ROWS - 1) / ROWS;
-    for (int64_t i; (i = pool_take(w->pool)) < stacks * panels * blocks;) {
+    EACH(i, stacks * panels * blocks) {
         int64_t stack = i / (panels * blocks), panel = i / blocks % panels, first = i % blocks * ROWS;
         int count = (int)(rows - first < ROWS ? rows - first : ROWS);
         const float *from[ROWS];
@@ -158,7 +163,7 @@ static void linear(Work *w, const Matrix *m, int64_t stacks, const float *a, int
         }
         product_panel(m, stack, panel, from, to, count, 0);
     }
-    pool_barrier(w->pool);
+    END;
 }
 
 /* ---- hyper-connections ---- */
@@ -198,7 +203,7 @@ static void collapse(const float *streams, const float *pre, const float *norm, 
 }
 
 /* Enter a site: x of token t, and what `leave` needs. */
-static void enter(Work *w, int64_t t, const Matrix *fn, const float *base, const float *scale, const float *norm) {
+static void enter(const Work *w, int64_t t, const Matrix *fn, const float *base, const float *scale, const float *norm) {
     const Model *m = w->model;
     float *streams = w->streams + t * STREAMS * m->dim, *params = w->params + t * PARAMS, mix[2 * LANES];
     mix_logits(fn, streams, m->dim, mix);
@@ -218,7 +223,7 @@ static void enter(Work *w, int64_t t, const Matrix *fn, const float *base, const
 }
 
 /* Leave a site: X'_k = post_k y + sum_j comb[j][k] X_j. */
-static void leave(Work *w, int64_t t, const float *y) {
+static void leave(const Work *w, int64_t t, const float *y) {
     int64_t dim = w->model->dim;
     float *streams = w->streams + t * STREAMS * dim;
     const float *post = w->params + t * PARAMS, *comb = post + STREAMS;
@@ -243,7 +248,7 @@ static Columns columns(const Model *m, const Layer *l) {
 }
 
 /* Pool the window that ends with token t into its entry: a softmax over its rows, channel by channel. */
-static void pool_window(Work *w, const Layer *l, int64_t t, int thread, int64_t width, int64_t kv_column,
+static void pool_window(const Work *w, const Layer *l, int64_t t, int thread, int64_t width, int64_t kv_column,
                         int64_t score_column, int64_t kv_ring, int64_t score_ring, int64_t ring_rows, const float *ape,
                         const float *norm, int64_t section) {
     const Model *m = w->model;
@@ -282,7 +287,7 @@ static void pool_window(Work *w, const Layer *l, int64_t t, int thread, int64_t 
 }
 
 /* After `first`: norms, the window row, and the entries that token t completes. */
-static void prepare(Work *w, const Layer *l, int64_t t, int thread) {
+static void prepare(const Work *w, const Layer *l, int64_t t, int thread) {
     const Model *m = w->model;
     Columns at = columns(m, l);
     float *first = w->first + t * l->first.n, eps = (float)m->eps;
@@ -298,7 +303,7 @@ static void prepare(Work *w, const Layer *l, int64_t t, int thread) {
 }
 
 /* Choose the entries that token t attends, when it may see more than topk. */
-static void choose(Work *w, const Layer *l, int64_t t, int thread) {
+static void choose(const Work *w, const Layer *l, int64_t t, int thread) {
     const Model *m = w->model;
     int64_t visible = (w->position[t] + 1) / l->ratio, heads = (m->index_heads + HEADS - 1) / HEADS * HEADS;
     if (visible <= m->topk) return;
@@ -329,7 +334,7 @@ static void choose(Work *w, const Layer *l, int64_t t, int thread) {
 }
 
 /* Attend with heads [head, head + 4) of token t: window rows ascending, then entries ascending. */
-static void attend(Work *w, const Layer *l, int64_t t, int64_t head, int thread) {
+static void attend(const Work *w, const Layer *l, int64_t t, int64_t head, int thread) {
     const Model *m = w->model;
     const Segment *s = segment_at(w, t);
     Local *local = &w->local[thread];
@@ -381,7 +386,7 @@ static void keep_rows(const Segment *s, const float *block, int64_t stride, uint
     }
 }
 
-static void keep(Work *w, const Layer *l, int64_t segment) {
+static void keep(const Work *w, const Layer *l, int64_t segment) {
     const Model *m = w->model;
     const Segment *s = &w->segment_of[segment];
     uint8_t *slot = slot_of(w, s);
@@ -408,7 +413,7 @@ static void swiglu(const float *from, float *hidden, int64_t count, float limit,
 }
 
 /* Choose the experts of token t and their weights; the shared expert's hidden vector on the way. */
-static void route(Work *w, const Layer *l, int64_t t) {
+static void route(const Work *w, const Layer *l, int64_t t) {
     const Model *m = w->model;
     float *gate = w->gate + t * l->gate.n, *weight = w->weight + t * m->picks, sum = 0.0f;
     int32_t *chosen = w->chosen + t * m->picks;
@@ -454,7 +459,7 @@ static void group_rows(Work *w) {
     }
 }
 
-static void expert_in(Work *w, const Layer *l, int64_t item, int thread) {
+static void expert_in(const Work *w, const Layer *l, int64_t item, int thread) {
     const Model *m = w->model;
     int64_t panels = panel_count(&l->w13);
     const Group *g = &w->group[item / panels];
@@ -473,7 +478,7 @@ static void expert_in(Work *w, const Layer *l, int64_t item, int thread) {
     }
 }
 
-static void expert_out(Work *w, const Layer *l, int64_t item) {
+static void expert_out(const Work *w, const Layer *l, int64_t item) {
     const Model *m = w->model;
     int64_t panels = panel_count(&l->w2);
     const Group *g = &w->group[item / panels];
@@ -488,7 +493,7 @@ static void expert_out(Work *w, const Layer *l, int64_t item) {
 }
 
 /* y of token t: the chosen experts in order of choice, then the shared one. */
-static void sum_experts(Work *w, int64_t t) {
+static void sum_experts(const Work *w, int64_t t) {
     const Model *m = w->model;
     const float *down = w->down + t * (m->picks + 1) * m->dim;
     for (int64_t i = 0; i < m->dim; i += LANES) {
@@ -500,8 +505,6 @@ static void sum_experts(Work *w, int64_t t) {
 
 /* ---- the walk ---- */
 
-#define EACH(item, count) for (int64_t item; (item = pool_take(w->pool)) < (count);)
-
 static void embed(const Model *m, int64_t id, float *out) {
     for (int64_t i = 0; i < m->dim; i += LANES)
         store(out + i, m->embed_bf16 ? load_bf16((const uint16_t *)m->embed + id * m->dim + i)
@@ -509,7 +512,7 @@ static void embed(const Model *m, int64_t id, float *out) {
 }
 
 /* Streams of the block's tokens as they enter the first layer, and their rotary tables. */
-static void begin(Work *w) {
+static void begin(const Work *w, Stage *stage) {
     const Model *m = w->model;
     int64_t dim = m->dim;
     EACH(t, w->tokens) {
@@ -525,60 +528,59 @@ static void begin(Work *w) {
             rms_norm(w->streams_in + (t * STREAMS + j) * dim, m->hnorm, w->attended + (t * STREAMS + j) * dim, dim,
                      (float)m->eps);
     }
-    pool_barrier(w->pool);
+    END;
     if (!w->draft) return;
-    linear(w, &m->e_proj, 1, w->x, dim, 0, w->y, dim, 0, w->tokens);
-    linear(w, &m->h_proj, 1, w->attended, dim, 0, w->streams, dim, 0, w->tokens * STREAMS);
+    linear(stage, &m->e_proj, 1, w->x, dim, 0, w->y, dim, 0, w->tokens);
+    linear(stage, &m->h_proj, 1, w->attended, dim, 0, w->streams, dim, 0, w->tokens * STREAMS);
     EACH(t, w->tokens)
         for (int64_t i = 0; i < STREAMS * dim; i += LANES) {
             float *x = w->streams + t * STREAMS * dim + i;
             store(x, load(w->y + t * dim + i % dim) + load(x));
         }
-    pool_barrier(w->pool);
+    END;
 }
 
-static void layer(Work *w, const Layer *l, int first, int thread) {
+static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     const Model *m = w->model;
     int64_t tokens = w->tokens, head_groups = (m->heads + HEADS - 1) / HEADS, dim = m->dim;
-    int choosing = 0;
+    int thread = stage->thread;
     EACH(t, tokens) {
         if (!first) { sum_experts(w, t); leave(w, t, w->y + t * dim); }
         enter(w, t, &l->attn_fn, l->attn_base, l->attn_scale, l->attn_norm);
     }
-    pool_barrier(w->pool);
-    linear(w, &l->first, 1, w->x, dim, 0, w->first, l->first.n, 0, tokens);
+    END;
+    linear(stage, &l->first, 1, w->x, dim, 0, w->first, l->first.n, 0, tokens);
     EACH(t, tokens) prepare(w, l, t, thread);
-    pool_barrier(w->pool);
-    linear(w, &l->second, 1, w->first, l->first.n, 0, w->second, l->second.n, 0, tokens);
-    for (int64_t t = 0; l->overlap && t < tokens; t++) choosing |= (w->position[t] + 1) / l->ratio > m->topk;
-    if (choosing) {
+    END;
+    linear(stage, &l->second, 1, w->first, l->first.n, 0, w->second, l->second.n, 0, tokens);
+    if (l->overlap && (w->furthest + 1) / l->ratio > m->topk) {
         EACH(t, tokens) choose(w, l, t, thread);
-        pool_barrier(w->pool);
+        END;
     }
     EACH(i, tokens * head_groups) attend(w, l, i / head_groups, i % head_groups * HEADS, thread);
-    pool_barrier(w->pool);
+    END;
     int64_t inner = m->heads * m->width, group = inner / m->groups;
-    linear(w, &l->wo_a, m->groups, w->attended, inner, group, w->latent, m->groups * m->o_lora, m->o_lora, tokens);
-    linear(w, &l->wo_b, 1, w->latent, m->groups * m->o_lora, 0, w->y, dim, 0, tokens);
+    linear(stage, &l->wo_a, m->groups, w->attended, inner, group, w->latent, m->groups * m->o_lora, m->o_lora, tokens);
+    linear(stage, &l->wo_b, 1, w->latent, m->groups * m->o_lora, 0, w->y, dim, 0, tokens);
     EACH(i, tokens + w->segments) {
         if (i < w->segments) { keep(w, l, i); continue; }
         leave(w, i - w->segments, w->y + (i - w->segments) * dim);
         enter(w, i - w->segments, &l->ffn_fn, l->ffn_base, l->ffn_scale, l->ffn_norm);
     }
-    pool_barrier(w->pool);
-    linear(w, &l->gate, 1, w->x, dim, 0, w->gate, l->gate.n, 0, tokens);
+    END;
+    linear(stage, &l->gate, 1, w->x, dim, 0, w->gate, l->gate.n, 0, tokens);
     EACH(t, tokens) route(w, l, t);
-    pool_barrier(w->pool);
-    if (!thread) group_rows(w);
-    pool_barrier(w->pool);
+    END;
+    EACH(i, 1) group_rows(w);
+    END;
     EACH(i, w->routed_groups * panel_count(&l->w13)) expert_in(w, l, i, thread);
-    pool_barrier(w->pool);
+    END;
     EACH(i, w->groups * panel_count(&l->w2)) expert_out(w, l, i);
-    pool_barrier(w->pool);
+    END;
 }
 
 /* Leave the last layer; logits and streams of those tokens that want them. */
-static void finish(Work *w) {
+static void finish(const Work *w, Stage *stage) {
     const Model *m = w->model;
     const Collapse *c = &m->collapse[w->draft];
     int64_t size = STREAMS * m->dim;
@@ -587,7 +589,7 @@ static void finish(Work *w) {
         leave(w, t, w->y + t * m->dim);
         if (w->streams_to[t]) memcpy(w->streams_to[t], w->streams + t * size, (size_t)size * sizeof(float));
     }
-    pool_barrier(w->pool);
+    END;
     EACH(i, w->head_rows) {
         int64_t t = (w->head_from[i] - w->x) / m->dim;
         const float *streams = w->streams + t * size;
@@ -599,22 +601,22 @@ static void finish(Work *w) {
         store(mix, sigmoid(load(mix)) + (float)m->hc_eps);
         collapse(streams, mix, c->norm, m->dim, (float)m->eps, w->x + t * m->dim);
     }
-    pool_barrier(w->pool);
+    END;
     int64_t panels = panel_count(&m->head), blocks = (w->head_rows + ROWS - 1) / ROWS;
     EACH(i, panels * blocks) {
         int64_t first = i % blocks * ROWS, left = w->head_rows - first;
         product_panel(&m->head, 0, i / blocks, w->head_from + first, w->head_to + first, (int)(left < ROWS ? left : ROWS), 0);
     }
-    pool_barrier(w->pool);
+    END;
 }
 
-static void walk(void *argument, int thread) {
+static void walk(void *argument, Stage *stage) {
     Work *w = argument;
     const Model *m = w->model;
-    begin(w);
+    begin(w, stage);
     int64_t first = w->draft ? m->layers : 0, end = w->draft ? m->layers + 1 : m->layers;
-    for (int64_t i = first; i < end; i++) layer(w, &m->layer[i], i == first, thread);
-    finish(w);
+    for (int64_t i = first; i < end; i++) layer(w, &m->layer[i], i == first, stage);
+    finish(w, stage);
 }
 
 /* Run `count` spans. scratch holds native_scratch(model, block, threads) bytes, 64-byte aligned; `streams_in` (tokens,
@@ -622,11 +624,11 @@ static void walk(void *argument, int thread) {
 void native_forward(const Model *m, Pool *pool, const SpanRow *spans, int64_t count, const int64_t *tokens,
                     const int32_t *pages, int64_t block, uint8_t *scratch, const float *streams_in, float *logits,
                     float *streams_out) {
-    Work w = {.model = m, .pool = pool, .draft = streams_in != NULL, .streams_in = streams_in};
+    Work w = {.model = m, .draft = streams_in != NULL, .streams_in = streams_in};
     int64_t size = STREAMS * m->dim;
     lay_out(&w, m, scratch, block, pool_threads(pool));
     for (int64_t s = 0, done = 0; s < count;) {
-        w.tokens = w.segments = w.head_rows = 0;
+        w.tokens = w.segments = w.head_rows = w.furthest = 0;
         while (s < count && w.tokens < block) {
             const SpanRow *span = &spans[s];
             int64_t length = span->length - done < block - w.tokens ? span->length - done : block - w.tokens;
@@ -642,11 +644,12 @@ void native_forward(const Model *m, Pool *pool, const SpanRow *spans, int64_t co
                 w.head_to[w.head_rows++] = logits;
                 logits += m->vocab;
             }
+            if (span->start + done + length - 1 > w.furthest) w.furthest = span->start + done + length - 1;
             w.segments++;
             done += length;
             if (done == span->length) { s++; done = 0; }
         }
-        pool_run(pool, walk, &w);
+        pool_run(pool, walk, &w, sizeof w);
         if (w.streams_in) w.streams_in += w.tokens * size;
     }
 }

@@ -59,14 +59,19 @@ typedef struct {
 } SpanRow;
 
 /* ---- threads.c ---- */
+#define JOB_BYTES 1024 /* room for a job's argument */
 typedef struct Pool Pool;
-typedef void (*Job)(void *argument, int thread);
+typedef struct { Pool *pool; uint64_t id; int thread; } Stage; /* where one thread is in a job */
+typedef void (*Job)(void *argument, Stage *stage);
 Pool *pool_new(int threads);
 void pool_free(Pool *pool);
 int pool_threads(const Pool *pool);
-void pool_run(Pool *pool, Job job, void *argument);
-long pool_take(Pool *pool);
-void pool_barrier(Pool *pool);
+/* Run a job on all threads; its argument (`size` <= JOB_BYTES) is copied. Outside of a
+   stage's items nothing but the argument may be read: a late thread still walks by when the job has ended. */
+void pool_run(Pool *pool, Job job, const void *argument, size_t size);
+int64_t stage_take(Stage *stage, int64_t count); /* an item of the stage, -1 when all are taken */
+void stage_done(Stage *stage, int64_t count);    /* after each item */
+void stage_end(Stage *stage);                    /* wait for all items, then go on to the next stage */
 
 /* ---- product.c ---- */
 int64_t panel_count(const Matrix *m);

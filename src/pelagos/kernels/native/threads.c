@@ -1,5 +1,6 @@
-/* A pool whose threads all walk through the same stages. A stage's items are handed out by one counter and a barrier
-   ends it; nothing is ever summed across threads, so who takes what cannot be seen in the result. */
+/* A pool whose threads walk through the same stages of a job and take items of each from one word. A stage ends when
+   its items are done, not when its threads have come: a thread that the system has put aside holds nobody up, it finds
+   its stages passed and skips them. Nothing is ever summed across threads, so who takes what cannot be seen. */
 #define _GNU_SOURCE
 #include "native.h"
 
@@ -7,26 +8,29 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#define SPINS 4000       /* looks at a barrier before the processor is offered to others */
+#define SPINS 2000       /* looks at the word before the processor is offered to others */
 #define IDLE_NS 200000   /* an idle thread looks this long for the next job (decode steps follow closely), then sleeps */
+#define ITEM_BITS 24     /* of the word: items taken of the stage; above them the stage's number */
+#define JOB_BITS 12      /* of the number: stages of a job; above them the job's number, which may wrap */
+#define ID(word) ((word) >> ITEM_BITS)
 
 struct Pool {
-    _Alignas(64) atomic_long next;
-    _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_uint passed;   /* barriers passed */
-    _Alignas(64) atomic_uint jobs;     /* jobs handed out */
-    _Alignas(64) atomic_int stop;
-    int threads;
+    _Alignas(64) atomic_uint_fast64_t word;
+    _Alignas(64) atomic_long done; /* items of the present stage */
+    _Alignas(64) atomic_uint jobs; /* jobs handed out */
+    atomic_int stop;
+    int threads, sleeping;
     pid_t process;
     Job job;
-    void *argument;
     pthread_t *workers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int sleeping;
+    /* A thread put aside may look at an argument after its job has ended, so it lives here. */
+    _Alignas(64) uint8_t argument[JOB_BYTES];
 };
 
 typedef struct { Pool *pool; int thread; unsigned seen; } Worker;
@@ -39,22 +43,38 @@ static inline void relax(void) {
 #endif
 }
 
-long pool_take(Pool *pool) { return atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed); }
-
-int pool_threads(const Pool *pool) { return pool->threads; }
-
-void pool_barrier(Pool *pool) {
-    unsigned passed = atomic_load_explicit(&pool->passed, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&pool->arrived, 1, memory_order_acq_rel) == pool->threads - 1) {
-        atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-        atomic_store_explicit(&pool->passed, passed + 1, memory_order_release);
-        return;
+int64_t stage_take(Stage *stage, int64_t count) {
+    atomic_uint_fast64_t *word = &stage->pool->word;
+    uint_fast64_t seen = atomic_load_explicit(word, memory_order_acquire);
+    while (ID(seen) == stage->id) {
+        int64_t item = (int64_t)(seen & ((1u << ITEM_BITS) - 1));
+        if (item >= count && count) return -1;
+        uint_fast64_t next = count ? seen + 1 : (stage->id + 1) << ITEM_BITS;
+        if (atomic_compare_exchange_weak_explicit(word, &seen, next, memory_order_acq_rel, memory_order_acquire))
+            return count ? item : -1;
     }
-    for (long spin = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == passed; spin++) {
+    return -1;
+}
+
+void stage_done(Stage *stage, int64_t count) {
+    Pool *pool = stage->pool;
+    if (atomic_fetch_add_explicit(&pool->done, 1, memory_order_acq_rel) + 1 < count) return;
+    atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool->word, (stage->id + 1) << ITEM_BITS, memory_order_release);
+}
+
+void stage_end(Stage *stage) {
+    atomic_uint_fast64_t *word = &stage->pool->word;
+    for (long spin = 0; ID(atomic_load_explicit(word, memory_order_acquire)) == stage->id; spin++) {
         if (spin < SPINS) relax();
         else sched_yield();
     }
+    stage->id++;
+}
+
+static Stage first_stage(Pool *pool, int thread, unsigned jobs) {
+    uint64_t mask = ((uint64_t)1 << (64 - ITEM_BITS)) - 1;
+    return (Stage){pool, ((uint64_t)jobs << JOB_BITS) & mask, thread};
 }
 
 static int64_t now_ns(void) {
@@ -63,37 +83,38 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void await_job(Pool *pool, unsigned seen) {
+/* Wait for a job after the one `seen`; returns its number. */
+static unsigned await_job(Pool *pool, unsigned seen) {
     int64_t until = now_ns() + IDLE_NS;
+    unsigned jobs;
     while (now_ns() < until)
         for (int spin = 0; spin < 64; spin++) {
-            if (atomic_load_explicit(&pool->jobs, memory_order_acquire) != seen) return;
+            if ((jobs = atomic_load_explicit(&pool->jobs, memory_order_acquire)) != seen) return jobs;
             relax();
         }
     pthread_mutex_lock(&pool->mutex);
     pool->sleeping++;
-    while (atomic_load(&pool->jobs) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+    while ((jobs = atomic_load(&pool->jobs)) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
     pool->sleeping--;
     pthread_mutex_unlock(&pool->mutex);
+    return jobs;
 }
 
 static void *work(void *argument) {
     Worker worker = *(Worker *)argument;
     Pool *pool = worker.pool;
     free(argument);
-    for (unsigned seen = worker.seen;; seen++) {
-        await_job(pool, seen);
+    for (unsigned seen = worker.seen;;) {
+        seen = await_job(pool, seen);
         if (atomic_load(&pool->stop)) return NULL;
-        pool->job(pool->argument, worker.thread);
-        pool_barrier(pool);
+        Stage stage = first_stage(pool, worker.thread, seen);
+        pool->job(pool->argument, &stage);
     }
 }
 
-static int pool_start(Pool *pool) {
+static void pool_start(Pool *pool) {
     pool->process = getpid();
     pool->sleeping = 0;
-    atomic_store(&pool->next, 0);
-    atomic_store(&pool->arrived, 0);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     for (int i = 1; i < pool->threads; i++) {
@@ -102,40 +123,44 @@ static int pool_start(Pool *pool) {
         if (!worker || pthread_create(&pool->workers[i], NULL, work, worker)) {
             free(worker);
             pool->threads = i; /* fewer threads, same bits */
-            return 0;
+            return;
         }
     }
-    return 1;
 }
 
 Pool *pool_new(int threads) {
     Pool *pool = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
     if (!pool) return NULL;
-    *pool = (Pool){.threads = threads < 1 ? 1 : threads};
+    memset(pool, 0, sizeof *pool);
+    pool->threads = threads < 1 ? 1 : threads;
     pool->workers = calloc((size_t)pool->threads, sizeof *pool->workers);
     if (!pool->workers) { free(pool); return NULL; }
     pool_start(pool);
     return pool;
 }
 
-void pool_run(Pool *pool, Job job, void *argument) {
+int pool_threads(const Pool *pool) { return pool->threads; }
+
+void pool_run(Pool *pool, Job job, const void *argument, size_t size) {
     if (pool->process != getpid()) pool_start(pool); /* a fork copies the pool but none of its threads */
+    memcpy(pool->argument, argument, size);
     pool->job = job;
-    pool->argument = argument;
+    unsigned jobs = atomic_load(&pool->jobs) + 1;
+    Stage stage = first_stage(pool, 0, jobs);
+    atomic_store_explicit(&pool->word, stage.id << ITEM_BITS, memory_order_relaxed);
+    if (pool->threads > 1) pthread_mutex_lock(&pool->mutex);
+    atomic_store_explicit(&pool->jobs, jobs, memory_order_release);
     if (pool->threads > 1) {
-        pthread_mutex_lock(&pool->mutex);
-        atomic_fetch_add_explicit(&pool->jobs, 1, memory_order_release);
         if (pool->sleeping) pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->mutex);
     }
-    job(argument, 0);
-    pool_barrier(pool);
+    job(pool->argument, &stage);
 }
 
 void pool_free(Pool *pool) {
     if (pool->process == getpid()) {
-        atomic_store(&pool->stop, 1);
         pthread_mutex_lock(&pool->mutex);
+        atomic_store(&pool->stop, 1);
         atomic_fetch_add(&pool->jobs, 1);
         pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->mutex);
