@@ -20,6 +20,7 @@ from pelagos import cli
 from pelagos.chat import Tokenizer, train_tokenizer
 from pelagos.chat.tokens import SPECIAL_TOKENS
 from pelagos.cli.chat import Talk, printable
+from pelagos.engine import Step, Stream
 from pelagos.errors import RequestError
 from pelagos.load import save_model
 from pelagos.model import Transformer
@@ -126,6 +127,18 @@ def test_generate_lines(model: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert call(capsys, "generate", str(source), *options) == (0, piped.stdout.splitlines(True)[0], "")
 
 
+def test_bench_engine_writes_a_line_a_figure(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = ("--contexts", "256", "--batches", "2", "--tokens", "8", "--no-native", "--no-speculation")
+    code, shown, said = call(capsys, "bench", "engine", "--model", model, *options, "--out", str(out))
+    assert (code, shown) == (0, "")
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["case"] for row in rows] == ["prefill", "hit_ram", "decode", "hit_ssd"]
+    assert len(said.splitlines()) == 1 + len(rows)
+    code, _, said = call(capsys, "bench", "engine", "--contexts", "0.3")
+    assert (code, said) == (1, "pelagos: contexts='0.3': expected a whole number of tokens, such as 4096, 128K or 1M\n")
+
+
 def test_chat_from_a_pipe(model: str) -> None:
     said = "Hello\n/think off\nHello\n/think most\n/what\n/exit\nnot read\n"
     done = run("chat", "--model", model, "--max-tokens", "5", "--seed", "1", stdin=said)
@@ -166,15 +179,15 @@ def test_ctrl_c_stops_the_answer_not_the_program(
     asked: tuple[Talk, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk, bodies = asked
-    forward = talk._llm._forward
+    wait = Stream.wait
     calls = iter(range(100))
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(stream: Stream, timeout: float | None = None) -> Step | None:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return forward(*args)
+        return wait(stream, timeout)
 
-    monkeypatch.setattr(talk._llm, "_forward", interrupted)
+    monkeypatch.setattr(Stream, "wait", interrupted)
     talk.take("Hi")
     assert "[stopped]" in capsys.readouterr().err
     talk.take("Again")

@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.scripted import config_for, small_tokenizer
+from tests.engine.scripted import config_for, scripted_llm, small_tokenizer
 
 import pelagos
 from pelagos.engine import LLM, SamplingParams
-from pelagos.engine import llm as llm_module
 from pelagos.engine.output import StopCut
 from pelagos.errors import ConfigError, ContextLengthError, RequestError
-from pelagos.model import ContiguousCache, Transformer
+from pelagos.model import Transformer
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=True)
 
@@ -61,11 +60,12 @@ def test_text_prompt_gets_a_begin_token_and_ids_do_not(llm: LLM) -> None:
     assert llm.generate([], GREEDY) == []
 
 
-def test_prefill_chunks_do_not_change_the_completion(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_chunks_do_not_change_the_completion(llm: LLM) -> None:
     prompt = llm.tokenizer.encode("The lazy dog. Hello, world! " * 6)
     whole = llm.generate(prompt, GREEDY)[0]
-    monkeypatch.setattr(llm_module, "PREFILL_CHUNK", 16)
-    assert llm.generate(prompt, GREEDY)[0].token_ids == whole.token_ids
+    other = LLM.from_parts(llm.model, llm.tokenizer, chunk_tokens=16)
+    assert other.generate(prompt, GREEDY)[0] == whole
+    other.close()
 
 
 def test_sampling_is_the_same_alone_and_in_a_batch(llm: LLM) -> None:
@@ -88,15 +88,10 @@ def test_a_stop_string_cuts_the_text_not_the_ids(llm: LLM) -> None:
     assert stop in llm.tokenizer.decode(cut.token_ids)
 
 
-def test_the_end_token_ends_and_is_not_in_the_text(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = [*llm.tokenizer.encode("Hello"), llm.model.config.eos_token_id]
-    script = iter(tokens)
-
-    def forward(ids: list[int], cache: ContiguousCache) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(next(script)), llm.model.config.vocab_size) * 99.0
-
-    monkeypatch.setattr(llm, "_forward", forward)
+def test_the_end_token_ends_and_is_not_in_the_text() -> None:
+    llm = scripted_llm("Hello")
     [done] = llm.generate("x", SamplingParams(max_tokens=50))
+    tokens = [*llm.tokenizer.encode("Hello"), llm.config.eos_token_id]
     assert (done.token_ids, done.text, done.finish_reason) == (tokens, "Hello", "stop")
 
 

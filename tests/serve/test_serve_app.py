@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.engine.scripted import ScriptedModel, scripted_llm
+from tests.engine.scripted import scripted_engine, scripted_llm
 from tests.engine.test_turn import CALL, TOOL
 
 from pelagos.engine import LLM
@@ -260,15 +260,11 @@ def test_loading_is_503_and_then_ready() -> None:
         assert post(client, **OFF).status_code == 200
 
 
-def test_a_failing_turn_ends_its_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_turn_ends_its_stream_with_an_error() -> None:
     llm = scripted_llm("Hello")
-
-    def fail(*_: object) -> None:
-        raise CheckpointError("weights are damaged")
-
     with serving(llm) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
-        monkeypatch.setattr(llm, "_forward", fail)
+        scripted_engine(llm).fail = CheckpointError("weights are damaged")
         assert stream(client)[-1]["error"]["message"] == "weights are damaged"
         answer = post(client)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "internal_error")
@@ -277,8 +273,7 @@ def test_a_failing_turn_ends_its_stream_with_an_error(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_stops_its_generation(streamed: bool) -> None:
     llm = scripted_llm(reply, delay=0.01)
-    model = llm.model
-    assert isinstance(model, ScriptedModel)
+    engine = scripted_engine(llm)
     body = {"messages": [{"role": "user", "content": "long"}], "stream": streamed, **OFF}
     with serving(llm) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
@@ -293,9 +288,9 @@ def test_a_client_that_leaves_stops_its_generation(streamed: bool) -> None:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(PATH, json=body, timeout=0.3)
         time.sleep(0.2)
-        left = model.forwards
+        left = engine.steps
         time.sleep(0.2)
-        assert model.forwards <= left + 1
+        assert engine.steps <= left + 1
         assert left < 400
         assert post(client, **OFF).json()["choices"][0]["message"]["content"] == "Hello, \u4f60\u597d!"
 

@@ -12,6 +12,8 @@ import typer
 
 from pelagos.errors import RequestError
 
+LINES_AHEAD = 32
+
 
 def generate(
     source: Annotated[typer.FileBinaryRead, typer.Argument(metavar="IN.jsonl", help="- reads stdin.")],
@@ -29,7 +31,8 @@ def generate(
     from pelagos.engine import LLM, complete_lines
 
     defaults = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    results = complete_lines(LLM(model, mode=mode, device=device), source, defaults=defaults)
+    ahead = LINES_AHEAD if source.seekable() else 1  # whoever writes a pipe may wait for the answer to a line
+    results = complete_lines(LLM(model, mode=mode, device=device), source, defaults=defaults, ahead=ahead)
     with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as sink:
         done = bad = 0
         for done, result in enumerate(results, 1):

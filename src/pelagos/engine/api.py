@@ -49,6 +49,7 @@ class Stream:
         self._steps: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
         self._on_step = on_step
         self._cancelled = threading.Event()
+        self._ended = False
 
     def cancel(self) -> None:
         """Ask the engine to end this request at its next step; idempotent, returns at once."""
@@ -72,27 +73,32 @@ class Stream:
         if self._on_step is not None:
             self._on_step()
 
-    def poll(self) -> Step | None:
-        """Return the next step without waiting, None when there is none now; raises StopIteration at the end."""
+    @property
+    def is_ended(self) -> bool:
+        """Whether the last step has been read and nothing follows."""
+        return self._ended
+
+    def wait(self, timeout: float | None = None) -> Step | None:
+        """Return the next step; None when none came in `timeout` seconds (None: no limit) or the stream has ended.
+
+        Raises the error that ended the request.
+        """
+        if self._ended:
+            return None
         try:
-            return self._next(self._steps.get_nowait())
+            item = self._steps.get(timeout=timeout)
         except queue.Empty:
             return None
-
-    def __iter__(self) -> Iterator[Step]:
-        while True:
-            try:
-                yield self._next(self._steps.get())
-            except StopIteration:
-                return
-
-    def _next(self, item: Step | BaseException | None) -> Step:
         if isinstance(item, Step):
             return item
-        self._steps.put(item)  # whoever asks again hears the same
-        if item is None:
-            raise StopIteration
-        raise item
+        self._ended = True
+        if item is not None:
+            raise item
+        return None
+
+    def __iter__(self) -> Iterator[Step]:
+        while (step := self.wait()) is not None:
+            yield step
 
 
 @dataclass(slots=True)

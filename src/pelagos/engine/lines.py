@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from pelagos.engine.llm import LLM
 from pelagos.engine.turn import sampling_params
-from pelagos.errors import RequestError
+from pelagos.errors import CapacityError, PelagosError, RequestError
+
+Finish = Callable[[], dict[str, Any]]
 
 
 def complete_lines(
-    llm: LLM, lines: Iterable[str] | Iterable[bytes], *, defaults: Mapping[str, Any]
+    llm: LLM, lines: Iterable[str] | Iterable[bytes], *, defaults: Mapping[str, Any], ahead: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yield one result for every line that is not blank, in order.
+    """Yield one result for every line that is not blank, in order; up to `ahead` lines run side by side.
 
     A line is an object with `prompt` (text or token ids) or `messages` (and the rest of a chat body); its own
-    max_tokens, temperature, top_p, top_k, seed and stop go before `defaults`. A result holds `line` (from 1), the
-    line's `id` if it has one, and `text`, `token_ids`, `finish_reason`, or `message`, `finish_reason`, or `error`.
+    sampling keys (see `sampling_params`) go before `defaults`. A result holds `line` (from 1), the line's `id` if it
+    has one, and `text`, `token_ids`, `finish_reason`, or `message`, `finish_reason`, or `error`.
     """
+    begun: deque[tuple[dict[str, Any], Finish]] = deque()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         result: dict[str, Any] = {"line": number}
-        try:
-            record = _parse(line)
-            if "id" in record:
-                result["id"] = record["id"]
-            yield result | _complete(llm, {**defaults, **record})
-        except RequestError as error:
-            yield result | {"error": str(error)}
+        begun.append((result, _begin(llm, line, result, defaults)))
+        while len(begun) >= ahead:
+            yield _finish(*begun.popleft())
+    while begun:
+        yield _finish(*begun.popleft())
+
+
+def _begin(llm: LLM, line: str | bytes, result: dict[str, Any], defaults: Mapping[str, Any]) -> Finish:
+    """Submit one line; return what waits for its result."""
+    try:
+        record = _parse(line)
+        if "id" in record:
+            result["id"] = record["id"]
+        return _submit(llm, {**defaults, **record})
+    except PelagosError as error:
+        return partial(_raise, error)
+
+
+def _finish(result: dict[str, Any], finish: Finish) -> dict[str, Any]:
+    try:
+        return result | finish()
+    except (RequestError, CapacityError) as error:
+        return result | {"error": str(error)}
+
+
+def _raise(error: PelagosError) -> dict[str, Any]:
+    raise error
 
 
 def _parse(line: str | bytes) -> dict[str, Any]:
@@ -44,13 +69,18 @@ def _parse(line: str | bytes) -> dict[str, Any]:
     return record
 
 
-def _complete(llm: LLM, record: dict[str, Any]) -> dict[str, Any]:
+def _submit(llm: LLM, record: dict[str, Any]) -> Finish:
     if "messages" in record:
         turn = llm.chat(record)
-        message = turn.run()
-        return {"message": message, "finish_reason": turn.finish_reason}
+        return lambda: {"message": turn.run(), "finish_reason": turn.finish_reason}
     prompt = record["prompt"]
     if not isinstance(prompt, (str, list)):
         raise RequestError(f"prompt is a {type(prompt).__name__}: expected text or a list of token ids")
-    [done] = llm.generate([prompt], sampling_params(record))
-    return {"text": done.text, "token_ids": done.token_ids, "finish_reason": done.finish_reason}
+    stream = llm.submit(prompt, sampling_params(record))
+
+    def finish() -> dict[str, Any]:
+        steps = list(stream)
+        text = "".join(step.text for step in steps)
+        return {"text": text, "token_ids": [step.token_id for step in steps], "finish_reason": stream.finish_reason}
+
+    return finish

@@ -1,6 +1,6 @@
-"""`LLM`: one model and its tokenizer; prompts in, completions or a stream of steps out.
+"""`LLM`: one model, its tokenizer and an engine; prompts in, completions or a stream of steps out.
 
-Refuses empty prompts, ids outside the vocabulary and contexts beyond the model's positions.
+Refuses empty prompts, ids outside the vocabulary and contexts beyond the model's positions or the engine's memory.
 """
 
 from __future__ import annotations
@@ -9,51 +9,45 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import BOS, EOS
 from pelagos.checkpoint import resolve_model
-from pelagos.config import GENERATIONS, read_environment
-from pelagos.engine.output import StopCut
-from pelagos.engine.sampler import Sampler, SamplingParams
+from pelagos.config import GENERATIONS, ModelConfig, read_environment
+from pelagos.engine.api import Engine, EngineStats, Step, Stream
+from pelagos.engine.build import EngineOptions, build_engine
+from pelagos.engine.sampler import SamplingParams
 from pelagos.engine.turn import ChatTurn
-from pelagos.errors import ConfigError, ContextLengthError, RequestError
+from pelagos.errors import ConfigError, RequestError
 from pelagos.load import load_model
-from pelagos.model import ContiguousCache, Transformer
+from pelagos.model import Transformer
 
 Prompt = str | Sequence[int]
-# A multiple of 128, so every compressor closes its groups on a chunk boundary.
-PREFILL_CHUNK = 512
-
-
-class Step(NamedTuple):
-    """One generated token: its id, the text it makes certain, its log-probability, and on the last one why it ended.
-
-    finish_reason is None except on the last step: `stop` (end token or stop string), `length` or `cancelled`.
-    """
-
-    token_id: int
-    text: str
-    logprob: float
-    finish_reason: str | None = None
+CANCEL_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one prompt became; token_ids include the end token, text does not; logprobs only where asked for."""
+    """What one prompt became; token_ids include the end token, text does not; logprobs only where asked for.
+
+    `cached_tokens` of the prompt were not computed again; `accepted_drafts` of the tokens came from a draft.
+    """
 
     token_ids: list[int]
     text: str
     logprobs: list[float] | None
     finish_reason: str
+    cached_tokens: int = 0
+    accepted_drafts: int = 0
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    prompt_logprobs: list[float | None] | None = None
 
 
 class LLM:
-    """A loaded model with its tokenizer; streams are independent of each other, the weights are only read."""
+    """A loaded model with its tokenizer, behind an engine that many threads may use at once."""
 
     def __init__(
         self,
@@ -62,129 +56,180 @@ class LLM:
         mode: str = "reference",
         device: torch.device | str | None = None,
         generation: str | None = None,
+        chunk_tokens: int = 512,
+        max_requests: int = 16,
+        kv_bytes: int | None = None,
+        prefix_cache: bool = True,
+        disk_dir: str | Path | None = None,
+        disk_policy: str = "turns",
+        disk_bytes: int = 8 << 30,
+        speculation: bool = True,
+        exact: bool = True,
+        native: bool | None = None,
+        preemption: str = "swap",
     ) -> None:
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
-        Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, or MissingDependency without `tokenizers`.
+        chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
+        the caches (None: a share of what is free). disk_dir: where prefixes outlive the process, with `disk_policy`
+        full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch.
+        native: the compiled helper (None: where it can run). preemption: swap or recompute.
+        Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
+        MissingDependency without `tokenizers`.
         """
         threads = read_environment().threads
         if threads is not None:
             torch.set_num_threads(threads)
+        options = EngineOptions(
+            chunk_tokens=chunk_tokens, max_requests=max_requests, kv_bytes=kv_bytes, prefix_cache=prefix_cache,
+            disk_dir=None if disk_dir is None else Path(disk_dir), disk_policy=disk_policy, disk_bytes=disk_bytes,
+            speculation=speculation, exact=exact, native=native, preemption=preemption,
+        )  # fmt: skip
         path = resolve_model(path_or_name)
-        self._hold(load_model(path, mode=mode, device=device), Tokenizer.load(path), generation)
+        model, tokenizer = load_model(path, mode=mode, device=device), Tokenizer.load(path)
+        self._hold(model.config, tokenizer, generation, model)
+        self.engine: Engine = build_engine(model, tokenizer, options)
 
     @classmethod
-    def from_parts(cls, model: Transformer, tokenizer: Tokenizer, *, generation: str | None = None) -> LLM:
-        """Wrap a model and a tokenizer that are already in memory."""
+    def from_parts(
+        cls, model: Transformer, tokenizer: Tokenizer, *, generation: str | None = None, **options: Any
+    ) -> LLM:
+        """Wrap a model and a tokenizer that are already in memory; `options` are those of `EngineOptions`."""
         llm = cls.__new__(cls)
-        llm._hold(model, tokenizer, generation)
+        llm._hold(model.config, tokenizer, generation, model)
+        llm.engine = build_engine(model, tokenizer, EngineOptions(**options))
         return llm
 
-    def _hold(self, model: Transformer, tokenizer: Tokenizer, generation: str | None) -> None:
+    @classmethod
+    def over(cls, engine: Engine, config: ModelConfig, tokenizer: Tokenizer, *, generation: str | None = None) -> LLM:
+        """Wrap any engine, for a model of that config and tokenizer."""
+        llm = cls.__new__(cls)
+        llm._hold(config, tokenizer, generation, None)
+        llm.engine = engine
+        return llm
+
+    def _hold(
+        self, config: ModelConfig, tokenizer: Tokenizer, generation: str | None, model: Transformer | None
+    ) -> None:
         if generation is not None and generation not in GENERATIONS:
             raise ConfigError(f"generation={generation!r}: expected one of {', '.join(GENERATIONS)}")
         ours = (tokenizer.id(BOS), tokenizer.id(EOS), tokenizer.vocab_size)
-        config = model.config
         if ours[:2] != (config.bos_token_id, config.eos_token_id) or ours[2] > config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has BOS {ours[0]}, EOS {ours[1]} and {ours[2]} ids, config.json says "
                 f"{config.bos_token_id}, {config.eos_token_id} and {config.vocab_size}: they belong to different models"
             )
-        self.model = model
+        self.config = config
         self.tokenizer = tokenizer
-        self.generation = generation or model.config.generation
+        self.generation = generation or config.generation
+        self._model = model
+
+    @property
+    def model(self) -> Transformer:
+        """The model itself; ConfigError when the engine is not over one in this process."""
+        if self._model is None:
+            raise ConfigError("this LLM stands over an engine without a model of its own")
+        return self._model
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Complete each prompt (text, or token ids used as they are) and return the completions in order.
+        """Complete each prompt (text, or token ids used as they are), all together; completions in order.
 
         One SamplingParams serves all prompts, a list gives one each. A text gets the begin-of-sentence token in front.
-        Raises RequestError for an empty prompt, ids outside the vocabulary, or a context too long for the model.
+        Raises RequestError for an empty prompt, ids outside the vocabulary, or a context too long for the model,
+        CapacityError for one too long for the engine's memory; nothing has run then.
         """
         batch = _as_batch(prompts)
         many = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
         if len(many) != len(batch):
             raise RequestError(f"{len(many)} SamplingParams for {len(batch)} prompts: give one, or one per prompt")
-        streams = [self.stream(prompt, each) for prompt, each in zip(batch, many, strict=True)]
-        return [_collect(steps, each) for steps, each in zip(streams, many, strict=True)]
+        streams: list[Stream] = []
+        try:
+            for prompt, each in zip(batch, many, strict=True):
+                streams.append(self.submit(prompt, each))
+            return [_collect(stream, each) for stream, each in zip(streams, many, strict=True)]
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+        """Queue one prompt and return its stream; `options` and errors are those of `Engine.submit`."""
+        return self.engine.submit(self.prompt_ids(prompt), params or SamplingParams(), **options)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cancel: threading.Event | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **options: Any,
     ) -> Iterator[Step]:
-        """Complete one prompt token by token; checks run at the call, computation as the steps are pulled.
+        """Complete one prompt token by token; checks run at the call, computation goes on as the steps are read.
 
-        Setting `cancel` ends the stream before its next token or prefill chunk, without a finish_reason.
-        Raises RequestError as `generate` does.
+        Setting `cancel`, or closing the iterator, ends the stream without a finish_reason and frees what it held.
+        Raises RequestError and CapacityError as `generate` does; `options` are those of `Engine.submit`.
         """
-        params = params or SamplingParams()
-        ids = self.prompt_ids(prompt)
-        self._check_context(len(ids), params.max_tokens)
-        return self._steps(ids, params, cancel or threading.Event())
+        return _Reader(self.submit(prompt, params, **options), cancel)
 
-    def chat(self, body: dict[str, Any], *, max_tokens: int = 8192, cancel: threading.Event | None = None) -> ChatTurn:
+    def chat(
+        self,
+        body: dict[str, Any],
+        *,
+        max_tokens: int = 8192,
+        cancel: threading.Event | None = None,
+        user_id: str = "",
+    ) -> ChatTurn:
         """Return the answer to a chat-completions body: iterate it for its events, or `run()` it.
 
         Without a bound in the body the answer has at most `max_tokens` tokens, and never more than fit the context.
         Raises RequestError for a body that cannot be rendered, sampled or fitted.
         """
-        return ChatTurn(self, body, max_tokens=max_tokens, cancel=cancel)
+        return ChatTurn(self, body, max_tokens=max_tokens, cancel=cancel, user_id=user_id)
+
+    def stats(self) -> EngineStats:
+        """Return what the engine counts: pages and slots in use, hits, evictions, damaged disk entries."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """End what runs, finish the disk cache's writes and stop the engine; an LLM that is never closed ends too."""
+        self.engine.close()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, checked; raises RequestError."""
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty: give at least one character or token id")
-            return [self.model.config.bos_token_id, *self.tokenizer.encode(prompt)]
+            return [self.config.bos_token_id, *self.tokenizer.encode(prompt)]
         ids = list(prompt)
         if not ids:
             raise RequestError("the prompt is empty: give at least one character or token id")
-        vocab = self.model.config.vocab_size
+        vocab = self.config.vocab_size
         for position, token in enumerate(ids):
             if type(token) is not int or not 0 <= token < vocab:
                 raise RequestError(f"prompt[{position}]={token!r}: expected a token id from 0 to {vocab - 1}")
         return ids
 
-    def _check_context(self, prompt: int, completion: int) -> None:
-        limit = self.model.config.max_position_embeddings
-        if prompt + completion > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} "
-                f"tokens ({prompt} in the messages, {completion} in the completion). Please reduce the length of the "
-                "messages or completion."
-            )
 
-    def _steps(self, ids: list[int], params: SamplingParams, cancel: threading.Event) -> Iterator[Step]:
-        cache = ContiguousCache(self.model.config, capacity=len(ids) + params.max_tokens)
-        logits = None
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            if cancel.is_set():
-                return
-            logits = self._forward(ids[start : start + PREFILL_CHUNK], cache)
-        assert logits is not None
-        sampler = Sampler(params, self.model.config.vocab_size, ids)
-        position = len(ids)
-        decoder = self.tokenizer.stream_decoder()
-        text = StopCut(params.stop)
-        for left in range(params.max_tokens, 0, -1):
-            if cancel.is_set():
-                return
-            token, logprob, _ = sampler.pick(logits.float().cpu().numpy(), position)
-            position += 1
-            ended = token == self.model.config.eos_token_id
-            delta = text.push("" if ended else decoder.push(token))
-            reason = "stop" if ended or text.is_cut else "length" if left == 1 else None
-            if reason is not None and not text.is_cut:
-                delta += text.push(decoder.flush()) + text.finish()
-            yield Step(token, delta, logprob, reason)
-            if reason is not None:
-                return
-            logits = self._forward([token], cache)
+class _Reader:
+    """Reads a stream until it ends or `cancel` is set; a stream that nobody reads any more is cancelled."""
 
-    @torch.inference_mode()
-    def _forward(self, ids: list[int], cache: ContiguousCache) -> Tensor:
-        batch = torch.tensor([ids], device=next(self.model.parameters()).device)  # (1, S)
-        return self.model(batch, cache, last_only=True)[0, -1]  # (V,)
+    def __init__(self, stream: Stream, cancel: threading.Event | None) -> None:
+        self._stream, self._cancel = stream, cancel
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        while not self._stream.is_ended and not (self._cancel is not None and self._cancel.is_set()):
+            step = self._stream.wait(None if self._cancel is None else CANCEL_POLL_SECONDS)
+            if step is not None:
+                return step
+        self._stream.cancel()
+        raise StopIteration
+
+    def __del__(self) -> None:
+        self._stream.cancel()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -197,8 +242,16 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _collect(steps: Iterable[Step], params: SamplingParams) -> Completion:
-    done = list(steps)
-    logprobs = [step.logprob for step in done] if params.logprobs else None
-    text = "".join(step.text for step in done)
-    return Completion([step.token_id for step in done], text, logprobs, done[-1].finish_reason or "cancelled")
+def _collect(stream: Iterable[Step], params: SamplingParams) -> Completion:
+    assert isinstance(stream, Stream)
+    done = list(stream)
+    return Completion(
+        token_ids=[step.token_id for step in done],
+        text="".join(step.text for step in done),
+        logprobs=[step.logprob for step in done] if params.logprobs else None,
+        finish_reason=stream.finish_reason or "cancelled",
+        cached_tokens=stream.cached_tokens,
+        accepted_drafts=stream.accepted_drafts,
+        top_logprobs=[step.top_logprobs for step in done] if params.logprobs not in (False, True) else None,
+        prompt_logprobs=stream.prompt_logprobs,
+    )

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from pelagos.chat.parser import Event, Parser
 from pelagos.chat.render import render_prompt
-from pelagos.chat.tokens import END_THINK
+from pelagos.chat.tokens import ASSISTANT, END_THINK
 from pelagos.engine.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from pelagos.engine.llm import LLM
+
+
+_SAMPLING_KEYS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop",
+)  # fmt: skip
 
 
 def sampling_params(body: Mapping[str, Any], *, max_tokens: int = 256) -> SamplingParams:
@@ -21,9 +27,8 @@ def sampling_params(body: Mapping[str, Any], *, max_tokens: int = 256) -> Sampli
 
     `max_completion_tokens` is `max_tokens` by its newer name; `max_tokens` here is the default of both.
     """
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     given: dict[str, Any] = {"max_tokens": max_tokens}
-    given |= {name: body[name] for name in names if body.get(name) is not None}
+    given |= {name: body[name] for name in _SAMPLING_KEYS if body.get(name) is not None}
     if body.get("max_completion_tokens") is not None:
         given["max_tokens"] = body["max_completion_tokens"]
     return SamplingParams(**given)
@@ -35,7 +40,9 @@ class ChatTurn:
     `message` grows with the events; `finish_reason` is None until the end: stop, length, tool_calls or cancelled.
     """
 
-    def __init__(self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None) -> None:
+    def __init__(
+        self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None, user_id: str = ""
+    ) -> None:
         prompt = render_prompt(body, generation=llm.generation)
         params = sampling_params(body, max_tokens=max_tokens)
         self.cancel = cancel or threading.Event()
@@ -50,10 +57,12 @@ class ChatTurn:
         self._reasons = prompt.start == "reasoning"
         self._end_think = llm.tokenizer.id(END_THINK)
         # The parser looks for stop strings, in the answer alone; the answer may take what room the prompt leaves.
-        room = max(1, llm.model.config.max_position_embeddings - len(self.prompt_ids))
+        room = max(1, llm.config.max_position_embeddings - len(self.prompt_ids))
         unstopped = dataclasses.replace(params, max_tokens=min(params.max_tokens, room), stop=())
         self._parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
-        self._steps = llm.stream(self.prompt_ids, unstopped, cancel=self.cancel)
+        # The next turn renders what follows the last assistant mark differently: state is kept up to there.
+        marks = [at + 1 for at, token in enumerate(self.prompt_ids) if token == llm.tokenizer.id(ASSISTANT)][-1:]
+        self._steps = llm.stream(self.prompt_ids, unstopped, cancel=self.cancel, cuts=marks, user_id=user_id)
 
     def __iter__(self) -> Iterator[Event]:
         reason = None

@@ -60,6 +60,12 @@ class PagedForward:
         self.model, self.layout, self.exact = model, layout, exact
         self._multiple = ROWS if exact else 1
         self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
+        self.weight_bytes = 0  # the weights are the model's own
+
+    def scratch_bytes(self, tokens: int) -> int:
+        """Bound of the bytes that a forward over `tokens` tokens takes for a moment."""
+        config = self.model.config
+        return 4 * tokens * (40 * config.hc_mult * config.hidden_size + 4 * config.vocab_size)
 
     @property
     def numeric_path(self) -> str:
@@ -142,13 +148,17 @@ class PagedForward:
             _append(indexer.compressor, x, rows.index_tail, rows.index, batch, indexer)
             if any((group.last + 1) // rows.ratio > indexer.topk for group in batch.groups):
                 index_q = indexer.queries(x, latent, step)
-        out = torch.zeros_like(q[0])
+        out = torch.empty_like(q[0])
         for group in batch.groups:
-            tiles = TiledAttention(q[0][group.places], attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32)
-            tiles.add(keys[group.rows], group.row_mask)
+            tiles = TiledAttention(
+                _select(q[0], group.places), attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32
+            )
+            tiles.add(_select(keys, group.rows), group.row_mask)
             if rows.main is not None:
                 _add_entries(tiles, rows, group, batch, indexer, index_q)
-            out[group.places[group.real]] = tiles.result()[group.real].to(q.dtype)
+            attended = tiles.result().flatten(0, 1).index_select(0, group.real)
+            out.index_copy_(0, group.real_places, attended.to(q.dtype))
+        out[batch.total :] = out[batch.total - 1]
         return attn.output(out.unsqueeze(0), step)
 
     def _window_rows(self, kv: Tensor, ring: Rows, batch: _Batch) -> Tensor:
@@ -158,6 +168,11 @@ class PagedForward:
         places, slots, at = batch.written(ring)
         ring.write(slots, at, tuple(part[places] for part in parts))
         return torch.cat((old.flatten(0, 1), ring.decode(parts)))
+
+
+def _select(rows: Tensor, places: Tensor) -> Tensor:
+    """Return rows[places] (*places, ...) of rows (R, ...); one copy a row, which indexing is not."""
+    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
 
 
 def _append(
@@ -170,7 +185,7 @@ def _append(
     if windows is not None:
         unit, at = batch.tails(windows, ratio * (1 + overlap))
         values, scores = (
-            torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new))[windows.slots]
+            _select(torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new)), windows.slots)
             for ring, new in zip(rings, fresh, strict=True)
         )
         if overlap:
@@ -200,7 +215,7 @@ def _add_entries(
     picks = None
     if indexer is not None and index_q is not None and most > indexer.topk:
         assert rows.index is not None
-        q, weights = (part[0][group.places] for part in index_q)
+        q, weights = (_select(part[0], group.places) for part in index_q)
         picks = _picks(q, weights, rows.index, group, batch, visible, most, indexer.topk)
         picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
         most = indexer.topk

@@ -1,6 +1,6 @@
-"""The one thread that touches the model: it loads it, then runs one turn after the other.
+"""Threads that follow turns: one loads the model, then each running turn has one that reads its events.
 
-The event loop stays free, so `/health` answers while a turn runs; a turn whose reader left is cancelled.
+The event loop stays free, so `/health` answers while turns run; a turn whose reader left is cancelled.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from pelagos.engine import LLM, ChatTurn
 
 
+TURNS = 64  # followed at once; the engine decides how many of them compute
+
+
 class Worker:
-    """Runs `load` and then turns, first come first served, on a thread of its own."""
+    """Runs `load` and then turns, side by side; those beyond TURNS wait."""
 
     def __init__(self, load: Callable[[], LLM]) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._threads = ThreadPoolExecutor(TURNS, thread_name_prefix="turn")
         self._turns: set[ChatTurn] = set()
-        self.loading = self._thread.submit(load)
+        self.loading = self._threads.submit(load)
 
     @property
     def llm(self) -> LLM | None:
@@ -53,7 +56,7 @@ class Worker:
                 post(None)
 
         self._turns.add(turn)
-        job = self._thread.submit(produce)
+        job = self._threads.submit(produce)
         try:
             while True:
                 try:
@@ -73,7 +76,9 @@ class Worker:
             self._turns.discard(turn)
 
     def close(self) -> None:
-        """Cancel what runs or waits and end the thread."""
+        """Cancel what runs or waits, end the threads and the engine."""
         for turn in list(self._turns):
             turn.cancel.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self.llm is not None:
+            self.llm.close()

@@ -1,0 +1,90 @@
+"""From a model and options to a running engine: plan the memory, then allocate exactly that."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pelagos.chat.tokenizer import Tokenizer
+from pelagos.engine.disk import DiskCache, parse_policy
+from pelagos.engine.local import LocalEngine
+from pelagos.engine.memory import plan_memory
+from pelagos.engine.runner import Pools, available_bytes, fingerprint, make_forward, weight_bytes
+from pelagos.engine.speculation import MTPDrafter
+from pelagos.errors import CapacityError, ConfigError
+from pelagos.kernels.layout import CacheLayout
+from pelagos.model import Transformer
+
+MAX_DRAFT = 4  # drafted tokens a step may verify; state slots have room to take as many back
+LAYOUT_VERSION = b"pages-1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an engine serves; see `LLM` for each."""
+
+    chunk_tokens: int = 512
+    max_requests: int = 16
+    kv_bytes: int | None = None
+    prefix_cache: bool = True
+    disk_dir: Path | None = None
+    disk_policy: str = "turns"
+    disk_bytes: int = 8 << 30
+    user_disk_bytes: int | None = None
+    speculation: bool = True
+    exact: bool = True
+    native: bool | None = None
+    preemption: str = "swap"
+    threaded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.preemption not in ("swap", "recompute"):
+            raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
+        if self.disk_dir is not None and not self.prefix_cache:
+            raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
+
+
+def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions) -> LocalEngine:
+    """Plan memory, allocate the pools and start an engine over a loaded model.
+
+    Raises CapacityError when the plan does not fit the device's memory, ConfigError for options that mean nothing.
+    """
+    config, device = model.config, model.embed.weight.device
+    drafts = MAX_DRAFT if options.speculation and config.num_nextn_predict_layers else 0
+    layout = CacheLayout(config, model.mode, drafts)
+    policy = parse_policy(options.disk_policy, layout.page_tokens)
+    plan = plan_memory(
+        config, mode=model.mode, kv_bytes=options.kv_bytes, max_requests=options.max_requests,
+        chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=options.prefix_cache,
+        weight_bytes=weight_bytes(model), available=available_bytes(device),
+    )  # fmt: skip
+    pools = Pools(layout, pages=plan.pages, slots=plan.slots, device=device)
+    with torch.inference_mode():
+        forward = make_forward(model, pools, exact=options.exact, native=options.native)
+        name = fingerprint(model)
+    tokens = options.chunk_tokens + options.max_requests * (1 + drafts)
+    plan = dataclasses.replace(
+        plan, weight_bytes=plan.weight_bytes + forward.weight_bytes, scratch_bytes=forward.scratch_bytes(tokens)
+    )
+    free = available_bytes(device)
+    if free is not None and plan.kv_bytes + plan.scratch_bytes > free:
+        raise CapacityError(
+            f"caches of {plan.kv_bytes:,} and scratch of {plan.scratch_bytes:,} bytes do not fit the {free:,} there "
+            "are: lower kv_bytes, max_requests or chunk_tokens"
+        )
+    salt = b"|".join((name, model.mode.encode(), str(model.carrier).encode(), forward.numeric_path.encode()))
+    disk = None
+    if options.disk_dir is not None:
+        disk = DiskCache(
+            options.disk_dir, fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
+            quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
+        )  # fmt: skip
+    drafter = MTPDrafter(forward, window=config.sliding_window, max_depth=drafts) if drafts else None
+    return LocalEngine(
+        config, pools=pools, forward=forward, plan=plan, chunk_tokens=options.chunk_tokens, salt=salt,
+        tokenizer=tokenizer, prefix_cache=options.prefix_cache, disk=disk, disk_policy=policy, drafter=drafter,
+        swap=options.preemption == "swap", threaded=options.threaded,
+    )  # fmt: skip

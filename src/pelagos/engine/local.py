@@ -1,0 +1,609 @@
+"""`LocalEngine`: requests, scheduler, pools, caches and one model joined in a loop of steps.
+
+One thread owns everything that changes; `submit`, `abort` and `cancel` only leave notes for it. A step plans, saves
+what gives way, restores what comes in, runs one forward over all of it, picks, drafts, and keeps state where
+a later prompt may start. A request's failure is its own; nothing it holds outlives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pelagos.config import ModelConfig
+from pelagos.engine.api import EngineStats, Stream
+from pelagos.engine.disk import DiskCache, StatePolicy, Ticket
+from pelagos.engine.memory import MemoryPlan
+from pelagos.engine.output import Decoder, TextStream
+from pelagos.engine.pages import PagePool
+from pelagos.engine.prefix import Cut, Match, PrefixCache
+from pelagos.engine.runner import Forward, Pools, Swapped
+from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
+from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
+from pelagos.engine.speculation import AdaptiveDepth, Draft, Drafter, DraftRequest, Outcome
+from pelagos.errors import CapacityError, ConfigError, ContextLengthError, PelagosError, RequestError
+from pelagos.kernels.layout import Output, Span
+
+FAR = 1 << 62  # a position no sequence reaches
+DISK_POLL_SECONDS = 0.001
+LINGER_SECONDS = 0.5
+PROMPT_LOGPROB_TOKENS = 128  # rows of logits held at once for prompt_logprobs
+WRITE_PAGES = 64  # completed pages that are written to disk together while a long prompt runs
+
+
+class TokenDecoder(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def stream_decoder(self) -> Decoder:
+        """Return a fresh incremental decoder."""
+        ...
+
+
+class _NoText:
+    """Stands in where there is no tokenizer: tokens without text."""
+
+    def push(self, index: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Live(Request):
+    """A request with all the engine knows of it."""
+
+    stream: Stream
+    sampler: Sampler
+    text: TextStream
+    deadline: float = float("inf")
+    stops: list[Cut] = field(default_factory=list)  # where chunks end because state is kept there, ascending
+    exact: int = 0  # outputs of positions before this are not to be used
+    published: int = 0  # pages the prefix cache knows
+    written: int = 0  # pages queued for the disk
+    table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    swapped: Swapped | None = None
+    ticket: Ticket | None = None
+    fetched: tuple[Match, list[int]] | None = None  # what is being read from disk: after which match, into which pages
+    asked_disk: bool = False
+    counted: bool = False
+    prompt_logprobs: list[float | None] | None = None
+
+
+class LocalEngine:
+    """Serves requests with one model in this process; see `api.Engine` for what each method promises."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        pools: Pools,
+        forward: Forward,
+        plan: MemoryPlan,
+        chunk_tokens: int,
+        salt: bytes,
+        tokenizer: TokenDecoder | None = None,
+        prefix_cache: bool = True,
+        disk: DiskCache | None = None,
+        disk_policy: StatePolicy | None = None,
+        drafter: Drafter | None = None,
+        swap: bool = True,
+        threaded: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Join the parts; `salt` is what cached content must never be shared across.
+
+        swap: a preempted sequence is copied out and back, else computed again (from what the prefix cache still has).
+        threaded: run steps on a thread of the engine's own; without it the caller calls `step`.
+        """
+        self.config, self.plan = config, plan
+        self.numeric_path = forward.numeric_path
+        self._pools, self._forward, self._layout = pools, forward, pools.layout
+        self._tokenizer, self._clock, self._swap = tokenizer, clock, swap
+        self._pool = PagePool(plan.pages)
+        interval = max(512, chunk_tokens)
+        self._prefix = PrefixCache(self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval)
+        self._caches = prefix_cache
+        self._disk, self._policy = disk, disk_policy or StatePolicy("zero")
+        self._drafter = drafter
+        self._depth = AdaptiveDepth(0 if drafter is None else drafter.max_depth)
+        self._fetches: list[tuple[Live, bytes | None]] = []
+        self._scheduler = Scheduler(
+            self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
+            match=self._match, next_stop=self._next_stop,
+        )  # fmt: skip
+        self._counters = EngineStats()
+        self._live: dict[str, Live] = {}
+        self._inbox: deque[Live] = deque()
+        self._aborts: deque[str] = deque()
+        self._ids = itertools.count(1)
+        self._wake = threading.Condition()
+        self._closed = False
+        self._threaded = threaded
+        self._thread: threading.Thread | None = None  # there while there is work, and a little longer
+
+    # What callers of any thread use.
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        user_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cuts: Sequence[int] = (),
+        on_step: Callable[[], None] | None = None,
+    ) -> Stream:
+        """Queue one prompt and return its stream at once; see `api.Engine.submit`."""
+        ids = [int(token) for token in prompt_ids]
+        self._check(ids, params)
+        number = next(self._ids)
+        stream = Stream(f"req-{number}", on_step=on_step)
+        decoder = _NoText() if self._tokenizer is None else self._tokenizer.stream_decoder()
+        request = Live(
+            request_id=stream.request_id, tokens=ids, prompt_tokens=len(ids), user_id=user_id,
+            chain=self._prefix.chain(user_id, ids if self._caches else ()), priority=priority, arrival=number,
+            cuts=tuple(sorted({cut for cut in cuts if 0 < cut <= len(ids)})),
+            reads_cache=self._caches and not params.prompt_logprobs,
+            deadline=float("inf") if timeout_s is None else self._clock() + timeout_s,
+            stream=stream, sampler=Sampler(params, self.config.vocab_size, ids),
+            text=TextStream(decoder, params, self.config.eos_token_id),
+            prompt_logprobs=[None] if params.prompt_logprobs else None,
+        )  # fmt: skip
+        with self._wake:
+            if self._closed:
+                raise CapacityError("the engine is closed and takes no more requests")
+            self._inbox.append(request)
+            if self._threaded and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return stream
+
+    def fork(self, request_id: str, params: SamplingParams, *, on_step: Callable[[], None] | None = None) -> Stream:
+        """Start a new request from the prompt and what was generated so far of a running one, sharing its pages.
+
+        Raises RequestError for an unknown or ended request.
+        """
+        parent = self._live.get(request_id)
+        if parent is None:
+            raise RequestError(f"request {request_id!r} is not running: only a running request can be forked")
+        return self.submit(
+            list(parent.tokens), params, user_id=parent.user_id, priority=parent.priority, on_step=on_step
+        )
+
+    def fill(self, prompt_ids: Sequence[int], *, seed: int = 0) -> None:
+        """Put random content into the cache for a prompt, all but its last token: for benches that need a long past.
+
+        Reference mode on a CPU only, with no request running; raises ConfigError, or CapacityError without room.
+        """
+        if self._layout.mode != "reference" or not self._pools.on_cpu or self._live or not self._caches:
+            raise ConfigError("fill needs the reference mode on a CPU, the prefix cache, and no request running")
+        position, tokens = len(prompt_ids) - 1, self._layout.page_tokens
+        chain = self._prefix.chain("", np.asarray(prompt_ids))
+        pages = self._pool.alloc(position // tokens)
+        if pages is None:
+            raise CapacityError(f"fill: {position // tokens} pages do not fit the {self._pool.count} there are")
+        random = np.random.default_rng(seed)
+
+        def noise(size: int) -> np.ndarray:
+            return random.standard_normal(size // 4, np.float32).view(np.uint8)
+
+        for key, page in zip(chain.keys, pages, strict=False):
+            self._pools.page(page)[:] = noise(self._layout.page_bytes)
+            self._prefix.add_page(key, page)
+        self._prefix.add_state(chain, position, noise(self._layout.state_size(position)), anchor=True)
+        self._pool.release(pages[::-1])
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step; an unknown id is ignored."""
+        with self._wake:
+            self._aborts.append(request_id)
+            self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """Return a copy of the counters and of what is in use now."""
+        held, prefix, plan = self._scheduler, self._prefix.stats, self.plan
+        return dataclasses.replace(
+            self._counters,
+            requests_running=len(held.running), requests_waiting=len(held.waiting) + len(self._inbox),
+            hit_tokens=prefix.hit_tokens, cached_tokens=prefix.cached_tokens,
+            pages_total=self._pool.count, pages_in_use=self._pool.in_use, pages_cached=self._pool.cached,
+            slots_total=held.slots_total, slots_in_use=held.slots_in_use,
+            states_cached=prefix.states, state_bytes_cached=prefix.state_bytes,
+            evicted_pages=self._pool.evictions, evicted_states=prefix.evicted_states,
+            disk={} if self._disk is None else self._disk.stats(), bytes_planned=plan.describe(),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Abort what runs, finish writes and end the thread; idempotent."""
+        with self._wake:
+            if self._closed:
+                return
+            self._closed = True
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join()
+        self._end_all()
+        if self._disk is not None:
+            self._disk.close(timeout=30)
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token id")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"prompt: expected token ids from 0 to {self.config.vocab_size - 1}, got {wrong}")
+        limit, asked = self.config.max_position_embeddings, len(ids) + params.max_tokens
+        if asked > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, you requested {asked} "
+                f"tokens ({len(ids)} in the messages, {params.max_tokens} in the completion). Please reduce the length "
+                "of the messages or completion."
+            )
+        if reason := self.plan.refuse(len(ids), params.max_tokens):
+            raise CapacityError(reason)
+
+    # The loop.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._has_work():
+                try:
+                    computed = self.step()
+                except Exception as error:  # a defect: whoever waits hears of it, and the engine goes on empty
+                    for request in list(self._live.values()):
+                        self._end(request, None, error)
+                    continue
+                if not computed:  # all wait for the disk, or for room
+                    with self._wake:
+                        if not self._inbox and not self._aborts and not self._closed:
+                            self._wake.wait(DISK_POLL_SECONDS)
+
+    def _has_work(self) -> bool:
+        """Wait a while for work; False when there is none or the engine closes, and the thread is to end."""
+        with self._wake:
+            if not self._live and not self._inbox and not self._closed:
+                self._wake.wait(LINGER_SECONDS)
+            if self._closed or not (self._live or self._inbox):
+                self._thread = None
+                return False
+            return True
+
+    def step(self) -> bool:
+        """Run one step; whether anything was computed. Errors end the requests they belong to, never the engine."""
+        self._take_notes()
+        plan = self._scheduler.plan()
+        for preempted in plan.preempted:
+            self._set_aside(preempted)
+        self._start_fetches()
+        failed = {admitted.request for admitted in plan.admitted if not self._start(admitted)}
+        works = [work for work in plan.works if work.request not in failed and work.request.slot >= 0]
+        if not works:
+            return False
+        spans = [self._span(work) for work in works]
+        started = self._clock()
+        try:
+            output = self._forward.forward(spans)
+        except Exception as error:
+            for work in works:
+                self._end(_live(work.request), None, error)
+            return True
+        self._counters.steps += 1
+        outcomes = self._take_output(works, spans, output)
+        seconds = self._clock() - started
+        if self._drafter is not None:
+            self._draft(self._drafter, outcomes, None if len(outcomes) < len(works) else seconds)
+        return True
+
+    def _take_notes(self) -> None:
+        while self._inbox:
+            request = self._inbox.popleft()
+            self._live[request.request_id] = request
+            self._scheduler.add(request)
+        aborted = {self._aborts.popleft() for _ in range(len(self._aborts))}
+        now = self._clock()
+        for request in list(self._live.values()):
+            if request.stream.is_cancelled or request.request_id in aborted:
+                self._end(request, "cancelled")
+            elif request.deadline <= now:
+                self._end(request, "deadline")
+
+    def _match(self, request: Request) -> Match | None:
+        """Find a waiting request's cached prefix; None while part of it is still being read from disk."""
+        request = _live(request)
+        if not request.reads_cache:
+            request.stops = self._stops(request, Match())
+            return Match()
+        if request.fetched is not None:
+            if request.ticket is None or not request.ticket.done():
+                return None
+            self._absorb(request)
+        disk = None if request.asked_disk else self._disk
+        match = self._prefix.match(request.chain, len(request.tokens) - 1, disk)
+        if match.disk_resume and self._disk is not None:
+            self._fetch(request, match)
+            return None
+        request.stops = self._stops(request, match)
+        return match
+
+    def _fetch(self, request: Live, match: Match) -> None:
+        """Get pages for what the disk has for a request; a preempted one may have to be saved from them first."""
+        request.asked_disk = True
+        pages = self._pool.alloc(match.disk_pages) or []
+        request.fetched = (match, pages)
+        self._fetches.append((request, match.disk_state))
+
+    def _start_fetches(self) -> None:
+        for request, state_key in self._fetches:
+            assert request.fetched is not None
+            assert self._disk is not None
+            match, pages = request.fetched
+            keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
+            into = [memoryview(self._pools.page(page)) for page in pages] if self._pools.on_cpu else None
+            request.ticket = self._disk.read(request.user_id, keys, state_key, into=into)
+        self._fetches.clear()
+
+    def _absorb(self, request: Live) -> None:
+        """Hand what came back from disk to the prefix cache, and let go of the rest."""
+        if request.fetched is None:
+            return
+        (match, pages), ticket = request.fetched, request.ticket
+        request.fetched = request.ticket = None
+        if ticket is not None:
+            for at, (page, content) in enumerate(zip(pages, ticket.pages, strict=False)):
+                if not self._pools.on_cpu:
+                    self._pools.fill(page, np.frombuffer(content, np.uint8))
+                self._prefix.add_page(request.chain.keys[len(match.pages) + at], page)
+            if ticket.state is not None and len(ticket.state) == self._layout.state_size(match.disk_resume):
+                packed = np.frombuffer(ticket.state, np.uint8)
+                self._prefix.add_state(request.chain, match.disk_resume, packed, anchor=True)
+        self._pool.release([*match.pages, *pages][::-1])
+
+    def _next_stop(self, request: Request) -> int:
+        request = _live(request)
+        while request.stops and request.stops[0].position <= request.computed:
+            request.stops.pop(0)
+        stop = request.stops[0].position if request.stops else FAR
+        if request.prompt_logprobs is not None:
+            stop = min(stop, request.computed + PROMPT_LOGPROB_TOKENS)
+        return stop
+
+    def _set_aside(self, preempted: Preempted) -> None:
+        request = _live(preempted.request)
+        self._counters.preemptions += 1
+        if self._swap:
+            request.swapped = self._pools.save(preempted.slot, preempted.pages)
+            request.swapped_at = preempted.computed
+
+    def _start(self, admitted: Admitted) -> bool:
+        """Put an admitted request's state into its slot; False when that failed and the request has ended."""
+        request, match = _live(admitted.request), admitted.match
+        request.table = np.empty(0, np.int32)
+        try:
+            if match is None:
+                assert request.swapped is not None
+                self._pools.restore(request.swapped, request.slot, request.pages)
+                request.swapped, request.swapped_at = None, 0
+                return True
+            if match.state is None:
+                self._pools.clear(request.slot)
+            else:
+                page = match.resume // self._layout.page_tokens
+                opens = match.resume % self._layout.page_tokens and page >= len(match.pages)
+                self._pools.unpack(match.state, request.slot, request.pages[page] if opens else None, match.resume)
+        except PelagosError as error:
+            self._end(request, None, error)
+            return False
+        request.exact, request.published = match.exact, len(match.pages)
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        if not request.counted:
+            request.counted = True
+            request.stream.cached_tokens = min(match.resume, request.prompt_tokens)
+            self._counters.prompt_tokens += request.prompt_tokens
+            self._counters.computed_tokens += request.prompt_tokens - request.stream.cached_tokens
+            self._prefix.record(match)
+        return True
+
+    def _stops(self, request: Live, match: Match) -> list[Cut]:
+        """Where state is kept on the way through the tokens known now, for RAM and for the disk's policy."""
+        if not self._caches:
+            return []
+        end = len(request.tokens)
+        cuts = self._prefix.cuts(match, match.resume, end, prompt=request.prompt_tokens, marks=request.cuts)
+        if self._disk is not None:
+            known = {cut.position for cut in cuts}
+            first = max(match.resume + 1, match.exact)
+            marks = request.cuts or (request.prompt_tokens,)
+            wanted = [p for p in self._policy.positions(match.resume, end, marks) if p >= first and p not in known]
+            cuts = sorted([*cuts, *(Cut(position, False) for position in wanted)])
+        return cuts
+
+    def _span(self, work: Work) -> Span:
+        request, count = _live(work.request), work.count
+        start, known = request.computed, min(work.count, work.request.pending)
+        tokens = request.tokens[start : start + known] + request.drafts[: count - known]
+        if request.table.size != len(request.pages):
+            request.table = np.asarray(request.pages, np.int32)
+        last = start + known == len(request.tokens)
+        logits = 1 + count - known if last else 0
+        if request.prompt_logprobs is not None and start < request.prompt_tokens:
+            logits = count
+        streams = 0
+        if self._drafter is not None:
+            near = self._drafter.window - (len(request.tokens) - start - known)  # older ones leave the draft's window
+            streams = max(0, min(count, near))
+        return Span(np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams)
+
+    def _take_output(self, works: list[Work], spans: list[Span], output: Output) -> list[Outcome]:
+        """Pick from the logits, tell the streams, publish pages, keep state; how each decoding request fared."""
+        row = stream = 0
+        outcomes: list[Outcome] = []
+        for work, span in zip(works, spans, strict=True):
+            request = _live(work.request)
+            rows, row = output.logits[row : row + span.logits], row + span.logits
+            streams, stream = output.streams[stream : stream + span.streams], stream + span.streams
+            before, known = request.computed, len(request.tokens)
+            drafts, request.drafts = request.drafts, []
+            request.computed = min(span.start + len(span.tokens), known)
+            try:
+                rows = self._note_prompt(request, span, rows)
+                if len(rows):
+                    self._pick(request, drafts, rows)
+                self._publish(request)
+                self._keep_states(request, before)
+            except PelagosError as error:
+                self._end(request, None, error)
+                continue
+            if before == known - 1:
+                outcomes.append(Outcome(request.request_id, len(drafts), request.tokens[known:]))
+            if request.text.finish_reason is not None:
+                self._keep(request, request.computed, "end")
+                self._end(request, request.text.finish_reason)
+            elif self._drafter is not None and len(streams):
+                first = span.start + len(span.tokens) - len(streams)
+                following = np.asarray(request.tokens[first + 1 : request.computed + 1], np.int64)
+                self._drafter.feed(request.request_id, first, following, streams[: len(following)])
+        return outcomes
+
+    def _draft(self, drafter: Drafter, outcomes: list[Outcome], step_s: float | None) -> None:
+        """Draft for the requests that decode in the next step, as deep as has paid so far."""
+        self._depth.observe(outcomes, step_s)
+        decoding = [request for request in self._live.values() if request.slot >= 0 and request.pending == 1]
+        keys = [request.request_id for request in decoding]
+        started = self._clock()
+        asked = [
+            DraftRequest(
+                key, request.slot, request.table, request.sampler, min(depth, request.text.left - 1), request.text.ends
+            )
+            for key, request, depth in zip(keys, decoding, self._depth.depths(keys), strict=True)
+        ]
+        drafts = drafter.draft(asked) if any(each.depth > 0 for each in asked) else [Draft()] * len(asked)
+        counts = self._depth.cut(keys, drafts, self._clock() - started)
+        for request, draft, count in zip(decoding, drafts, counts, strict=True):
+            request.drafts = list(draft.tokens[:count])
+
+    def _note_prompt(self, request: Live, span: Span, rows: np.ndarray) -> np.ndarray:
+        """Score the prompt's own tokens where they were asked for; return the rows that are left to pick from."""
+        if request.prompt_logprobs is None or span.start >= request.prompt_tokens:
+            return rows
+        end = span.start + len(span.tokens)
+        targets = request.tokens[span.start + 1 : min(end + 1, request.prompt_tokens)]
+        request.prompt_logprobs += token_logprobs(rows[: len(targets)], targets)
+        if end < request.prompt_tokens:
+            return rows[:0]
+        request.stream.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        request.reads_cache = self._caches
+        return rows[-1:]
+
+    def _pick(self, request: Live, drafts: list[int], rows: np.ndarray) -> None:
+        """Pick while the drafts agree, give the steps to the stream, and take back what was computed beyond them."""
+        position = len(request.tokens)
+        picks = request.sampler.verify(rows, drafts, position, request.text.ends)
+        steps = request.text.push(picks)
+        tokens = [step.token_id for step in steps]
+        agreed = min(len(picks) - 1, len(tokens))
+        request.tokens += tokens
+        request.computed = position + agreed
+        if self._caches:
+            request.chain.push(tokens)
+        self._counters.generated_tokens += len(tokens)
+        self._counters.drafted_tokens += len(drafts)
+        self._counters.accepted_drafts += agreed
+        request.stream.accepted_drafts += agreed
+        for step in steps:
+            request.stream.put(step)
+
+    def _publish(self, request: Live) -> None:
+        """Give completed pages to the prefix cache, and in bundles to the disk."""
+        if not self._caches:
+            return
+        complete = min(request.computed // self._layout.page_tokens, len(request.chain.keys))
+        for page in range(request.published, complete):
+            self._prefix.add_page(request.chain.keys[page], request.pages[page])
+        request.published = max(request.published, complete)
+        decodes = request.pending <= 1
+        if self._disk is not None and complete - request.written >= (WRITE_PAGES if not decodes else FAR):
+            self._write_pages(request)
+
+    def _write_pages(self, request: Live) -> None:
+        if self._disk is None or request.published <= request.written:
+            return
+        pages = range(request.written, request.published)
+        items = [(request.chain.keys[at], memoryview(self._pools.page(request.pages[at]))) for at in pages]
+        self._disk.write_pages(request.user_id, items, first=request.written)
+        request.written = request.published
+
+    def _keep_states(self, request: Live, before: int) -> None:
+        """Keep the state at the stops this step has reached, and while decoding at the intervals it has passed."""
+        if not self._caches:
+            return
+        at = request.computed
+        if request.stops and request.stops[0].position == at:
+            kind = "cut" if at in (request.cuts or (request.prompt_tokens,)) else "interior"
+            self._keep(request, at, kind, anchor=request.stops[0].anchor)
+        elif before >= request.prompt_tokens:
+            page = at // self._layout.page_tokens * self._layout.page_tokens
+            if before < page <= at and (page % self._prefix.interval == 0 or self._policy.keeps(page, "interior")):
+                self._keep(request, page, "interior", anchor=False)
+        if self._disk is not None and at == request.prompt_tokens:
+            self._write_pages(request)
+
+    def _keep(self, request: Live, position: int, kind: str, *, anchor: bool = True) -> None:
+        """Copy the state at `position` into RAM, and to the disk where its policy asks for it."""
+        if not self._caches or position < max(1, request.exact):
+            return
+        on_disk = self._disk is not None and self._policy.keeps(position, kind)
+        if self._prefix.has_state(request.chain, position) and not on_disk:
+            return
+        page, inside = divmod(position, self._layout.page_tokens)
+        packed = self._pools.pack(request.slot, request.pages[page] if inside else None, position)
+        self._prefix.add_state(request.chain, position, packed, anchor=anchor)
+        if self._disk is not None and on_disk:
+            key, node = request.chain.state_key(position), request.chain.node_key(page)
+            self._disk.write_state(request.user_id, node, inside, key, position, memoryview(packed))
+
+    def _end(self, request: Live, reason: str | None, error: BaseException | None = None) -> None:
+        """Take a request out, free all it holds, and close its stream."""
+        if self._live.pop(request.request_id, None) is None:
+            return
+        if request.slot >= 0 and error is None:
+            self._write_pages(request)
+        if request.ticket is not None:
+            request.ticket.cancel()
+            request.ticket.wait()
+        self._absorb(request)
+        self._scheduler.remove(request)
+        request.swapped, request.drafts = None, []
+        self._counters.requests_done += 1
+        if self._drafter is not None:
+            self._drafter.forget(request.request_id)
+            self._depth.forget(request.request_id)
+        request.stream.close(reason, error)
+
+    def _end_all(self) -> None:
+        with suppress(IndexError):
+            while True:
+                request = self._inbox.popleft()
+                self._live[request.request_id] = request
+        for request in list(self._live.values()):
+            self._end(request, "cancelled")
+
+
+def _live(request: Request) -> Live:
+    assert isinstance(request, Live)
+    return request

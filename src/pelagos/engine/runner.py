@@ -1,0 +1,163 @@
+"""The two pools as memory, and which forward runs over them.
+
+Pages and slots are two uint8 buffers laid out by `CacheLayout`; on a CPU they are numpy arrays that every path reads
+in place. The forward is the compiled helper where it covers the model, else torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError, MissingDependency
+from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
+from pelagos.kernels.native import NativeForward
+from pelagos.model import Transformer
+from pelagos.model.paged import PagedForward
+
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 16, 4096
+
+
+class Forward(Protocol):
+    """A model over the pools; see `Span` and `Output`."""
+
+    numeric_path: str
+    weight_bytes: int  # what it keeps of the weights beside the model's own
+
+    def scratch_bytes(self, tokens: int) -> int:
+        """Bound of what a call over that many tokens takes for a moment."""
+        ...
+
+    def forward(self, spans: Sequence[Span]) -> Output:
+        """Run the backbone over all spans as one batch."""
+        ...
+
+    def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
+        """Run the draft layer: span.tokens are the ids that follow, streams (sum S, n, D) those at its positions."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What a preempted sequence held, byte for byte."""
+
+    slot: Bytes
+    pages: Bytes  # (count, page_bytes)
+
+
+class Pools:
+    """The bytes of all pages and slots, and the copies in and out of them."""
+
+    def __init__(self, layout: CacheLayout, *, pages: int, slots: int, device: torch.device | str = "cpu") -> None:
+        """Allocate both pools, zeroed; the system backs them as they are first touched."""
+        self.layout = layout
+        self.on_cpu = torch.device(device).type == "cpu"
+        if self.on_cpu:
+            self.page_bytes = np.zeros((pages, layout.page_bytes), np.uint8)
+            self.slot_bytes = np.zeros((slots, layout.slot_bytes), np.uint8)
+            self.pages, self.slots = torch.from_numpy(self.page_bytes), torch.from_numpy(self.slot_bytes)
+        else:
+            self.pages = torch.zeros((pages, layout.page_bytes), dtype=torch.uint8, device=device)
+            self.slots = torch.zeros((slots, layout.slot_bytes), dtype=torch.uint8, device=device)
+
+    def page(self, page: int) -> Bytes:
+        """The bytes of a page: in place on a CPU, else a copy."""
+        return self.page_bytes[page] if self.on_cpu else self.pages[page].cpu().numpy()
+
+    def fill(self, page: int, content: Bytes) -> None:
+        """Overwrite a page with (page_bytes,) uint8."""
+        self.pages[page].copy_(torch.from_numpy(content))
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot."""
+        self.slots[slot].zero_()
+
+    def pack(self, slot: int, page: int | None, position: int) -> Bytes:
+        """Copy out the state of the sequence in `slot` at `position`, its open page included."""
+        row = self.slot_bytes[slot] if self.on_cpu else self.slots[slot].cpu().numpy()
+        return self.layout.pack_state(row, None if page is None else self.page(page), position)
+
+    def unpack(self, packed: Bytes, slot: int, page: int | None, position: int) -> None:
+        """Put a packed state back, its open page only into `page`; raises CacheError when it is of another size."""
+        in_place = self.on_cpu and page is not None
+        open_page = self.page_bytes[page] if in_place else np.empty(self.layout.page_bytes, np.uint8)
+        row = self.slot_bytes[slot] if self.on_cpu else np.empty(self.layout.slot_bytes, np.uint8)
+        self.layout.unpack_state(packed, row, open_page, position)
+        if not self.on_cpu:
+            self.slots[slot].copy_(torch.from_numpy(row))
+            if page is not None and position % self.layout.page_tokens:
+                self.fill(page, open_page)
+
+    def save(self, slot: int, pages: Sequence[int]) -> Swapped:
+        """Copy a whole sequence out."""
+        return Swapped(self.slots[slot].cpu().numpy().copy(), self.pages[list(pages)].cpu().numpy())
+
+    def restore(self, swapped: Swapped, slot: int, pages: Sequence[int]) -> None:
+        """Copy a whole sequence back, into any slot and pages."""
+        self.slots[slot].copy_(torch.from_numpy(swapped.slot))
+        self.pages[list(pages)[: len(swapped.pages)]] = torch.from_numpy(swapped.pages).to(self.pages.device)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of a model's parameters and tables where they are."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes a device can still give beside what is allocated there now; None when it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def make_forward(model: Transformer, pools: Pools, *, exact: bool, native: bool | None) -> Forward:
+    """Choose the forward: `native` None takes the compiled helper where it can run, False never, True insists.
+
+    Raises ConfigError when it is insisted on and cannot be had, saying why.
+    """
+    reason = "" if native is False else _uncovered(model)
+    if native is not False and not reason:
+        tensors = {name: tensor.detach().numpy() for name, tensor, _ in model.released_tensors()}
+        buffers = (pools.page_bytes, pools.slot_bytes)
+        try:
+            return NativeForward(tensors, model.config, pools.layout, *buffers, threads=torch.get_num_threads())
+        except (MissingDependency, ConfigError) as error:
+            reason = str(error)
+    if native:
+        raise ConfigError(f"native=True: the compiled helper cannot run this model here: {reason}")
+    return PagedForward(model, pools.layout, pools.pages, pools.slots, exact=exact)
+
+
+def _uncovered(model: Transformer) -> str:
+    device = model.embed.weight.device.type
+    if device == "cpu" and model.mode == "reference" and model.carrier == torch.float32:
+        return ""
+    return f"it covers float32 in reference mode on a CPU, not {model.carrier} in {model.mode} mode on {device}"
+
+
+def fingerprint(model: Transformer) -> bytes:
+    """Return 16 bytes that name these weights: every small tensor whole, large ones at 16 places."""
+    digest = hashlib.blake2b(repr(sorted(model.config.to_dict().items())).encode(), digest_size=16)
+    for name, tensor, _ in model.released_tensors():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().contiguous().view(torch.uint8).flatten()
+        digest.update(_sample(flat).cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _sample(flat: Tensor) -> Tensor:
+    if flat.numel() <= _WHOLE_BYTES:
+        return flat
+    starts = torch.linspace(0, flat.numel() - _SAMPLE_BYTES, _SAMPLES, dtype=torch.float64).long().tolist()
+    return torch.cat([flat[start : start + _SAMPLE_BYTES] for start in starts])
