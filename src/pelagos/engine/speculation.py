@@ -20,11 +20,14 @@ from pelagos.kernels.layout import Output, Span
 
 # How often drafts agree: remembered observations, the weight of a guess in them, the guess before the first.
 _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 8
-# Seconds: the share a new sample has, and of that in all entries; entries for each doubling of a step with drafts.
-_LEARN, _DRIFT, _CLASSES = 0.1, 0.03, 3
-# A plan holds for some steps, more of them in a larger batch; a probe for two: the first may have to catch up.
+# Seconds: the share a new sample has, and of that in all entries; the first samples, of which the least counts;
+# entries for each doubling of a step with drafts.
+_LEARN, _DRIFT, _FIRST, _CLASSES = 0.1, 0.03, 4, 3
+# An unchanged plan holds for some steps, more in a larger batch; a new one or a probe for two: one may catch up.
 _PLAN_STEPS, _PROBE_STEPS = 4, 2
-_PROBE_SHARE = 0.007  # of the time, what probes may cost
+# The share of all time that probes may cost, and that drafting may lose against none; and so many steps at the start;
+# a probe goes deeper for one in so many requests.
+_SHARE, _START, _PROBE_PART = 0.007, 8, 4
 
 
 class Draft(NamedTuple):
@@ -189,26 +192,25 @@ class _StepSeconds:
         entry = self._seen.setdefault(key, [size, math.inf, 0])
         mean, old, samples = entry
         entry[2] += 1
-        if samples < 2:  # the first run of a size may be slow for other reasons
+        if samples < _FIRST:  # slow for other reasons, perhaps; too low a guess is corrected by what follows from it
             entry[1] = min(old, max(seconds, 1e-9) / self._scale)
         else:
-            ratio = min(max(seconds / (old * self._scale), 0.5), 2.0)  # an outlier moves nothing much
+            ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)  # an outlier moves nothing much
             self._scale *= ratio**_DRIFT
-            entry[1] = old * ratio ** max(_LEARN - _DRIFT, 1 / samples - _DRIFT)
+            entry[1] = old * ratio ** (_LEARN - _DRIFT)
         entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
 
     def table(self, first: int, count: int) -> np.ndarray | None:
         """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
 
-        Between known sizes linear; below the smallest in proportion; above the largest the last slope goes on.
+        Between known sizes linear; below the smallest in proportion; above the largest the mean slope goes on.
         """
         if not self._seen:
             return None
         known = sorted(self._seen.values())
         places = np.array([0.0, *(entry[0] for entry in known)])
         seconds = np.maximum.accumulate([0.0, *(entry[1] for entry in known)])
-        gap = places[-1] - places[-2] if len(known) > 1 else 0.0
-        slope = (seconds[-1] - seconds[-2]) / gap if gap > 0.5 else 0.0
+        slope = (seconds[-1] - seconds[1]) / max(places[-1] - places[1], 1.0)
         sizes = np.arange(first, first + count)
         guess = np.interp(sizes, places, seconds) + np.maximum(0, sizes - places[-1]) * slope
         return guess * self._scale
@@ -239,7 +241,8 @@ class AdaptiveDepth:
 
     It keeps how often drafts of a depth agree (by request, leaning on all requests), what the drafter's confidence
     was worth, and the seconds of drafting and of steps by their tokens. Steps that are not the best known choice are
-    probes: together they may cost `_PROBE_SHARE` of the time. A function of what it was told: it reads no clock.
+    probes, which together may cost a small share of the time; and when drafting has lost more than that against plain
+    steps, for whatever reason, it rests. A function of what it was told: it reads no clock.
     Each step: `depths`, then `cut` of what was drafted, then `observe`.
     """
 
@@ -259,7 +262,7 @@ class AdaptiveDepth:
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
         self._loss = [math.inf, math.inf]  # seconds that the last probe of each kind cost
-        self._elapsed = self._spent = 0.0
+        self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
@@ -267,10 +270,13 @@ class AdaptiveDepth:
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
         if not self._left or self._planned_for != list(keys):
-            self._planned_for = list(keys)
+            self._planned_for, last = list(keys), self._plan
             self._plan = self._best(keys)
             self._probes = self._probe()
-            self._left = _PROBE_STEPS if self._probes else _PLAN_STEPS + len(keys) // 2
+            if self._times is not None and self._debt > _SHARE * self._elapsed + _START * self._times[0]:
+                self._plan, self._probes = [0] * len(keys), None  # whatever the estimates say, it did not pay
+            same = self._plan == last and not self._probes
+            self._left = _PLAN_STEPS + len(keys) // 2 if same else _PROBE_STEPS
         self._left -= 1
         return self._probes or self._plan
 
@@ -317,7 +323,8 @@ class AdaptiveDepth:
         With each share goes the part of the accepted ones that are among them.
         """
         assert self._times is not None
-        price = self._pace * float(self._times[-1] - self._times[0]) / (self._times.size - 1)  # of a token, in tokens
+        batch = len(self._planned_for)
+        price = self._pace * float(self._times[batch] - self._times[0]) / batch  # of verifying a token, in tokens
         self._worths, passes = [], []
         for guess, rates in zip(guesses, self._worth, strict=False):
             values = [rate.value(guess) for rate in rates]
@@ -330,14 +337,18 @@ class AdaptiveDepth:
         return passes
 
     def _probe(self) -> list[int] | None:
-        """Return the depths of a probe if one can be afforded: one deeper than the plan, or in turn none at all."""
+        """Return the depths of a probe if one can be afforded: some requests deeper, or in turn no drafts at all."""
         kind = self._turn % 2 if any(self._plan) else 0
-        probes = [0 if kind else min(depth + 1, self.max_depth) for depth in self._plan]
+        probes = [0 if kind else depth for depth in self._plan]
+        some = 0 if kind else len(probes) if all(self._plan) else -(-len(probes) // _PROBE_PART)  # much to catch up on
+        for at in range(self._turn * some, (self._turn + 1) * some):
+            at %= len(probes)
+            probes[at] = min(self._plan[at] + 1, self.max_depth)
         if probes == self._plan:
             self._turn += 1
             return None
         loss = self._loss[kind] if self._loss[kind] < math.inf else len(self._plan) / max(self._pace, 1e-9)
-        if self._spent + max(loss, 0.0) > _PROBE_SHARE * self._elapsed:
+        if self._spent + max(loss, 0.0) > _SHARE * self._elapsed:
             return None
         self._turn += 1
         self._loss[kind] = 0.0
@@ -384,8 +395,12 @@ class AdaptiveDepth:
         self._step_seconds.add(len(outcomes) + verified, not verified, seconds)
         seconds += self._draft_s
         self._elapsed += seconds
+        tokens = sum(len(outcome.picked) for outcome in outcomes)
+        if self._draft_s and self._times is not None:
+            plain = float(self._times[0]) / len(self._planned_for)
+            self._debt = max(self._debt + seconds - tokens * plain, -_START * float(self._times[0]))
         if self._probes:
-            loss = seconds - sum(len(outcome.picked) for outcome in outcomes) / max(self._pace, 1e-9)
+            loss = seconds - tokens / max(self._pace, 1e-9)
             self._spent = max(0.0, self._spent + loss)
             self._loss[not any(self._probes)] += loss
 
