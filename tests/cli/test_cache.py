@@ -73,7 +73,7 @@ def test_verify_finds_and_deletes_what_is_damaged(root: Path, capsys: pytest.Cap
     assert [found[name] for name in ("intact", "other_format", "deleted")] == [2, 1, 0]
     assert [each["file"] for each in found["damaged"]] == [pages.name]
     assert pages.exists()
-    assert "data of 9 records do not give their checksum" in show(capsys, "verify", "--delete", code=1)
+    assert "record 8 of 9 fails its checksum" in show(capsys, "verify", "--delete", code=1)
     assert not pages.exists()
     assert "2 intact, 1 other format, 0 gone, 0 damaged" in show(capsys, "verify")
     other = state.with_suffix(".state2").name
@@ -87,7 +87,12 @@ def test_purge(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, "purge", "--user", "bob")["removed"] == 2
     assert [user["pages"] for user in report(capsys, "list")["users"]] == [9]
     next(root.glob("*/*.pages1")).with_suffix(".pages1.tmp").touch()
+    mine = next(root.glob("*/*.pages1")).with_name("notes.txt")
+    mine.touch()
     assert "2 files removed" in show(capsys, "purge", "--all")
+    assert list(mine.parent.iterdir()) == [mine]
+    mine.unlink()
+    assert "0 files removed" in show(capsys, "purge", "--all")
     assert sorted(path.name for path in root.iterdir()) == ["lock", "secret"]
     assert report(capsys, "list")["users"] == []
 

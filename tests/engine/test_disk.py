@@ -115,8 +115,9 @@ def test_reading_into_the_caller_s_buffers(opened: Open) -> None:
     rows = [memoryview(pool)[i * PAGE : (i + 1) * PAGE] for i in range(700)][::-1]
     assert len(pages_of(cache.read("u", keys_of(items), into=rows))) == 700
     assert bytes(pool) == b"".join(data for _, data in reversed(items))
-    with pytest.raises(CacheError, match="expected 700 of 1000 bytes"):
-        cache.read("u", keys_of(items), into=rows[1:])
+    for wrong in (rows[1:], [*rows[1:], memoryview(bytearray(PAGE - 1))], [memoryview(bytes(PAGE))] * 700):
+        with pytest.raises(CacheError, match="expected 700 of 1000 bytes"):
+            cache.read("u", keys_of(items), into=wrong)
 
 
 def test_states_of_a_node_longest_first(opened: Open) -> None:
@@ -218,7 +219,9 @@ def test_any_flipped_bit_or_cut_is_refused_and_counted(tmp_path_factory: pytest.
     assert not file.exists()
 
 
-def test_intact_pages_before_the_damage_are_delivered(opened: Open, root: Path) -> None:
+def test_intact_pages_before_the_damage_are_delivered(
+    opened: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, items = opened(), chain("a", 9)
     cache.write_pages("u", items)
     assert cache.flush(20)
@@ -228,6 +231,7 @@ def test_intact_pages_before_the_damage_are_delivered(opened: Open, root: Path) 
     file.write_bytes(raw)
     rows = [memoryview(bytearray(PAGE)) for _ in items]
     for into in (None, rows):
+        monkeypatch.setattr(disk, "_PART_BYTES", 2 * PAGE)  # the readers of the pages behind it find them intact
         cache = opened()
         assert [bytes(page) for page in pages_of(cache.read("u", keys_of(items), into=into))] == [
             d for _, d in items[:6]
@@ -306,6 +310,7 @@ def test_links_and_strangers_are_passed_over(opened: Open, root: Path) -> None:
     cache = opened(quota_bytes=10)
     assert cache.known_pages("u", keys_of(items)) == 0
     assert cache.stats()["files"] == 0
+    assert cache.stats()["errors"] == 0
     assert (moved.exists(), file.is_symlink(), (file.parent / "notes.txt").exists()) == (True, True, True)
 
 
@@ -410,7 +415,7 @@ def test_a_failed_write_leaves_nothing_and_writing_pauses(
     assert cache.flush(20)
     stats = cache.stats()
     assert (stats["errors"], stats["error_ENOSPC"], stats["dropped"], stats["written"]) == (1, 1, 8, 2)
-    assert len(files(root)) == 1
+    assert len(files(root)) == stats["files"] == 1
     assert returns(cache, "u", chain("before", 2)) == 2
     cache._paused_until = 0.0
     cache.write_pages("u", items)
@@ -430,7 +435,8 @@ def test_a_file_that_cannot_be_read_is_a_miss(opened: Open, monkeypatch: pytest.
         patch.setattr(os, "preadv", fail)
         assert returns(cache, "u", items) == 0
     stats = cache.stats()
-    assert (stats["error_EIO"], stats["damaged"], stats["misses"]) == (1, 0, 4)
+    assert (stats["error_EIO"], stats["damaged"], stats["misses"], stats["files"]) == (1, 0, 4, 1)
+    assert cache.known_pages("u", keys_of(items)) == 0
 
 
 def test_torn_files_are_swept_unless_somebody_writes_them(opened: Open, root: Path) -> None:
@@ -467,6 +473,20 @@ def test_two_caches_on_one_directory_see_each_other(opened: Open, root: Path, mo
     assert one.flush(20)
     assert sum(path.stat().st_size for path in files(root)) <= 4000
     assert one.known_pages("u", keys_of(items)) == 3
+
+
+def test_eviction_heeds_uses_by_other_processes(opened: Open) -> None:
+    one, two, chains = opened(quota_bytes=9000), opened(), {name: chain(name, 2) for name in "abcde"}
+    for name in "abc":
+        one.write_pages(name, chains[name])
+        assert one.flush(20)
+    two.write_pages("d", chains["d"])
+    assert two.flush(20)
+    assert [two.known_pages(name, keys_of(chains[name])) for name in "cba"] == [2, 2, 2]
+    assert two.close(20)  # writes its uses down
+    one.write_pages("e", chains["e"])
+    assert one.flush(20)
+    assert {name for name, items in chains.items() if one.known_pages(name, keys_of(items))} == set("abce")
 
 
 def test_a_cancelled_read_ends_and_delivers_no_more(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

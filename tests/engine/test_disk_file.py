@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pelagos.engine import disk_file
 from pelagos.engine.disk import DiskCache
-from pelagos.engine.disk_file import CacheDirectory, DamagedFile, count_intact, read_into
+from pelagos.engine.disk_file import CacheDirectory, DamagedFile, Record, count_intact, read_into
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache_format.md"
 ROW = re.compile(r"\| (\d+) \| (\d+) \| (bytes|u32|u64) \| (\w+) \|")
@@ -72,10 +72,9 @@ def test_the_document_parses_a_file(tmp_path: Path) -> None:
         signed = raw[: header["digest"][0]] + raw[size_of(header) : begin]
         assert found["digest"] == hashlib.blake2b(signed, digest_size=16, key=signing).digest()
         assert len(raw) == begin + found["count"] * found["length"]
-        crc = 0
         for i, payload in enumerate(data):
             assert raw[begin + i * found["length"] :][: found["length"]] == payload
-            crc = zlib.crc32(payload, crc)
+            crc = zlib.crc32(payload)
             each = take(raw, record, size_of(header) + i * size_of(record))
             if kind == 1:
                 assert each == {"key": pages[i][0], "node": bytes(16), "position": 3 + i, "remainder": 0, "crc": crc}
@@ -95,7 +94,7 @@ def test_verify_reads_every_byte(tmp_path: Path) -> None:
     assert cache.close(20)
     directory = CacheDirectory(tmp_path / "c", create=False)
     [tag] = directory.tags()
-    [listed] = directory.list_files(tag)[0] or []
+    [listed] = directory.list_files(tag)
     assert [record.position for record in directory.verify(tag, listed).records] == [0, 1, 2]
     path = tmp_path / "c" / tag / listed.name
     raw = path.read_bytes()
@@ -125,9 +124,32 @@ def test_read_into_fills_buffers_in_order(
 
 
 def test_count_intact_stops_at_the_first_wrong_one() -> None:
-    parts = [b"one", b"two", b"three"]
-    sums = [zlib.crc32(b"".join(parts[: i + 1]), 5) for i in range(3)]
-    views = [memoryview(part) for part in parts]
-    assert count_intact(views, 5, sums) == 3
-    assert count_intact(views, 6, sums) == 0
-    assert count_intact([views[0], views[2], views[2]], 5, sums) == 1
+    parts = [memoryview(part) for part in (b"one", b"two", b"three")]
+    sums = [zlib.crc32(part) for part in parts]
+    assert count_intact(parts, sums) == 3
+    assert count_intact([parts[0], parts[2], parts[2]], sums) == 1
+    assert count_intact([], []) == 0
+
+
+def test_a_file_is_not_opened_through_a_link(tmp_path: Path) -> None:
+    directory = CacheDirectory(tmp_path / "c")
+    (tmp_path / "c" / directory.tag("u")).symlink_to(tmp_path)
+    (tmp_path / "c" / "link").symlink_to(tmp_path / "c" / "secret")
+    with pytest.raises(OSError, match="symbolic links"):
+        directory.open_file(".", "link")
+    with directory.locked(1), pytest.raises(OSError, match="Not a directory"):
+        directory.publish(directory.tag("u"), disk_file.STATE, bytes(16), [Record(bytes(16), bytes(16), 0, 0)], [b"x"])
+    directory.close()
+
+
+def test_the_lock_tells_who_was_there(tmp_path: Path) -> None:
+    one, two = CacheDirectory(tmp_path / "c"), CacheDirectory(tmp_path / "c")
+    for holder, other in ((one, two), (two, one)):
+        with holder.locked(1) as held, other.locked(0.01) as also_held:
+            assert (held, also_held) == (True, False)
+            assert holder.was_alone == (holder is one)  # the first one made the secret, under the lock
+        with holder.locked(1):
+            assert holder.was_alone
+        assert (holder.is_alone(), other.is_alone()) == (True, False)
+    one.close()
+    two.close()

@@ -94,13 +94,13 @@ def _tags(cache: CacheDirectory, user: str | None) -> list[str]:
 
 def _files(cache: CacheDirectory, user: str | None) -> Iterator[tuple[str, Listed]]:
     for tag in _tags(cache, user):
-        yield from ((tag, listed) for listed in cache.list_files(tag)[0] or ())
+        yield from ((tag, listed) for listed in cache.list_files(tag))
 
 
 def _rows(cache: CacheDirectory, tag: str) -> Iterator[dict[str, Any]]:
     from pelagos.engine.disk_file import KINDS
 
-    for listed in cache.list_files(tag)[0] or ():
+    for listed in cache.list_files(tag):
         row = {"file": listed.name, "kind": KINDS[listed.kind], "model": listed.fingerprint.hex()}
         row |= {"format": listed.version, "bytes": listed.size, "last_use": _moment(listed.used)}
         try:

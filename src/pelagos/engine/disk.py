@@ -43,7 +43,7 @@ KEY_BYTES = 16
 _RUN_BYTES = 64 << 20  # the most page data in one file: what one eviction takes
 _PART_BYTES = 8 << 20  # what one reader takes at a time
 _PART_RECORDS = 512
-_READERS = 4
+_MAX_READERS = 4
 _TICK_S = 1.0  # how often last uses are written down and other processes' files looked for
 _LOCK_S = 10.0
 _PAUSE_S = (1.0, 60.0)  # after a failed write, doubling from the first to the second
@@ -125,7 +125,7 @@ class _File:
     data: int = 0  # byte offset of the first record
     length: int = 0  # bytes of each
     keys: tuple[bytes, ...] = ()
-    crcs: array[int] = field(default_factory=lambda: array("I"))  # running
+    crcs: array[int] = field(default_factory=lambda: array("I"))
     node: bytes = b""  # of a state
 
 
@@ -136,7 +136,6 @@ class _User:
     states: dict[bytes, tuple[_File, int]] = field(default_factory=dict)
     nodes: dict[bytes, dict[bytes, int]] = field(default_factory=dict)  # node -> state key -> remainder
     size: int = 0
-    mark: int = 0  # of CacheDirectory.list_files
 
 
 class _Job(NamedTuple):
@@ -207,7 +206,8 @@ class DiskCache:
             self._refresh(sweep=held)
             if held:
                 self._make_room("", 0)
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="pelagos-disk-reader")
+        readers = max(1, min(_MAX_READERS, (os.cpu_count() or 1) // 2))  # the other half is for the model
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="pelagos-disk-reader")
         self._writer = threading.Thread(target=self._work, name="pelagos-disk-writer", daemon=True)
         self._writer.start()
 
@@ -235,12 +235,12 @@ class DiskCache:
     ) -> Ticket:
         """Start reading leading pages of a chain and a state; what is not in the index is simply not delivered.
 
-        `into`: one writable buffer of page_bytes for each page, filled in place (rows of a page pool); fresh memory
-        otherwise, which asks less of the interpreter while other threads run Python but twice the time alone.
+        `into`: one writable buffer of page_bytes for each page, filled in place (rows of a page pool); otherwise fresh
+        memory, which takes the system longer to get than to fill.
         """
         if into is not None:
             into = [memoryview(each).cast("B") for each in into]
-            if len(into) != len(page_keys) or any(len(each) != self._page_bytes for each in into):
+            if len(into) != len(page_keys) or any(len(each) != self._page_bytes or each.readonly for each in into):
                 raise CacheError(
                     f"read into {len(into)} buffers: expected {len(page_keys)} of {self._page_bytes} bytes"
                 )
@@ -384,31 +384,24 @@ class DiskCache:
     # A reader's thread.
 
     def _read_part(self, ticket: Ticket, part: _Part) -> None:
-        file, end = part.file, part.first + part.count
+        file = part.file
         try:
             if not (ticket._cancelled or self._closed):
-                sums = file.crcs[part.first : end]
-                before = file.crcs[part.first - 1] if part.first else 0
-                whole = memoryview(b"")
                 if not part.buffers:
-                    whole = memoryview(mmap.mmap(-1, part.count * file.length))
-                    part.buffers = [whole[i * file.length : (i + 1) * file.length] for i in range(part.count)]
+                    fresh = memoryview(mmap.mmap(-1, part.count * file.length))
+                    part.buffers = [fresh[i * file.length : (i + 1) * file.length] for i in range(part.count)]
                 fd = self._directory.open_file(file.tag, file.name)
                 try:
-                    read_into(fd, [whole] if whole else part.buffers, file.data + part.first * file.length)
+                    read_into(fd, part.buffers, file.data + part.first * file.length)
                 finally:
                     os.close(fd)
-                # One checksum over all of it leaves other threads alone; one a record only to find the damaged one.
-                if whole and count_intact([whole], before, sums[-1:]):
-                    part.intact = part.count
-                else:
-                    part.intact = count_intact(part.buffers, before, sums)
+                part.intact = count_intact(part.buffers, file.crcs[part.first : part.first + part.count])
                 if part.intact < part.count:
                     self._condemn(file)
         except FileNotFoundError:  # evicted by another process: a miss
             self._forget(file)
         except OSError as error:
-            self._forget(file)
+            self._unindex(file)
             self._count_error(error)
         finally:
             with self._wake:
@@ -454,6 +447,7 @@ class DiskCache:
                         self._pause_s = _PAUSE_S[0]
                     except OSError as error:
                         self._count_error(error)
+                        self._refresh_user(job.tag, sweep=False)  # it may have failed after the file had its name
                         self._paused_until = time.monotonic() + self._pause_s
                         self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
                 with self._wake:
@@ -475,14 +469,16 @@ class DiskCache:
                     self._forget(file)
             except OSError as error:
                 self._count_error(error)
-        for tag in unsure:
-            self._refresh_user(tag, sweep=False)
+        if unsure and not self._directory.is_alone():
+            for tag in unsure:
+                self._refresh_user(tag, sweep=False)
 
     def _write(self, job: _Job) -> bool:
         with self._directory.locked(_LOCK_S) as held:
             if not held:
                 raise OSError(errno.EBUSY, "another process holds the lock")
-            self._refresh(sweep=True)
+            if not self._directory.was_alone:
+                self._refresh(sweep=True)
             place = self._users.get(job.tag, _User())
             known = place.pages if job.kind == PAGES else place.states
             new = [
@@ -536,44 +532,42 @@ class DiskCache:
 
     def _refresh(self, *, sweep: bool) -> None:
         """Look for what other processes wrote and removed; sweep torn files away when the lock is held."""
-        tags = self._directory.tags()
-        for tag in {*tags, *self._users}:
+        for tag in {*self._directory.tags(), *self._users}:
             self._refresh_user(tag, sweep=sweep)
 
     def _refresh_user(self, tag: str, *, sweep: bool) -> None:
-        place = self._users.get(tag, _User())
         try:
-            listed, mark = self._directory.list_files(tag, mark=place.mark, sweep=sweep)
-            if listed is None:
-                return
-            for each in listed:
-                if each.name not in place.files:
-                    self._admit(tag, each)
+            listed = self._directory.list_files(tag, sweep=sweep)
         except OSError as error:
             self._count_error(error)
             return
+        known = self._users.get(tag, _User()).files
         names = {each.name for each in listed}
-        for file in [file for file in list(place.files.values()) if file.name not in names]:
+        for file in [file for file in list(known.values()) if file.name not in names]:
             self._forget(file)
+        for each in listed:
+            if each.name not in known:
+                self._admit(tag, each)
         with self._wake:
-            place = self._users.get(tag)
-            if place and place.files:
-                place.mark = mark
-            else:
-                self._users.pop(tag, None)
+            if tag in self._users and not self._users[tag].files:
+                del self._users[tag]
+        if sweep and not listed:
+            self._directory.remove_user(tag)
 
     def _admit(self, tag: str, listed: Listed) -> None:
         table = None
-        if (listed.fingerprint, listed.version) == (self._fingerprint, VERSION):
-            try:
+        try:
+            if (listed.fingerprint, listed.version) == (self._fingerprint, VERSION):
                 table = self._directory.read_table(tag, listed)
-            except DamagedFile:
-                with self._wake:
-                    self._counts["damaged"] += 1
-                self._directory.remove(tag, listed.name)
-                return
-            except FileNotFoundError:
-                return
+        except DamagedFile:
+            with self._wake:
+                self._counts["damaged"] += 1
+            self._directory.remove(tag, listed.name)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._count_error(error)
         with self._wake:
             self._add(tag, listed, table)
 
@@ -604,7 +598,14 @@ class DiskCache:
                 return False
             place.size -= file.size
             self._bytes -= file.size
-            place.mark = 0
+            self._touched.discard(file)
+            self._unindex(file)
+            return True
+
+    def _unindex(self, file: _File) -> None:
+        """Make a file one that is only counted."""
+        with self._wake:
+            place = self._users.get(file.tag, _User())
             spots = place.pages if file.kind == PAGES else place.states
             for key in file.keys:
                 if key in spots and spots[key][0] is file:
@@ -613,8 +614,6 @@ class DiskCache:
                         del place.nodes[file.node][key]
             if file.kind == STATE and not place.nodes.get(file.node, True):
                 del place.nodes[file.node]
-            self._touched.discard(file)
-            return True
 
     def _count_error(self, error: OSError) -> None:
         with self._wake:

@@ -30,16 +30,14 @@ VERSION = 1
 PAGES, STATE = 1, 2
 KINDS = {PAGES: "pages", STATE: "state"}
 HEADER = struct.Struct("<8sII16s16sQQ16s")  # magic, version, kind, fingerprint, user, count, length, digest
-RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, running crc32
+RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, crc32
 DIGEST_BYTES = 16
 _UNSIGNED_BYTES = HEADER.size - DIGEST_BYTES
 _SECRET_BYTES = 32
 _NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\.(pages|state)(\d{1,4})")
 _TAG = re.compile(r"[0-9a-f]{32}")
 _TEMP = ".tmp"
-_CHUNK_BYTES = 8 << 20
 _IOV_MAX = 512
-_MARK_MAX_AGE_NS = 100_000_000  # a directory changed less than this ago may change again within one tick of its clock
 
 
 class DamagedFile(CacheError):
@@ -47,7 +45,7 @@ class DamagedFile(CacheError):
 
 
 class Record(NamedTuple):
-    """One page or state: its key, its place, and the CRC-32 of the data of all records up to and with this one."""
+    """One page or state: its key, its place, and the CRC-32 of its data."""
 
     key: bytes
     node: bytes  # the page-chain node under a state; zeros for pages
@@ -95,6 +93,8 @@ class CacheDirectory:
         Raises CacheError when it is missing or no cache, another user's, or open to others and in other use.
         """
         self.root = root
+        self._turn = -1  # the lock's counter when this process held it last
+        self.was_alone = False  # `is_alone` just before the lock was taken last
         try:
             self._make_private(create)
             self._lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -153,7 +153,7 @@ class CacheDirectory:
     def locked(self, timeout: float) -> Iterator[bool]:
         """Hold the directory's lock, which every process writes, evicts and sweeps under; False when not to be had.
 
-        The system releases it when its holder dies.
+        The system releases it when its holder dies. Every holder counts its counter up, before it changes anything.
         """
         deadline = time.monotonic() + timeout
         held = False
@@ -166,10 +166,22 @@ class CacheDirectory:
                     break
                 time.sleep(0.005)
         try:
+            if held:
+                self.was_alone = self.is_alone()
+                turn = (self._read_turn() + 1) % (1 << 64)
+                os.pwrite(self._lock_fd, turn.to_bytes(8, "little"), 0)
+                self._turn = turn
             yield held
         finally:
             if held:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def _read_turn(self) -> int:
+        return int.from_bytes(os.pread(self._lock_fd, 8, 0), "little")
+
+    def is_alone(self) -> bool:
+        """Whether no other process has held the lock since this one did, so that nothing can have been added."""
+        return self._read_turn() == self._turn
 
     def tag(self, user: str) -> str:
         """The name of a user's folder: a hash keyed by the directory's secret."""
@@ -184,43 +196,30 @@ class CacheDirectory:
         with os.scandir(self.root) as found:
             return sorted(e.name for e in found if _TAG.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
 
-    def list_files(self, tag: str, *, mark: int = 0, sweep: bool = False) -> tuple[list[Listed] | None, int]:
-        """The cache files of a user and a mark to give next time: None then says that nothing came or went.
+    def list_files(self, tag: str, *, sweep: bool = False) -> list[Listed]:
+        """The cache files of a user; none where there is no such folder.
 
         sweep: remove torn temporary files, which nobody can be writing while the caller holds the lock.
         Links, other people's files and names that are no cache file's are passed over.
         """
         folder = self.root / tag
         listed: list[Listed] = []
-        try:
-            before = os.lstat(folder)
-            if not stat.S_ISDIR(before.st_mode):
-                return listed, 0
-            if mark and before.st_mtime_ns == mark:
-                return None, mark
-            settled = time.time_ns() - before.st_mtime_ns > _MARK_MAX_AGE_NS
-            with os.scandir(folder) as found:
-                for entry in found:
-                    if entry.name.endswith(_TEMP):
-                        settled = False
-                        if sweep:
-                            _remove(folder / entry.name)
-                        continue
-                    parts = _NAME.fullmatch(entry.name)
-                    if parts is None:
-                        continue
-                    try:
-                        info = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
-                        kind = PAGES if parts[2] == KINDS[PAGES] else STATE
-                        used = min(info.st_mtime_ns, time.time_ns())  # a clock set back must not keep it for ever
-                        model = bytes.fromhex(parts[1])
-                        listed.append(Listed(entry.name, model, kind, int(parts[3]), info.st_size, used))
-        except FileNotFoundError:
-            return listed, 0
-        return listed, before.st_mtime_ns if settled else 0
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+            for entry in found:
+                if sweep and entry.name.endswith(_TEMP):
+                    _remove(folder / entry.name)
+                parts = _NAME.fullmatch(entry.name)
+                if parts is None:
+                    continue
+                try:
+                    info = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                    kind = PAGES if parts[2] == KINDS[PAGES] else STATE
+                    used = min(info.st_mtime_ns, time.time_ns())  # a clock set back must not keep it for ever
+                    listed.append(Listed(entry.name, bytes.fromhex(parts[1]), kind, int(parts[3]), info.st_size, used))
+        return listed
 
     def publish(
         self, tag: str, kind: int, fingerprint: bytes, records: Sequence[Record], payloads: Sequence[Bytes]
@@ -229,10 +228,7 @@ class CacheDirectory:
 
         After an error no trace of it is left. The caller holds the lock. `crc` of the records is filled in here.
         """
-        crc, summed = 0, []
-        for record, payload in zip(records, payloads, strict=True):
-            crc = zlib.crc32(payload, crc)
-            summed.append(record._replace(crc=crc))
+        summed = [each._replace(crc=zlib.crc32(data)) for each, data in zip(records, payloads, strict=True)]
         table = [RECORD.pack(*record) for record in summed]
         head = HEADER.pack(*(MAGIC, VERSION, kind, fingerprint, bytes.fromhex(tag), len(table), len(payloads[0])), b"")[
             :_UNSIGNED_BYTES
@@ -288,11 +284,9 @@ class CacheDirectory:
         fd = self.open_file(tag, listed.name)
         try:
             table = self._read_table(fd, tag, listed)
-            crc = 0
-            for offset in range(table.data, table.size, _CHUNK_BYTES):
-                crc = zlib.crc32(os.pread(fd, min(_CHUNK_BYTES, table.size - offset), offset), crc)
-            if crc != table.records[-1].crc:
-                raise DamagedFile(f"{listed.name}: data of {len(table.records)} records do not give their checksum")
+            for index, record in enumerate(table.records):
+                if zlib.crc32(os.pread(fd, table.length, table.data + index * table.length)) != record.crc:
+                    raise DamagedFile(f"{listed.name}: record {index} of {len(table.records)} fails its checksum")
             return table
         finally:
             os.close(fd)
@@ -319,9 +313,8 @@ class CacheDirectory:
 
     def remove_user(self, tag: str) -> int:
         """Remove a user's folder and return the number of cache files that were in it; the caller holds the lock."""
-        listed, _ = self.list_files(tag, sweep=True)
-        removed = sum(self.remove(tag, each.name) for each in listed or ())
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        removed = sum(self.remove(tag, each.name) for each in self.list_files(tag, sweep=True))
+        with contextlib.suppress(OSError):  # something that is not ours may be in it
             os.rmdir(self.root / tag)
         return removed
 
@@ -338,11 +331,10 @@ def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
     return True
 
 
-def count_intact(buffers: Sequence[memoryview], before: int, expected: Sequence[int]) -> int:
-    """How many leading buffers continue the running CRC-32 `before` as `expected` says."""
+def count_intact(buffers: Sequence[memoryview], expected: Sequence[int]) -> int:
+    """How many leading buffers have the CRC-32 that they should."""
     for index, (buffer, crc) in enumerate(zip(buffers, expected, strict=True)):
-        before = zlib.crc32(buffer, before)
-        if before != crc:
+        if zlib.crc32(buffer) != crc:
             return index
     return len(expected)
 
