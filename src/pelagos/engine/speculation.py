@@ -24,7 +24,7 @@ _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 
 # entries for each doubling of a step with drafts.
 _LEARN, _DRIFT, _FIRST, _CLASSES = 0.1, 0.03, 4, 3
 # An unchanged plan holds for some steps, more in a larger batch; a new one or a probe for two: one may catch up.
-_PLAN_STEPS, _PROBE_STEPS = 4, 2
+_PLAN_STEPS, _PROBE_STEPS = 8, 2
 # The share of all time that probes may cost, and that drafting may lose against none; and so many steps at the start;
 # a probe goes deeper for one in so many requests.
 _SHARE, _START, _PROBE_PART = 0.007, 8, 4
@@ -257,6 +257,7 @@ class AdaptiveDepth:
         self._planned_for: list[str] = []
         self._times: np.ndarray | None = None  # of a step by drafts verified, as the plan saw it
         self._worths: list[list[float]] = []  # of a draft by depth and confidence, as the plan saw it
+        self._prices: list[float] = []  # in tokens, of a step by drafts verified
         self._pace = 0.0  # tokens a second that the plan expects
         self._left = 0  # steps the plan holds
         self._probes: list[int] | None = None  # the depths of a running probe
@@ -303,6 +304,7 @@ class AdaptiveDepth:
         seconds += self._draft_seconds.of(np.maximum.accumulate([0, *(1 + depth for depth in order)]), verified.size)
         best = int((tokens / seconds).argmax())
         self._pace = float(tokens[best] / seconds[best])
+        self._prices = (self._pace * self._times).tolist()
         for _, _, at in chances[:best]:
             depths[at] += 1
         return depths
@@ -356,16 +358,16 @@ class AdaptiveDepth:
 
     def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
         """Return how many tokens of each draft to verify, given the drafter's confidence and what drafting took."""
+        lengths = [len(draft.tokens) for draft in drafts]
+        if not any(lengths):
+            self._made, self._draft_s, self._drafted = {}, 0.0, frozenset()
+            return lengths
         self._made = {key: draft for key, draft in zip(keys, drafts, strict=True) if draft.tokens}
         self._draft_s = seconds
-        lengths = [len(draft.tokens) for draft in drafts]
-        if any(lengths):
-            if self._made.keys() <= self._drafted:
-                self._draft_seconds.add(max(lengths), sum(lengths), seconds)
-            self._drafted = frozenset(self._made)
-        else:
-            self._drafted = frozenset()
-        if self._probes or self._times is None or self._planned_for != list(keys):
+        if self._made.keys() <= self._drafted:
+            self._draft_seconds.add(max(lengths), sum(lengths), seconds)
+        self._drafted = frozenset(self._made)
+        if self._probes or self._planned_for != list(keys):
             return lengths
         chances: list[tuple[float, int]] = []
         for at, draft in enumerate(drafts):
@@ -374,9 +376,13 @@ class AdaptiveDepth:
                 chance *= worths[_bin(confidence)]
                 chances.append((-chance, at))
         chances.sort()
-        gains = np.cumsum([0.0, *(-chance for chance, _ in chances)]) - self._pace * self._times[: 1 + len(chances)]
+        best, top, gain = 0, -self._prices[0], 0.0
+        for count, (chance, _) in enumerate(chances, 1):
+            gain -= chance
+            if gain - self._prices[count] > top:
+                best, top = count, gain - self._prices[count]
         counts = [0] * len(drafts)
-        for _, at in chances[: int(gains.argmax())]:
+        for _, at in chances[:best]:
             counts[at] += 1
         return counts
 
@@ -406,7 +412,9 @@ class AdaptiveDepth:
 
     def _judge(self, outcome: Outcome, draft: Draft) -> None:
         """Note which drafts agreed: one more than was verified can be told."""
-        own = self._own.setdefault(outcome.key, [_Rate(_OWN_MEMORY) for _ in range(self.max_depth)])
+        own = self._own.get(outcome.key)
+        if own is None:
+            own = self._own[outcome.key] = [_Rate(_OWN_MEMORY) for _ in range(self.max_depth)]
         for depth, (token, chance, picked) in enumerate(zip(*draft, outcome.picked, strict=False)):
             for rate in (self._agreed[depth], own[depth], self._worth[depth][_bin(chance)]):
                 rate.add(token == picked)
