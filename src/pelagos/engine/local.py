@@ -353,7 +353,7 @@ class LocalEngine:
             assert self._disk is not None
             match, pages = request.fetched
             keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
-            into = [memoryview(self._pools.page(page)) for page in pages] if self._pools.on_cpu else None
+            into = [self._pools.page(page).data for page in pages] if self._pools.on_cpu else None
             request.ticket = self._disk.read(request.user_id, keys, state_key, into=into)
         self._fetches.clear()
 
@@ -434,8 +434,8 @@ class LocalEngine:
         return cuts
 
     def _span(self, work: Work) -> Span:
-        request, count = _live(work.request), work.count
-        start, known = request.computed, min(work.count, work.request.pending)
+        request, count = _live(work.request), work.tokens
+        start, known = request.computed, min(count, work.request.pending)
         tokens = request.tokens[start : start + known] + request.drafts[: count - known]
         if request.table.size != len(request.pages):
             request.table = np.asarray(request.pages, np.int32)
@@ -544,7 +544,7 @@ class LocalEngine:
         if self._disk is None or request.published <= request.written:
             return
         pages = range(request.written, request.published)
-        items = [(request.chain.keys[at], memoryview(self._pools.page(request.pages[at]))) for at in pages]
+        items = [(request.chain.keys[at], self._pools.page(request.pages[at]).data) for at in pages]
         self._disk.write_pages(request.user_id, items, first=request.written)
         request.written = request.published
 
@@ -575,7 +575,7 @@ class LocalEngine:
         self._prefix.add_state(request.chain, position, packed, anchor=anchor)
         if self._disk is not None and on_disk:
             key, node = request.chain.state_key(position), request.chain.node_key(page)
-            self._disk.write_state(request.user_id, node, inside, key, position, memoryview(packed))
+            self._disk.write_state(request.user_id, node, inside, key, position, packed.data)
 
     def _end(self, request: Live, reason: str | None, error: BaseException | None = None) -> None:
         """Take a request out, free all it holds, and close its stream."""

@@ -8,7 +8,6 @@ frozen entries, which restores the state exactly. No I/O and no tensors. Source:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -77,11 +76,11 @@ def _hash(content: bytes) -> bytes:
 class DiskIndex(Protocol):
     """What the disk tier knows without reading a file."""
 
-    def known_pages(self, user_id: str, keys: Sequence[bytes]) -> int:
+    def known_pages(self, user: str, keys: Sequence[bytes]) -> int:
         """How many of the keys, from the first on without a gap, are on disk."""
         ...
 
-    def known_states(self, user_id: str, node_key: bytes) -> Sequence[tuple[int, bytes]]:
+    def known_states(self, user: str, node_key: bytes) -> Sequence[tuple[int, bytes]]:
         """(tokens after the node, state key) of every state on disk whose last completed page has that key."""
         ...
 
@@ -134,8 +133,7 @@ class PrefixStats:
 
 
 class _State(NamedTuple):
-    node: bytes
-    remainder: int
+    node: bytes  # key of the last completed page
     packed: np.ndarray
 
 
@@ -156,7 +154,8 @@ class PrefixCache:
         self._anchors: dict[bytes, _State] = {}  # by state key, in order of last use, oldest first
         self._between: dict[bytes, _State] = {}
         self._between_bytes = 0
-        self._under: dict[bytes, dict[int, int]] = {}  # key of the last completed page -> {tokens after it: states}
+        self._endings: dict[bytes, list[list[bytes]]] = {}  # key before a mark's page -> keys of what followed it
+        self._under: dict[bytes, dict[bytes, int]] = {}  # key of the last completed page -> {state key: tokens after}
 
     def chain(self, user_id: str, tokens: Sequence[int] | np.ndarray = ()) -> KeyChain:
         """Start the keys of a user's sequence; keep the chain with the request, hashing is its cost."""
@@ -174,6 +173,7 @@ class PrefixCache:
         keys = chain.keys[: (limit + 1) // self._page_tokens]
         pages = list(self._pages_of(keys))
         here = len(pages)
+        self._supersede(chain, here)
         end, start = self._recomputed(here, limit)
         resume, state_key = next(self._states_on(chain, here, max(start, 1), limit, None), (start, None))
         on_disk = (0, 0, None)
@@ -188,6 +188,17 @@ class PrefixCache:
         state = None if state_key is None else self._use(state_key).packed
         exact = resume if state is not None or not resume else end
         return Match(tuple(pages), resume, here * self._page_tokens, exact, state, *on_disk)
+
+    def _supersede(self, chain: KeyChain, pages: int) -> None:
+        nodes = [chain.node_key(0), *chain.keys[: min(pages, len(chain.keys) - 1)]] if chain.keys else []
+        for page in [page for page, node in enumerate(nodes) if node in self._endings]:
+            for ending in self._endings.pop(nodes[page]):
+                pairs = zip(ending, chain.keys[page:], strict=False)
+                same = next((i for i, (ours, new) in enumerate(pairs) if ours != new), None)
+                if same is not None:
+                    self._pool.demote(ending[same:])
+                elif page + len(ending) > len(chain.keys):
+                    self._endings.setdefault(chain.keys[-1], []).append(ending[len(chain.keys) - page :])
 
     def _pages_of(self, keys: Sequence[bytes]) -> Iterator[int]:
         for key in keys:
@@ -210,7 +221,7 @@ class PrefixCache:
                 return
             node, begin = chain.node_key(page), page * self._page_tokens
             stored = set(disk.known_states(chain.user_id, node)) if disk is not None else set()
-            for remainder in sorted({*self._under.get(node, ()), *(at for at, _ in stored)}, reverse=True):
+            for remainder in sorted({*self._under.get(node, {}).values(), *(at for at, _ in stored)}, reverse=True):
                 if least <= begin + remainder <= limit:
                     key = chain.state_key(begin + remainder)
                     if self._find(key) is not None or (remainder, key) in stored:
@@ -227,6 +238,18 @@ class PrefixCache:
         False: another page has that content. The caller goes on with its own; nothing is swapped.
         """
         return self._pool.register(page, key) == page
+
+    def finish(self, chain: KeyChain, mark: int) -> None:
+        """Say that a request ended whose prompt a later one is likely to leave at `mark`, its last cut or its length.
+
+        The pages after the mark are evicted first once a prompt went past it another way: a thought that is not shown
+        again, an answer not taken. If no prompt does, they age like all others.
+        """
+        first = mark // self._page_tokens
+        if ending := chain.keys[first:]:
+            self._endings.setdefault(chain.node_key(first), []).append(ending)
+            while len(self._endings) > self._pool.count:
+                del self._endings[next(iter(self._endings))]
 
     def has_state(self, chain: KeyChain, position: int) -> bool:
         """Whether the state after `position` tokens is held; counts as a use of it."""
@@ -251,11 +274,10 @@ class PrefixCache:
         while self.stats.state_bytes + packed.nbytes > self._state_bytes:
             self._drop(next(iter(self._between or self._anchors)))
         page, remainder = divmod(position, self._page_tokens)
-        state = _State(chain.node_key(page), remainder, packed)
+        state = _State(chain.node_key(page), packed)
         (self._anchors if anchor else self._between)[key] = state
         self._between_bytes += 0 if anchor else packed.nbytes
-        remainders = self._under.setdefault(state.node, {})
-        remainders[remainder] = remainders.get(remainder, 0) + 1
+        self._under.setdefault(state.node, {})[key] = remainder
         self.stats.states += 1
         self.stats.state_bytes += packed.nbytes
         return True
@@ -282,8 +304,9 @@ class PrefixCache:
         assert self.stats.states == len(states) == len(self._anchors.keys() | self._between.keys())
         assert self.stats.state_bytes == sum(state.packed.nbytes for state in states) <= self._state_bytes
         assert self._between_bytes == sum(state.packed.nbytes for state in self._between.values())
-        under = Counter((state.node, state.remainder) for state in states)
-        assert under == {(node, at): n for node, counts in self._under.items() for at, n in counts.items()}
+        under = [(node, key) for node, keys in self._under.items() for key in keys]
+        held = (self._anchors | self._between).items()
+        assert sorted(under) == sorted((state.node, key) for key, state in held)
 
     def _find(self, key: bytes) -> _State | None:
         return self._anchors.get(key) or self._between.get(key)
@@ -302,11 +325,9 @@ class PrefixCache:
 
     def _drop(self, key: bytes) -> None:
         state = self._pop(key)
-        remainders = self._under[state.node]
-        remainders[state.remainder] -= 1
-        if not remainders[state.remainder]:
-            del remainders[state.remainder]
-        if not remainders:
+        siblings = self._under[state.node]
+        del siblings[key]
+        if not siblings:
             del self._under[state.node]
         self.stats.states -= 1
         self.stats.state_bytes -= state.packed.nbytes

@@ -29,8 +29,15 @@ _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 16, 4096
 class Forward(Protocol):
     """A model over the pools; see `Span` and `Output`."""
 
-    numeric_path: str
-    weight_bytes: int  # what it keeps of the weights beside the model's own
+    @property
+    def numeric_path(self) -> str:
+        """What decides the last bits besides the weights."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """What it keeps of the weights beside the model's own."""
+        ...
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of what a call over that many tokens takes for a moment."""

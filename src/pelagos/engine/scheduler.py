@@ -51,10 +51,10 @@ class Request:
 
 
 class Work(NamedTuple):
-    """`count` tokens of a request to feed next: known ones first, then drafts."""
+    """How many tokens of a request to feed next: known ones first, then drafts."""
 
     request: Request
-    count: int
+    tokens: int
 
 
 class Admitted(NamedTuple):

@@ -31,9 +31,10 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 TARGETS = ("-march=native", "-mcpu=native")  # the second where a compiler knows the first for x86 only
 BLOCK_TOKENS = 256  # tokens that pass all layers together: what they leave behind stays in the second-level cache
-_LANES, _PANEL, _STREAMS = 16, 64, 4
+_LANES, _PANEL, _STREAMS, _ALIGN = 16, 64, 4, 64
 _SPAN_FIELDS = 8
 Array = np.ndarray
+Parts = Sequence[Array]  # rows of one weight, to be laid one under another
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +160,18 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _panels(weight: Array) -> Array:
-    """Reorder (n, k) into panels [n / 64][k][64], then [k][32] and [k][16] for the rest; flat, n padded to 16."""
+def _panels(weight: Array, *, narrow: bool) -> Array:
+    """Reorder (n, k) into panels [n / 64][k][64], then [k][32] and [k][16] for the rest; flat, n padded to 16.
+
+    `narrow` makes it bfloat16, outputs i and i + 16 of every whole 32 in one word: a shift and a mask widen them.
+    """
     n, k = weight.shape
-    padded = np.zeros((-(-n // _LANES) * _LANES, k), weight.dtype)
+    padded = np.zeros((-(-n // _LANES) * _LANES, k), np.float32)
     padded[:n] = weight
+    if narrow:
+        padded = _to_bf16(padded)
+        pairs = padded[: len(padded) // 32 * 32].reshape(-1, 2, _LANES, k)
+        pairs[:] = pairs.transpose(0, 2, 1, 3).reshape(pairs.shape)
     whole = len(padded) // _PANEL * _PANEL
     pieces = [padded[:whole].reshape(-1, _PANEL, k).transpose(0, 2, 1).ravel()]
     for width in (32, 16):
@@ -173,23 +181,18 @@ def _panels(weight: Array) -> Array:
     return np.concatenate(pieces)
 
 
-def _interleave(w1: Array, w3: Array) -> Array:
-    """Rows of w1 and w3 (F, D) in turns of 16, so that a panel holds gates next to their ups."""
-    return np.stack((w1.reshape(-1, _LANES, w1.shape[1]), w3.reshape(-1, _LANES, w3.shape[1])), 1).reshape(
-        -1, w1.shape[1]
-    )
-
-
 class _Weights:
-    """Packed weights, planned first and then written into one arena, so that huge pages can hold them."""
+    """Packed weights: planned first, then written into one arena, so that huge pages can hold what a step streams."""
 
     def __init__(self, tensors: Mapping[str, Array]) -> None:
         self._tensors = tensors
-        self._plan: list[tuple[_Matrix, list[tuple[str, ...]], str]] = []
-        self.kept: list[object] = []
+        self._plan: list[tuple[_Matrix, Sequence[Parts], int, int]] = []
+        self._arena_bytes = _ALIGN
+        self._kept: list[object] = []
         self.bytes = 0
 
     def get(self, name: str, *shape: int, dtype: type = np.float32) -> Array:
+        """Return a tensor, checked."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{name}: not among the tensors given, expected {dtype.__name__} {shape}")
@@ -202,26 +205,40 @@ class _Weights:
         return self.keep(self.get(name, *shape, dtype=dtype).copy())
 
     def keep(self, values: Array) -> int:
-        values = np.ascontiguousarray(values)
-        self.kept.append(values)
+        """Keep an array; return its address."""
+        self.hold(values)
         self.bytes += values.nbytes
         return values.ctypes.data
 
-    def matrix(self, into: _Matrix, stacks: Sequence[Array], *, narrow: bool = True) -> None:
-        """Pack stacked weights (n, k) into `into`, as bfloat16 when every value is one and `narrow` allows it."""
-        n, k = stacks[0].shape
-        lossless = narrow and all(_is_bf16(weight) for weight in stacks)
-        size = 2 if lossless else 4
-        each = -(-n // _LANES) * _LANES * k
-        arena = np.empty(len(stacks) * each * size + 64, np.uint8)
-        start = -arena.ctypes.data % 64
-        room = arena[start : start + len(stacks) * each * size].view(np.uint16 if lossless else np.float32)
-        for i, weight in enumerate(stacks):
-            values = _panels(np.ascontiguousarray(weight))
-            room[i * each : (i + 1) * each] = (values.view(np.uint32) >> 16).astype(np.uint16) if lossless else values
-        self.kept.append(arena)
-        self.bytes += arena.nbytes
-        into.data, into.n, into.k, into.bf16 = arena.ctypes.data + start, n, k, int(lossless)
+    def hold(self, thing: object) -> None:
+        """Keep whatever the library points to alive."""
+        self._kept.append(thing)
+
+    def matrix(self, into: _Matrix, *stacks: Parts, narrow: bool = True) -> None:
+        """Plan stacked weights (n, k): as bfloat16 when every value is one and `narrow` allows it."""
+        n, k = sum(len(part) for part in stacks[0]), stacks[0][0].shape[1]
+        lossless = narrow and all(_is_bf16(part) for parts in stacks for part in parts)
+        into.n, into.k, into.bf16 = n, k, int(lossless)
+        each = -(-n // _LANES) * _LANES * k * (2 if lossless else 4)
+        self._plan.append((into, stacks, self._arena_bytes, each))
+        self._arena_bytes += -(-len(stacks) * each // _ALIGN) * _ALIGN
+
+    def pack(self) -> None:
+        """Write what was planned and let go of the tensors."""
+        arena = np.empty(self._arena_bytes, np.uint8)
+        base = -arena.ctypes.data % _ALIGN
+        for into, stacks, offset, each in self._plan:
+            start = base + offset - _ALIGN
+            into.data = arena.ctypes.data + start
+            for i, parts in enumerate(stacks):
+                values = _panels(np.concatenate(parts), narrow=bool(into.bf16))
+                arena[start + i * each : start + (i + 1) * each] = values.view(np.uint8)
+        self.keep(arena)
+        self._plan, self._tensors = [], {}
+
+
+def _to_bf16(values: Array) -> Array:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _is_bf16(weight: Array) -> bool:
@@ -316,7 +333,7 @@ class NativeForward:
     def _call(self, spans: Sequence[Span], streams: Array | None) -> Output:
         config = self._config
         with self._lock:
-            total, logits, kept = self._lay_out(spans)
+            total, logits, kept = self._lay_out(spans, paged=streams is None)
             block = min(total, BLOCK_TOKENS)
             if block > self._block:
                 self._block = min(BLOCK_TOKENS, max(16, 1 << (block - 1).bit_length()))
@@ -331,7 +348,7 @@ class NativeForward:
                 )  # fmt: skip
         return Output(out, out_streams)
 
-    def _lay_out(self, spans: Sequence[Span]) -> tuple[int, int, int]:
+    def _lay_out(self, spans: Sequence[Span], *, paged: bool) -> tuple[int, int, int]:
         """Check spans and copy them to the flat lists the library reads; return tokens, logit and stream rows."""
         layout, count = self._layout, len(spans)
         if count > len(self._rows):
@@ -341,7 +358,7 @@ class NativeForward:
         rows = []
         for i, span in enumerate(spans):
             length = len(span.tokens)
-            needed = layout.pages_for(span.start + length)
+            needed = layout.pages_for(span.start + length) if paged else 0  # the draft block has no entries
             if length == 0 or span.start < 0 or not 0 <= span.logits <= length or not 0 <= span.streams <= length:
                 raise RequestError(
                     f"span {i}: {length} tokens from {span.start}, logits={span.logits}, streams={span.streams}: "
@@ -362,11 +379,12 @@ class NativeForward:
             self._page_ids = np.empty(2 * page_total, np.int32)
         for span, row in zip(spans, rows, strict=True):
             self._tokens[row[0] : row[0] + row[1]] = span.tokens
-            needed = layout.pages_for(span.start + row[1])
+            needed = layout.pages_for(span.start + row[1]) if paged else 0
             self._page_ids[row[4] : row[4] + needed] = span.pages[:needed]
         if count:
             self._rows[:count] = rows
             _check_range("token ids", self._tokens[:total], self._config.vocab_size, RequestError)
+        if page_total:
             _check_range("page ids", self._page_ids[:page_total], len(self._pages), CapacityError)
         return total, logits, kept
 
@@ -405,11 +423,11 @@ def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages
         backbone = i < config.num_hidden_layers
         prefix = f"layers.{i}." if backbone else f"mtp.{i - config.num_hidden_layers}."
         _describe_layer(layers[i], weights, config, place, prefix, hashed=i < config.num_hash_layers and backbone)
-    weights.kept.append(layers)
+    weights.hold(layers)
     model.layer = ctypes.addressof(layers)
     embed = weights.get("embed.weight", vocab, dim)
     model.embed_bf16 = int(_is_bf16(embed))
-    model.embed = weights.keep((embed.view(np.uint32) >> 16).astype(np.uint16) if model.embed_bf16 else embed.copy())
+    model.embed = weights.keep(_to_bf16(embed) if model.embed_bf16 else embed.copy())
     weights.matrix(model.head, [weights.get("head.weight", vocab, dim)])
     for place, prefix in ((0, ""), (1, "mtp.0."))[: 1 + config.num_nextn_predict_layers]:
         collapse = model.collapse[place]
@@ -422,6 +440,7 @@ def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages
             weights.matrix(getattr(model, name), [weights.get(f"mtp.0.{name}.weight", dim, dim)])
         for name in ("enorm", "hnorm"):
             setattr(model, name, weights.vector(f"mtp.0.{name}.weight", dim))
+    weights.pack()
     return model
 
 
@@ -454,11 +473,11 @@ def _describe_layer(
         inner = config.index_n_heads * config.index_head_dim
         first.append(weights.get(f"{attn}indexer.weights_proj.weight", config.index_n_heads, dim))
         second.append(weights.get(f"{attn}indexer.wq_b.weight", inner, config.q_lora_rank))
-    weights.matrix(layer.first, [np.concatenate(first)])
-    weights.matrix(layer.second, [np.concatenate(second)])
+    weights.matrix(layer.first, first)
+    weights.matrix(layer.second, second)
     groups, rank = config.o_groups, config.o_lora_rank
     wo_a = weights.get(f"{attn}wo_a.weight", groups * rank, heads * width // groups)
-    weights.matrix(layer.wo_a, list(wo_a.reshape(groups, rank, -1)))
+    weights.matrix(layer.wo_a, *([part] for part in wo_a.reshape(groups, rank, -1)))
     weights.matrix(layer.wo_b, [weights.get(f"{attn}wo_b.weight", dim, groups * rank)])
     layer.q_norm = weights.vector(f"{attn}q_norm.weight", config.q_lora_rank)
     layer.kv_norm = weights.vector(f"{attn}kv_norm.weight", width)
@@ -476,14 +495,16 @@ def _describe_layer(
 def _describe_experts(layer: _Layer, weights: _Weights, config: ModelConfig, ffn: str, *, hashed: bool) -> None:
     dim, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
 
-    def pair(path: str) -> Array:
-        return _interleave(*(weights.get(f"{path}.{name}.weight", hidden, dim) for name in ("w1", "w3")))
+    def pair(path: str) -> list[Array]:
+        """Rows of w1 and w3 (F, D) in turns of 16: a panel holds gates next to their ups."""
+        w1, w3 = (weights.get(f"{path}.{name}.weight", hidden, dim) for name in ("w1", "w3"))
+        return [w[i : i + _LANES] for i in range(0, hidden, _LANES) for w in (w1, w3)]
 
-    gate = np.zeros((-(-experts // _LANES) * _LANES, dim), np.float32)
-    gate[:experts] = weights.get(f"{ffn}gate.weight", experts, dim)
-    weights.matrix(layer.gate, [np.concatenate((gate, pair(f"{ffn}shared_experts")))])
-    weights.matrix(layer.w13, [pair(f"{ffn}experts.{e}") for e in range(experts)])
-    weights.matrix(layer.w2, [weights.get(f"{ffn}experts.{e}.w2.weight", dim, hidden) for e in range(experts)])
+    gate = weights.get(f"{ffn}gate.weight", experts, dim)
+    pad = np.zeros((-experts % _LANES, dim), np.float32)
+    weights.matrix(layer.gate, [gate, pad, *pair(f"{ffn}shared_experts")])
+    weights.matrix(layer.w13, *(pair(f"{ffn}experts.{e}") for e in range(experts)))
+    weights.matrix(layer.w2, *([weights.get(f"{ffn}experts.{e}.w2.weight", dim, hidden)] for e in range(experts)))
     weights.matrix(layer.shared_w2, [weights.get(f"{ffn}shared_experts.w2.weight", dim, hidden)])
     if hashed:
         table = weights.get(f"{ffn}gate.tid2eid", config.vocab_size, config.num_experts_per_tok, dtype=np.int64)
