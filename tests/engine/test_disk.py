@@ -257,6 +257,13 @@ def test_a_damaged_secret_makes_the_files_damaged_and_is_replaced(opened: Open, 
     assert returns(opened(), "u", items) == 4
 
 
+def test_a_torn_secret_is_made_again(opened: Open, root: Path) -> None:
+    root.mkdir(mode=0o700)
+    (root / "secret.tmp").write_bytes(b"half")
+    opened()
+    assert sorted(path.name for path in root.iterdir()) == ["lock", "secret"]
+
+
 def test_everything_is_private(opened: Open, root: Path) -> None:
     before = os.umask(0)
     try:

@@ -145,6 +145,7 @@ class CacheDirectory:
                 raise CacheError(f"{self.root}: another process holds its lock; try again when that one goes on")
             secret = self._read_secret()
             if secret is None:  # missing, or damaged: then the files made with it are damaged too
+                _remove(self.root / ("secret" + _TEMP))
                 secret = secrets.token_bytes(_SECRET_BYTES)
                 _publish(self.root, "secret", [secret + _digest(secret)])
         return secret
