@@ -29,7 +29,8 @@ class Group:
     spans: Tensor  # (B,) place of the span in the batch
     positions: Tensor  # (B, Q)
     places: Tensor  # (B, Q) in the flat tokens
-    real: Tensor  # (B, Q) bool
+    real: Tensor  # (k,) places in (B * Q) of those that are not repeated
+    real_places: Tensor  # (k,) in the flat tokens
     rows: Tensor  # (B, K) of the window tile in `Batch.old` rows and then new rows
     row_mask: Tensor  # (B, Q, K)
     last: int  # the largest position
@@ -50,7 +51,7 @@ class Windows:
 
 
 class Batch:
-    """What every layer of one forward shares: flat tokens, padded to `multiple`, and all index arrays."""
+    """What every layer of a forward shares: flat tokens, the last repeated up to a `multiple`, and index arrays."""
 
     def __init__(self, spans: Sequence[Span], layout: CacheLayout, device: torch.device, multiple: int) -> None:
         self.layout, self.device, self.multiple = layout, device, multiple
@@ -69,8 +70,10 @@ class Batch:
         for table, span in zip(tables, spans, strict=True):
             table[: len(span.pages)] = span.pages
         self.pages = self._put(tables)
-        self.ids = self._put(np.pad(np.concatenate([span.tokens for span in spans]), (0, pad))).unsqueeze(0)  # (1, T)
-        self.positions = self._put(np.pad(positions, (0, pad))).unsqueeze(0)
+        tokens = np.concatenate([span.tokens for span in spans])
+        self.ids, self.positions = (  # (1, T)
+            self._put(np.pad(each, (0, pad), mode="edge")).unsqueeze(0) for each in (tokens, positions)
+        )
         self.old = self._put(self.start)[:, None] - torch.arange(self.window, 0, -1, device=device)  # (n, W)
         self.groups = list(self._groups())
         self._windows: dict[int, Windows | None] = {}
@@ -103,9 +106,11 @@ class Batch:
         rows = np.where(
             keys < start, span * self.window + keys - start + self.window, past + self.begin[span] + keys - start
         )
+        places = self.begin[span] + positions - start
+        real = np.flatnonzero(first + offset < end)
         return Group(
             spans=self._put(blocks[:, 0]), positions=self._put(positions), rows=self._put(rows),
-            places=self._put(self.begin[span] + positions - start), real=self._put(first + offset < end) > 0,
+            places=self._put(places), real=self._put(real), real_places=self._put(places.ravel()[real]),
             row_mask=torch.from_numpy(mask).to(self.device), last=int(positions.max()),
         )  # fmt: skip
 

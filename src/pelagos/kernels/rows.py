@@ -5,6 +5,8 @@ Source: kernels/layout.py for the places, numerics.py for the formats.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,7 @@ class Rows:
 
     def __init__(self, pool: Tensor, section: Section, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
         self.count, self.width = section.rows, section.width
-        self.parts: list[Tensor] = []  # (N, rows, elements of the part) views
-        for index, (size, dtype) in enumerate(zip(section.parts, dtypes, strict=True)):
-            begin = section.part(index)
-            self.parts.append(pool[:, begin : begin + section.rows * size].view(dtype).unflatten(1, (section.rows, -1)))
+        self.parts = [_Part(pool, section, index, dtype) for index, dtype in enumerate(dtypes)]
 
     def encode(self, values: Tensor) -> Parts:
         """Return the stored parts (..., elements) of values (..., width)."""
@@ -34,12 +33,32 @@ class Rows:
 
     def read(self, unit: Tensor, row: Tensor) -> Tensor:
         """Return values (..., width) float32 of rows `row` of units `unit`, int64 (...) that broadcast."""
-        return self.decode(tuple(part[unit, row] for part in self.parts))
+        return self.decode(tuple(part.read(unit, row) for part in self.parts))
 
     def write(self, unit: Tensor, row: Tensor, parts: Parts) -> None:
         """Store parts (N, elements) as rows `row` (N,) of units `unit` (N,)."""
         for place, part in zip(self.parts, parts, strict=True):
-            place[unit, row] = part
+            place.rows[unit, row] = part
+
+
+class _Part:
+    """Part `index` of a section as elements of `dtype`."""
+
+    def __init__(self, pool: Tensor, section: Section, index: int, dtype: torch.dtype) -> None:
+        begin, size = section.part(index), section.parts[index]
+        self.rows = pool[:, begin : begin + section.rows * size].view(dtype).unflatten(1, (section.rows, -1))
+        whole, width = pool.view(dtype), self.rows.shape[2]
+        begin //= dtype.itemsize
+        # A row every `grid` elements: overlapping rows of one matrix, of which torch copies those chosen in one go.
+        grid = math.gcd(whole.shape[1], begin, width)
+        count = max(0, (whole.numel() - width) // grid + 1)
+        self._grid = whole.as_strided((count, width), (grid, 1), whole.storage_offset())
+        self._begin, self._unit, self._row = begin // grid, whole.shape[1] // grid, width // grid
+
+    def read(self, unit: Tensor, row: Tensor) -> Tensor:
+        """Return rows `row` of units `unit`, int64 (...) that broadcast: (..., elements)."""
+        place = unit * self._unit + self._begin + row * self._row
+        return self._grid.index_select(0, place.flatten()).view(*place.shape, -1)
 
 
 class MainRows(Rows):
@@ -52,7 +71,7 @@ class MainRows(Rows):
     def encode(self, values: Tensor) -> Parts:
         codes, scale = numerics.encode_fp8(values[..., : self.nope], numerics.KV_BLOCK)
         rope = values[..., self.nope :].to(torch.bfloat16).contiguous().view(torch.uint8)
-        scales = torch.nn.functional.pad(scale.view(torch.uint8), (0, self.parts[1].shape[2] - scale.shape[-1]))
+        scales = torch.nn.functional.pad(scale.view(torch.uint8), (0, self.parts[1].rows.shape[2] - scale.shape[-1]))
         return torch.cat((codes.view(torch.uint8), rope), -1), scales
 
     def decode(self, parts: Parts) -> Tensor:

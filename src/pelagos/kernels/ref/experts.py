@@ -46,14 +46,14 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *,
 def _places(chosen: Tensor, experts: int, device: torch.device) -> tuple[Tensor, list[int]]:
     """Return where each of chosen (R,) goes when grouped by expert, (R,) int64, and the rows kept for each expert.
 
-    The rows are a multiple of ROWS, so that a product gives a row the same bits in any company; where all experts
-    have few, they get equally many, so that one product does for all.
+    The rows are a multiple of ROWS, so that a product gives a row the same bits in any company; where most experts
+    are chosen for few, all get equally many, so that one product does for all.
     """
     order = chosen.argsort(stable=True)
     counts = chosen.bincount(minlength=experts)
     room = (counts + ROWS - 1) // ROWS * ROWS
     most = int(room.max())
-    if most <= FEW_ROWS:
+    if most <= FEW_ROWS and 2 * int(counts.count_nonzero()) > experts:
         room = room.new_full(room.shape, most)
     begin = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
     place = begin.repeat_interleave(counts, output_size=len(chosen)) + torch.arange(len(chosen), device=device)
