@@ -269,6 +269,53 @@ def test_where_states_are_kept() -> None:
     assert cache.cuts(tail, 3 * P, 4 * P - 1, prompt=9 * P) == []
 
 
+# Endings
+
+
+def test_what_followed_a_mark_goes_first_once_a_prompt_went_another_way() -> None:
+    pool, cache = make(pages=12)
+    mark = 2 * P + 5
+    older = cache.chain("u", ids(4 * P, seed=1))
+    publish(pool, cache, older)
+    thought = cache.chain("u", ids(7 * P))
+    publish(pool, cache, thought)
+    cache.finish(thought, mark)
+    beside = cache.chain("u", [*ids(P), *ids(P, seed=2)])  # leaves before the mark: says nothing of what followed it
+    pool.release(reversed(cache.match(beside, 2 * P - 1).pages))
+    following = cache.chain("u", [*ids(mark), *ids(2 * P, seed=3)])
+    taken = [pool.alloc(2)]
+    assert [pool.lookup(key) is not None for key in older.keys] == [True, True, True, False], "the older one ages"
+    assert len(cache.match(following, 4 * P).pages) == 2
+    taken.append(pool.alloc(3))
+    assert None not in taken
+    assert [pool.lookup(key) is not None for key in thought.keys] == [True] * 4 + [False] * 3
+    assert [pool.lookup(key) is not None for key in older.keys] == [True, True, True, False]
+
+
+def test_what_followed_a_mark_stays_when_prompts_go_on_with_it() -> None:
+    pool, cache = make(pages=8)
+    publish(pool, cache, cache.chain("u", ids(4 * P, seed=1)))
+    answered = cache.chain("u", ids(4 * P))
+    publish(pool, cache, answered)
+    cache.finish(answered, P + 3)
+    between = cache.chain("u", [*ids(3 * P), 5])
+    pool.release(reversed(cache.match(between, 3 * P).pages))  # takes the first two pages of what followed
+    pool.release(reversed(cache.match(cache.chain("u", ids(5 * P)), 5 * P - 1).pages))
+    pool.release(reversed(cache.match(cache.chain("u", [*ids(P + 3), *ids(P, seed=2)]), 2 * P).pages))
+    pool.alloc(4)
+    assert all(pool.lookup(key) is not None for key in answered.keys), "older ones went"
+
+
+def test_endings_are_forgotten_in_time() -> None:
+    pool, cache = make(pages=3)
+    for seed in range(10):
+        chain = cache.chain("u", ids(2 * P, seed=seed))
+        publish(pool, cache, chain)
+        cache.finish(chain, P)
+        cache.finish(chain, 2 * P)  # nothing followed
+    assert len(cache._endings) == 3
+
+
 # The disk
 
 
@@ -435,6 +482,7 @@ class Storm:
         self.running.remove(request)
         self.past = [*self.past[-30:], (request.user, request.tokens[: 12 * P])]
         self.release(request)
+        self.cache.finish(request.chain, self.luck.randrange(len(request.tokens)))
 
     def release(self, request: Running) -> None:
         self.pool.release(reversed(request.pages))

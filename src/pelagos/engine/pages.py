@@ -6,7 +6,8 @@ which `lookup` finds it again); cached pages are given away when free ones run o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from pelagos.errors import CapacityError
 
@@ -28,7 +29,7 @@ class PagePool:
         self._keys: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
         self._free = list(range(count - 1, -1, -1))
-        self._cached: dict[int, None] = {}  # in order of last use, oldest first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # in order of last use, oldest first
 
     @property
     def free(self) -> int:
@@ -86,7 +87,7 @@ class PagePool:
             self._keys[page] = None
             self._free.append(page)
             if owner in self._cached:
-                self._cached[owner] = self._cached.pop(owner)
+                self._cached.move_to_end(owner)
 
     def register(self, page: int, key: bytes) -> int:
         """Name the content of a page in use; return the page that `lookup` finds by this key: it, or an earlier one."""
@@ -98,6 +99,13 @@ class PagePool:
     def lookup(self, key: bytes) -> int | None:
         """Return the page of that content, in use or cached; take a reference with `share` before anything else."""
         return self._by_key.get(key)
+
+    def demote(self, keys: Sequence[bytes]) -> None:
+        """Make those of a chain's pages that nobody holds the next to be evicted, the deepest first."""
+        for key in keys:
+            page = self._by_key.get(key)
+            if page in self._cached:
+                self._cached.move_to_end(page, last=False)
 
     def references(self, page: int) -> int:
         """How many hold the page."""
