@@ -1,0 +1,271 @@
+"""The local engine over a small real model: same bits whatever happens around a request, and nothing left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt
+
+from pelagos.engine import LocalEngine, SamplingParams
+from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
+
+PATHS = [
+    pytest.param(True, marks=pytest.mark.skipif(not HELPER, reason="no C compiler for the helper"), id="helper"),
+    pytest.param(False, id="torch"),
+]
+PROMPTS = [prompt(length, seed) for seed, length in enumerate((300, 140, 385, 17))]
+
+
+def run(engine: LocalEngine, prompts: list[list[int]], **changes: Any) -> list[list[tuple[int, float]]]:
+    """Tokens and log-probabilities of prompts served together."""
+    streams = [engine.submit(each, params(logprobs=True, **changes)) for each in prompts]
+    finish_all(engine, streams)
+    return [[(step.token_id, step.logprob) for step in stream] for stream in streams]
+
+
+def finish_all(engine: LocalEngine, streams: list[Any]) -> None:
+    for _ in range(5000):
+        if all(stream.finish_reason is not None for stream in streams):
+            return
+        with torch.inference_mode():
+            engine.step()
+    raise AssertionError("the requests did not end")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[bool, list[list[tuple[int, float]]]]:
+    """What each prompt gets by itself, cold, without speculation, on each path."""
+    results = {}
+    for native in (True, False) if HELPER else (False,):
+        results[native] = []
+        for each in PROMPTS:
+            engine = engine_of(native=native, threaded=False, prefix_cache=False, speculation=False, chunk_tokens=1024)
+            results[native] += run(engine, [each])
+            engine.close()
+    return results
+
+
+@pytest.mark.parametrize("native", PATHS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"speculation": False}, {"chunk_tokens": 50}, {"preemption": "recompute", "kv_bytes": 420_000},
+        {"kv_bytes": 420_000},
+    ],
+    ids=["batch", "no drafts", "chunks", "recompute", "swap"],
+)  # fmt: skip
+def test_the_same_bits_alone_and_together(native: bool, options: dict[str, Any], alone: Any) -> None:
+    engine = engine_of(**{"native": native, "threaded": False} | options)
+    assert run(engine, PROMPTS) == alone[native]
+    again = run(engine, PROMPTS[::-1])[::-1]  # now over what the prefix cache holds
+    assert again == alone[native]
+    stats = engine.stats()
+    assert (stats.pages_in_use, stats.slots_in_use, stats.requests_running) == (0, 0, 0)
+    assert (stats.preemptions > 0) == ("kv_bytes" in options)
+    assert stats.hit_tokens > 0
+    engine.close()
+
+
+def test_sampling_with_drafts_is_sampling_without() -> None:
+    results = []
+    for speculation in (True, False):
+        engine = engine_of(threaded=False, speculation=speculation)
+        results.append(run(engine, PROMPTS, temperature=1.0, seed=3, top_p=0.9, max_tokens=40))
+        engine.close()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("policy", ["full", "periodic(256)", "zero", "turns"])
+def test_a_later_process_goes_on_from_disk(tmp_path: Path, policy: str, alone: Any) -> None:
+    options = {"threaded": False, "disk_dir": tmp_path / "cache", "disk_policy": policy, "native": HELPER}
+    first = engine_of(**options)
+    run(first, PROMPTS)
+    first.close()
+    later = engine_of(**options)
+    # The forward of a later turn: the first prompt and its answer, and then something new.
+    longer = PROMPTS[0] + [token for token, _ in alone[HELPER][0]]
+    streams = [later.submit(longer + prompt(9, 77), params()), later.submit(PROMPTS[2], params(logprobs=True))]
+    while any(stream.finish_reason is None for stream in streams):
+        with torch.inference_mode():
+            later.step()
+    steps = [(step.token_id, step.logprob) for step in streams[1]]
+    assert steps == alone[HELPER][2]
+    stats = later.stats()
+    assert stats.disk["hits"] > 0
+    assert stats.hit_tokens >= 256 + 256  # the complete pages of both
+    if policy == "turns":
+        assert streams[0].cached_tokens == len(longer) - 1  # the last token picked was never computed
+    later.close()
+    fresh = engine_of(threaded=False, native=HELPER)
+    assert [token for token, _ in run(fresh, [longer + prompt(9, 77)])[0]] == [step.token_id for step in streams[0]]
+    fresh.close()
+
+
+def test_users_do_not_share_prefixes() -> None:
+    engine = engine_of(threaded=False)
+    for user, cached in (("a", 0), ("b", 0), ("a", 256)):
+        stream = engine.submit(PROMPTS[0], params(2), user_id=user)
+        finish(engine, stream)
+        assert stream.cached_tokens == cached
+    engine.close()
+
+
+def test_a_fork_shares_the_past_and_goes_its_own_way(alone: Any) -> None:
+    engine = engine_of(threaded=False, native=HELPER)
+    parent = engine.submit(PROMPTS[0], params(16, logprobs=True))
+    with torch.inference_mode():
+        while engine.stats().generated_tokens < 6:
+            engine.step()
+    made = engine.stats().generated_tokens
+    child = engine.fork(parent.request_id, params(6))
+    other = engine.fork(parent.request_id, params(6, temperature=1.5, seed=1))
+    finish_all(engine, [parent, child, other])
+    steps = [step.token_id for step in parent]
+    assert steps == [token for token, _ in alone[HELPER][0]]
+    assert [step.token_id for step in child] == steps[made : made + 6]
+    assert child.cached_tokens >= 256
+    with pytest.raises(RequestError, match="not running"):
+        engine.fork(parent.request_id, params())
+    engine.close()
+
+
+def test_cancel_abort_and_deadline_free_everything_at_once() -> None:
+    now = [0.0]
+    engine = engine_of(threaded=False)
+    engine._clock = lambda: now[0]
+    streams = [
+        engine.submit(each, params(200), timeout_s=t) for each, t in zip(PROMPTS, (None, None, 5, None), strict=True)
+    ]
+    with torch.inference_mode():
+        for _ in range(8):
+            engine.step()
+        assert engine.stats().slots_in_use == 4
+        streams[0].cancel()
+        engine.abort(streams[1].request_id)
+        engine.abort("req-unknown")
+        now[0] = 6.0
+        engine.step()
+    assert [stream.finish_reason for stream in streams] == ["cancelled", "cancelled", "deadline", None]
+    assert engine.stats().slots_in_use == 1
+    engine.close()
+    assert streams[3].finish_reason == "cancelled"
+    assert (engine.stats().slots_in_use, engine.stats().pages_in_use) == (0, 0)
+    with pytest.raises(CapacityError, match="closed"):
+        engine.submit(PROMPTS[0], params())
+
+
+def test_what_can_never_fit_is_refused_and_bad_prompts_too() -> None:
+    engine = engine_of(threaded=False, kv_bytes=420_000)
+    limit = engine.config.max_position_embeddings
+    with pytest.raises(CapacityError, match=r"raise kv_bytes"):
+        engine.submit(prompt(9000, 0), params())
+    with pytest.raises(ContextLengthError, match=f"maximum context length is {limit}"):
+        engine.submit([5], params(limit))
+    with pytest.raises(RequestError, match="empty"):
+        engine.submit([], params())
+    with pytest.raises(RequestError, match=f"0 to {VOCAB - 1}, got {VOCAB}"):
+        engine.submit([1, VOCAB], params())
+    engine.close()
+    with pytest.raises(CapacityError, match="kv_bytes"):
+        engine_of(kv_bytes=1000)
+    with pytest.raises(ConfigError, match="preemption='maybe'"):
+        engine_of(preemption="maybe")
+    with pytest.raises(ConfigError, match="disk_policy='sometimes'"):
+        engine_of(disk_policy="sometimes")
+
+
+def test_a_failing_forward_ends_its_requests_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    forward = engine._forward.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._forward, "forward", lambda spans: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(engine.submit(PROMPTS[0], params()))
+    assert engine._forward.forward == forward
+    assert len(list(engine.submit(PROMPTS[0], params(5)))) == 5
+    assert engine.stats().slots_in_use == 0
+    engine.close()
+
+
+def test_prompt_logprobs_are_the_forwards_own() -> None:
+    from tests.engine.small import tiny_model
+
+    engine = engine_of(threaded=False)
+    stream = engine.submit(PROMPTS[0], params(3, prompt_logprobs=True))
+    finish(engine, stream)
+    with torch.inference_mode():
+        logits = tiny_model()(torch.tensor([PROMPTS[0]]))[0].double().log_softmax(-1)
+    expected = [float(logits[at, token]) for at, token in enumerate(PROMPTS[0][1:])]
+    found = stream.prompt_logprobs
+    assert found is not None
+    assert found[0] is None
+    np.testing.assert_allclose(np.array(found[1:], float), expected, atol=1e-4)
+    engine.close()
+
+
+def test_many_threads_may_submit_at_once(alone: Any) -> None:
+    engine = engine_of(native=HELPER)
+    results: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        stream = engine.submit(PROMPTS[number % 4], params())
+        results[number] = [step.token_id for step in stream]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    expected = [[token for token, _ in each] for each in alone[HELPER]]
+    assert all(results[number] == expected[number % 4] for number in range(12))
+    engine.close()
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_a_storm_of_submits_aborts_and_forks_leaves_nothing(preemption: str) -> None:
+    choose = random.Random(9)
+    engine = engine_of(threaded=False, kv_bytes=700_000, preemption=preemption)
+    streams: list[Any] = []
+    with torch.inference_mode():
+        for _ in range(150):
+            roll = choose.random()
+            running = [stream for stream in streams if stream.finish_reason is None]
+            if roll < 0.4 or not running:
+                length = choose.randint(1, 400)
+                options = {"priority": choose.randint(0, 1), "user_id": choose.choice("ab")}
+                asked = params(choose.randint(1, 30))
+                streams.append(engine.submit(prompt(length, choose.randint(0, 3)), asked, **options))
+            elif roll < 0.55:
+                choose.choice(running).cancel()
+            elif roll < 0.7:
+                name = choose.choice(running).request_id
+                if name in engine._live:
+                    streams.append(engine.fork(name, params(choose.randint(1, 20))))
+            for _ in range(choose.randint(0, 3)):
+                engine.step()
+    finish_all(engine, streams)
+    stats = engine.stats()
+    assert (stats.pages_in_use, stats.slots_in_use, stats.requests_running, stats.requests_waiting) == (0, 0, 0, 0)
+    assert stats.requests_done == len(streams)
+    engine._pool.check()
+    engine._prefix.check()
+    engine.close()
+
+
+def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
+    engine = engine_of()
+    assert len(list(engine.submit([5, 6, 7], params(3)))) == 3
+    deadline = time.monotonic() + 5
+    while engine._thread is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert engine._thread is None
+    assert len(list(engine.submit([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True, seed=1)))) == 3
+    engine.close()
+    engine.close()
