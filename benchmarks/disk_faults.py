@@ -100,10 +100,11 @@ def write(root: Path, seed: int, rounds: int, quota: int, fault: str, at: int) -
             cache.flush(20)
         if draw.random() < 0.3 and not all_right(cache, draw.randrange(USERS), draw.randrange(CHAINS))[0]:
             return 3
-    cache.flush(20)
-    time.sleep(0.1)  # longer than a pause after a failure
     last = page_key(0, 0, PAGES)
-    cache.write_pages("user 0", [(last, page_content(last))], first=PAGES)
+    for _ in range(4):  # an injected fault lasts for three calls
+        cache.flush(20)
+        time.sleep(disk._PAUSE_S[1])
+        cache.write_pages("user 0", [(last, page_content(last))], first=PAGES)
     cache.close(20)
     print(json.dumps(cache.stats()), flush=True)
     return 0
