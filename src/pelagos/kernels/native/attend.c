@@ -10,9 +10,10 @@ INLINE v16 dots(const float *q, int64_t stride, const float *const *keys, int64_
     for (int i = 0; i < 16; i++) sum[i] = (v16){0};
     for (int64_t c = 0; c < width; c += LANES) {
         v16 head[4];
-        for (int h = 0; h < 4; h++) head[h] = load(q + h * stride + c);
+        for (int h = 0; h < 4; h++) { head[h] = load(q + h * stride + c); HOLD(head[h]); }
         for (int k = 0; k < 4; k++) {
             v16 key = load(keys[k] + c);
+            HOLD(key);
             for (int h = 0; h < 4; h++) sum[4 * k + h] = sum[4 * k + h] + key * head[h];
         }
     }
@@ -63,7 +64,11 @@ INLINE void mix(const int nv, float *out, int64_t width, const float *scale, con
         for (int v = 0; v < nv; v++) sum[h][v] = load(out + h * width + v * LANES) * splat(scale[h]);
     for (int k = 0; k < count; k++) {
         v16 key[4];
-        for (int v = 0; v < nv; v++) key[v] = load(keys[k] + v * LANES);
+        for (int v = 0; v < nv; v++) {
+            v16 part = load(keys[k] + v * LANES);
+            HOLD(part);
+            key[v] = part;
+        }
         for (int h = 0; h < HEADS; h++) {
             v16 weight = splat(weights[k * HEADS + h]);
             for (int v = 0; v < nv; v++) sum[h][v] = sum[h][v] + weight * key[v];
@@ -72,6 +77,15 @@ INLINE void mix(const int nv, float *out, int64_t width, const float *scale, con
     for (int h = 0; h < HEADS; h++)
         for (int v = 0; v < nv; v++) store(out + h * width + v * LANES, sum[h][v]);
 }
+
+/* Functions of their own, or the compiler runs out of registers inside the caller. */
+#define MIX_OF(nv)                                                                                              \
+    static __attribute__((noinline)) void mix_##nv(float *out, int64_t width, const float *scale,               \
+                                                   const float *weights, const float *const *keys, int count) { \
+        mix(nv, out, width, scale, weights, keys, count);                                                       \
+    }
+MIX_OF(1)
+MIX_OF(4)
 
 void attend_tile(Attend *state, const float *q, const float **keys, int count) {
     float *weights = state->weights, scale[LANES];
@@ -97,8 +111,8 @@ void attend_tile(Attend *state, const float *q, const float **keys, int count) {
     for (int64_t c = 0; c < width;) {
         int nv = width - c >= 4 * LANES ? 4 : 1;
         for (int k = 0; k < count; k++) at[k] = keys[k] + c;
-        if (nv == 4) mix(4, state->out + c, width, scale, weights, at, count);
-        else mix(1, state->out + c, width, scale, weights, at, count);
+        if (nv == 4) mix_4(state->out + c, width, scale, weights, at, count);
+        else mix_1(state->out + c, width, scale, weights, at, count);
         c += nv * LANES;
     }
 }

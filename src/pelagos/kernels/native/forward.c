@@ -6,6 +6,7 @@
 #include "native.h"
 #include "vector.h"
 
+#define PAIR 2 /* tokens that share one reading of a site's weights */
 #define PARAMS (STREAMS + STREAMS * STREAMS) /* post and comb of a token */
 
 /* The items of a stage, as many as this thread gets; END after it waits for the others'. */
@@ -133,9 +134,9 @@ static inline const float *row_at(const Segment *s, int64_t position, const floa
 static inline float *entry_at(const Work *w, const Segment *s, int64_t section, int64_t ratio, int64_t entry,
                               int64_t width) {
     const Model *m = w->model;
-    int64_t in_page = m->page_tokens / ratio;
-    uint8_t *page = m->pages + (int64_t)s->pages[entry / in_page] * m->page_bytes;
-    return (float *)(page + section) + entry % in_page * width;
+    uint32_t in_page = (uint32_t)(m->page_tokens / ratio), number = (uint32_t)entry; /* half the time of 64 bits */
+    uint8_t *page = m->pages + (int64_t)s->pages[number / in_page] * m->page_bytes;
+    return (float *)(page + section) + number % in_page * width;
 }
 
 static void rope_at(const Model *m, int kind, int64_t position, float *table) {
@@ -168,17 +169,25 @@ static void linear(Stage *stage, const Matrix *m, int64_t stacks, const float *a
 
 /* ---- hyper-connections ---- */
 
-/* out = fn . flat, one chain a stream, then the four by one tree: alone a chain would only wait for itself. */
-static void mix_logits(const Matrix *fn, const float *flat, int64_t dim, float *out) {
-    int64_t stride = (fn->n + 15) / 16 * 16;
-    const float *weight = fn->data;
-    for (int64_t v = 0; v < stride; v += LANES) {
-        v16 sum[STREAMS] = {{0}};
-        for (int64_t i = 0; i < dim; i++)
-            for (int j = 0; j < STREAMS; j++)
-                sum[j] = sum[j] + load(weight + (j * dim + i) * stride + v) * splat(flat[j * dim + i]);
-        store(out + v, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    }
+/* out[r] = fn . flat[r], one chain a stream, then the four by one tree: alone a chain would only wait for itself. */
+INLINE void mix_tile(const int nv, const int rows, const float *weight, const float *const *flat, int64_t dim,
+                     float *const *out) {
+    v16 sum[PAIR][STREAMS][2] = {0};
+    for (int64_t i = 0; i < dim; i++)
+        for (int j = 0; j < STREAMS; j++)
+            for (int v = 0; v < nv; v++) {
+                v16 w = load(weight + (j * dim + i) * nv * LANES + v * LANES);
+                for (int r = 0; r < rows; r++) sum[r][j][v] = sum[r][j][v] + w * splat(flat[r][j * dim + i]);
+            }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < nv; v++)
+            store(out[r] + v * LANES, (sum[r][0][v] + sum[r][1][v]) + (sum[r][2][v] + sum[r][3][v]));
+}
+
+static void mix_logits(const Matrix *fn, const float *const *flat, int64_t rows, int64_t dim, float *const *out) {
+    if (fn->n <= LANES) mix_tile(1, 1, fn->data, flat, dim, out); /* the head's; its callers bring one row */
+    else if (rows == 1) mix_tile(2, 1, fn->data, flat, dim, out);
+    else mix_tile(2, 2, fn->data, flat, dim, out);
 }
 
 static v16 sinkhorn(v16 logits, int64_t iters, float eps) {
@@ -202,11 +211,11 @@ static void collapse(const float *streams, const float *pre, const float *norm, 
     rms_norm(out, norm, out, dim, eps);
 }
 
-/* Enter a site: x of token t, and what `leave` needs. */
-static void enter(const Work *w, int64_t t, const Matrix *fn, const float *base, const float *scale, const float *norm) {
+/* Enter a site with token t whose mix logits are `mix`: x, and what `leave` needs. */
+static void enter_token(const Work *w, int64_t t, float *mix, const float *base, const float *scale,
+                        const float *norm) {
     const Model *m = w->model;
-    float *streams = w->streams + t * STREAMS * m->dim, *params = w->params + t * PARAMS, mix[2 * LANES];
-    mix_logits(fn, streams, m->dim, mix);
+    float *streams = w->streams + t * STREAMS * m->dim, *params = w->params + t * PARAMS;
     float inverse = inverse_rms(streams, STREAMS * m->dim, (float)m->eps);
     for (int i = 0; i < STREAMS * (2 + STREAMS); i++) {
         int part = i < STREAMS ? 0 : i < 2 * STREAMS ? 1 : 2;
@@ -220,6 +229,19 @@ static void enter(const Work *w, int64_t t, const Matrix *fn, const float *base,
     }
     store(params + STREAMS, sinkhorn(load(mix + 2 * STREAMS), m->iters, (float)m->hc_eps));
     collapse(streams, gates, norm, m->dim, (float)m->eps, w->x + t * m->dim);
+}
+
+/* Enter a site with tokens [first, first + rows), at most PAIR. */
+static void enter(const Work *w, int64_t first, int64_t rows, const Matrix *fn, const float *base, const float *scale,
+                  const float *norm) {
+    const float *flat[PAIR];
+    float mix[PAIR][2 * LANES], *out[PAIR];
+    for (int64_t r = 0; r < rows; r++) {
+        flat[r] = w->streams + (first + r) * STREAMS * w->model->dim;
+        out[r] = mix[r];
+    }
+    mix_logits(fn, flat, rows, w->model->dim, out);
+    for (int64_t r = 0; r < rows; r++) enter_token(w, first + r, mix[r], base, scale, norm);
 }
 
 /* Leave a site: X'_k = post_k y + sum_j comb[j][k] X_j. */
@@ -333,12 +355,38 @@ static void choose(const Work *w, const Layer *l, int64_t t, int thread) {
     best_take(&local->best, w->picks + t * m->topk);
 }
 
+/* Pointers to keys [first, first + count) of token t's list: window rows from position `oldest`, then entries, all of
+   them or those picked. Steps along ring and page, as divisions for every key would cost as much as a score. */
+static void list_keys(const Work *w, const Layer *l, int64_t t, int64_t oldest, const int32_t *picks, int64_t first,
+                      int count, const float **rows) {
+    const Model *m = w->model;
+    const Segment *s = segment_at(w, t);
+    const float *ring = (const float *)(slot_of(w, s) + l->window);
+    int64_t near = w->position[t] + 1 - oldest, position = oldest + first, row = position % l->window_rows;
+    int i = 0;
+    for (; i < count && first + i < near; i++, position++) {
+        rows[i] = position >= s->begin ? w->first + (s->first + position - s->begin) * l->first.n + m->q_lora
+                                       : ring + row * m->width;
+        if (++row == l->window_rows) row = 0;
+    }
+    if (i == count) return;
+    int64_t entry = first + i - near;
+    if (picks) {
+        for (; i < count; i++) rows[i] = entry_at(w, s, l->entries, l->ratio, picks[entry++], m->width);
+        return;
+    }
+    int64_t in_page = m->page_tokens / l->ratio;
+    for (const float *at = NULL; i < count; i++, entry++, at += m->width) {
+        if (!at || entry % in_page == 0) at = entry_at(w, s, l->entries, l->ratio, entry, m->width);
+        rows[i] = at;
+    }
+}
+
 /* Attend with heads [head, head + 4) of token t: window rows ascending, then entries ascending. */
 static void attend(const Work *w, const Layer *l, int64_t t, int64_t head, int thread) {
     const Model *m = w->model;
-    const Segment *s = segment_at(w, t);
     Local *local = &w->local[thread];
-    const float *table = w->table[l->ratio > 0] + t * m->rope, *ring = (const float *)(slot_of(w, s) + l->window);
+    const float *table = w->table[l->ratio > 0] + t * m->rope;
     int64_t width = m->width, position = w->position[t], heads = m->heads - head < HEADS ? m->heads - head : HEADS;
     float sink[HEADS] = {0}, scale = (float)(1.0 / sqrt((double)width));
     for (int64_t h = 0; h < HEADS; h++) {
@@ -357,14 +405,7 @@ static void attend(const Work *w, const Layer *l, int64_t t, int64_t head, int t
     if (l->overlap && visible > m->topk) { picks = w->picks + t * m->topk; far = m->topk; }
     for (int64_t first = 0; first < near + far; first += TILE) {
         int count = (int)(near + far - first < TILE ? near + far - first : TILE);
-        for (int i = 0; i < count; i++) {
-            int64_t k = first + i;
-            if (k < near)
-                local->rows[i] = row_at(s, oldest + k, w->first + m->q_lora, l->first.n, (const uint8_t *)ring,
-                                        l->window_rows, width);
-            else
-                local->rows[i] = entry_at(w, s, l->entries, l->ratio, picks ? picks[k - near] : k - near, width);
-        }
+        list_keys(w, l, t, oldest, picks, first, count, local->rows);
         attend_tile(&state, local->q, local->rows, count);
     }
     attend_end(&state);
@@ -542,11 +583,16 @@ static void begin(const Work *w, Stage *stage) {
 
 static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     const Model *m = w->model;
-    int64_t tokens = w->tokens, head_groups = (m->heads + HEADS - 1) / HEADS, dim = m->dim;
+    int64_t tokens = w->tokens, pairs = (tokens + PAIR - 1) / PAIR, dim = m->dim;
+    int64_t head_groups = (m->heads + HEADS - 1) / HEADS;
     int thread = stage->thread;
-    EACH(t, tokens) {
-        if (!first) { sum_experts(w, t); leave(w, t, w->y + t * dim); }
-        enter(w, t, &l->attn_fn, l->attn_base, l->attn_scale, l->attn_norm);
+    EACH(i, pairs) {
+        int64_t rows = tokens - i * PAIR < PAIR ? tokens - i * PAIR : PAIR;
+        for (int64_t t = i * PAIR; !first && t < i * PAIR + rows; t++) {
+            sum_experts(w, t);
+            leave(w, t, w->y + t * dim);
+        }
+        enter(w, i * PAIR, rows, &l->attn_fn, l->attn_base, l->attn_scale, l->attn_norm);
     }
     END;
     linear(stage, &l->first, 1, w->x, dim, 0, w->first, l->first.n, 0, tokens);
@@ -562,10 +608,11 @@ static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     int64_t inner = m->heads * m->width, group = inner / m->groups;
     linear(stage, &l->wo_a, m->groups, w->attended, inner, group, w->latent, m->groups * m->o_lora, m->o_lora, tokens);
     linear(stage, &l->wo_b, 1, w->latent, m->groups * m->o_lora, 0, w->y, dim, 0, tokens);
-    EACH(i, tokens + w->segments) {
-        if (i < w->segments) { keep(w, l, i); continue; }
-        leave(w, i - w->segments, w->y + (i - w->segments) * dim);
-        enter(w, i - w->segments, &l->ffn_fn, l->ffn_base, l->ffn_scale, l->ffn_norm);
+    EACH(i, pairs + w->segments) {
+        if (i >= pairs) { keep(w, l, i - pairs); continue; }
+        int64_t rows = tokens - i * PAIR < PAIR ? tokens - i * PAIR : PAIR;
+        for (int64_t t = i * PAIR; t < i * PAIR + rows; t++) leave(w, t, w->y + t * dim);
+        enter(w, i * PAIR, rows, &l->ffn_fn, l->ffn_base, l->ffn_scale, l->ffn_norm);
     }
     END;
     linear(stage, &l->gate, 1, w->x, dim, 0, w->gate, l->gate.n, 0, tokens);
@@ -593,8 +640,8 @@ static void finish(const Work *w, Stage *stage) {
     EACH(i, w->head_rows) {
         int64_t t = (w->head_from[i] - w->x) / m->dim;
         const float *streams = w->streams + t * size;
-        float mix[LANES];
-        mix_logits(&c->fn, streams, m->dim, mix);
+        float mix[LANES], *out = mix;
+        mix_logits(&c->fn, &streams, 1, m->dim, &out);
         float inverse = inverse_rms(streams, size, (float)m->eps);
         for (int j = 0; j < STREAMS; j++) mix[j] = mix[j] * inverse * c->scale[0] + c->base[j];
         for (int j = STREAMS; j < LANES; j++) mix[j] = 0.0f;

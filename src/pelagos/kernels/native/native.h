@@ -16,7 +16,7 @@
 #define PANEL 64  /* outputs of one packed panel */
 
 /* `count` stacked weights (n, k), each packed as panels [n / 64][k][64], then one of 32 and one of 16 outputs as
-   needed, in bfloat16 when that loses nothing. */
+   needed; in bfloat16 when that loses nothing, and then outputs j and j + 16 of each whole 32 side by side. */
 typedef struct {
     const void *data;
     int64_t n, k, bf16;

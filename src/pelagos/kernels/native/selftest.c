@@ -14,9 +14,10 @@ int native_self_test(void) {
     uint32_t seed = 1;
     for (int i = 0; i < N * K; i++) {
         seed = seed * 1664525u + 1013904223u;
-        half[i] = (uint16_t)(seed >> 31 << 15 | (0x3F00u + (seed >> 20 & 0xFFu)));
-        uint32_t bits = (uint32_t)half[i] << 16;
+        uint32_t bits = seed >> 31 << 31 | (0x3F000000u + (seed >> 4 & 0xFF0000u));
+        int j = i % 32, paired = i < 96 * K ? i - j + j % LANES * 2 + j / LANES : i; /* as the panels have it */
         memcpy(&weight[i], &bits, sizeof bits);
+        half[paired] = (uint16_t)(bits >> 16);
     }
     for (int i = 0; i < M * K; i++) {
         seed = seed * 1664525u + 1013904223u;

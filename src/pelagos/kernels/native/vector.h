@@ -15,6 +15,7 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef float v16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u16_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 INLINE v16 load(const float *p) { return *(const v16_any *)p; }
@@ -26,6 +27,13 @@ INLINE v16 load_bf16(const uint16_t *p) {
 INLINE v16 blend(i16 mask, v16 yes, v16 no) { return (v16)((mask & (i16)yes) | (~mask & (i16)no)); }
 INLINE v16 vmax(v16 a, v16 b) { return blend(a > b, a, b); }
 INLINE v16 vmin(v16 a, v16 b) { return blend(a < b, a, b); }
+
+/* Hold x in a register: compilers read an operand from memory again for each use, and here loads are what runs out. */
+#ifdef __AVX512F__
+#define HOLD(x) __asm__("" : "+v"(x))
+#else
+#define HOLD(x) (void)(x)
+#endif
 
 #define XOR8(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
 #define XOR4(v) __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
