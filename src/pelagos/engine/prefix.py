@@ -8,6 +8,7 @@ frozen entries, which restores the state exactly. No I/O and no tensors. Source:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -151,10 +152,11 @@ class PrefixCache:
         self._page_tokens = layout.page_tokens
         self._recompute = layout.recompute_tokens
         self._state_bytes = state_bytes
-        self._anchors: dict[bytes, _State] = {}  # by state key, in order of last use, oldest first
-        self._between: dict[bytes, _State] = {}
+        self._anchors: OrderedDict[bytes, _State] = OrderedDict()  # by state key, in order of last use, oldest first
+        self._between: OrderedDict[bytes, _State] = OrderedDict()
         self._between_bytes = 0
-        self._endings: dict[bytes, list[list[bytes]]] = {}  # key before a mark's page -> keys of what followed it
+        # Key before a mark's page -> keys of the pages that followed in each sequence that has ended, oldest first.
+        self._endings: OrderedDict[bytes, list[list[bytes]]] = OrderedDict()
         self._under: dict[bytes, dict[bytes, int]] = {}  # key of the last completed page -> {state key: tokens after}
 
     def chain(self, user_id: str, tokens: Sequence[int] | np.ndarray = ()) -> KeyChain:
@@ -249,7 +251,7 @@ class PrefixCache:
         if ending := chain.keys[first:]:
             self._endings.setdefault(chain.node_key(first), []).append(ending)
             while len(self._endings) > self._pool.count:
-                del self._endings[next(iter(self._endings))]
+                self._endings.popitem(last=False)
 
     def has_state(self, chain: KeyChain, position: int) -> bool:
         """Whether the state after `position` tokens is held; counts as a use of it."""
