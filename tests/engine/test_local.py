@@ -56,10 +56,10 @@ def alone() -> dict[bool, list[list[tuple[int, float]]]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"speculation": False}, {"chunk_tokens": 50}, {"preemption": "recompute", "kv_bytes": 420_000},
+        {}, {"speculation": False}, {"speculation": 3}, {"chunk_tokens": 50}, {"preemption": "recompute", "kv_bytes": 420_000},
         {"kv_bytes": 420_000},
     ],
-    ids=["batch", "no drafts", "chunks", "recompute", "swap"],
+    ids=["batch", "no drafts", "depth 3", "chunks", "recompute", "swap"],
 )  # fmt: skip
 def test_the_same_bits_alone_and_together(native: bool, options: dict[str, Any], alone: Any) -> None:
     engine = engine_of(**{"native": native, "threaded": False} | options)
@@ -75,7 +75,7 @@ def test_the_same_bits_alone_and_together(native: bool, options: dict[str, Any],
 
 def test_sampling_with_drafts_is_sampling_without() -> None:
     results = []
-    for speculation in (True, False):
+    for speculation in (2, False):
         engine = engine_of(threaded=False, speculation=speculation)
         results.append(run(engine, PROMPTS, temperature=1.0, seed=3, top_p=0.9, max_tokens=40))
         engine.close()

@@ -13,7 +13,7 @@ from pelagos.engine.disk import DiskCache, parse_policy
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.memory import plan_memory
 from pelagos.engine.runner import Pools, available_bytes, fingerprint, make_forward, weight_bytes
-from pelagos.engine.speculation import MTPDrafter
+from pelagos.engine.speculation import FixedDepth, MTPDrafter
 from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels.layout import CacheLayout
 from pelagos.model import Transformer
@@ -34,7 +34,7 @@ class EngineOptions:
     disk_policy: str = "turns"
     disk_bytes: int = 8 << 30
     user_disk_bytes: int | None = None
-    speculation: bool = True
+    speculation: bool | int = True  # a number drafts that many tokens at every step, whether it pays or not
     exact: bool = True
     native: bool | None = None
     preemption: str = "swap"
@@ -43,6 +43,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.preemption not in ("swap", "recompute"):
             raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
+        if type(self.speculation) is int and not 0 <= self.speculation <= MAX_DRAFT:
+            raise ConfigError(f"speculation={self.speculation}: expected true, false or a depth from 1 to {MAX_DRAFT}")
         if self.disk_dir is not None and not self.prefix_cache:
             raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
 
@@ -86,5 +88,6 @@ def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: Engin
     return LocalEngine(
         config, pools=pools, forward=forward, plan=plan, chunk_tokens=options.chunk_tokens, salt=salt,
         tokenizer=tokenizer, prefix_cache=options.prefix_cache, disk=disk, disk_policy=policy, drafter=drafter,
+        depth=FixedDepth(int(options.speculation)) if options.speculation is not True else None,
         swap=options.preemption == "swap", threaded=options.threaded,
     )  # fmt: skip

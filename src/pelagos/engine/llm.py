@@ -63,7 +63,7 @@ class LLM:
         disk_dir: str | Path | None = None,
         disk_policy: str = "turns",
         disk_bytes: int = 8 << 30,
-        speculation: bool = True,
+        speculation: bool | int = True,
         exact: bool = True,
         native: bool | None = None,
         preemption: str = "swap",
@@ -73,7 +73,8 @@ class LLM:
         chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
         the caches (None: a share of what is free). disk_dir: where prefixes outlive the process, with `disk_policy`
         full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch.
-        native: the compiled helper (None: where it can run). preemption: swap or recompute.
+        speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper (None: where it
+        can run). preemption: swap or recompute.
         Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
         MissingDependency without `tokenizers`.
         """

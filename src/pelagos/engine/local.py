@@ -30,7 +30,7 @@ from pelagos.engine.prefix import Cut, Match, PrefixCache
 from pelagos.engine.runner import Forward, Pools, Swapped
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
-from pelagos.engine.speculation import AdaptiveDepth, Draft, Drafter, DraftRequest, Outcome
+from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, PelagosError, RequestError
 from pelagos.kernels.layout import Output, Span
 
@@ -97,6 +97,7 @@ class LocalEngine:
         disk: DiskCache | None = None,
         disk_policy: StatePolicy | None = None,
         drafter: Drafter | None = None,
+        depth: DepthPolicy | None = None,
         swap: bool = True,
         threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -116,7 +117,7 @@ class LocalEngine:
         self._caches = prefix_cache
         self._disk, self._policy = disk, disk_policy or StatePolicy("zero")
         self._drafter = drafter
-        self._depth = AdaptiveDepth(0 if drafter is None else drafter.max_depth)
+        self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
         self._fetches: list[tuple[Live, bytes | None]] = []
         self._scheduler = Scheduler(
             self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
@@ -484,12 +485,12 @@ class LocalEngine:
         """Draft for the requests that decode in the next step, as deep as has paid so far."""
         self._depth.observe(outcomes, step_s)
         decoding = [request for request in self._live.values() if request.slot >= 0 and request.pending == 1]
+        if not decoding:
+            return
         keys = [request.request_id for request in decoding]
         started = self._clock()
         asked = [
-            DraftRequest(
-                key, request.slot, request.table, request.sampler, min(depth, request.text.left - 1), request.text.ends
-            )
+            DraftRequest(key, request.slot, request.table, request.sampler, min(depth, request.text.left - 1))
             for key, request, depth in zip(keys, decoding, self._depth.depths(keys), strict=True)
         ]
         drafts = drafter.draft(asked) if any(each.depth > 0 for each in asked) else [Draft()] * len(asked)

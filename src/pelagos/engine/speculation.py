@@ -25,9 +25,10 @@ _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 
 _LEARN, _DRIFT, _FIRST, _CLASSES = 0.1, 0.03, 4, 3
 # An unchanged plan holds for some steps, more in a larger batch; a new one or a probe for two: one may catch up.
 _PLAN_STEPS, _PROBE_STEPS = 8, 2
-# The share of all time that probes may cost, and that drafting may lose against none; and so many steps at the start;
-# a probe goes deeper for one in so many requests.
-_SHARE, _START, _PROBE_PART = 0.007, 8, 4
+# The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
+# lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
+# catch up counts as so many steps at most.
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.007, 8, 32, 4, 6
 
 
 class Draft(NamedTuple):
@@ -158,6 +159,47 @@ class Outcome(NamedTuple):
     picked: Sequence[int]
 
 
+class DepthPolicy(Protocol):
+    """Decides how many tokens are drafted and verified; see `AdaptiveDepth`, which is what serves."""
+
+    def depths(self, keys: Sequence[str]) -> list[int]:
+        """Return how many tokens to draft for each decoding request of the coming step."""
+        ...
+
+    def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
+        """Return how many tokens of each draft to verify."""
+        ...
+
+    def observe(self, outcomes: Sequence[Outcome], seconds: float | None) -> None:
+        """Learn from a step, before the next is planned."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Drop what is kept of a request that ended."""
+        ...
+
+
+class FixedDepth:
+    """Always drafts and verifies `depth` tokens: for tests and measurements."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    def depths(self, keys: Sequence[str]) -> list[int]:
+        """The same for all."""
+        return [self.depth] * len(keys)
+
+    def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
+        """All that was drafted."""
+        return [len(draft.tokens) for draft in drafts]
+
+    def observe(self, outcomes: Sequence[Outcome], seconds: float | None) -> None:
+        """Nothing to learn."""
+
+    def forget(self, key: str) -> None:
+        """Nothing is kept."""
+
+
 class _Rate:
     """A running share of successes that forgets; with few samples it leans on a guess."""
 
@@ -187,7 +229,8 @@ class _StepSeconds:
         self._scale = 1.0
         self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale, samples
 
-    def add(self, size: int, plain: bool, seconds: float) -> None:
+    def add(self, size: int, plain: bool, seconds: float) -> float:
+        """Take in a step's seconds and return what steps like it take, which no outlier moves far."""
         key = (size if plain else int(_CLASSES * math.log2(size)), plain)
         entry = self._seen.setdefault(key, [size, math.inf, 0])
         mean, old, samples = entry
@@ -195,10 +238,11 @@ class _StepSeconds:
         if samples < _FIRST:  # slow for other reasons, perhaps; too low a guess is corrected by what follows from it
             entry[1] = min(old, max(seconds, 1e-9) / self._scale)
         else:
-            ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)  # an outlier moves nothing much
+            ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)
             self._scale *= ratio**_DRIFT
             entry[1] = old * ratio ** (_LEARN - _DRIFT)
         entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
+        return entry[1] * self._scale
 
     def table(self, first: int, count: int) -> np.ndarray | None:
         """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
@@ -221,19 +265,29 @@ class _DraftSeconds:
 
     def __init__(self) -> None:
         self._moments = np.zeros((2, 3))  # weighted sums of (calls, tokens) x (calls, tokens, seconds)
+        self._samples, self._least = 0, math.inf  # the least seconds of a call or token so far
 
-    def add(self, calls: int, tokens: int, seconds: float) -> None:
+    def add(self, calls: int, tokens: int, seconds: float) -> float:
+        """Take in a draft's seconds and return what drafts like it take, which no outlier moves far."""
+        if self._samples < _FIRST:
+            self._least = min(self._least, seconds / (calls + tokens))
+            seconds = self._least * (calls + tokens)
+        else:
+            guess = float(self.of(np.array([calls]), np.array([tokens]))[0])
+            seconds = min(max(seconds, 0.6 * guess), 1.6 * guess)
+        self._samples += 1
         size = np.array([calls, tokens], float)
         self._moments = self._moments * (1 - _LEARN) + np.outer(size, [*size, seconds])
+        return seconds
 
-    def of(self, calls: np.ndarray, count: int) -> np.ndarray:
-        """Return seconds of 0, 1, .. tokens, (count,), in calls (count,); 0 before any sample."""
+    def of(self, calls: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return seconds for calls (N,) and tokens (N,); 0 before any sample."""
         square = self._moments[:, :2] + 1e-3 * np.eye(2)
         a, b = np.linalg.solve(square, self._moments[:, 2])
         if min(a, b) < 0:  # noise along a direction that was hardly varied: one of the two explains all
             trace = np.diag(square)
             a, b = (0.0, self._moments[1, 2] / trace[1]) if a < b else (self._moments[0, 2] / trace[0], 0.0)
-        return a * calls + b * np.arange(count)
+        return a * calls + b * tokens
 
 
 class AdaptiveDepth:
@@ -301,7 +355,9 @@ class AdaptiveDepth:
         shares = np.cumprod([share for share, _ in passes])
         verified = np.cumsum([0.0, *shares[order]])
         seconds = np.interp(verified, np.arange(self._times.size), self._times)
-        seconds += self._draft_seconds.of(np.maximum.accumulate([0, *(1 + depth for depth in order)]), verified.size)
+        seconds += self._draft_seconds.of(
+            np.maximum.accumulate([0, *(1 + depth for depth in order)]), np.arange(verified.size)
+        )
         best = int((tokens / seconds).argmax())
         self._pace = float(tokens[best] / seconds[best])
         self._prices = (self._pace * self._times).tolist()
@@ -363,9 +419,10 @@ class AdaptiveDepth:
             self._made, self._draft_s, self._drafted = {}, 0.0, frozenset()
             return lengths
         self._made = {key: draft for key, draft in zip(keys, drafts, strict=True) if draft.tokens}
-        self._draft_s = seconds
         if self._made.keys() <= self._drafted:
-            self._draft_seconds.add(max(lengths), sum(lengths), seconds)
+            self._draft_s = self._draft_seconds.add(max(lengths), sum(lengths), seconds)
+        else:
+            self._draft_s = min(seconds, _CATCH_UP * float(self._times[0])) if self._times is not None else 0.0
         self._drafted = frozenset(self._made)
         if self._probes or self._planned_for != list(keys):
             return lengths
@@ -398,13 +455,15 @@ class AdaptiveDepth:
         if seconds is None or not outcomes:
             return
         verified = sum(outcome.verified for outcome in outcomes)
-        self._step_seconds.add(len(outcomes) + verified, not verified, seconds)
-        seconds += self._draft_s
+        seconds = self._step_seconds.add(len(outcomes) + verified, not verified, seconds) + self._draft_s
         self._elapsed += seconds
         tokens = sum(len(outcome.picked) for outcome in outcomes)
-        if self._draft_s and self._times is not None:
-            plain = float(self._times[0]) / len(self._planned_for)
-            self._debt = max(self._debt + seconds - tokens * plain, -_START * float(self._times[0]))
+        if self._times is None:
+            return
+        plain = float(self._times[0])
+        if self._draft_s:
+            loss = seconds - tokens * plain / len(self._planned_for)
+            self._debt = max(self._debt + loss, -_CREDIT * plain)
         if self._probes:
             loss = seconds - tokens / max(self._pace, 1e-9)
             self._spent = max(0.0, self._spent + loss)
