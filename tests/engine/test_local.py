@@ -56,8 +56,8 @@ def alone() -> dict[bool, list[list[tuple[int, float]]]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"speculation": False}, {"speculation": 3}, {"chunk_tokens": 50}, {"preemption": "recompute", "kv_bytes": 420_000},
-        {"kv_bytes": 420_000},
+        {}, {"speculation": False}, {"speculation": 3}, {"chunk_tokens": 50},
+        {"preemption": "recompute", "kv_bytes": 420_000}, {"kv_bytes": 420_000},
     ],
     ids=["batch", "no drafts", "depth 3", "chunks", "recompute", "swap"],
 )  # fmt: skip

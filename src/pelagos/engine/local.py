@@ -589,6 +589,8 @@ class LocalEngine:
             request.ticket.wait()
         self._absorb(request)
         self._scheduler.remove(request)
+        if self._caches:
+            self._prefix.finish(request.chain, request.cuts[-1] if request.cuts else request.prompt_tokens)
         request.swapped, request.drafts = None, []
         self._counters.requests_done += 1
         if self._drafter is not None:
