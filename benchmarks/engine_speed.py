@@ -1,0 +1,269 @@
+"""Speed of the serving engine beside `transformers` on the same weights in the same process, and against its goals.
+
+python -m benchmarks.engine_speed [--model nano] [--tokens 96] [--repeats 3] [--threads 2] [--only PART] [--json FILE]
+
+Float32, greedy, cache on, prompts of real text (this package's sources). Ours are whole requests through the engine,
+timed from outside; theirs is the bare model in a loop, each experts implementation, the fastest counts. Rounds are
+interleaved and medians taken. Parts: decode (batches 1-16, helper and pure torch, exact and not, without a draft),
+prefill, speculation (on against off at every batch from 1 to 16), hits (first token behind a cached 64K prefix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.decode import IMPLEMENTATIONS, decode, load_oracle, their_step
+
+from pelagos.checkpoint import resolve_model
+from pelagos.engine import LLM, SamplingParams
+from pelagos.engine.bench import decode_window, first_token, forget_files, stamp, text_ids
+
+PARTS = ("decode", "prefill", "speculation", "hits")
+SIDES = {  # what `LLM` is told
+    "helper": {"native": None, "exact": True},
+    "helper fast": {"native": None, "exact": False},
+    "torch": {"native": False, "exact": True},
+    "torch fast": {"native": False, "exact": False},
+}
+BATCHES = (1, 2, 4, 8, 16)
+PROMPT = 512
+PREFILLS = (256, 4096)
+PREFIX = 1 << 16
+SLOW_PREFILLS = 2  # theirs of 4,096 tokens takes half a minute
+Figures = dict[str, Any]
+
+
+def main() -> int:
+    """Measure what is asked for, print one JSON object and the goals; the exit code says whether all are met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--json", type=Path, help="also write the result here; parts it has from before are kept")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found: Figures = {}
+    if args.json and args.json.is_file():
+        found = json.loads(args.json.read_text(encoding="utf-8"))["parts"]
+    for part in args.only or PARTS:
+        marks = stamp("python -m benchmarks.engine_speed " + " ".join(sys.argv[1:]))
+        measured = {"decode": measure_decode, "prefill": measure_prefill, "speculation": measure_speculation,
+                    "hits": measure_hits}[part](args)  # fmt: skip
+        found[part] = measured | {"marks": marks | {"load_average_after": stamp("")["load_average"]}}
+        goals = goal_lines(found)
+        text = json.dumps({"bench": "engine_speed", "model": args.model, "parts": found, "goals": goals}, indent=1)
+        if args.json:
+            args.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    for goal in goals:
+        print(f"{'met ' if goal['met'] else 'MISS'} {goal['goal']}: {goal['measured']}", file=sys.stderr)
+    return int(not all(goal["met"] for goal in goals))
+
+
+def open_side(args: argparse.Namespace, side: str, **options: Any) -> LLM:
+    """One of ours, without prefix cache and draft unless told otherwise."""
+    return LLM(args.model, **({"prefix_cache": False, "speculation": False} | SIDES[side] | options))
+
+
+def rounds(
+    repeats: int, makers: dict[str, Callable[[], float]], *, limits: dict[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Call every maker once a round, after one round that warms up; `limits` has fewer rounds for the slow ones."""
+    taken: dict[str, list[float]] = {name: [] for name in makers}
+    for index in range(repeats + 1):
+        for name, make in makers.items():
+            if index > (limits or {}).get(name, repeats):
+                continue
+            value = make()
+            if index:
+                taken[name].append(value)
+            print(f"{name}: {value:.3f}{'' if index else ' (warm-up)'}", file=sys.stderr, flush=True)
+    return taken
+
+
+def medians(taken: dict[str, list[float]], digits: int = 3) -> dict[str, Any]:
+    """Median, least and most of each list."""
+    return {
+        name: {"median": round(statistics.median(v), digits), "range": [round(min(v), digits), round(max(v), digits)]}
+        for name, v in taken.items()
+    }
+
+
+def text_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
+    """Pieces of real text that follow one another."""
+    ids = text_ids(llm.tokenizer, count * length)
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
+
+
+@torch.inference_mode()
+def measure_decode(args: argparse.Namespace) -> Figures:
+    """Milliseconds a step of ours at each batch and of theirs at 1 and 16."""
+    ours = {side: open_side(args, side, max_requests=max(BATCHES)) for side in SIDES}
+    prompts = text_prompts(next(iter(ours.values())), max(BATCHES), PROMPT)
+    makers: dict[str, Callable[[], float]] = {}
+    for batch in BATCHES:
+        for side, llm in ours.items():
+            makers[f"{side} {batch}"] = lambda llm=llm, batch=batch: (
+                decode_window(llm.engine, prompts[:batch], tokens=args.tokens).ms_per_step
+            )
+    oracle = load_oracle(resolve_model(args.model))
+    for batch in (1, max(BATCHES)):
+        for name in IMPLEMENTATIONS:
+            ids = torch.tensor(prompts[:batch])
+            makers[f"transformers {name} {batch}"] = lambda ids=ids, name=name: (
+                1e3 * decode_batch(their_step(oracle, name), ids, args.tokens) / args.tokens
+            )
+    taken = rounds(args.repeats, makers)
+    same = greedy_tokens(ours["helper"], prompts[0], args.tokens)
+    _, theirs = decode(their_step(oracle, "eager"), torch.tensor([prompts[0]]), args.tokens)
+    for llm in ours.values():
+        llm.close()
+    return {"ms_per_step": medians(taken), "prompt": PROMPT, "tokens": args.tokens, "same_tokens": same[1:] == theirs}
+
+
+def decode_batch(step: Callable[[torch.Tensor], torch.Tensor], prompts: torch.Tensor, count: int) -> float:
+    """Prefill (B, S) outside the clock, then seconds of `count` greedy steps of the whole batch."""
+    token = step(prompts).argmax(-1, keepdim=True)
+    started = time.perf_counter()
+    for _ in range(count):
+        token = step(token).argmax(-1, keepdim=True)
+    return time.perf_counter() - started
+
+
+def greedy_tokens(llm: LLM, prompt: list[int], count: int) -> list[int]:
+    """Our greedy continuation, one token longer than theirs is recorded."""
+    [done] = llm.generate([prompt], SamplingParams(max_tokens=count + 1, temperature=0, ignore_eos=True))
+    return done.token_ids
+
+
+@torch.inference_mode()
+def measure_prefill(args: argparse.Namespace) -> Figures:
+    """Milliseconds from submit to the first token, theirs from the call to the logits."""
+    ours = {side: open_side(args, side, max_requests=1) for side in SIDES}
+    ids = text_ids(next(iter(ours.values())).tokenizer, max(PREFILLS))
+    oracle = load_oracle(resolve_model(args.model))
+    makers: dict[str, Callable[[], float]] = {}
+    limits = {}
+    for length in PREFILLS:
+        for side, llm in ours.items():
+            makers[f"{side} {length}"] = lambda llm=llm, n=length: 1e3 * first_token(llm.engine, ids[:n])[0]
+        for name in IMPLEMENTATIONS:
+            key = f"transformers {name} {length}"
+            limits[key] = SLOW_PREFILLS if length == max(PREFILLS) else args.repeats
+            makers[key] = lambda name=name, n=length: 1e3 * seconds(their_step(oracle, name), torch.tensor([ids[:n]]))
+    taken = rounds(args.repeats, makers, limits=limits)
+    for llm in ours.values():
+        llm.close()
+    return {"first_token_ms": medians(taken)}
+
+
+def seconds(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor) -> float:
+    """Seconds one forward takes."""
+    started = time.perf_counter()
+    step(prompt)
+    return time.perf_counter() - started
+
+
+def measure_speculation(args: argparse.Namespace) -> Figures:
+    """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled."""
+    on, off = (open_side(args, "helper", speculation=each, max_requests=16) for each in (True, False))
+    prompts = text_prompts(on, 16, 300)
+    rows = []
+    for batch in range(1, 17):
+        for temperature in (0.0, 1.0):
+            ways = {"on": on, "off": off}
+            got: dict[str, list[Any]] = {"on": [], "off": []}
+            for _ in range(args.repeats):
+                for name, llm in ways.items():
+                    window = decode_window(llm.engine, prompts[:batch], tokens=args.tokens, temperature=temperature)
+                    got[name].append(window)
+            rate = {name: statistics.median(each.tokens_per_s for each in runs) for name, runs in got.items()}
+            drafted = sum(each.drafted for each in got["on"])
+            accepted = sum(each.accepted for each in got["on"])
+            rows.append({
+                "batch": batch, "temperature": temperature, "ratio": round(rate["on"] / rate["off"], 3),
+                "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
+                "tok_s": {name: round(each, 1) for name, each in rate.items()},
+                "steps_s": round(statistics.median(each.steps_per_s for each in got["on"]), 1),
+            })  # fmt: skip
+            print(rows[-1], file=sys.stderr, flush=True)
+    on.close()
+    off.close()
+    return {"rows": rows, "tokens": args.tokens, "prompt": 300}
+
+
+def measure_hits(args: argparse.Namespace) -> Figures:
+    """Milliseconds to the first token behind a cached prefix of 64K: from RAM, then from disk by a fresh engine."""
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"prefix_cache": True, "disk_dir": Path(folder), "disk_policy": "turns"}
+        llm = open_side(args, "helper", max_requests=1, **options)
+        ids = text_ids(llm.tokenizer, PREFIX)
+        cold, _ = first_token(llm.engine, ids, cuts=(PREFIX,))
+        ram = [first_token(llm.engine, [*ids, token]) for token in range(5, 10)]
+        llm.close()
+        written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        ssd = []
+        for token in range(20, 23):
+            forget_files(Path(folder))
+            llm = open_side(args, "helper", max_requests=1, **options)
+            first_token(llm.engine, ids[-40:])  # any engine's first step is slow
+            ssd.append(first_token(llm.engine, [*ids, token]))
+            llm.close()
+    taken = {"ram": [1e3 * each[0] for each in ram], "ssd": [1e3 * each[0] for each in ssd]}
+    return {
+        "prefix": PREFIX, "cold_ms": round(1e3 * cold, 1), "disk_bytes": written, "first_token_ms": medians(taken, 2),
+        "cached_tokens": {"ram": [each[1] for each in ram], "ssd": [each[1] for each in ssd]},
+    }  # fmt: skip
+
+
+def goal_lines(found: Figures) -> list[Figures]:
+    """Each goal that the measured parts speak to: what is asked, what was measured, whether it is met."""
+    goals: list[Figures] = []
+
+    def add(goal: str, measured: float, met: bool) -> None:
+        goals.append({"goal": goal, "measured": round(measured, 3), "met": bool(met)})
+
+    def peer(times: dict[str, Any], size: int) -> float:
+        return min(times[f"transformers {name} {size}"]["median"] for name in IMPLEMENTATIONS)
+
+    if "decode" in found:
+        times = found["decode"]["ms_per_step"]
+        asked = [("helper", 1, 10), ("helper fast", 1, 10), ("helper", 16, 6), ("helper fast", 16, 6)]
+        for side, batch, least in [*asked, ("torch", 1, 3), ("torch fast", 1, 3)]:
+            ratio = peer(times, batch) / times[f"{side} {batch}"]["median"]
+            add(f"{side} decode at batch {batch} >= {least}x transformers", ratio, ratio >= least)
+        for kind, first in (("helper", 1), ("torch", 4)):
+            for batch in BATCHES:
+                cost = times[f"{kind} {batch}"]["median"] / times[f"{kind} fast {batch}"]["median"] - 1
+                if batch >= first:
+                    add(f"{kind} exact costs <= 15 % at batch {batch}", cost, cost <= 0.15)
+    if "prefill" in found:
+        times = found["prefill"]["first_token_ms"]
+        for side in ("helper", "helper fast"):
+            for length, least in ((4096, 6), (256, 1)):
+                ratio = peer(times, length) / times[f"{side} {length}"]["median"]
+                add(f"{side} prefill of {length} >= {least}x transformers", ratio, ratio >= least)
+    if "speculation" in found:
+        worst = min(row["ratio"] for row in found["speculation"]["rows"])
+        add("speculation never under 0.97x of none at batches 1-16", worst, worst >= 0.97)
+    if "hits" in found:
+        for source, most in (("ram", 150), ("ssd", 300)):
+            took = found["hits"]["first_token_ms"][source]["median"]
+            used = min(found["hits"]["cached_tokens"][source])
+            add(f"first token behind 64K from {source} <= {most} ms", took, took <= most and used > PREFIX // 2)
+    return goals
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

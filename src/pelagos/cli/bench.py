@@ -1,0 +1,55 @@
+"""`pelagos bench`: speed of this build on this machine. Plain argparse: runs without typer and rich."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from pelagos.cli.counts import parse_tokens
+
+_COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
+_LISTS = ("contexts", "batches")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, measure, print: one JSON line a figure on stdout or into --out, a table on stderr."""
+    parser = argparse.ArgumentParser(prog="pelagos bench", description="Measure speed on this machine.")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    about = "Prefill, decode and cache hits of the serving engine, one JSON line a figure."
+    engine = benches.add_parser("engine", help=about, description=about)
+    engine.add_argument("--model", default="nano", help="bundled name, checkpoint directory or cached hub id")
+    engine.add_argument("--contexts", default="1K,8K,64K,128K", help="tokens before the measured ones")
+    engine.add_argument("--batches", default="1,2,4,8,16", help="sequences that decode together")
+    engine.add_argument("--tokens", type=int, default=64, help="decoded tokens a sequence and figure")
+    engine.add_argument("--chunk-tokens", type=int, metavar="N", help="prompt tokens a step (default: the engine's)")
+    engine.add_argument("--mode", default="reference", help="number mode: reference or released")
+    engine.add_argument("--device", help="device of the weights, such as cpu or cuda")
+    engine.add_argument("--no-native", action="store_true", help="leave the compiled helper out")
+    engine.add_argument("--no-exact", action="store_true", help="give up bits that do not depend on the batch")
+    engine.add_argument("--no-speculation", action="store_true", help="decode without a draft")
+    engine.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
+    args = parser.parse_args(argv)
+    rows = _engine(args)
+    with nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8") as sink:
+        print("".join(f"{name:>15}" for name in _COLUMNS), file=sys.stderr)
+        for row in rows:
+            print(json.dumps(row), file=sink, flush=True)
+            cells = ("" if row.get(name) is None else row[name] for name in _COLUMNS)
+            print("".join(f"{cell:>15}" for cell in cells), file=sys.stderr)
+    return 0
+
+
+def _engine(args: argparse.Namespace) -> Any:
+    from pelagos.engine.bench import engine_rows
+
+    options: dict[str, Any] = {"mode": args.mode, "device": args.device, "exact": not args.no_exact}
+    options["speculation"] = not args.no_speculation
+    options |= {"native": False} if args.no_native else {}
+    options |= {} if args.chunk_tokens is None else {"chunk_tokens": args.chunk_tokens}
+    contexts, batches = ([parse_tokens(each, name) for each in getattr(args, name).split(",")] for name in _LISTS)
+    return engine_rows(args.model, contexts=contexts, batches=batches, tokens=args.tokens, **options)
