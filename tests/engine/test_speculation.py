@@ -115,7 +115,7 @@ class World:
 
     def pace(self, policy: AdaptiveDepth | int, steps: int) -> float:
         """Tokens a second under a policy or at a fixed depth."""
-        tokens, seconds = 0, 0.0
+        tokens = seconds = 0.0
         for time in range(steps):
             if self.life and time % self.life == self.life - 1:
                 self._replace(time, policy)
@@ -125,7 +125,7 @@ class World:
                 agreed = next((at for at in range(count) if draft.tokens[at]), count)
                 picked = [0] * (agreed + 1)  # the target always picks 0; a wrong draft is 1
                 outcomes.append(Outcome(key, count, picked))
-                tokens += len(picked)
+                tokens += 1 + sum(math.prod(draft.confidence[: at + 1]) for at in range(count))  # expected: no luck
                 self.behind[key] = min(self.behind[key] + len(picked) - bool(draft.tokens), 127)
             spent = self.step(len(self.keys) + sum(counts)) * self._jitter() * (3 if time % _HICCUP == 9 else 1)
             if not isinstance(policy, int):

@@ -396,7 +396,7 @@ class AdaptiveDepth:
 
     def _probe(self) -> list[int] | None:
         """Return the depths of a probe if one can be afforded: some requests deeper, or in turn no drafts at all."""
-        kind = self._turn % 2 if any(self._plan) else 0
+        kind = self._turn % 4 == 3 if any(self._plan) else 0
         probes = [0 if kind else depth for depth in self._plan]
         some = 0 if kind else len(probes) if all(self._plan) else -(-len(probes) // _PROBE_PART)  # much to catch up on
         for at in range(self._turn * some, (self._turn + 1) * some):
