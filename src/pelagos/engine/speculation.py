@@ -18,6 +18,7 @@ import numpy as np
 from pelagos.engine.sampler import Sampler
 from pelagos.kernels.layout import Output, Span
 
+_CAUGHT_UP = 32
 # How often drafts agree: remembered observations, the weight of a guess in them, the guess before the first.
 _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 8
 # Seconds: the share a new sample has, and of that in all entries; the first samples, of which the least counts;
@@ -99,8 +100,12 @@ class MTPDrafter:
     """
 
     def __init__(self, forward: DraftForward, *, window: int, max_depth: int) -> None:
-        """`window` is the draft layer's sliding window; max_depth at most the layout's `rewind`."""
-        self.window = window
+        """`window` is the draft layer's sliding window; max_depth at most the layout's `rewind`.
+
+        At most _CAUGHT_UP rows are caught up on: on nano as many drafts are accepted as with all 128, for a quarter of
+        the seconds; older rows of the window then hold what was there.
+        """
+        self.window = min(window, _CAUGHT_UP)
         self.max_depth = max_depth
         self._forward = forward
         self._fed: dict[str, _Fed] = {}
