@@ -185,15 +185,34 @@ static void best_shrink(Best *best) {
     best->count = best->topk;
 }
 
+void best_begin(Best *best, int64_t topk) {
+    best->topk = topk;
+    best->count = 0;
+    best->limit = UINT64_MAX;
+}
+
+/* Add a rank; the caller has seen to the room. */
+INLINE void best_add(Best *best, uint64_t rank) {
+    best->held[best->count] = rank;
+    best->count += rank <= best->limit;
+}
+
 void best_offer(Best *best, const float *scores, int64_t first, int count) {
     if (best->count + count > best_capacity(best->topk)) best_shrink(best);
-    int64_t held = best->count;
-    for (int i = 0; i < count; i++) {
-        uint64_t rank = rank_of(scores[i], first + i);
-        best->held[held] = rank;
-        held += rank <= best->limit;
+    for (int i = 0; i < count; i++) best_add(best, rank_of(scores[i], first + i));
+}
+
+int64_t best_ranks(Best *best, uint64_t *ranks) {
+    best_shrink(best);
+    memcpy(ranks, best->held, (size_t)best->count * sizeof *ranks);
+    return best->count;
+}
+
+void best_merge(Best *best, const uint64_t *ranks, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        if (best->count == best_capacity(best->topk)) best_shrink(best);
+        best_add(best, ranks[i]);
     }
-    best->count = held;
 }
 
 void best_take(Best *best, int32_t *picks) {

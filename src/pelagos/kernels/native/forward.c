@@ -7,6 +7,8 @@
 #include "vector.h"
 
 #define PAIR 2 /* tokens that share one reading of a site's weights */
+#define FEW 8   /* up to so many tokens, the choice of a token's entries is shared out in PARTS */
+#define PARTS 8
 #define PARAMS (STREAMS + STREAMS * STREAMS) /* post and comb of a token */
 
 /* The items of a stage, as many as this thread gets; END after it waits for the others'. */
@@ -29,6 +31,8 @@ typedef struct {
     int64_t *id, *position;
     int32_t *segment, *chosen, *picks, *order, *fill;
     float *streams, *x, *first, *second, *attended, *latent, *y, *gate, *hidden, *down, *params, *weight, *table[2];
+    uint64_t *part_ranks;
+    int64_t *part_count;
     Segment *segment_of;
     Group *group;
     const float **head_from;
@@ -74,6 +78,8 @@ static int64_t lay_out(Work *w, const Model *m, uint8_t *base, int64_t tokens, i
     CARVE(w->chosen, tokens * m->picks);
     CARVE(w->weight, tokens * m->picks);
     CARVE(w->picks, tokens * m->topk);
+    CARVE(w->part_ranks, FEW * PARTS * m->topk);
+    CARVE(w->part_count, FEW * PARTS);
     CARVE(w->order, slots);
     CARVE(w->fill, m->experts + 1);
     CARVE(w->group, m->experts + slots / ROWS + tokens / ROWS + 2);
@@ -234,8 +240,8 @@ static void enter_token(const Work *w, int64_t t, float *mix, const float *base,
 /* Enter a site with tokens [first, first + rows), at most PAIR. */
 static void enter(const Work *w, int64_t first, int64_t rows, const Matrix *fn, const float *base, const float *scale,
                   const float *norm) {
-    const float *flat[PAIR];
-    float mix[PAIR][2 * LANES], *out[PAIR];
+    const float *flat[PAIR] = {0};
+    float mix[PAIR][2 * LANES], *out[PAIR] = {0};
     for (int64_t r = 0; r < rows; r++) {
         flat[r] = w->streams + (first + r) * STREAMS * w->model->dim;
         out[r] = mix[r];
@@ -324,10 +330,18 @@ static void prepare(const Work *w, const Layer *l, int64_t t, int thread) {
                     l->index_rows, l->index_ape, l->index_norm, l->index_keys);
 }
 
-/* Choose the entries that token t attends, when it may see more than topk. */
-static void choose(const Work *w, const Layer *l, int64_t t, int thread) {
+/* Keys one part of a choice scores: few tokens share their keys out, so that a long past has all threads at work. */
+static int64_t part_keys(const Work *w, int64_t visible) {
+    int64_t parts = w->tokens <= FEW ? PARTS : 1, least = 4 * w->model->topk;
+    int64_t keys = (visible + parts - 1) / parts;
+    return keys > least || parts == 1 ? keys : least;
+}
+
+/* Score part `part` of what token t may see, when that is more than topk, and keep its best. */
+static void choose(const Work *w, const Layer *l, int64_t t, int64_t part, int thread) {
     const Model *m = w->model;
     int64_t visible = (w->position[t] + 1) / l->ratio, heads = (m->index_heads + HEADS - 1) / HEADS * HEADS;
+    int64_t keys = part_keys(w, visible), begin = part * keys, end = begin + keys < visible ? begin + keys : visible;
     if (visible <= m->topk) return;
     const Segment *s = segment_at(w, t);
     Local *local = &w->local[thread];
@@ -342,17 +356,27 @@ static void choose(const Work *w, const Layer *l, int64_t t, int thread) {
         rotate(q, m->index_width, m->rope, w->table[1] + t * m->rope, 1.0f);
         local->index_weights[h] = weights[h] * scale;
     }
-    local->best.topk = m->topk;
-    local->best.count = 0;
-    local->best.limit = UINT64_MAX;
-    for (int64_t first = 0; first < visible; first += TILE) {
-        int count = (int)(visible - first < TILE ? visible - first : TILE);
+    best_begin(&local->best, m->topk);
+    for (int64_t first = begin; first < end; first += TILE) {
+        int count = (int)(end - first < TILE ? end - first : TILE);
         for (int i = 0; i < count; i++)
             local->rows[i] = entry_at(w, s, l->index_keys, l->ratio, first + i, m->index_width);
         index_scores(local->index_q, local->index_weights, heads, m->index_width, local->rows, count, local->scores);
         best_offer(&local->best, local->scores, first, count);
     }
-    best_take(&local->best, w->picks + t * m->topk);
+    if (w->tokens > FEW) best_take(&local->best, w->picks + t * m->topk);
+    else w->part_count[t * PARTS + part] = best_ranks(&local->best, w->part_ranks + (t * PARTS + part) * m->topk);
+}
+
+/* Join the parts of token t's choice. */
+static void join_parts(const Work *w, const Layer *l, int64_t t, int thread) {
+    const Model *m = w->model;
+    Best *best = &w->local[thread].best;
+    if ((w->position[t] + 1) / l->ratio <= m->topk) return;
+    best_begin(best, m->topk);
+    for (int64_t i = t * PARTS; i < (t + 1) * PARTS; i++)
+        best_merge(best, w->part_ranks + i * m->topk, w->part_count[i]);
+    best_take(best, w->picks + t * m->topk);
 }
 
 /* Pointers to keys [first, first + count) of token t's list: window rows from position `oldest`, then entries, all of
@@ -600,8 +624,13 @@ static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     END;
     linear(stage, &l->second, 1, w->first, l->first.n, 0, w->second, l->second.n, 0, tokens);
     if (l->overlap && (w->furthest + 1) / l->ratio > m->topk) {
-        EACH(t, tokens) choose(w, l, t, thread);
+        int64_t parts = tokens <= FEW ? PARTS : 1;
+        EACH(i, tokens * parts) choose(w, l, i / parts, i % parts, thread);
         END;
+        if (parts > 1) {
+            EACH(t, tokens) join_parts(w, l, t, thread);
+            END;
+        }
     }
     EACH(i, tokens * head_groups) attend(w, l, i / head_groups, i % head_groups * HEADS, thread);
     END;

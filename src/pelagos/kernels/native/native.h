@@ -100,7 +100,10 @@ typedef struct {
     uint64_t limit; /* the worst rank that still counts */
 } Best;
 int64_t best_capacity(int64_t topk);
+void best_begin(Best *best, int64_t topk);
 void best_offer(Best *best, const float *scores, int64_t first, int count);
+int64_t best_ranks(Best *best, uint64_t *ranks); /* the best so far, for best_merge; returns how many */
+void best_merge(Best *best, const uint64_t *ranks, int64_t count);
 void best_take(Best *best, int32_t *picks);
 
 #endif
