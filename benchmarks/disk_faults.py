@@ -126,26 +126,25 @@ def inject(fault: str, at: int, draw: random.Random) -> None:
         setattr(os, name, call)
 
     def part_of(real: Callable[..., Any], args: Any) -> None:
-        data = b"".join(args[1])
-        real(args[0], [data[: draw.randrange(len(data))]])
+        real(args[0], args[1][: draw.randrange(len(args[1]))])
 
     def kill(real: Callable[..., Any], name: str, args: Any) -> None:
         if calls["all"] == at:
-            if name == "writev":
+            if name == "write":
                 part_of(real, args)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def fail(real: Callable[..., Any], name: str, args: Any) -> None:
         if at <= calls[name] < at + 3:
-            if name == "writev":
+            if name == "write":
                 part_of(real, args)
-            raise OSError(errno.ENOSPC if name == "writev" else errno.EIO, "injected")
+            raise OSError(errno.ENOSPC if name == "write" else errno.EIO, "injected")
 
     if fault == "kill at a call":
-        for name in ("open", "writev", "fsync", "close", "rename", "unlink", "mkdir", "utime"):
+        for name in ("open", "write", "fsync", "close", "rename", "unlink", "mkdir", "utime"):
             wrap(name, kill)
     elif fault != "none":
-        wrap({"full disk": "writev", "rename fails": "rename", "fsync fails": "fsync"}[fault], fail)
+        wrap({"full disk": "write", "rename fails": "rename", "fsync fails": "fsync"}[fault], fail)
 
 
 # A case: the process that hurts and judges.

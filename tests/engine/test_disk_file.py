@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pelagos.engine import disk_file
 from pelagos.engine.disk import DiskCache
-from pelagos.engine.disk_file import CacheDirectory, DamagedFile, Record, count_intact, read_into
+from pelagos.engine.disk_file import CacheDirectory, DamagedFile, Record
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache_format.md"
 ROW = re.compile(r"\| (\d+) \| (\d+) \| (bytes|u32|u64) \| (\w+) \|")
@@ -84,7 +84,9 @@ def test_the_document_parses_a_file(tmp_path: Path) -> None:
 
 def test_the_numbers_in_the_document() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert f"`{disk_file.HEADER.size} + count * ({disk_file.RECORD.size} + length)` bytes" in text
+    assert (
+        f"`{disk_file.HEADER.size + disk_file.DIGEST_BYTES} + count * ({disk_file.RECORD.size} + length)` bytes" in text
+    )
     assert f"`VERSION` the format version in decimal: {disk_file.VERSION}." in text
 
 
@@ -95,40 +97,28 @@ def test_verify_reads_every_byte(tmp_path: Path) -> None:
     directory = CacheDirectory(tmp_path / "c", create=False)
     [tag] = directory.tags()
     [listed] = directory.list_files(tag)
-    assert [record.position for record in directory.verify(tag, listed).records] == [0, 1, 2]
+    assert [record.position for record in directory.read_table(tag, listed, whole=True).records] == [0, 1, 2]
     path = tmp_path / "c" / tag / listed.name
     raw = path.read_bytes()
     for at in range(len(raw)):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
         with pytest.raises(DamagedFile):
-            directory.verify(tag, listed)
+            directory.read_table(tag, listed, whole=True)
     directory.close()
 
 
 @given(st.lists(st.integers(0, 40), max_size=20), st.integers(0, 30), st.integers(0, 40))
-def test_read_into_fills_buffers_in_order(
+def test_reading_fills_buffers_in_order(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], offset: int, missing: int
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "data"
+    directory = CacheDirectory(tmp_path_factory.getbasetemp() / "buffers")
     data = os.urandom(offset + sum(sizes))
-    path.write_bytes(data[: max(0, len(data) - missing)])
+    (directory.root / "data").write_bytes(data[: max(0, len(data) - missing)])
     buffers = [memoryview(bytearray(size)) for size in sizes]
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        whole = read_into(fd, buffers, offset)
-    finally:
-        os.close(fd)
-    assert whole == (missing == 0 or not sum(sizes))
-    if whole:
-        assert b"".join(buffers) == data[offset:]
-
-
-def test_count_intact_stops_at_the_first_wrong_one() -> None:
-    parts = [memoryview(part) for part in (b"one", b"two", b"three")]
-    sums = [zlib.crc32(part) for part in parts]
-    assert count_intact(parts, sums) == 3
-    assert count_intact([parts[0], parts[2], parts[2]], sums) == 1
-    assert count_intact([], []) == 0
+    directory.read(".", "data", buffers, offset)
+    directory.close()
+    there = data[offset : max(offset, len(data) - missing)]
+    assert b"".join(buffers) == there + bytes(sum(sizes) - len(there))
 
 
 def test_a_file_is_not_opened_through_a_link(tmp_path: Path) -> None:
@@ -136,7 +126,7 @@ def test_a_file_is_not_opened_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "c" / directory.tag("u")).symlink_to(tmp_path)
     (tmp_path / "c" / "link").symlink_to(tmp_path / "c" / "secret")
     with pytest.raises(OSError, match="symbolic links"):
-        directory.open_file(".", "link")
+        directory.read(".", "link", [], 0)
     with directory.locked(1), pytest.raises(OSError, match="Not a directory"):
         directory.publish(directory.tag("u"), disk_file.STATE, bytes(16), [Record(bytes(16), bytes(16), 0, 0)], [b"x"])
     directory.close()

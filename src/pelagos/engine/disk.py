@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,19 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pelagos.engine.disk_file import (
-    PAGES,
-    STATE,
-    VERSION,
-    Bytes,
-    CacheDirectory,
-    DamagedFile,
-    Listed,
-    Record,
-    Table,
-    count_intact,
-    read_into,
-)
+from pelagos.engine.disk_file import PAGES, STATE, VERSION, Bytes, CacheDirectory, DamagedFile, Listed, Record, Table
 from pelagos.errors import CacheError, ConfigError
 
 KEY_BYTES = 16
@@ -142,8 +131,11 @@ class _Job(NamedTuple):
     tag: str
     kind: int
     records: list[Record]
-    payloads: Sequence[Bytes]
-    size: int
+    payloads: list[bytes]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.payloads))
 
 
 @dataclass(slots=True, eq=False)
@@ -276,28 +268,14 @@ class DiskCache:
         disk already are left out and count as used. Buffers other than `bytes` are copied before this returns; what
         the queue has no room for is dropped and counted.
         """
-        tag = self._directory.tag(user)
-        with self._wake:
-            place = self._users.get(tag, _User())
-            known = [place.pages[key][0] for key, _ in items if key in place.pages]
-            self._touch(known)
-            new = [(Record(key, bytes(KEY_BYTES), first + i, 0), data) for i, (key, data) in enumerate(items)]
-            new = [each for each in new if each[0].key not in place.pages]
-        run = max(1, _RUN_BYTES // self._page_bytes)
-        for at in range(0, len(new), run):
-            self._enqueue(tag, PAGES, new[at : at + run])
+        records = [Record(key, bytes(KEY_BYTES), first + i, 0) for i, (key, _) in enumerate(items)]
+        self._enqueue(user, PAGES, records, [data for _, data in items])
 
     def write_state(
         self, user: str, node_key: bytes, remainder: int, key: bytes, position: int, payload: Bytes
     ) -> None:
         """Queue one state at `position`, `remainder` tokens behind a node of the page chain; else as `write_pages`."""
-        tag = self._directory.tag(user)
-        with self._wake:
-            place = self._users.get(tag)
-            if place and key in place.states:
-                self._touch([place.states[key][0]])
-                return
-        self._enqueue(tag, STATE, [(Record(key, node_key, position, remainder), payload)])
+        self._enqueue(user, STATE, [Record(key, node_key, position, remainder)], [payload])
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was queued is on disk or dropped; False when `timeout` seconds were not enough."""
@@ -354,31 +332,29 @@ class DiskCache:
             file.used = now - age
             self._touched.add(file)
 
-    def _enqueue(self, tag: str, kind: int, items: Sequence[tuple[Record, Bytes]]) -> None:
-        records, payloads, size = [], [], 0
+    def _enqueue(self, user: str, kind: int, records: Sequence[Record], payloads: Sequence[Bytes]) -> None:
+        sizes = {memoryview(data).nbytes for data in payloads}
+        if 0 in sizes or (kind == PAGES and sizes - {self._page_bytes}):
+            raise CacheError(f"write of {max(sizes)} bytes: expected page_bytes={self._page_bytes}, or a state's > 0")
+        for wrong in (key for record in records for key in record[:2] if len(key) != KEY_BYTES):
+            raise CacheError(f"cache key of {len(wrong)} bytes: expected {KEY_BYTES}")
+        tag = self._directory.tag(user)
         with self._wake:
-            room = self._queue_room - self._queued_bytes
-            if self._closing or time.monotonic() < self._paused_until:
-                room = 0
-            for record, data in items:
-                length = memoryview(data).nbytes
-                if not length or (kind == PAGES and length != self._page_bytes):
-                    raise CacheError(
-                        f"write of {length} bytes: expected page_bytes={self._page_bytes}, or a state's > 0"
-                    )
-                if {len(record.key), len(record.node)} != {KEY_BYTES}:
-                    raise CacheError(f"cache keys of {len(record.key)} bytes: expected {KEY_BYTES}")
-                if size + length > room:
-                    break
-                size += length
-                records.append(record)
-                payloads.append(data)
-            self._counts["dropped"] += len(items) - len(records)
-            self._queued_bytes += size
-        payloads = [data if isinstance(data, bytes) else bytes(data) for data in payloads]
-        if records:
+            place = self._users.get(tag, _User())
+            known = place.pages if kind == PAGES else place.states
+            self._touch(known[record.key][0] for record in records if record.key in known)
+            new = [each for each in zip(records, payloads, strict=True) if each[0].key not in known]
+            length = max(sizes, default=1)
+            open_ = not self._closing and time.monotonic() >= self._paused_until
+            kept = new[: (self._queue_room - self._queued_bytes) // length if open_ else 0]
+            self._counts["dropped"] += len(new) - len(kept)
+            self._queued_bytes += length * len(kept)
+        run = max(1, _RUN_BYTES // length)
+        for at in range(0, len(kept), run):
+            part = kept[at : at + run]
+            job = _Job(tag, kind, [each for each, _ in part], [bytes(data) for _, data in part])
             with self._wake:
-                self._queue.append(_Job(tag, kind, records, payloads, size))
+                self._queue.append(job)
                 self._wake.notify_all()
 
     # A reader's thread.
@@ -390,12 +366,11 @@ class DiskCache:
                 if not part.buffers:
                     fresh = memoryview(mmap.mmap(-1, part.count * file.length))
                     part.buffers = [fresh[i * file.length : (i + 1) * file.length] for i in range(part.count)]
-                fd = self._directory.open_file(file.tag, file.name)
-                try:
-                    read_into(fd, part.buffers, file.data + part.first * file.length)
-                finally:
-                    os.close(fd)
-                part.intact = count_intact(part.buffers, file.crcs[part.first : part.first + part.count])
+                self._directory.read(file.tag, file.name, part.buffers, file.data + part.first * file.length)
+                for buffer, crc in zip(part.buffers, file.crcs[part.first :], strict=False):
+                    if zlib.crc32(buffer) != crc:
+                        break
+                    part.intact += 1
                 if part.intact < part.count:
                     self._condemn(file)
         except FileNotFoundError:  # evicted by another process: a miss
@@ -427,7 +402,7 @@ class DiskCache:
         if self._forget(file):  # by the first reader that finds it so
             with self._wake:
                 self._counts["damaged"] += 1
-            self._directory.remove(file.tag, file.name)
+            self._path(file).unlink(missing_ok=True)
 
     # The writer's thread: the only one that lists, writes and evicts.
 
@@ -465,8 +440,9 @@ class DiskCache:
             unsure, self._unsure = self._unsure, set()
         for file in touched:
             try:
-                if not self._directory.set_last_use(file.tag, file.name, file.used):
-                    self._forget(file)
+                os.utime(self._path(file), ns=(file.used, file.used), follow_symlinks=False)
+            except FileNotFoundError:
+                self._forget(file)
             except OSError as error:
                 self._count_error(error)
         if unsure and not self._directory.is_alone():
@@ -481,22 +457,17 @@ class DiskCache:
                 self._refresh(sweep=True)
             place = self._users.get(job.tag, _User())
             known = place.pages if job.kind == PAGES else place.states
-            new = [
-                (record, data)
-                for record, data in zip(job.records, job.payloads, strict=True)
-                if record.key not in known
-            ]
+            new = [each for each in zip(job.records, job.payloads, strict=True) if each[0].key not in known]
             if not new:
                 return True
-            records, payloads = zip(*new, strict=True)
-            length = len(payloads[0])
-            if not self._make_room(job.tag, Table(job.kind, b"", length, list(records)).size):
+            records, payloads = (list(each) for each in zip(*new, strict=True))
+            if not self._make_room(job.tag, Table(job.kind, b"", len(payloads[0]), records).size):
                 return False
             listed, table = self._directory.publish(job.tag, job.kind, self._fingerprint, records, payloads)
             with self._wake:
                 self._add(job.tag, listed, table)
                 self._counts["written"] += len(records)
-                self._counts["written_bytes"] += length * len(records)
+                self._counts["written_bytes"] += sum(map(len, payloads))
         return True
 
     def _make_room(self, tag: str, size: int) -> bool:
@@ -517,18 +488,23 @@ class DiskCache:
         while oldest and not fits():
             used, name, file = heapq.heappop(oldest)
             try:
-                latest = max(file.used, self._directory.last_use(file.tag, name))  # others use files too
-                if latest > used:
-                    heapq.heappush(oldest, (latest, name, file))
+                latest = os.lstat(self._path(file)).st_mtime_ns  # others use files too
+                if used < max(file.used, latest) <= time.time_ns():
+                    heapq.heappush(oldest, (max(file.used, latest), name, file))
                     continue
-                removed = self._directory.remove(file.tag, name)
+                self._path(file).unlink()
+                with self._wake:
+                    self._counts["evicted"] += 1
+            except FileNotFoundError:  # by another process
+                pass
             except OSError as error:
                 self._count_error(error)
                 continue
             self._forget(file)
-            with self._wake:
-                self._counts["evicted"] += removed
         return fits()
+
+    def _path(self, file: _File) -> Path:
+        return self._directory.root / file.tag / file.name
 
     def _refresh(self, *, sweep: bool) -> None:
         """Look for what other processes wrote and removed; sweep torn files away when the lock is held."""
@@ -562,7 +538,7 @@ class DiskCache:
         except DamagedFile:
             with self._wake:
                 self._counts["damaged"] += 1
-            self._directory.remove(tag, listed.name)
+            (self._directory.root / tag / listed.name).unlink(missing_ok=True)
             return
         except FileNotFoundError:
             return

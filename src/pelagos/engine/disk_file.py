@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import os
 import re
 import secrets
@@ -18,6 +17,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ MAGIC = b"PELAGOSC"
 VERSION = 1
 PAGES, STATE = 1, 2
 KINDS = {PAGES: "pages", STATE: "state"}
-HEADER = struct.Struct("<8sII16s16sQQ16s")  # magic, version, kind, fingerprint, user, count, length, digest
+HEADER = struct.Struct("<8sII16s16sQQ")  # magic, version, kind, fingerprint, user, count, length; a digest follows
 RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, crc32
 DIGEST_BYTES = 16
-_UNSIGNED_BYTES = HEADER.size - DIGEST_BYTES
+_TABLE = HEADER.size + DIGEST_BYTES  # offset of the table
 _SECRET_BYTES = 32
 _NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\.(pages|state)(\d{1,4})")
 _TAG = re.compile(r"[0-9a-f]{32}")
@@ -65,7 +65,7 @@ class Table(NamedTuple):
     @property
     def data(self) -> int:
         """Byte offset of the first record's data."""
-        return HEADER.size + RECORD.size * len(self.records)
+        return _TABLE + RECORD.size * len(self.records)
 
     @property
     def size(self) -> int:
@@ -131,13 +131,11 @@ class CacheDirectory:
 
     def _read_secret(self) -> bytes | None:
         try:
-            fd = os.open(self.root / "secret", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(self.root / "secret", "rb", opener=_no_link) as file:
+                raw = file.read(_SECRET_BYTES + DIGEST_BYTES + 1)
         except FileNotFoundError:
             return None
-        with open(fd, "rb") as file:
-            raw = file.read(_SECRET_BYTES + DIGEST_BYTES + 1)
-        secret = raw[:_SECRET_BYTES]
-        return secret if raw == secret + _digest(secret) else None
+        return raw[:_SECRET_BYTES] if raw[_SECRET_BYTES:] == _digest(raw[:_SECRET_BYTES]) else None
 
     def _new_secret(self) -> bytes:
         with self.locked(10.0) as held:
@@ -145,7 +143,7 @@ class CacheDirectory:
                 raise CacheError(f"{self.root}: another process holds its lock; try again when that one goes on")
             secret = self._read_secret()
             if secret is None:  # missing, or damaged: then the files made with it are damaged too
-                _remove(self.root / ("secret" + _TEMP))
+                (self.root / f"secret{_TEMP}").unlink(missing_ok=True)
                 secret = secrets.token_bytes(_SECRET_BYTES)
                 _publish(self.root, "secret", [secret + _digest(secret)])
         return secret
@@ -203,20 +201,18 @@ class CacheDirectory:
         sweep: remove torn temporary files, which nobody can be writing while the caller holds the lock.
         Links, other people's files and names that are no cache file's are passed over.
         """
-        folder = self.root / tag
         listed: list[Listed] = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / tag) as found:
             for entry in found:
                 if sweep and entry.name.endswith(_TEMP):
-                    _remove(folder / entry.name)
+                    os.unlink(entry.path)
                 parts = _NAME.fullmatch(entry.name)
-                if parts is None:
+                if parts is None or not entry.is_file(follow_symlinks=False):
                     continue
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     info = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                    if info.st_uid != os.geteuid():
+                        continue
                     kind = PAGES if parts[2] == KINDS[PAGES] else STATE
                     used = min(info.st_mtime_ns, time.time_ns())  # a clock set back must not keep it for ever
                     listed.append(Listed(entry.name, bytes.fromhex(parts[1]), kind, int(parts[3]), info.st_size, used))
@@ -230,155 +226,90 @@ class CacheDirectory:
         After an error no trace of it is left. The caller holds the lock. `crc` of the records is filled in here.
         """
         summed = [each._replace(crc=zlib.crc32(data)) for each, data in zip(records, payloads, strict=True)]
-        table = [RECORD.pack(*record) for record in summed]
-        head = HEADER.pack(*(MAGIC, VERSION, kind, fingerprint, bytes.fromhex(tag), len(table), len(payloads[0])), b"")[
-            :_UNSIGNED_BYTES
-        ]
-        digest = _digest(head + b"".join(table), self._key(tag))
-        folder = self.root / tag
-        folder.mkdir(mode=0o700, exist_ok=True)
+        table = b"".join(RECORD.pack(*record) for record in summed)
+        head = HEADER.pack(MAGIC, VERSION, kind, fingerprint, bytes.fromhex(tag), len(summed), len(payloads[0]))
+        (self.root / tag).mkdir(mode=0o700, exist_ok=True)
         name = f"{fingerprint.hex()}.{secrets.token_hex(8)}.{KINDS[kind]}{VERSION}"
-        _publish(folder, name, [head, digest, *table, *payloads])
+        _publish(self.root / tag, name, [head + _digest(head + table, self._key(tag)) + table, *payloads])
         contents = Table(kind, fingerprint, len(payloads[0]), summed)
         return Listed(name, fingerprint, kind, VERSION, contents.size, time.time_ns()), contents
 
-    def open_file(self, tag: str, name: str) -> int:
-        """Open a cache file for reading, never through a link, and return its descriptor."""
-        return os.open(self.root / tag / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    def read(self, tag: str, name: str, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill buffers in order from a cache file, as far as it goes; never through a link."""
+        left = list(buffers)
+        with self._open(tag, name) as file:
+            while left and (got := os.preadv(file.fileno(), left[:_IOV_MAX], offset)):
+                offset += got
+                while left and got >= len(left[0]):
+                    got -= len(left.pop(0))
+                if got:
+                    left[0] = left[0][got:]
 
-    def read_table(self, tag: str, listed: Listed) -> Table:
-        """Read and check header and table of a file.
+    def _open(self, tag: str, name: str) -> FileIO:
+        return open(self.root / tag / name, "rb", buffering=0, opener=_no_link)
+
+    def read_table(self, tag: str, listed: Listed, *, whole: bool = False) -> Table:
+        """Read and check header and table of a file, and its data when `whole`.
 
         Raises DamagedFile when any bit of them or the file's size is off, CacheError when its name says that it is
         of another format version.
         """
-        fd = self.open_file(tag, listed.name)
-        try:
-            return self._read_table(fd, tag, listed)
-        finally:
-            os.close(fd)
-
-    def _read_table(self, fd: int, tag: str, listed: Listed) -> Table:
         if listed.version != VERSION:
             raise CacheError(f"{listed.name}: format {listed.version}, this build reads {VERSION}; purge it")
-        size = os.fstat(fd).st_size
-        raw = os.pread(fd, 1 << 16, 0)
-        if len(raw) < HEADER.size:
-            raise DamagedFile(f"{listed.name}: {size} bytes, expected a header of {HEADER.size}")
-        magic, version, kind, fingerprint, user, count, length, digest = HEADER.unpack_from(raw)
-        if size != HEADER.size + count * (RECORD.size + length) or not count:
-            raise DamagedFile(
-                f"{listed.name}: {size} bytes, expected another size: truncated, or its header is damaged"
-            )
-        data = HEADER.size + count * RECORD.size
-        if len(raw) < data:
-            raw += os.pread(fd, data - len(raw), len(raw))
-        table = raw[HEADER.size : data]
-        if digest != _digest(raw[:_UNSIGNED_BYTES] + table, self._key(tag)):
-            raise DamagedFile(f"{listed.name}: its header or table is damaged, or it is another user's")
-        if (magic, version, kind, fingerprint, user.hex()) != (MAGIC, VERSION, listed.kind, listed.fingerprint, tag):
-            raise DamagedFile(f"{listed.name}: its header names another kind, model or user than its place does")
-        return Table(kind, fingerprint, length, [Record(*fields) for fields in RECORD.iter_unpack(table)])
-
-    def verify(self, tag: str, listed: Listed) -> Table:
-        """Read one file whole and return its table; DamagedFile when a bit of it is off."""
-        fd = self.open_file(tag, listed.name)
-        try:
-            table = self._read_table(fd, tag, listed)
-            for index, record in enumerate(table.records):
-                if zlib.crc32(os.pread(fd, table.length, table.data + index * table.length)) != record.crc:
-                    raise DamagedFile(f"{listed.name}: record {index} of {len(table.records)} fails its checksum")
-            return table
-        finally:
-            os.close(fd)
-
-    def last_use(self, tag: str, name: str) -> int:
-        """When a file was last used by any process, in nanoseconds; 0 when it is gone or its time is yet to come."""
-        try:
-            used = os.lstat(self.root / tag / name).st_mtime_ns
-        except FileNotFoundError:
-            return 0
-        return used if used <= time.time_ns() else 0
-
-    def set_last_use(self, tag: str, name: str, used: int) -> bool:
-        """Write down a file's last use; False when it is gone."""
-        try:
-            os.utime(self.root / tag / name, ns=(used, used), follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def remove(self, tag: str, name: str) -> bool:
-        """Remove one cache file; False when it was gone already."""
-        return _remove(self.root / tag / name)
+        with self._open(tag, listed.name) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = os.pread(file.fileno(), _TABLE, 0)
+            if len(raw) < _TABLE:
+                raise DamagedFile(f"{listed.name}: {size} bytes, expected at least {_TABLE}")
+            magic, version, kind, fingerprint, user, count, length = HEADER.unpack_from(raw)
+            if size != _TABLE + count * (RECORD.size + length) or not count:
+                raise DamagedFile(f"{listed.name}: {size} bytes, not what its header says: one of them is damaged")
+            head, table = raw[: HEADER.size], os.pread(file.fileno(), count * RECORD.size, _TABLE)
+            if raw[HEADER.size :] != _digest(head + table, self._key(tag)):
+                raise DamagedFile(f"{listed.name}: its header or table is damaged, or it is another user's")
+            found = magic, version, kind, fingerprint, user.hex()
+            if found != (MAGIC, VERSION, listed.kind, listed.fingerprint, tag):
+                raise DamagedFile(f"{listed.name}: its header names another kind, model or user than its place does")
+            contents = Table(kind, fingerprint, length, [Record(*fields) for fields in RECORD.iter_unpack(table)])
+            for index, record in enumerate(contents.records if whole else ()):
+                if zlib.crc32(os.pread(file.fileno(), length, contents.data + index * length)) != record.crc:
+                    raise DamagedFile(f"{listed.name}: record {index} of {count} fails its checksum")
+        return contents
 
     def remove_user(self, tag: str) -> int:
         """Remove a user's folder and return the number of cache files that were in it; the caller holds the lock."""
-        removed = sum(self.remove(tag, each.name) for each in self.list_files(tag, sweep=True))
+        listed = self.list_files(tag, sweep=True)
+        for each in listed:
+            (self.root / tag / each.name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something that is not ours may be in it
             os.rmdir(self.root / tag)
-        return removed
-
-
-def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
-    """Fill buffers in order from a file; False when it ends before."""
-    left = [each for each in buffers if len(each)]
-    while left:
-        got = os.preadv(fd, left[:_IOV_MAX], offset)
-        if not got:
-            return False
-        offset += got
-        left = _rest(left, got)
-    return True
-
-
-def count_intact(buffers: Sequence[memoryview], expected: Sequence[int]) -> int:
-    """How many leading buffers have the CRC-32 that they should."""
-    for index, (buffer, crc) in enumerate(zip(buffers, expected, strict=True)):
-        if zlib.crc32(buffer) != crc:
-            return index
-    return len(expected)
+        return len(listed)
 
 
 def _publish(folder: Path, name: str, parts: Sequence[Bytes]) -> None:
-    fd_folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    temp = name + _TEMP
+    temp, place = name + _TEMP, os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temp, flags, 0o600, dir_fd=fd_folder)
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
         try:
-            try:
-                left = [memoryview(each).cast("B") for each in parts if len(each)]
+            for part in parts:
+                left = memoryview(part)
                 while left:
-                    left = _rest(left, os.writev(fd, left[:_IOV_MAX]))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(temp, name, src_dir_fd=fd_folder, dst_dir_fd=fd_folder)
+                    left = left[os.write(fd, left) :]
+            os.fsync(fd)
+            os.rename(temp, name, src_dir_fd=place, dst_dir_fd=place)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temp, dir_fd=fd_folder)
+                os.unlink(temp, dir_fd=place)
             raise
-        os.fsync(fd_folder)
+        finally:
+            os.close(fd)
+        os.fsync(place)
     finally:
-        os.close(fd_folder)
+        os.close(place)
 
 
-def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
-    ends = itertools.accumulate(map(len, buffers))
-    for index, end in enumerate(ends):
-        if end > done:
-            buffer = buffers[index]
-            return [buffer[len(buffer) - (end - done) :], *buffers[index + 1 :]]
-    return []
-
-
-def _remove(path: Path) -> bool:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _digest(data: bytes, key: bytes = b"") -> bytes:
