@@ -125,6 +125,7 @@ class LocalEngine:
         )  # fmt: skip
         self._counters = EngineStats()
         self._live: dict[str, Live] = {}
+        self._abandoned: list[Live] = []  # ended, but the disk still reads into pages of theirs
         self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
         self._ids = itertools.count(1)
@@ -277,9 +278,9 @@ class LocalEngine:
     def _has_work(self) -> bool:
         """Wait a while for work; False when there is none or the engine closes, and the thread is to end."""
         with self._wake:
-            if not self._live and not self._inbox and not self._closed:
+            if not (self._live or self._inbox or self._abandoned or self._closed):
                 self._wake.wait(LINGER_SECONDS)
-            if self._closed or not (self._live or self._inbox):
+            if self._closed or not (self._live or self._inbox or self._abandoned):
                 self._thread = None
                 return False
             return True
@@ -311,6 +312,9 @@ class LocalEngine:
         return True
 
     def _take_notes(self) -> None:
+        for request in [each for each in self._abandoned if each.ticket is not None and each.ticket.done()]:
+            self._abandoned.remove(request)
+            self._absorb(request)
         while self._inbox:
             request = self._inbox.popleft()
             self._live[request.request_id] = request
@@ -363,6 +367,10 @@ class LocalEngine:
         if request.fetched is None:
             return
         (match, pages), ticket = request.fetched, request.ticket
+        if ticket is not None and not ticket.done():  # the request has ended: what is read into is freed after that
+            ticket.cancel()
+            self._abandoned.append(request)
+            return
         request.fetched = request.ticket = None
         if ticket is not None:
             for at, (page, content) in enumerate(zip(pages, ticket.pages, strict=False)):
@@ -584,9 +592,6 @@ class LocalEngine:
             return
         if request.slot >= 0 and error is None:
             self._write_pages(request)
-        if request.ticket is not None:
-            request.ticket.cancel()
-            request.ticket.wait()
         self._absorb(request)
         self._scheduler.remove(request)
         if self._caches:
@@ -605,6 +610,10 @@ class LocalEngine:
                 self._live[request.request_id] = request
         for request in list(self._live.values()):
             self._end(request, "cancelled")
+        for request in self._abandoned:
+            if request.ticket is not None:
+                request.ticket.wait()
+        self._take_notes()
 
 
 def _live(request: Request) -> Live:
