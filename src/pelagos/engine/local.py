@@ -125,7 +125,7 @@ class LocalEngine:
         )  # fmt: skip
         self._counters = EngineStats()
         self._live: dict[str, Live] = {}
-        self._abandoned: list[Live] = []  # ended, but the disk still reads into pages of theirs
+        self._reading: list[Live] = []  # the disk reads into pages of theirs, though they may have ended
         self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
         self._ids = itertools.count(1)
@@ -278,9 +278,9 @@ class LocalEngine:
     def _has_work(self) -> bool:
         """Wait a while for work; False when there is none or the engine closes, and the thread is to end."""
         with self._wake:
-            if not (self._live or self._inbox or self._abandoned or self._closed):
+            if not (self._live or self._inbox or self._reading or self._closed):
                 self._wake.wait(LINGER_SECONDS)
-            if self._closed or not (self._live or self._inbox or self._abandoned):
+            if self._closed or not (self._live or self._inbox or self._reading):
                 self._thread = None
                 return False
             return True
@@ -312,8 +312,8 @@ class LocalEngine:
         return True
 
     def _take_notes(self) -> None:
-        for request in [each for each in self._abandoned if each.ticket is not None and each.ticket.done()]:
-            self._abandoned.remove(request)
+        for request in [each for each in self._reading if each.ticket is not None and each.ticket.done()]:
+            self._reading.remove(request)
             self._absorb(request)
         while self._inbox:
             request = self._inbox.popleft()
@@ -334,9 +334,7 @@ class LocalEngine:
             request.stops = self._stops(request, Match())
             return Match()
         if request.fetched is not None:
-            if request.ticket is None or not request.ticket.done():
-                return None
-            self._absorb(request)
+            return None
         disk = None if request.asked_disk else self._disk
         match = self._prefix.match(request.chain, len(request.tokens) - 1, disk)
         if match.disk_resume and self._disk is not None:
@@ -360,6 +358,7 @@ class LocalEngine:
             keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
             into = [self._pools.page(page).data for page in pages] if self._pools.on_cpu else None
             request.ticket = self._disk.read(request.user_id, keys, state_key, into=into)
+            self._reading.append(request)
         self._fetches.clear()
 
     def _absorb(self, request: Live) -> None:
@@ -367,10 +366,6 @@ class LocalEngine:
         if request.fetched is None:
             return
         (match, pages), ticket = request.fetched, request.ticket
-        if ticket is not None and not ticket.done():  # the request has ended: what is read into is freed after that
-            ticket.cancel()
-            self._abandoned.append(request)
-            return
         request.fetched = request.ticket = None
         if ticket is not None:
             for at, (page, content) in enumerate(zip(pages, ticket.pages, strict=False)):
@@ -592,7 +587,8 @@ class LocalEngine:
             return
         if request.slot >= 0 and error is None:
             self._write_pages(request)
-        self._absorb(request)
+        if request.ticket is not None:
+            request.ticket.cancel()  # what is read into is freed when the reader has let go of it
         self._scheduler.remove(request)
         if self._caches:
             self._prefix.finish(request.chain, request.cuts[-1] if request.cuts else request.prompt_tokens)
@@ -610,7 +606,7 @@ class LocalEngine:
                 self._live[request.request_id] = request
         for request in list(self._live.values()):
             self._end(request, "cancelled")
-        for request in self._abandoned:
+        for request in self._reading:
             if request.ticket is not None:
                 request.ticket.wait()
         self._take_notes()
