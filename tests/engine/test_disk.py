@@ -116,7 +116,7 @@ def test_reading_into_the_caller_s_buffers(opened: Open) -> None:
     assert len(pages_of(cache.read("u", keys_of(items), into=rows))) == 700
     assert bytes(pool) == b"".join(data for _, data in reversed(items))
     for wrong in (rows[1:], [*rows[1:], memoryview(bytearray(PAGE - 1))], [memoryview(bytes(PAGE))] * 700):
-        with pytest.raises(CacheError, match="expected 700 of 1000 bytes"):
+        with pytest.raises(CacheError, match="expected 700 x 1000 bytes"):
             cache.read("u", keys_of(items), into=wrong)
 
 
@@ -241,6 +241,18 @@ def test_intact_pages_before_the_damage_are_delivered(
         file.write_bytes(raw)
 
 
+def test_nothing_behind_a_damaged_file_is_delivered(opened: Open, root: Path) -> None:
+    cache, items = opened(), chain("a", 8)
+    for at in (0, 4):
+        cache.write_pages("u", items[at : at + 4], first=at)
+        assert cache.flush(20)
+    raw = bytearray(files(root)[0].read_bytes())
+    raw[-3 * PAGE] ^= 1
+    files(root)[0].write_bytes(raw)
+    assert returns(cache, "u", items) == 1
+    assert (cache.stats()["hits"], cache.stats()["misses"], len(files(root))) == (1, 7, 1)
+
+
 def test_a_damaged_secret_makes_the_files_damaged_and_is_replaced(opened: Open, root: Path) -> None:
     cache, items = opened(), chain("a", 4)
     cache.write_pages("u", items)
@@ -349,10 +361,14 @@ def test_last_uses_outlive_the_process(opened: Open, root: Path) -> None:
     assert cache.close(20)
     cache = opened(quota_bytes=7000)
     assert [cache.known_pages(name, keys_of(items)) for name, items in chains.items()] == [3, 0, 3]
+    assert cache.close(20)
     for path in files(root):  # a clock that was ahead
         os.utime(path, ns=(time.time_ns() + 10**15,) * 2)
-    cache = opened(quota_bytes=4000)
-    assert (cache.stats()["files"], cache.stats()["evicted"]) == (1, 1)
+    cache = opened(quota_bytes=7000)
+    for name in "de":
+        cache.write_pages(name, chain(name, 3))
+        assert cache.flush(20)
+    assert [cache.known_pages(name, keys_of(chain(name, 3))) for name in "abcde"] == [0, 0, 0, 3, 3]
 
 
 def test_the_end_of_a_chain_goes_before_its_beginning(opened: Open) -> None:
@@ -427,6 +443,24 @@ def test_a_failed_write_leaves_nothing_and_writing_pauses(
     cache._paused_until = 0.0
     cache.write_pages("u", items)
     assert cache.flush(20)
+    assert returns(cache, "u", items) == 4
+
+
+def test_a_file_that_has_its_name_when_writing_fails_is_counted(
+    opened: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, items, real = opened(), chain("a", 4), os.fsync
+
+    def fail(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "input/output error")
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        cache.write_pages("u", items)
+        assert cache.flush(20)
+    assert (cache.stats()["error_EIO"], cache.stats()["files"], len(files(root))) == (1, 1, 1)
     assert returns(cache, "u", items) == 4
 
 

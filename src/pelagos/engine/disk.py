@@ -233,9 +233,7 @@ class DiskCache:
         if into is not None:
             into = [memoryview(each).cast("B") for each in into]
             if len(into) != len(page_keys) or any(len(each) != self._page_bytes or each.readonly for each in into):
-                raise CacheError(
-                    f"read into {len(into)} buffers: expected {len(page_keys)} of {self._page_bytes} bytes"
-                )
+                raise CacheError(f"read into {len(into)} buffers: expected {len(page_keys)} x {self._page_bytes} bytes")
         ticket = Ticket()
         most = max(1, min(_PART_RECORDS, _PART_BYTES // self._page_bytes))
         with self._wake:
@@ -271,11 +269,9 @@ class DiskCache:
         records = [Record(key, bytes(KEY_BYTES), first + i, 0) for i, (key, _) in enumerate(items)]
         self._enqueue(user, PAGES, records, [data for _, data in items])
 
-    def write_state(
-        self, user: str, node_key: bytes, remainder: int, key: bytes, position: int, payload: Bytes
-    ) -> None:
+    def write_state(self, user: str, node_key: bytes, remainder: int, key: bytes, position: int, data: Bytes) -> None:
         """Queue one state at `position`, `remainder` tokens behind a node of the page chain; else as `write_pages`."""
-        self._enqueue(user, STATE, [Record(key, node_key, position, remainder)], [payload])
+        self._enqueue(user, STATE, [Record(key, node_key, position, remainder)], [data])
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was queued is on disk or dropped; False when `timeout` seconds were not enough."""
