@@ -161,24 +161,24 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _panels(weight: Array, *, narrow: bool) -> Array:
-    """Reorder (n, k) into panels [n / 64][k][64], then [k][32] and [k][16] for the rest; flat, n padded to 16.
+    """Reorder (n, k) into panels [n / 64][k][64], then [k][32] for the rest; flat, n padded to a multiple of 32.
 
-    `narrow` makes it bfloat16, outputs i and i + 16 of every whole 32 in one word: a shift and a mask widen them.
+    `narrow` makes it bfloat16, outputs i and i + 16 of every 32 in one word: a shift and a mask widen them.
     """
     n, k = weight.shape
-    padded = np.zeros((-(-n // _LANES) * _LANES, k), np.float32)
+    padded = np.zeros((_padded(n), k), np.float32)
     padded[:n] = weight
     if narrow:
         padded = _to_bf16(padded)
-        pairs = padded[: len(padded) // 32 * 32].reshape(-1, 2, _LANES, k)
+        pairs = padded.reshape(-1, 2, _LANES, k)
         pairs[:] = pairs.transpose(0, 2, 1, 3).reshape(pairs.shape)
     whole = len(padded) // _PANEL * _PANEL
-    pieces = [padded[:whole].reshape(-1, _PANEL, k).transpose(0, 2, 1).ravel()]
-    for width in (32, 16):
-        if (len(padded) - whole) % (2 * width) >= width:
-            pieces.append(padded[whole : whole + width].T.ravel())
-            whole += width
-    return np.concatenate(pieces)
+    panels = padded[:whole].reshape(-1, _PANEL, k).transpose(0, 2, 1).ravel()
+    return np.concatenate((panels, padded[whole:].T.ravel()))
+
+
+def _padded(outputs: int) -> int:
+    return -(-outputs // 32) * 32
 
 
 class _Weights:
@@ -219,7 +219,7 @@ class _Weights:
         n, k = sum(len(part) for part in stacks[0]), stacks[0][0].shape[1]
         lossless = narrow and all(_is_bf16(part) for parts in stacks for part in parts)
         into.n, into.k, into.bf16 = n, k, int(lossless)
-        each = -(-n // _LANES) * _LANES * k * (2 if lossless else 4)
+        each = _padded(n) * k * (2 if lossless else 4)
         self._plan.append((into, stacks, self._arena_bytes, each))
         self._arena_bytes += -(-len(stacks) * each // _ALIGN) * _ALIGN
 

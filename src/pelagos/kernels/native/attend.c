@@ -3,6 +3,7 @@
 #include "native.h"
 #include "vector.h"
 
+#if NATIVE == 16
 /* Lane 4 * key + head of the result is the dot product of that key and head: channels summed by index mod 16, then
    the lanes by one tree. Adding in pairs while transposing keeps the sixteen sums in one vector. */
 INLINE v16 dots(const float *q, int64_t stride, const float *const *keys, int64_t width) {
@@ -37,6 +38,33 @@ INLINE v16 dots(const float *q, int64_t stride, const float *const *keys, int64_
     return __builtin_shufflevector(pair[0], pair[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
            __builtin_shufflevector(pair[0], pair[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
+#else
+/* Lane 4 * key + head: channels summed by index mod NATIVE, two heads at a time as registers allow, then the lanes. */
+INLINE v16 dots(const float *q, int64_t stride, const float *const *keys, int64_t width) {
+    float out[16];
+    for (int h = 0; h < 4; h += 2) {
+        vn sum[4][2];
+        for (int k = 0; k < 4; k++) sum[k][0] = sum[k][1] = (vn){0};
+        for (int64_t c = 0; c < width; c += NATIVE) {
+            vn one = load_n(q + h * stride + c), two = load_n(q + (h + 1) * stride + c);
+            for (int k = 0; k < 4; k++) {
+                vn key = load_n(keys[k] + c);
+                sum[k][0] = sum[k][0] + key * one;
+                sum[k][1] = sum[k][1] + key * two;
+            }
+        }
+        for (int k = 0; k < 4; k++)
+            for (int j = 0; j < 2; j++) {
+                float lane[NATIVE];
+                store_n(lane, sum[k][j]);
+                for (int n = NATIVE / 2; n; n /= 2)
+                    for (int i = 0; i < n; i++) lane[i] = lane[i] + lane[i + n];
+                out[4 * k + h + j] = lane[0];
+            }
+    }
+    return load(out);
+}
+#endif
 
 /* Fill up keys to a multiple of four with the last one; returns how many lanes of the last vector are real. */
 INLINE i16 real_lanes(int left) {
@@ -56,36 +84,38 @@ void attend_begin(Attend *state, const float *sink) {
     memset(state->out, 0, (size_t)(HEADS * state->width) * sizeof(float));
 }
 
-/* out[h] = out[h] * scale[h] + sum_k weights[k][h] * keys[k] for `nv` vectors of channels, keys in order. */
+/* out[h] = out[h] * scale[h] + sum_k weights[k][h] * keys[k] for `nv` native vectors of channels, keys in order. */
 INLINE void mix(const int nv, float *out, int64_t width, const float *scale, const float *weights,
                 const float *const *keys, int count) {
-    v16 sum[HEADS][4];
+    vn sum[HEADS][4];
     for (int h = 0; h < HEADS; h++)
-        for (int v = 0; v < nv; v++) sum[h][v] = load(out + h * width + v * LANES) * splat(scale[h]);
+        for (int v = 0; v < nv; v++) sum[h][v] = load_n(out + h * width + v * NATIVE) * splat_n(scale[h]);
     for (int k = 0; k < count; k++) {
-        v16 key[4];
-        for (int v = 0; v < nv; v++) {
-            v16 part = load(keys[k] + v * LANES);
-            HOLD(part);
-            key[v] = part;
-        }
+        vn key[4];
+        for (int v = 0; v < nv; v++) key[v] = load_n(keys[k] + v * NATIVE);
         for (int h = 0; h < HEADS; h++) {
-            v16 weight = splat(weights[k * HEADS + h]);
+            vn weight = splat_n(weights[k * HEADS + h]);
             for (int v = 0; v < nv; v++) sum[h][v] = sum[h][v] + weight * key[v];
         }
     }
     for (int h = 0; h < HEADS; h++)
-        for (int v = 0; v < nv; v++) store(out + h * width + v * LANES, sum[h][v]);
+        for (int v = 0; v < nv; v++) store_n(out + h * width + v * NATIVE, sum[h][v]);
 }
 
 /* Functions of their own, or the compiler runs out of registers inside the caller. */
-#define MIX_OF(nv)                                                                                              \
-    static __attribute__((noinline)) void mix_##nv(float *out, int64_t width, const float *scale,               \
-                                                   const float *weights, const float *const *keys, int count) { \
-        mix(nv, out, width, scale, weights, keys, count);                                                       \
+#define MIX_OF(name, nv)                                                                                       \
+    static __attribute__((noinline)) void name(float *out, int64_t width, const float *scale,                  \
+                                               const float *weights, const float *const *keys, int count) {    \
+        mix(nv, out, width, scale, weights, keys, count);                                                      \
     }
-MIX_OF(1)
-MIX_OF(4)
+MIX_OF(mix_narrow, 16 / NATIVE)
+#if NATIVE == 16
+#define WIDE 64
+MIX_OF(mix_wide, 4)
+#else
+#define WIDE 16
+#define mix_wide mix_narrow
+#endif
 
 void attend_tile(Attend *state, const float *q, const float **keys, int count) {
     float *weights = state->weights, scale[LANES];
@@ -108,12 +138,11 @@ void attend_tile(Attend *state, const float *q, const float **keys, int count) {
     store(state->sum, sum);
     store(scale, factor);
     const float *at[TILE];
-    for (int64_t c = 0; c < width;) {
-        int nv = width - c >= 4 * LANES ? 4 : 1;
+    for (int64_t c = 0, step; c < width; c += step) {
+        step = width - c >= WIDE ? WIDE : LANES;
         for (int k = 0; k < count; k++) at[k] = keys[k] + c;
-        if (nv == 4) mix_4(state->out + c, width, scale, weights, at, count);
-        else mix_1(state->out + c, width, scale, weights, at, count);
-        c += nv * LANES;
+        if (step == WIDE) mix_wide(state->out + c, width, scale, weights, at, count);
+        else mix_narrow(state->out + c, width, scale, weights, at, count);
     }
 }
 

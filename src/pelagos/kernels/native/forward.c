@@ -9,6 +9,7 @@
 #define PAIR 2 /* tokens that share one reading of a site's weights */
 #define FEW 8   /* up to so many tokens, the choice of a token's entries is shared out in PARTS */
 #define PARTS 8
+#define MIXES 32 /* outputs of a site's fn as packed: 24, or the head's 4, and zeros */
 #define PARAMS (STREAMS + STREAMS * STREAMS) /* post and comb of a token */
 
 /* The items of a stage, as many as this thread gets; END after it waits for the others'. */
@@ -175,25 +176,31 @@ static void linear(Stage *stage, const Matrix *m, int64_t stacks, const float *a
 
 /* ---- hyper-connections ---- */
 
-/* out[r] = fn . flat[r], one chain a stream, then the four by one tree: alone a chain would only wait for itself. */
+/* out[r] = fn . flat[r] for `nv` native vectors of outputs, one chain a stream, then the four by one tree: alone a
+   chain would only wait for itself. */
 INLINE void mix_tile(const int nv, const int rows, const float *weight, const float *const *flat, int64_t dim,
                      float *const *out) {
-    v16 sum[PAIR][STREAMS][2] = {0};
+    vn sum[PAIR][STREAMS][2] = {0};
     for (int64_t i = 0; i < dim; i++)
         for (int j = 0; j < STREAMS; j++)
             for (int v = 0; v < nv; v++) {
-                v16 w = load(weight + (j * dim + i) * nv * LANES + v * LANES);
-                for (int r = 0; r < rows; r++) sum[r][j][v] = sum[r][j][v] + w * splat(flat[r][j * dim + i]);
+                vn w = load_n(weight + (j * dim + i) * MIXES + v * NATIVE);
+                for (int r = 0; r < rows; r++) sum[r][j][v] = sum[r][j][v] + w * splat_n(flat[r][j * dim + i]);
             }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < nv; v++)
-            store(out[r] + v * LANES, (sum[r][0][v] + sum[r][1][v]) + (sum[r][2][v] + sum[r][3][v]));
+            store_n(out[r] + v * NATIVE, (sum[r][0][v] + sum[r][1][v]) + (sum[r][2][v] + sum[r][3][v]));
 }
 
 static void mix_logits(const Matrix *fn, const float *const *flat, int64_t rows, int64_t dim, float *const *out) {
-    if (fn->n <= LANES) mix_tile(1, 1, fn->data, flat, dim, out); /* the head's; its callers bring one row */
-    else if (rows == 1) mix_tile(2, 1, fn->data, flat, dim, out);
-    else mix_tile(2, 2, fn->data, flat, dim, out);
+    const int nv = NATIVE == 16 ? 2 : 1;
+    const float *weight = fn->data;
+    float *to[PAIR] = {0};
+    for (int64_t first = 0; first < MIXES; first += nv * NATIVE) {
+        for (int64_t r = 0; r < rows; r++) to[r] = out[r] + first;
+        if (rows == 1) mix_tile(nv, 1, weight + first, flat, dim, to);
+        else mix_tile(nv, 2, weight + first, flat, dim, to);
+    }
 }
 
 static v16 sinkhorn(v16 logits, int64_t iters, float eps) {
@@ -241,7 +248,7 @@ static void enter_token(const Work *w, int64_t t, float *mix, const float *base,
 static void enter(const Work *w, int64_t first, int64_t rows, const Matrix *fn, const float *base, const float *scale,
                   const float *norm) {
     const float *flat[PAIR] = {0};
-    float mix[PAIR][2 * LANES], *out[PAIR] = {0};
+    float mix[PAIR][MIXES], *out[PAIR] = {0};
     for (int64_t r = 0; r < rows; r++) {
         flat[r] = w->streams + (first + r) * STREAMS * w->model->dim;
         out[r] = mix[r];
@@ -669,7 +676,7 @@ static void finish(const Work *w, Stage *stage) {
     EACH(i, w->head_rows) {
         int64_t t = (w->head_from[i] - w->x) / m->dim;
         const float *streams = w->streams + t * size;
-        float mix[LANES], *out = mix;
+        float mix[MIXES], *out = mix;
         mix_logits(&c->fn, &streams, 1, m->dim, &out);
         float inverse = inverse_rms(streams, size, (float)m->eps);
         for (int j = 0; j < STREAMS; j++) mix[j] = mix[j] * inverse * c->scale[0] + c->base[j];

@@ -15,8 +15,8 @@
 #define ROWS 96   /* rows one work item of a product takes */
 #define PANEL 64  /* outputs of one packed panel */
 
-/* `count` stacked weights (n, k), each packed as panels [n / 64][k][64], then one of 32 and one of 16 outputs as
-   needed; in bfloat16 when that loses nothing, and then outputs j and j + 16 of each whole 32 side by side. */
+/* Stacked weights (n, k), each padded to whole 32 outputs and packed as panels [n / 64][k][64], then one of 32 as
+   needed; in bfloat16 when that loses nothing, and then outputs j and j + 16 of each 32 share a word. */
 typedef struct {
     const void *data;
     int64_t n, k, bf16;

@@ -15,8 +15,26 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef float v16_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u16_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+/* The machine's own width, for loops that live in registers: compilers keep wider vectors in memory. */
+#if defined(__AVX512F__)
+#define NATIVE 16
+#define ROOM 24 /* accumulators that fit the registers beside weights and one broadcast */
+#elif defined(__AVX__)
+#define NATIVE 8
+#define ROOM 12
+#else
+#define NATIVE 4
+#define ROOM 12
+#endif
+typedef float vn __attribute__((vector_size(4 * NATIVE)));
+typedef uint32_t un __attribute__((vector_size(4 * NATIVE)));
+typedef float vn_any __attribute__((vector_size(4 * NATIVE), aligned(4), may_alias));
+typedef uint32_t un_any __attribute__((vector_size(4 * NATIVE), aligned(4), may_alias));
+INLINE vn load_n(const float *p) { return *(const vn_any *)p; }
+INLINE void store_n(float *p, vn x) { *(vn_any *)p = x; }
+INLINE vn splat_n(float x) { return x - (vn){0}; }
 
 INLINE v16 load(const float *p) { return *(const v16_any *)p; }
 INLINE void store(float *p, v16 x) { *(v16_any *)p = x; }
