@@ -37,8 +37,7 @@ from pelagos.engine import LLM, SamplingParams, Step
 from pelagos.engine.bench import Timed, stamp, text_ids
 from pelagos.engine.build import MAX_DRAFT
 from pelagos.engine.local import LocalEngine
-from pelagos.engine.speculation import AdaptiveDepth, Draft
-from pelagos.engine.speculation import Outcome as Judged
+from pelagos.engine.speculation import Draft, FixedDepth
 from pelagos.load import load_model, save_model
 from pelagos.model import Transformer
 from pelagos.model.transformer import MTPBlock
@@ -60,6 +59,8 @@ LEAST_CUT = 256
 POLICIES = ("full", "periodic(256)", "turns")  # of the SSD cases; `zero` keeps no state, --cuts has it
 CUT_POLICIES = ("full", "periodic(512)", "zero", "turns")
 CUT_POINTS = 2048
+PROMPTS_LAST = 4  # rounds of the nano list
+STUCK_SECONDS = 20
 CODE = ("src/pelagos/engine", "src/pelagos/kernels", "src/pelagos/model", "src/pelagos/numerics.py")
 Bits = list[tuple[int, bytes]]  # token and the eight bytes of its log-probability
 
@@ -137,23 +138,20 @@ def pairs(case: Case) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
     return itertools.combinations(((name, values[name]) for name in FACTORS), 2)
 
 
-class RandomDepth(AdaptiveDepth):
-    """Drafts and verifies at random depths whether it pays or not."""
+class RandomDepth(FixedDepth):
+    """Drafts and verifies at random depths up to `depth`, whether it pays or not."""
 
-    def __init__(self, max_depth: int, seed: str) -> None:
-        super().__init__(max_depth)
+    def __init__(self, depth: int, seed: str) -> None:
+        super().__init__(depth)
         self._draw = random.Random(seed)
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Any depth for each request."""
-        return [self._draw.randint(0, self.max_depth) for _ in keys]
+        return [self._draw.randint(0, self.depth) for _ in keys]
 
     def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
         """Any part of each draft."""
         return [self._draw.randint(0, len(draft.tokens)) for draft in drafts]
-
-    def observe(self, outcomes: Sequence[Judged], seconds: float | None) -> None:
-        """Learn nothing."""
 
 
 class Bed:
@@ -188,7 +186,7 @@ class Bed:
         """The prompts of a case: text or random ids, every second one a fork of the one before it."""
         found: list[list[int]] = []
         for index in range(case.batch):
-            draw = random.Random(f"{self.name} {case.seed} {index}")
+            draw = random.Random(f"{self.name} {case.seed // PROMPTS_LAST} {index}")
             length = draw.randint(SHORTEST, LONGEST)
             fresh = self._draw(draw, length)
             if index % 2:
@@ -216,11 +214,18 @@ def run(llm: LLM, requests: Sequence[Timed], *, until: Callable[[], bool] = lamb
     """Step the engine until these requests have ended (then their steps), or earlier when `until` says so."""
     engine = llm.engine
     assert isinstance(engine, LocalEngine)
+    moved = time.monotonic()
     with torch.inference_mode():
         while any(each.stream.finish_reason is None for each in requests):
             if until():
                 return []
-            if not engine.step():
+            if engine.step():
+                moved = time.monotonic()
+            elif not engine.stats().requests_waiting + engine.stats().requests_running:
+                break  # one ended with an error, which `finish` raises
+            elif time.monotonic() - moved > STUCK_SECONDS:
+                raise TimeoutError(f"nothing moved for {STUCK_SECONDS} s: {llm.stats()}")
+            else:
                 time.sleep(0.0005)  # waits for the disk
     return [each.finish() for each in requests]
 
@@ -276,37 +281,55 @@ def run_case(bed: Bed, case: Case) -> Outcome:
         outcome.accepted += request.stream.accepted_drafts
     outcome.seconds = round(time.perf_counter() - started, 2)
     outcome.missing = unexercised(case, outcome)
+    if numeric_path(llm) != numeric_path(bed.plain(case.path)):
+        outcome.missing.append("same numeric path")  # somebody changed the code meanwhile
     return outcome
 
 
-def prime(llm: LLM, prompts: Iterable[list[int]]) -> None:
-    """Let the engine see the prompts, marking their ends as cuts."""
+def numeric_path(llm: LLM) -> str:
+    """The name of the arithmetic an engine runs on."""
+    assert isinstance(llm.engine, LocalEngine)
+    return llm.engine.numeric_path
+
+
+def prime(llm: LLM, prompts: Sequence[list[int]]) -> None:
+    """Let the engine see the prompts, the first one last, marking their ends as cuts."""
     params = SamplingParams(max_tokens=1, temperature=0)
-    run(llm, [Timed(llm.engine, prompt, params, cuts=(len(prompt),)) for prompt in prompts])
+    for prompt in reversed(prompts):
+        run(llm, [Timed(llm.engine, prompt, params, cuts=(len(prompt),))])
 
 
 def serve(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], steps: int | None) -> list[Timed]:
-    """Submit all at once, or the second half, with priority, after that many steps of the engine."""
+    """Submit all at once, or the second half, with priority, when that many steps were made and the slots are full."""
     first = len(prompts) if steps is None else -(-len(prompts) // 2)
     running = [Timed(llm.engine, prompt, each) for prompt, each in zip(prompts[:first], params, strict=False)]
     if steps is not None:
         goal = llm.stats().steps + steps
-        run(llm, running, until=lambda: llm.stats().steps >= goal)
+
+        def is_busy() -> bool:
+            now = llm.stats()
+            return now.steps >= goal and now.requests_running == now.slots_total
+
+        run(llm, running, until=is_busy)
     for prompt, each in zip(prompts[first:], params[first:], strict=True):
         running.append(Timed(llm.engine, prompt, each, priority=1))
     return running
 
 
 def squeeze(bed: Bed, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
-    """Slots for half the batch, and pages for its longest prompt or for a third of all, whichever is more."""
+    """Slots for a quarter of the batch, and pages for its longest prompt or for a third of all, whichever is more.
+
+    A quarter of what the slots leave is for snapshots of a warm case, which need room for three.
+    """
     config = bed.model.config
-    slots, tokens = -(-case.batch // 2), cost.page_tokens(config)
+    slots, tokens = -(-case.batch // 4), cost.page_tokens(config)
     lengths = [len(prompt) + OUTPUT_TOKENS for prompt in prompts]
     pages = max(-(-max(lengths) // tokens) + 1, -(-case.chunk // tokens), sum(lengths) // (3 * tokens))
     page = sum(cost.page_bytes(config, tokens=tokens, layout="float32").values())
     state = sum(cost.state_bytes(config, layout="float32", draft=True, rewind=MAX_DRAFT).values())
-    snapshots = pages * page // 3 if case.source != "cold" else 0  # a quarter of what the slots leave
-    return {"max_requests": slots, "kv_bytes": slots * state + pages * page + snapshots + page}
+    if case.source == "cold":
+        return {"max_requests": slots, "kv_bytes": slots * state + pages * page}
+    return {"max_requests": slots, "kv_bytes": slots * state + 4 * max(-(-pages * page // 3), 3 * (state + page))}
 
 
 def compare(outcome: Outcome, got: Bits, wanted: Bits) -> None:
@@ -441,7 +464,10 @@ def main() -> int:
             draw = random.Random(args.seed)
             for case in [case for case in cases if draw.random() < args.sample]:
                 if case.key not in done:
-                    record(case.key, run_case(bed, case))
+                    try:
+                        record(case.key, run_case(bed, case))
+                    except TimeoutError as error:
+                        record(case.key, Outcome(missing=[str(error)]))
             for path, policy in itertools.product(paths, CUT_POLICIES if args.cuts else ()):
                 points = [cut for cut in range(1, CUT_POINTS + 1) if draw.random() < args.sample]
                 key = f"cuts {name} {path} {policy} {len(points)}"

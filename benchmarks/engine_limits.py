@@ -239,7 +239,7 @@ def storm(llm: LLM, operations: int, seed: int = 0) -> Figures:
             prompt = [draw.randrange(vocab) for _ in range(draw.randint(1, 400))]
         seen[draw.randrange(len(seen))] = prompt
         wanted = SamplingParams(max_tokens=draw.randint(1, 12), seed=draw.randrange(100), ignore_eos=True)
-        live.append(Timed(llm.engine, prompt, wanted))
+        live.append(Timed(llm.engine, prompt, wanted, priority=draw.randrange(2)))
         counts[kind] += 1
         while len(live) > 24:
             live.pop(0).finish()
