@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pelagos.kernels.layout import CacheLayout, Span
-from pelagos.kernels.ref.tiles import TILE
+from pelagos.config import ModelConfig
+from pelagos.kernels.layout import OVERLAP_RATIO, CacheLayout, Span
+from pelagos.kernels.ref.experts import FEW_ROWS
+from pelagos.kernels.ref.tiles import TILE, best, tile_scores
 from pelagos.kernels.rows import Rows
 
 TOKENS = 1024  # tokens computed at once; longer calls run in turns, which changes no bit
+SPANS = 64  # spans computed at once
 QUERIES = 256  # queries attended at once
+KEYS = 512  # index keys scored at once, a multiple of TILE
 SIZES = (1, 8, TILE)  # queries a block
 
 
@@ -157,10 +161,38 @@ class Batch:
         return self.slot[windows.spans][:, None], (start - torch.arange(keep, 0, -1, device=self.device)).clamp_min(0)
 
 
-def turns(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """Cut spans into batches of at most TOKENS tokens that follow one another."""
+def select(rows: Tensor, places: Tensor) -> Tensor:
+    """Return rows[places] (*places, ...) of rows (R, ...); one copy a row, which indexing is not."""
+    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
+
+
+def entries_of(rows: Rows, index: Tensor, group: Group, batch: Batch) -> Tensor:
+    """Return entries (B, N, width) float32 of each block's sequence; index (B, N), a negative one gives any row."""
+    index = index.clamp_min(0)
+    return rows.read(batch.pages[group.spans[:, None], index // rows.count], index % rows.count)
+
+
+def picks_of(
+    q: Tensor, weights: Tensor, keys: Rows, group: Group, batch: Batch, visible: Tensor, most: int, topk: int
+) -> Tensor:
+    """Return the picked entries (B, Q, topk) int64, ascending, then -1 where fewer are visible (B, Q)."""
+    scores = q.new_empty((*q.shape[:2], 0), dtype=torch.float32)
+    found = visible.new_empty((*q.shape[:2], 0))
+    for low in range(0, most, KEYS):
+        index = torch.arange(low, min(low + KEYS, most + -most % TILE), device=q.device)
+        tile = entries_of(keys, index.minimum(visible[:, -1:] - 1), group, batch).to(q.dtype)
+        fresh = tile_scores(q, tile, weights).masked_fill(index >= visible.unsqueeze(2), -torch.inf)
+        scores, found = torch.cat((scores, fresh), 2), torch.cat((found, index.expand(fresh.shape)), 2)
+        if scores.shape[2] > topk:
+            places = best(scores, topk)
+            scores, found = scores.gather(2, places), found.gather(2, places)
+    return found.masked_fill(scores == -torch.inf, -1)
+
+
+def turns(spans: Sequence[Span], tokens: int = TOKENS) -> Iterator[list[Span]]:
+    """Cut spans into batches of at most `tokens` tokens and SPANS spans that follow one another."""
     part: list[Span] = []
-    room = TOKENS
+    room = tokens
     for span in spans:
         size, at = len(span.tokens), 0
         while at < size:
@@ -170,8 +202,30 @@ def turns(spans: Sequence[Span]) -> Iterator[list[Span]]:
                 span._replace(tokens=span.tokens[at:end], start=span.start + at, logits=logits, streams=streams)
             )
             room, at = room - (end - at), end
-            if room == 0:
+            if room == 0 or len(part) == SPANS:
                 yield part
-                part, room = [], TOKENS
+                part, room = [], tokens
     if part:
         yield part
+
+
+def call_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bound of the bytes that a call over `tokens` tokens takes for a moment in float32; the same beyond TOKENS."""
+    tokens, spans = min(tokens, TOKENS), min(tokens, SPANS)
+    streams = tokens * config.hc_mult * config.hidden_size * (2 * config.hc_mult + 8)
+    heads, width, index_heads = config.num_attention_heads, config.head_dim, config.index_n_heads
+    tile, queries = config.sliding_window + TILE + 16, min(QUERIES, 8 * tokens)
+    blocks = min(spans + QUERIES // SIZES[1], queries)
+    near = 8 * tokens * heads * width + 3 * (spans * config.sliding_window + tokens) * width
+    attended = 2 * blocks * tile * width + queries * (heads * (6 * tile + 8 * width) + 3 * TILE * width)
+    index = KEYS * (2 * blocks * config.index_head_dim + 4 * queries * index_heads)
+    index += queries * KEYS // TILE * index_heads * config.index_head_dim
+    pools = [
+        8 * (tokens + spans * ratio * (1 + overlap)) * width * (1 + overlap)
+        for ratio in config.layer_ratios
+        for overlap in (ratio == OVERLAP_RATIO,)
+    ]
+    rows = tokens * config.num_experts_per_tok + FEW_ROWS * config.n_routed_experts
+    experts = rows * (3 * config.hidden_size + 10 * config.moe_intermediate_size)
+    head = 2 * tokens * config.vocab_size
+    return 4 * (streams + max(near + max(attended + index, *pools), experts, head))

@@ -81,35 +81,12 @@ class FullSequence:
         return new
 
 
-class _Trail:
-    """The last `keep` rows of a growing sequence (B, ., D), appended in place; room for more is made now and then."""
-
-    SLACK = 512
-
-    def __init__(self, like: Tensor, keep: int, fill: float) -> None:
-        self.keep, self.end = keep, keep
-        self._rows = like.new_full((like.shape[0], keep + max(self.SLACK, like.shape[1]), like.shape[2]), fill)
-
-    def append(self, new: Tensor) -> Tensor:
-        """Append new (B, S, D); return a view of the `keep` rows before it and itself, valid until the next call."""
-        length = new.shape[1]
-        if self.end + length > self._rows.shape[1]:
-            last = self._rows[:, self.end - self.keep : self.end].clone()
-            if self.keep + length > self._rows.shape[1]:
-                self._rows = new.new_empty((new.shape[0], self.keep + length + self.SLACK, new.shape[2]))
-            self._rows[:, : self.keep] = last
-            self.end = self.keep
-        self._rows[:, self.end : self.end + length] = new
-        self.end += length
-        return self._rows[:, self.end - length - self.keep : self.end]
-
-
 class _ContiguousLayer:
     """Window rows, compressor tails and entries of one layer in growing tensors."""
 
     def __init__(self, window: int) -> None:
         self._window_size = window
-        self._trails: dict[str, _Trail] = {}
+        self._rows: dict[str, Tensor] = {}
         self._entries: dict[str, tuple[Tensor, int]] = {}
 
     def window(self, kv: Tensor) -> Tensor:
@@ -119,9 +96,10 @@ class _ContiguousLayer:
         return self._append(f"{name} kv", kv, keep, 0.0), self._append(f"{name} score", score, keep, -torch.inf)
 
     def _append(self, name: str, new: Tensor, keep: int, fill: float) -> Tensor:
-        if name not in self._trails:
-            self._trails[name] = _Trail(new, keep, fill)
-        return self._trails[name].append(new)
+        past = self._rows.get(name)
+        rows = torch.cat((new.new_full((len(new), keep, new.shape[2]), fill) if past is None else past, new), 1)
+        self._rows[name] = rows[:, -keep:].clone()
+        return rows
 
     def entries(self, name: str, new: Tensor) -> Tensor:
         buffer, used = self._entries.get(name, (new, 0))

@@ -3,22 +3,24 @@
 At batch 1 a small model spends its time starting operators, not in them: numpy starts one in half a microsecond,
 torch in two to five. This is the forward of `attention.py`, `experts.py` and `transformer.py` for S = B = 1, over the
 same parameters (products that share an input are fused by laying their weights side by side in one buffer, of which
-the parameters become views) and the same `Cache`. `tests/model/test_decode.py` holds it to the forward.
+the parameters become views) and over the cache pools in place. `tests/model/test_decode.py` holds it to the forward.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pelagos.kernels.layout import Output, Span
+from pelagos.kernels.ref.hyper_connection import sinkhorn4
 from pelagos.kernels.ref.norm_rope import rope_frequencies
+from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.attention import Attention, Compressor
-from pelagos.model.cache import Cache, LayerCache
 from pelagos.model.experts import MoE
 from pelagos.model.layers import Linear
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 STREAMS = 4  # sinkhorn4 is unrolled for the released hc_mult
 F32 = np.float32
+MAX_RUNS = 16  # pages in more runs than this are copied to be scored
 
 
 def fuse(linears: Sequence[torch.nn.Parameter]) -> Array:
@@ -41,28 +44,6 @@ def fuse(linears: Sequence[torch.nn.Parameter]) -> Array:
     else:
         buffer = linears[0].detach()
     return buffer.numpy()
-
-
-def sinkhorn4(logits: Array, iters: int, eps: float) -> Array:
-    """`ref.hyper_connection.sinkhorn` of one (4, 4) matrix, as row and column scalings of the softmax in float64."""
-    k = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
-    k = k / k.sum(1, keepdims=True) + eps
-    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = k.tolist()
-    p = q = r = s = 1.0
-    w = 1.0 / (a0 + b0 + c0 + d0 + eps)
-    x = 1.0 / (a1 + b1 + c1 + d1 + eps)
-    y = 1.0 / (a2 + b2 + c2 + d2 + eps)
-    z = 1.0 / (a3 + b3 + c3 + d3 + eps)
-    for _ in range(iters - 1):
-        p /= p * (a0 * w + a1 * x + a2 * y + a3 * z) + eps
-        q /= q * (b0 * w + b1 * x + b2 * y + b3 * z) + eps
-        r /= r * (c0 * w + c1 * x + c2 * y + c3 * z) + eps
-        s /= s * (d0 * w + d1 * x + d2 * y + d3 * z) + eps
-        w /= w * (a0 * p + b0 * q + c0 * r + d0 * s) + eps
-        x /= x * (a1 * p + b1 * q + c1 * r + d1 * s) + eps
-        y /= y * (a2 * p + b2 * q + c2 * r + d2 * s) + eps
-        z /= z * (a3 * p + b3 * q + c3 * r + d3 * s) + eps
-    return (k * np.array([[p], [q], [r], [s]]) * np.array([w, x, y, z])).astype(F32)
 
 
 def _inverse_rms(x: Array, eps: float) -> float:
@@ -119,51 +100,85 @@ class _Site:
         return _norm(x, self.norm, self.eps), (2 * gates[STREAMS:])[:, None], comb
 
 
-class _Pool:
-    """A compressor for one new token."""
+class _Place(NamedTuple):
+    """Where one token goes: its position, its sequence's slot and pages, and the entries that exist already."""
 
-    def __init__(self, module: Compressor) -> None:
+    position: int
+    slot: int
+    pages: Array  # (P,) int64
+    runs: Sequence[slice | Array]  # the pages so far, ids that follow one another as one slice
+    frozen: int
+
+
+def _place(span: Span, page_tokens: int) -> _Place:
+    pages = span.pages[: span.start // page_tokens + 1].astype(np.int64)
+    cuts = np.flatnonzero(np.diff(pages) != 1) + 1
+    runs = [pages] if len(cuts) > MAX_RUNS else [slice(run[0], run[-1] + 1) for run in np.split(pages, cuts)]
+    return _Place(span.start, span.slot, pages, runs, span.frozen)
+
+
+class _Pool:
+    """A compressor for one new token, and the entries it leaves in the pages."""
+
+    def __init__(self, module: Compressor, tail: tuple[Rows, Rows], entries: Rows, rope: _Rope) -> None:
         self.ratio, self.width, self.overlap, self.eps = module.ratio, module.width, module.overlap, module.eps
         self.ape, self.norm = module.ape.detach().numpy(), module.norm.weight.detach().numpy()
-        self.span = self.width * (1 + self.overlap)
+        self.kv, self.score = (rows.parts[0].rows.numpy() for rows in tail)  # (slots, ring, channels)
+        self.entries, self.rope = entries.parts[0].rows.numpy(), rope  # (pages, entries, width)
 
-    def push(self, kv: Array, score: Array, position: int, cache: LayerCache, name: str) -> Array | None:
-        """Append the token's rows; return the entry (width,) they complete, normed, or None."""
-        score = score + self.ape[position % self.ratio]
-        keep = self.ratio * (1 + self.overlap)
-        tails = cache.tail(name, _rows(kv), _rows(score), keep)
-        if (position + 1) % self.ratio:
-            return None
-        values, scores = (t.numpy()[0, -keep:] for t in tails)
+    def push(self, kv: Array, score: Array, place: _Place) -> None:
+        """Put the token's rows into the tail rings, and the entry they complete, if any, into its page."""
+        position, ring = place.position, self.kv.shape[1]
+        self.kv[place.slot, position % ring] = kv
+        np.add(score, self.ape[position % self.ratio], out=self.score[place.slot, position % ring])
+        if (position + 1) % self.ratio or position < place.frozen:
+            return
+        first = max(0, position + 1 - self.ratio * (1 + self.overlap))
+        rows = np.arange(first, position + 1) % ring
+        values, scores = self.kv[place.slot, rows], self.score[place.slot, rows]
         if self.overlap:
-            m, w = self.ratio, self.width
-            values = np.concatenate((values[:m, :w], values[m:, w:]))
-            scores = np.concatenate((scores[:m, :w], scores[m:, w:]))
+            values, scores = self._halves(values), self._halves(scores)
         weights = np.exp(scores - scores.max(0))
-        return _norm((weights * values).sum(0) / weights.sum(0), self.norm, self.eps)
+        entry = _norm((weights * values).sum(0) / weights.sum(0), self.norm, self.eps)
+        self.rope.turn(entry, self.rope.at(position + 1 - self.ratio))
+        page, row = divmod(position // self.ratio, self.entries.shape[1])
+        self.entries[place.pages[page], row] = entry
 
+    def _halves(self, rows: Array) -> Array:
+        cut, width = len(rows) - self.ratio, self.width
+        return np.concatenate((rows[:cut, :width], rows[cut:, width:]))
 
-def _rows(x: Array) -> Tensor:
-    return torch.from_numpy(x).view(1, 1, -1)
+    def first(self, count: int, place: _Place) -> Array:
+        """Return entries 0..count-1 (count, width), a view where every page holds one and the pages follow."""
+        per_page = self.entries.shape[1]
+        pages = place.pages[: -(-count // per_page)]
+        if per_page == 1 and len(place.runs) == 1 and isinstance(run := place.runs[0], slice):
+            return self.entries[run.start : run.start + count, 0]
+        return self.entries[pages].reshape(-1, self.width)[:count]
 
 
 class _Attend:
     """The attention site's inner part for one token."""
 
-    def __init__(self, module: Attention, ropes: dict[bool, _Rope]) -> None:
+    def __init__(self, module: Attention, ropes: dict[bool, _Rope], rows: LayerRows) -> None:
         self.ratio, self.heads, self.width, self.eps = module.ratio, module.heads, module.width, module.eps
         self.window, self.rope = module.window_size, ropes[module.ratio > 0]
         first: list[Linear] = [module.wq_a, module.wkv]
         second: list[Linear] = [module.wq_b]
+        self.ring = rows.window.parts[0].rows.numpy()  # (slots, rows, C)
         self.pool = self.index_pool = None
         if module.compressor is not None:
+            assert rows.main is not None
+            assert rows.main_tail is not None
             first += [module.compressor.wkv, module.compressor.wgate]
-            self.pool = _Pool(module.compressor)
+            self.pool = _Pool(module.compressor, rows.main_tail, rows.main, self.rope)
         if module.indexer is not None:
+            assert rows.index is not None
+            assert rows.index_tail is not None
             inner = module.indexer.compressor
             first += [inner.wkv, inner.wgate, module.indexer.weights_proj]
             second.append(module.indexer.wq_b)
-            self.index_pool = _Pool(inner)
+            self.index_pool = _Pool(inner, rows.index_tail, rows.index, self.rope)
             self.index_heads, self.index_width = module.indexer.heads, module.indexer.width
             self.topk = module.indexer.topk
         ends = np.cumsum([m.weight.shape[0] for m in first]).tolist()
@@ -175,7 +190,7 @@ class _Attend:
         self.wo_a = module.wo_a.weight.detach().unflatten(0, (module.groups, -1)).numpy()
         self.wo_b = module.wo_b.weight.detach().numpy()
 
-    def __call__(self, x: Array, position: int, tables: dict[bool, Array], cache: LayerCache) -> Array:
+    def __call__(self, x: Array, place: _Place, tables: dict[bool, Array]) -> Array:
         """Attend x (D,), already normed; return (D,)."""
         table = tables[self.ratio > 0]
         fused = self.first.dot(x)
@@ -186,33 +201,36 @@ class _Attend:
         self.rope.turn(q, table)
         kv = _norm(parts[1], self.kv_norm, self.eps)
         self.rope.turn(kv, table)
-        rows = cache.window(_rows(kv)).numpy()[0, -min(position + 1, self.window) :]  # (K, C)
-        keys = [rows]
+        keys = self._window(kv, place)
         if self.pool is not None:
-            entries = self._append(self.pool, parts[2], parts[3], position, cache, "main")
+            self.pool.push(parts[2], parts[3], place)
             if self.index_pool is not None:
-                index_keys = self._append(self.index_pool, parts[4], parts[5], position, cache, "index")
-                if len(entries) > self.topk:
-                    entries = entries[self._picks(second, parts[6], index_keys, table)]
-            if len(entries):
-                keys.append(entries)
+                self.index_pool.push(parts[4], parts[5], place)
+            if count := (place.position + 1) // self.ratio:
+                keys.append(self._entries(self.pool, count, second, parts, table, place))
         return self._output(q, keys, table)
 
-    def _append(self, pool: _Pool, kv: Array, score: Array, position: int, cache: LayerCache, name: str) -> Array:
-        entry = pool.push(kv, score, position, cache, name)
-        if entry is None:
-            new = torch.empty(1, 0, pool.width)
-        else:
-            self.rope.turn(entry, self.rope.at(position + 1 - pool.ratio))
-            new = _rows(entry)
-        return cache.entries(name, new).numpy()[0]  # (M, width); all are visible to the newest token
+    def _window(self, kv: Array, place: _Place) -> list[Array]:
+        """Put kv into the ring; return the rows of the window, at most two views."""
+        ring, count = self.ring[place.slot], self.ring.shape[1]
+        low, last = max(0, place.position + 1 - self.window) % count, place.position % count
+        ring[last] = kv
+        return [ring[low : last + 1]] if low <= last else [ring[low:], ring[: last + 1]]
 
-    def _picks(self, second: Array, weights: Array, keys: Array, table: Array) -> Array:
+    def _entries(
+        self, pool: _Pool, count: int, second: Array, parts: list[Array], table: Array, place: _Place
+    ) -> Array:
+        """Return the entries to attend, picked from `count` where they are more than the indexer picks."""
+        if self.index_pool is None or count <= self.topk:
+            return pool.first(count, place)
         q = second[self.heads * self.width :].reshape(self.index_heads, self.index_width).copy()
         self.rope.turn(q, table)
-        scale = F32(self.index_width**-0.5 * self.index_heads**-0.5)
-        scores = (weights * scale).dot(np.maximum(q.dot(keys.T), 0))
-        return np.sort(np.argpartition(-scores, self.topk - 1)[: self.topk])
+        weights = (parts[6] * F32(self.index_width**-0.5 * self.index_heads**-0.5))[None]
+        keys = self.index_pool.entries
+        runs = [np.matmul(weights, np.maximum(np.matmul(q, keys[run].transpose(0, 2, 1)), 0)) for run in place.runs]
+        scores = np.concatenate([run.ravel() for run in runs])[:count]
+        page, row = divmod(np.argpartition(-scores, self.topk - 1)[: self.topk], keys.shape[1])
+        return pool.entries[place.pages[page], row]
 
     def _output(self, q: Array, keys: list[Array], table: Array) -> Array:
         scaled = q * F32(self.width**-0.5)
@@ -267,9 +285,9 @@ class _Mixture:
 
 
 class Decoder:
-    """A model's parameters arranged for `step`; build it once, it follows in-place updates of the parameters."""
+    """A model's parameters arranged for `step` over the float32 rows of two pools; in-place updates are followed."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, layers: Sequence[LayerRows], page_tokens: int) -> None:
         config = model.config
         rope = config.rope_scaling
         yarn = {} if rope is None else {
@@ -281,36 +299,38 @@ class Decoder:
             True: _Rope(rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, **yarn)),
         }
         self.layers = [
-            (_Site(b, "attn"), _Attend(b.attn, self.ropes), _Site(b, "ffn"), _Mixture(b.ffn)) for b in model.blocks
+            (_Site(b, "attn"), _Attend(b.attn, self.ropes, rows), _Site(b, "ffn"), _Mixture(b.ffn))
+            for b, rows in zip(model.blocks, layers, strict=False)
         ]
+        self.page_tokens = page_tokens
         self.embed = model.embed.weight.detach().numpy()
         self.head = tuple(
             p.detach().numpy() for p in (model.hc_head_fn, model.hc_head_base, model.hc_head_scale, model.norm.weight)
         )
+        self.vocabulary = model.head.weight.detach().numpy()
         self.hc_eps, self.eps = config.hc_eps, config.rms_norm_eps
-        self._addresses = addresses(model)
 
-    def is_current(self, model: Transformer) -> bool:
-        """Whether the parameters still live where they did; moving or casting the model makes it stale."""
-        return self._addresses == addresses(model)
+    @staticmethod
+    def covers(model: Transformer) -> bool:
+        """Whether the model is one for it: float32 on the CPU, reference mode, four streams."""
+        plain = model.mode == "reference" and model.carrier == torch.float32 and model.config.hc_mult == STREAMS
+        return plain and model.embed.weight.device.type == "cpu"
 
-    def step(self, token: int, cache: Cache) -> Tensor:
-        """Append one token; return the normed vector (1, 1, D) float32 that the vocabulary head reads."""
-        position = cache.position
-        tables = {kind: rope.at(position) for kind, rope in self.ropes.items()}
+    def step(self, span: Span) -> Output:
+        """Append a span of one token; return what it asks for."""
+        place, token = _place(span, self.page_tokens), int(span.tokens[0])
+        tables = {kind: rope.at(place.position) for kind, rope in self.ropes.items()}
         streams = np.repeat(self.embed[token][None], STREAMS, 0)
-        for index, (attn_site, attend, ffn_site, mixture) in enumerate(self.layers):
+        for attn_site, attend, ffn_site, mixture in self.layers:
             x, post, comb = attn_site.enter(streams)
-            streams = comb.T.dot(streams) + post * attend(x, position, tables, cache.layer(index))
+            streams = comb.T.dot(streams) + post * attend(x, place, tables)
             x, post, comb = ffn_site.enter(streams)
             streams = comb.T.dot(streams) + post * mixture(x, token)
-        fn, base, scale, norm = self.head
-        flat = streams.ravel()
-        mix = fn.dot(flat) * F32(_inverse_rms(flat, self.eps)) * scale + base
-        return _rows(_norm((_sigmoid(mix) + F32(self.hc_eps)).dot(streams), norm, self.eps))
-
-
-def addresses(model: Transformer) -> tuple[int, ...]:
-    """Where the first and last layers' parameters live."""
-    first, last = model.blocks[0], model.blocks[-1]
-    return tuple(p.data_ptr() for p in (model.embed.weight, first.attn.wq_a.weight, last.ffn.experts.w2))
+        logits = np.empty((0, len(self.vocabulary)), F32)
+        if span.logits:
+            fn, base, scale, norm = self.head
+            flat = streams.ravel()
+            mix = fn.dot(flat) * F32(_inverse_rms(flat, self.eps)) * scale + base
+            hidden = _norm((_sigmoid(mix) + F32(self.hc_eps)).dot(streams), norm, self.eps)
+            logits = self.vocabulary.dot(hidden)[None]
+        return Output(logits, streams[None] if span.streams else np.empty((0, *streams.shape), F32))

@@ -17,15 +17,17 @@ from torch.nn import functional
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.layout import CacheLayout, Output, Span
-from pelagos.kernels.ragged import Batch, Group, turns
+from pelagos.kernels.ragged import Batch, Group, call_bytes, entries_of, picks_of, select, turns
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref.gemm import ROWS
-from pelagos.kernels.ref.tiles import TILE, TiledAttention, best, tile_scores
+from pelagos.kernels.ref.tiles import TILE, TiledAttention
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.attention import Attention, Compressor, Indexer, Step
+from pelagos.model.decode import Decoder
+from pelagos.model.exactness import broken_rule
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
 
-KEYS = 512  # index keys scored at once, a multiple of TILE
+FEW = 4  # tokens that the decoder takes faster, one by one, than the batch does together
 
 
 class _Batch(Batch):
@@ -40,7 +42,8 @@ class PagedForward:
     """One model over two pools: pages (num_pages, page_bytes), slots (num_slots, slot_bytes) uint8, zeroed at first.
 
     `exact` keeps a position's bits independent of its company at some cost in small batches. The model's device is
-    where it computes and where the pools lie. Raises ConfigError for pools or a mode that the layout does not fit.
+    where it computes and where the pools lie. Raises ConfigError for pools or a mode that the layout does not fit,
+    and with `exact` where the library's products depend on their company (`exactness.broken_rule`).
     """
 
     def __init__(
@@ -57,27 +60,38 @@ class PagedForward:
             raise ConfigError(
                 f"cache layout of mode {layout.mode!r} for a {model.mode!r} model: expected one of this model"
             )
+        broken = broken_rule(model) if exact else None
+        if broken is not None:
+            raise ConfigError(
+                f"exact=True: this host's library does not keep a row's bits in {broken}; take exact=False "
+                "(logits then depend on their batch in the last bits) or the compiled helper (native=True)"
+            )
         self.model, self.layout, self.exact = model, layout, exact
         self._multiple = ROWS if exact else 1
         self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
+        self._decoder = None
+        if not exact and Decoder.covers(model):
+            with torch.inference_mode(model.embed.weight.is_inference()), torch.no_grad():
+                self._decoder = Decoder(model, self._layers, layout.page_tokens)
         self.weight_bytes = 0  # the weights are the model's own
 
     def scratch_bytes(self, tokens: int) -> int:
-        """Bound of the bytes that a forward over `tokens` tokens takes for a moment."""
-        config = self.model.config
-        return 4 * tokens * (40 * config.hc_mult * config.hidden_size + 4 * config.vocab_size)
+        """Bound of the bytes that a call over `tokens` tokens takes for a moment; calls of any length need no more."""
+        return call_bytes(self.model.config, tokens) * (2 if self.model.mode == "released" else 1)
 
     @property
     def numeric_path(self) -> str:
         """Name what decides a logit's last bits besides the weights: device, library, carrier, number mode."""
         device, model = self.model.embed.weight.device, self.model
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        kind = "exact" if self.exact else "fast"
+        kind = f"{torch.get_num_threads()} threads {'exact' if self.exact else 'fast'}"
         return f"torch {torch.__version__} {device.type} {name} {model.carrier} {model.mode} {kind}"
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Output:
         """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order."""
+        if self._decoder is not None and sum(len(span.tokens) for span in spans) <= FEW:
+            return _joined([self._decoder.step(part[0]) for part in turns(spans, 1)])
         return _joined([self._backbone(part) for part in turns(spans)])
 
     @torch.inference_mode()
@@ -151,9 +165,9 @@ class PagedForward:
         out = torch.empty_like(q[0])
         for group in batch.groups:
             tiles = TiledAttention(
-                _select(q[0], group.places), attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32
+                select(q[0], group.places), attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32
             )
-            tiles.add(_select(keys, group.rows), group.row_mask)
+            tiles.add(select(keys, group.rows), group.row_mask)
             if rows.main is not None:
                 _add_entries(tiles, rows, group, batch, indexer, index_q)
             attended = tiles.result().flatten(0, 1).index_select(0, group.real)
@@ -170,11 +184,6 @@ class PagedForward:
         return torch.cat((old.flatten(0, 1), ring.decode(parts)))
 
 
-def _select(rows: Tensor, places: Tensor) -> Tensor:
-    """Return rows[places] (*places, ...) of rows (R, ...); one copy a row, which indexing is not."""
-    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
-
-
 def _append(
     compressor: Compressor, x: Tensor, rings: tuple[Rows, Rows], entries: Rows, batch: _Batch, indexer: Indexer | None
 ) -> None:
@@ -185,7 +194,7 @@ def _append(
     if windows is not None:
         unit, at = batch.tails(windows, ratio * (1 + overlap))
         values, scores = (
-            _select(torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new)), windows.slots)
+            select(torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new)), windows.slots)
             for ring, new in zip(rings, fresh, strict=True)
         )
         if overlap:
@@ -215,42 +224,19 @@ def _add_entries(
     picks = None
     if indexer is not None and index_q is not None and most > indexer.topk:
         assert rows.index is not None
-        q, weights = (_select(part[0], group.places) for part in index_q)
-        picks = _picks(q, weights, rows.index, group, batch, visible, most, indexer.topk)
+        q, weights = (select(part[0], group.places) for part in index_q)
+        picks = picks_of(q, weights, rows.index, group, batch, visible, most, indexer.topk)
         picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
         most = indexer.topk
     for low in range(0, most, TILE):
         if picks is None:
             index = torch.arange(low, low + TILE, device=batch.device)
-            keys = _entries(rows.main, index.minimum(visible[:, -1:] - 1), group, batch)
+            keys = entries_of(rows.main, index.minimum(visible[:, -1:] - 1), group, batch)
             tiles.add(keys, index < visible.unsqueeze(2))
         else:
             tile = picks[:, :, low : low + TILE]
-            keys = _entries(rows.main, tile.flatten(1), group, batch).unflatten(1, tile.shape[1:])
+            keys = entries_of(rows.main, tile.flatten(1), group, batch).unflatten(1, tile.shape[1:])
             tiles.add(keys, tile >= 0)
-
-
-def _entries(rows: Rows, index: Tensor, group: Group, batch: _Batch) -> Tensor:
-    """Return entries (B, N, width) float32 of each block's sequence; index (B, N), a negative one gives any row."""
-    index = index.clamp_min(0)
-    return rows.read(batch.pages[group.spans[:, None], index // rows.count], index % rows.count)
-
-
-def _picks(
-    q: Tensor, weights: Tensor, keys: Rows, group: Group, batch: _Batch, visible: Tensor, most: int, topk: int
-) -> Tensor:
-    """Return the picked entries (B, Q, topk) int64, ascending, then -1 where fewer are visible (B, Q)."""
-    scores = q.new_empty((*q.shape[:2], 0), dtype=torch.float32)
-    found = visible.new_empty((*q.shape[:2], 0))
-    for low in range(0, most, KEYS):
-        index = torch.arange(low, min(low + KEYS, most + -most % TILE), device=q.device)
-        tile = _entries(keys, index.minimum(visible[:, -1:] - 1), group, batch).to(q.dtype)
-        fresh = tile_scores(q, tile, weights).masked_fill(index >= visible.unsqueeze(2), -torch.inf)
-        scores, found = torch.cat((scores, fresh), 2), torch.cat((found, index.expand(fresh.shape)), 2)
-        if scores.shape[2] > topk:
-            places = best(scores, topk)
-            scores, found = scores.gather(2, places), found.gather(2, places)
-    return found.masked_fill(scores == -torch.inf, -1)
 
 
 def _joined(outputs: list[Output]) -> Output:

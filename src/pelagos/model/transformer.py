@@ -18,7 +18,6 @@ from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.sinkhorn import sinkhorn
 from pelagos.model.attention import CSA_RATIO, Attention, Indexer, Step
 from pelagos.model.cache import Cache, FullSequence, LayerCache
-from pelagos.model.decode import STREAMS, Decoder
 from pelagos.model.experts import Experts, MoE, Router
 from pelagos.model.layers import Linear, RMSNorm
 from pelagos.numerics import FP4_GROUP
@@ -148,7 +147,6 @@ class Transformer(Collapse):
             self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers))
         self.to(dtype)
         self.carrier = dtype
-        self._cpu_decoder: Decoder | None = None
         self.mode = mode
         self.set_mode(mode)
 
@@ -181,27 +179,12 @@ class Transformer(Collapse):
         within the vocabulary, CapacityError for more tokens than the cache holds.
         """
         self._check(ids)
-        continues = cache is not None
         cache = cache if cache is not None else FullSequence(self.config.sliding_window)
         cache.check_room(ids.shape[1])
-        if continues and self._decodes_on_cpu(ids):
-            hidden = self._decoder().step(int(ids), cache)
-        else:
-            streams = self.run(self.step(ids, start=cache.position), cache)
-            hidden = self.collapse(streams[:, -1:] if last_only else streams, self.config)
+        streams = self.run(self.step(ids, start=cache.position), cache)
+        hidden = self.collapse(streams[:, -1:] if last_only else streams, self.config)
         cache.advance(ids.shape[1])
         return self.logits(hidden)
-
-    def _decodes_on_cpu(self, ids: Tensor) -> bool:
-        """Whether `decode.Decoder` covers this call: one token, float32 on the CPU, reference mode, no gradient."""
-        plain = self.mode == "reference" and self.carrier == torch.float32 and not torch.is_grad_enabled()
-        return plain and ids.numel() == 1 and ids.device.type == "cpu" and self.config.hc_mult == STREAMS
-
-    def _decoder(self) -> Decoder:
-        if self._cpu_decoder is None or not self._cpu_decoder.is_current(self):
-            with torch.inference_mode(self.embed.weight.is_inference()), torch.no_grad():
-                self._cpu_decoder = Decoder(self)
-        return self._cpu_decoder
 
     def step(
         self, ids: Tensor, *, start: int = 0, positions: Tensor | None = None, segments: Tensor | None = None

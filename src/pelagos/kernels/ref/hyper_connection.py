@@ -43,6 +43,28 @@ def _sinkhorn_on_cpu(first: Tensor, iters: int, eps: float) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mix.transpose(2, 0, 1))).view(first.shape)
 
 
+def sinkhorn4(logits: np.ndarray, iters: int, eps: float) -> np.ndarray:
+    """`sinkhorn` of one (4, 4) matrix, as row and column scalings of the softmax in float64."""
+    k = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
+    k = k / k.sum(1, keepdims=True) + eps
+    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = k.tolist()
+    p = q = r = s = 1.0
+    w = 1.0 / (a0 + b0 + c0 + d0 + eps)
+    x = 1.0 / (a1 + b1 + c1 + d1 + eps)
+    y = 1.0 / (a2 + b2 + c2 + d2 + eps)
+    z = 1.0 / (a3 + b3 + c3 + d3 + eps)
+    for _ in range(iters - 1):
+        p /= p * (a0 * w + a1 * x + a2 * y + a3 * z) + eps
+        q /= q * (b0 * w + b1 * x + b2 * y + b3 * z) + eps
+        r /= r * (c0 * w + c1 * x + c2 * y + c3 * z) + eps
+        s /= s * (d0 * w + d1 * x + d2 * y + d3 * z) + eps
+        w /= w * (a0 * p + b0 * q + c0 * r + d0 * s) + eps
+        x /= x * (a1 * p + b1 * q + c1 * r + d1 * s) + eps
+        y /= y * (a2 * p + b2 * q + c2 * r + d2 * s) + eps
+        z /= z * (a3 * p + b3 * q + c3 * r + d3 * s) + eps
+    return (k * np.array([[p], [q], [r], [s]]) * np.array([w, x, y, z])).astype(np.float32)
+
+
 def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float, *, ordered: bool = False) -> Tensor:
     """Return fn (R, n*d) applied to the RMS-normalised flattened streams (..., n, d): (..., R) float32.
 

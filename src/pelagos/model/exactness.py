@@ -1,0 +1,97 @@
+"""Whether this host's library keeps the rules that exactness rests on, tried on the model's own parts and shapes.
+
+No library promises that a row of a product has the same bits whatever the other rows, so `PagedForward(exact=True)`
+looks before it starts. What the rules are and why each part follows from them: docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pelagos.kernels.ref import hyper_connection as hc
+from pelagos.kernels.ref.gemm import ROWS, THREAD_ELEMENTS, elementwise
+from pelagos.kernels.ref.tiles import TILE, TiledAttention, tile_scores
+from pelagos.model.attention import Attention, Step
+from pelagos.model.transformer import Block, Transformer
+
+COMPANY = 256 + ROWS  # tokens that a part sees at once
+CUTS = ((0, 4), (4, 24), (100, 164))  # and those it then sees by themselves
+
+Named = Iterator[tuple[str, Tensor]]
+
+
+@torch.inference_mode()
+def broken_rule(model: Transformer) -> str | None:
+    """Return the first part whose bits depend on what else is computed with it, None when there is none."""
+    generator = torch.Generator().manual_seed(0)
+    device, config = model.embed.weight.device, model.config
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, model.carrier)
+
+    streams = drawn(1, COMPANY, config.hc_mult, config.hidden_size)
+    ids = torch.randint(config.vocab_size, (1, COMPANY), generator=generator).to(device)
+    kinds = {block.attn.ratio: block for block in model.blocks}
+    for ratio, block in kinds.items():
+        whole = dict(_tokens(model, block, streams, ids, 0, COMPANY))
+        for begin, end in CUTS:
+            for name, part in _tokens(model, block, streams, ids, begin, end):
+                if not torch.equal(part, whole[name][:, begin:end]):
+                    return f"{name} of a layer of ratio {ratio}: {end - begin} tokens by themselves or among {COMPANY}"
+        q, keys = drawn(TILE, block.attn.heads, block.attn.width), drawn(2 * TILE, block.attn.width)
+        whole = dict(_blocks(block.attn, q, keys, TILE))
+        for size in (1, 8):
+            for name, part in _blocks(block.attn, q, keys, size):
+                if not torch.equal(part, whole[name]):
+                    return f"{name} of a layer of ratio {ratio}: in blocks of {size} queries or of {TILE}"
+    x = torch.randn(3 * THREAD_ELEMENTS + 40, generator=generator).to(device)
+    for function in (torch.exp, torch.sigmoid, torch.cos, torch.sin, functional.softplus, functional.silu):
+        if not torch.equal(elementwise(function, x)[7:100], elementwise(function, x[7:100])):
+            return f"{function.__name__}: 93 values by themselves or among {len(x)}"
+    return None
+
+
+def _tokens(model: Transformer, block: Block, streams: Tensor, ids: Tensor, begin: int, end: int) -> Named:
+    """Yield what tokens begin..end-1 compute without each other, (1, S, ...)."""
+    rows, own = streams[:, begin:end], ids[:, begin:end]
+    step = Step(model.config, own, 0, torch.arange(begin, end, device=ids.device).unsqueeze(0))
+    entered, post, comb = block.site_input(rows, "attn", None)
+    x = block.attn_norm(entered)
+    yield "the hyper-connection", torch.cat((x.flatten(2), post.flatten(2), comb.flatten(2)), 2)
+    latent, q, kv = block.attn.inputs(x, step)
+    yield "the attention's inputs", torch.cat((latent, q.flatten(2), kv), 2)
+    indexer = block.attn.indexer
+    for name, compressor in (("", block.attn.compressor), ("index ", indexer and indexer.compressor)):
+        if compressor is not None:
+            kv, score = compressor.rows(x, step.positions[0])
+            yield f"the {name}compressor", torch.cat((kv, score), 2)
+            slots = score[..., None, : compressor.width].expand(-1, -1, compressor.ratio, -1)
+            yield f"the {name}pooling", compressor.pool(slots, slots, step.table(True), x.dtype)
+    if indexer is not None:
+        q_index, weights = indexer.queries(x, latent, step)
+        yield "the indexer's queries", torch.cat((q_index.flatten(2), weights), 2)
+    rows = hc.hc_post(block.attn.output(q, step), rows, post, comb)
+    yield "the attention's output", rows.flatten(2)
+    rows = block.expert_site(rows, own, None)
+    yield "the experts", rows.flatten(2)
+    if block is model.blocks[-1]:
+        yield "the head", model.logits(model.collapse(rows, model.config))
+
+
+def _blocks(attn: Attention, q: Tensor, keys: Tensor, size: int) -> Named:
+    """Yield what queries q (64, H, C) make of shared keys and of keys of their own (128, C), in blocks of `size`."""
+    blocks, place = TILE // size, torch.arange(2 * TILE, device=q.device)
+    mask = (place[:TILE, None] + TILE // 2 > place).view(blocks, size, -1)
+    tiles = TiledAttention(q.view(blocks, size, *q.shape[1:]), attn.attn_sink)
+    tiles.add(keys.repeat(blocks, 1, 1), mask)
+    tiles.add(keys.repeat(blocks, 1, 1) if size == TILE else keys.repeat(blocks, size, 1, 1), mask)
+    yield "attention", tiles.result().view(q.shape)
+    if attn.indexer is not None:
+        heads, width = attn.indexer.heads, attn.indexer.width
+        index_q = q.repeat(1, heads, -(-width // attn.width))[:, :heads, :width].view(blocks, size, heads, width)
+        index_keys = keys.repeat(blocks, 1, -(-width // attn.width))[..., :width]
+        yield "index scores", tile_scores(index_q, index_keys, index_q[..., 0]).view(TILE, -1)
