@@ -85,7 +85,8 @@ def _open(directory: Path | None) -> CacheDirectory:
     from pelagos.config import read_environment
     from pelagos.engine.disk_file import CacheDirectory
 
-    return CacheDirectory(directory or read_environment().cache_home / "pelagos" / "prefix", create=False)
+    usual = read_environment().cache_home / "pelagos" / "prefix"
+    return CacheDirectory(directory or usual, create=directory is None)
 
 
 def _tags(cache: CacheDirectory, user: str | None) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +18,16 @@ def serve(
         str | None, typer.Option(help="Prompt protocol: preview or 0731 (default: the model's).")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Answer length of requests that name none.")] = 8192,
+    max_requests: Annotated[int, typer.Option(help="Requests computed side by side; the rest wait.")] = 16,
+    kv_bytes: Annotated[int | None, typer.Option(help="Memory of the caches (default: by what is free).")] = None,
+    disk_dir: Annotated[Path | None, typer.Option(help="Directory in which prefixes outlive the server.")] = None,
 ) -> None:
     """Serve a model over HTTP: POST /v1/chat/completions, GET /v1/models, /health, and a page at /."""
-    from pathlib import Path
-
     from pelagos.engine import LLM
     from pelagos.serve import run
 
     def load() -> LLM:
-        return LLM(model, mode=mode, device=device, generation=generation)
+        sizes: dict[str, Any] = {"max_requests": max_requests, "kv_bytes": kv_bytes, "disk_dir": disk_dir}
+        return LLM(model, mode=mode, device=device, generation=generation, **sizes)
 
     run(load, model_name=Path(model).resolve().name, host=host, port=port, max_tokens=max_tokens)

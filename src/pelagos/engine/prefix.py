@@ -180,6 +180,7 @@ class PrefixCache:
         resume, state_key = next(self._states_on(chain, here, max(start, 1), limit, None), (start, None))
         on_disk = (0, 0, None)
         if disk is not None:
+            disk.known_pages(chain.user_id, keys[:here])  # a use of them there too
             there = here + disk.known_pages(chain.user_id, keys[here:])
             _, far = self._recomputed(there, limit)
             deepest, key = next(self._states_on(chain, there, max(far, resume) + 1, limit, disk), (far, None))
