@@ -30,8 +30,14 @@ REWIND = 4
 ODD = dataclasses.replace(
     TINY, num_attention_heads=6, o_groups=2, index_n_heads=5, n_routed_experts=9, num_experts_per_tok=3, vocab_size=123,
     q_lora_rank=19, o_lora_rank=7, head_dim=48, qk_rope_head_dim=12, swiglu_limit=0.5, rope_scaling=None,
+    compress_ratios=(6, 4, 6, 4, 4, 0, 0),
 )  # fmt: skip
-CONFIGS = {"tiny": TINY, "true": TRUE, "odd": ODD}
+CONFIGS = {
+    "tiny": TINY,
+    "true": TRUE,
+    "odd": ODD,
+    "window": dataclasses.replace(TINY, compress_ratios=(0,) * 7, num_hash_layers=0),
+}
 
 
 @dataclasses.dataclass
@@ -137,6 +143,8 @@ def test_nano_batch_threads_and_places_do_not_change_a_bit(nano: World) -> None:
     assert np.array_equal(np.concatenate(rows[0]), whole)
     assert np.array_equal(np.concatenate(rows[1]), nano.all_logits(other, [], 1))
     two.close()
+    with pytest.raises(RequestError, match="closed"):
+        two.forward([])
 
 
 def test_a_step_taken_back_leaves_no_trace(small: World) -> None:
@@ -156,7 +164,7 @@ def test_a_step_taken_back_leaves_no_trace(small: World) -> None:
 def test_a_lost_window_is_recomputed_over_frozen_entries(small: World) -> None:
     layout, ids = small.layout, ids_for(small.model.config, 400)
     whole = small.all_logits(ids, [], 0)
-    frozen = 256
+    frozen = 2 * layout.page_tokens
     start = max(0, frozen - layout.recompute_tokens)
     before = small.pages[small.table(0)[: frozen // layout.page_tokens]].copy()
     small.slots[2] = 0
@@ -200,11 +208,11 @@ def test_only_the_rows_asked_for(small: World) -> None:
 
 
 def test_bad_spans_are_refused(small: World) -> None:
-    ids, table, call = ids_for(small.model.config, 130), small.table(0), small.native.forward
+    ids, table, call = ids_for(small.model.config, 140), small.table(0), small.native.forward
     for span, error, word in (
         (Span(ids[:0], 0, 0, table), RequestError, "at least one token"),
         (Span(ids, -1, 0, table), RequestError, "start >= 0"),
-        (Span(ids, 0, 0, table, logits=131), RequestError, "no more rows"),
+        (Span(ids, 0, 0, table, logits=141), RequestError, "no more rows"),
         (Span(ids, 0, 3, table), CapacityError, "slot 3 of 3"),
         (Span(ids, 0, 0, table[:1]), CapacityError, "2 pages"),
         (Span(ids, 0, 0, table + 1000), CapacityError, "page ids"),
@@ -234,6 +242,8 @@ def test_what_it_does_not_serve_is_an_error() -> None:
         NativeForward(tensors, dataclasses.replace(TINY, head_dim=24), layout, pages, slots, threads=1)
     with pytest.raises(ConfigError, match="'reference'"):
         NativeForward(tensors, TINY, CacheLayout(TINY, "released"), pages, slots, threads=1)
+    with pytest.raises(ConfigError, match="hc_mult=2"):
+        NativeForward(tensors, dataclasses.replace(TINY, hc_mult=2), layout, pages, slots, threads=1)
     with pytest.raises(ConfigError, match="pages"):
         NativeForward(tensors, TINY, layout, slots, slots, threads=1)
     with pytest.raises(CheckpointError, match=r"norm\.weight: not among"):

@@ -32,6 +32,7 @@ FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", 
 TARGETS = ("-march=native", "-mcpu=native")  # the second where a compiler knows the first for x86 only
 BLOCK_TOKENS = 256  # tokens that pass all layers together: what they leave behind stays in the second-level cache
 _LANES, _PANEL, _STREAMS, _ALIGN = 16, 64, 4, 64
+_MOST_LAYERS = 256  # a job of native/threads.c numbers 4096 stages, of which a layer takes up to 15
 _SPAN_FIELDS = 8
 Array = np.ndarray
 Parts = Sequence[Array]  # rows of one weight, to be laid one under another
@@ -250,6 +251,8 @@ def _check_shape(config: ModelConfig) -> None:
     for name in ("hidden_size", "head_dim", "index_head_dim", "moe_intermediate_size"):
         if getattr(config, name) % _LANES:
             raise ConfigError(f"{name}={getattr(config, name)}: the native forward expects a multiple of {_LANES}")
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers={config.num_hidden_layers}: the native forward serves {_MOST_LAYERS}")
     if config.hc_mult != _STREAMS:
         raise ConfigError(f"hc_mult={config.hc_mult}: the native forward expects {_STREAMS}")
 
@@ -277,8 +280,11 @@ class NativeForward:
         if layout.mode != "reference" or threads < 1:
             raise ConfigError(f"layout mode={layout.mode!r}, threads={threads}: expected 'reference' and >= 1")
         for name, pool, width in (("pages", pages, layout.page_bytes), ("slots", slots, layout.slot_bytes)):
-            if pool.dtype != np.uint8 or pool.ndim != 2 or pool.shape[1] != width or not pool.flags.c_contiguous:
-                raise ConfigError(f"{name}: got {pool.dtype} {pool.shape}, expected contiguous uint8 (count, {width})")
+            flat = pool.ndim == 2 and pool.flags.c_contiguous and pool.flags.writeable
+            if not flat or pool.dtype != np.uint8 or pool.shape[1] != width:
+                raise ConfigError(
+                    f"{name}: got {pool.dtype} {pool.shape}, expected contiguous writeable uint8 (count, {width})"
+                )
         built = build()
         if built.path is None:
             raise MissingDependency(f"native forward: {built.reason}")
@@ -307,8 +313,9 @@ class NativeForward:
         return int(self._library.native_scratch(self._pointer, min(tokens, BLOCK_TOKENS), self._threads)) + 64
 
     def close(self) -> None:
-        """End the threads; the object cannot be used afterwards."""
-        self._close()
+        """End the threads; calls afterwards are a RequestError."""
+        with self._lock:
+            self._close()
 
     def forward(self, spans: Sequence[Span]) -> Output:
         """Run the backbone over spans; return their last tokens' logits and streams, rows in span order.
@@ -333,6 +340,8 @@ class NativeForward:
     def _call(self, spans: Sequence[Span], streams: Array | None) -> Output:
         config = self._config
         with self._lock:
+            if not self._close.alive:
+                raise RequestError("native forward: closed; make a new one")
             total, logits, kept = self._lay_out(spans, paged=streams is None)
             block = min(total, BLOCK_TOKENS)
             if block > self._block:
