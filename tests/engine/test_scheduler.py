@@ -81,6 +81,20 @@ def test_the_lowest_rank_gives_way_and_comes_back() -> None:
     assert "b" in run(book.plan())
 
 
+def test_what_is_swapped_out_keeps_its_frozen_entries_while_it_waits_for_room() -> None:
+    book = scheduler(pages=4)
+    book.add(request("a", 500, 0))
+    run(book.plan())
+    swapped = request("b", 300, 1)
+    swapped.swapped_at, swapped.frozen = 200, 256
+    book.add(swapped)
+    run(book.plan())
+    assert (swapped.slot, swapped.computed, swapped.frozen) == (-1, 0, 256)
+    book.remove(book.running[0])
+    assert run(book.plan()) == {"b": 100}
+    assert (swapped.computed, swapped.frozen) == (300, 256)
+
+
 def test_a_higher_priority_takes_the_slot_of_a_lower_one() -> None:
     book = scheduler(slots=1)
     book.add(request("low", 50, 0))

@@ -207,10 +207,11 @@ class Scheduler:
                 if match is None:
                     continue
                 request.pages, request.computed, request.frozen = list(match.pages), match.resume, match.frozen
+            # What was swapped out keeps its frozen: its entries come back with it.
             count = self._chunk(request, budget) if request.pending > 1 else 1
             if not self._grow(request, count):
                 self._pool.release(request.pages[::-1])
-                request.pages, request.computed, request.frozen = [], 0, 0
+                request.pages, request.computed = [], 0
                 return
             request.slot = self._slots.pop()
             self.waiting.remove(request)
