@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SPINS 2000       /* looks at the word before the processor is offered to others */
+#define SPINS 200        /* looks at the word before the processor is offered to others */
 #define IDLE_NS 200000   /* an idle thread looks this long for the next job (decode steps follow closely), then sleeps */
 #define ITEM_BITS 24     /* of the word: items taken of the stage; above them the stage's number */
 #define JOB_BITS 12      /* of the number: stages of a job; above them the job's number, which may wrap */
@@ -87,11 +87,13 @@ static int64_t now_ns(void) {
 static unsigned await_job(Pool *pool, unsigned seen) {
     int64_t until = now_ns() + IDLE_NS;
     unsigned jobs;
-    while (now_ns() < until)
+    while (now_ns() < until) {
         for (int spin = 0; spin < 64; spin++) {
             if ((jobs = atomic_load_explicit(&pool->jobs, memory_order_acquire)) != seen) return jobs;
             relax();
         }
+        sched_yield();
+    }
     pthread_mutex_lock(&pool->mutex);
     pool->sleeping++;
     while ((jobs = atomic_load(&pool->jobs)) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
