@@ -187,8 +187,9 @@ def test_draft_equals_the_torch_draft_in_any_chunks(small: World) -> None:
     assert own.logits.shape == (0, config.vocab_size)
     whole = small.native.draft([Span(ids[1:], 0, 0, small.table(0), logits=300, streams=300)], own.streams)
     np.testing.assert_allclose(whole.logits, expected, atol=2e-4)
+    no_pages = np.empty(0, np.int32)
     parts = [
-        small.native.draft([Span(ids[a + 1 : b + 1], a, 1, small.table(1), logits=b - a, streams=1)], own.streams[a:b])
+        small.native.draft([Span(ids[a + 1 : b + 1], a, 1, no_pages, logits=b - a, streams=1)], own.streams[a:b])
         for a, b in ((0, 1), (1, 40), (40, 41), (41, 300))
     ]
     assert np.array_equal(np.concatenate([p.logits for p in parts]), whole.logits)

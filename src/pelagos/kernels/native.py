@@ -310,7 +310,7 @@ class NativeForward:
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bytes of scratch that calls of up to `tokens` tokens keep; it stops growing at BLOCK_TOKENS."""
-        return int(self._library.native_scratch(self._pointer, min(tokens, BLOCK_TOKENS), self._threads)) + 64
+        return int(self._library.native_scratch(self._pointer, _block(tokens), self._threads)) + _ALIGN
 
     def close(self) -> None:
         """End the threads; calls afterwards are a RequestError."""
@@ -343,16 +343,15 @@ class NativeForward:
             if not self._close.alive:
                 raise RequestError("native forward: closed; make a new one")
             total, logits, kept = self._lay_out(spans, paged=streams is None)
-            block = min(total, BLOCK_TOKENS)
-            if block > self._block:
-                self._block = min(BLOCK_TOKENS, max(16, 1 << (block - 1).bit_length()))
+            if total and _block(total) > self._block:
+                self._block = _block(total)
                 self._scratch = np.empty(self.scratch_bytes(self._block), np.uint8)
             out = np.empty((logits, config.vocab_size), np.float32)
             out_streams = np.empty((kept, _STREAMS, config.hidden_size), np.float32)
             if total:
                 self._library.native_forward(
                     self._pointer, self._pool, self._rows.ctypes.data, len(spans), self._tokens.ctypes.data,
-                    self._page_ids.ctypes.data, self._block, -(-self._scratch.ctypes.data // 64) * 64,
+                    self._page_ids.ctypes.data, self._block, -(-self._scratch.ctypes.data // _ALIGN) * _ALIGN,
                     None if streams is None else streams.ctypes.data, out.ctypes.data, out_streams.ctypes.data,
                 )  # fmt: skip
         return Output(out, out_streams)
@@ -396,6 +395,11 @@ class NativeForward:
         if page_total:
             _check_range("page ids", self._page_ids[:page_total], len(self._pages), CapacityError)
         return total, logits, kept
+
+
+def _block(tokens: int) -> int:
+    """Tokens of a block that scratch is made for: a power of two, so that it seldom grows."""
+    return min(BLOCK_TOKENS, max(16, 1 << (tokens - 1).bit_length()))
 
 
 def _check_range(name: str, values: Array, end: int, error: type[Exception]) -> None:
