@@ -35,18 +35,18 @@ class Group:
     places: Tensor  # (B, Q) in the flat tokens
     real: Tensor  # (k,) places in (B * Q) of those that are not repeated
     real_places: Tensor  # (k,) in the flat tokens
-    rows: Tensor  # (B, K) of the window tile in `Batch.old` rows and then new rows
+    rows: Tensor  # (B, K) of the window tile: of the ring if the batch is short, else of the old rows and then the new
     row_mask: Tensor  # (B, Q, K)
     last: int  # the largest position
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows of one ratio that a batch completes, (N,) each, and where their slots' rows are found."""
+    """The windows of one ratio that a batch completes, N with the last repeated up to a multiple, and their rows."""
 
-    count: int  # the rest, up to a multiple of ROWS, repeats the last one
-    spans: Tensor  # (n,) spans that complete any
-    slots: Tensor  # (N, slots) in the tail rows of those spans and then new rows
+    unit: Tensor  # (n, 1) slots of the spans that complete any
+    past: Tensor  # (n, keep) ring rows of the positions before those spans
+    slots: Tensor  # (N, slots) in the past rows and then the new rows
     hidden: Tensor  # (N, slots, 1) bool: before the sequence
     first: Tensor  # (1, N) first position
     new: Tensor  # (k,) those not frozen, and where they go
@@ -78,9 +78,13 @@ class Batch:
         self.ids, self.positions = (  # (1, T)
             self._put(np.pad(each, (0, pad), mode="edge")).unsqueeze(0) for each in (tokens, positions)
         )
-        self.old = self._put(self.start)[:, None] - torch.arange(self.window, 0, -1, device=device)  # (n, W)
+        old = (self.start[:, None] - np.arange(self.window, 0, -1)).clip(0) % (self.window + layout.rewind)
+        self.old = self._put(old)  # (n, W) ring rows of the positions before every span
+        # A ring has room for the rows that a short span takes back, so all that it attends is in the ring at once.
+        self.short = int(lengths.max()) <= layout.rewind + 1
         self.groups = list(self._groups())
         self._windows: dict[int, Windows | None] = {}
+        self._written: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._positions = positions
 
     def _put(self, values: np.ndarray | list[int]) -> Tensor:
@@ -107,8 +111,13 @@ class Batch:
         mask = (back >= 0) & (back < self.window) & (keys[:, None] >= 0)
         keys = keys.clip(np.maximum(first - self.window + 1, 0), end - 1)
         past, start = len(self.start) * self.window, self.start[span]
-        rows = np.where(
-            keys < start, span * self.window + keys - start + self.window, past + self.begin[span] + keys - start
+        ring = keys % (self.window + self.layout.rewind)
+        rows = (
+            ring
+            if self.short
+            else np.where(
+                keys < start, span * self.window + keys - start + self.window, past + self.begin[span] + keys - start
+            )
         )
         places = self.begin[span] + positions - start
         real = np.flatnonzero(first + offset < end)
@@ -120,8 +129,11 @@ class Batch:
 
     def written(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return (places in the flat tokens, slots, ring rows), (k,) each, of the tokens that stay in a ring."""
-        stay = np.flatnonzero(self._positions >= self.end[self.owner] - rows.count)
-        return self._put(stay), self.slot[self._put(self.owner[stay])], self._put(self._positions[stay] % rows.count)
+        if rows.count not in self._written:
+            stay = np.flatnonzero(self._positions >= self.end[self.owner] - rows.count)
+            slots, at = self.slot[self._put(self.owner[stay])], self._put(self._positions[stay] % rows.count)
+            self._written[rows.count] = self._put(stay), slots, at
+        return self._written[rows.count]
 
     def windows(self, ratio: int, overlap: bool) -> Windows | None:
         """Return the windows of a ratio that end within the batch, None if there are none."""
@@ -145,20 +157,16 @@ class Batch:
             rank[:, None] * keep + at - start + keep,
             len(having) * keep + self.begin[span][:, None] + at - start,
         )
+        past = (self.start[having][:, None] - np.arange(keep, 0, -1)).clip(0) % (keep + self.layout.rewind)
         new = np.flatnonzero(last[:count] >= self.frozen[span[:count]])
         entry, per_page = last[new] // ratio, self.layout.page_tokens // ratio
         return Windows(
-            count=count, spans=self._put(having), slots=self._put(slots.clip(0)),
+            unit=self.slot[self._put(having)][:, None], past=self._put(past), slots=self._put(slots.clip(0)),
             hidden=torch.from_numpy(at < 0).to(self.device).unsqueeze(-1),
             first=self._put(last - ratio + 1).unsqueeze(0),
             new=self._put(new), page=self.pages[self._put(span[new]), self._put(entry // per_page)],
             row=self._put(entry % per_page),
         )  # fmt: skip
-
-    def tails(self, windows: Windows, keep: int) -> tuple[Tensor, Tensor]:
-        """Return the slots (n, 1) and positions (n, keep) of the tail rows before the spans that complete windows."""
-        start = self._put(self.start)[windows.spans][:, None]
-        return self.slot[windows.spans][:, None], (start - torch.arange(keep, 0, -1, device=self.device)).clamp_min(0)
 
 
 def select(rows: Tensor, places: Tensor) -> Tensor:

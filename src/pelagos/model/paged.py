@@ -22,7 +22,7 @@ from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref.gemm import ROWS
 from pelagos.kernels.ref.tiles import TILE, TiledAttention
 from pelagos.kernels.rows import LayerRows, Rows
-from pelagos.model.attention import Attention, Compressor, Indexer, Step
+from pelagos.model.attention import Attention, Compressor, Indexer, Step, Table
 from pelagos.model.decode import Decoder
 from pelagos.model.exactness import broken_rule
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
@@ -36,6 +36,13 @@ class _Batch(Batch):
     def __init__(self, spans: Sequence[Span], layout: CacheLayout, device: torch.device, multiple: int) -> None:
         super().__init__(spans, layout, device, multiple)
         self.step = Step(layout.config, self.ids, 0, self.positions)
+        self._tables: dict[int, Table] = {}
+
+    def entry_table(self, ratio: int, first: Tensor) -> Table:
+        """Rotary table of the entries of one ratio, whose windows begin at `first` (1, N)."""
+        if ratio not in self._tables:
+            self._tables[ratio] = self.step.table_at(first, True)
+        return self._tables[ratio]
 
 
 class PagedForward:
@@ -150,7 +157,7 @@ class PagedForward:
         """Return the site's output (1, T, D) for x (1, T, D); writes the window ring, tails and entries."""
         step, indexer = batch.step, attn.indexer
         latent, q, kv = attn.inputs(x, step)
-        keys = self._window_rows(kv[0, : batch.total], rows.window, batch)
+        keys = _window_rows(kv[0, : batch.total], rows.window, batch)
         if attn.compressor is not None:
             assert rows.main is not None
             assert rows.main_tail is not None
@@ -167,7 +174,10 @@ class PagedForward:
             tiles = TiledAttention(
                 select(q[0], group.places), attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32
             )
-            tiles.add(select(keys, group.rows), group.row_mask)
+            if keys is None:
+                tiles.add(rows.window.read(batch.slot[group.spans, None], group.rows), group.row_mask)
+            else:
+                tiles.add(select(keys, group.rows), group.row_mask)
             if rows.main is not None:
                 _add_entries(tiles, rows, group, batch, indexer, index_q)
             attended = tiles.result().flatten(0, 1).index_select(0, group.real)
@@ -175,13 +185,17 @@ class PagedForward:
         out[batch.total :] = out[batch.total - 1]
         return attn.output(out.unsqueeze(0), step)
 
-    def _window_rows(self, kv: Tensor, ring: Rows, batch: _Batch) -> Tensor:
-        """Put new window rows (T, C) into the ring; return the W rows before every span and then the new, as stored."""
-        old = ring.read(batch.slot[:, None], batch.old.clamp_min(0) % ring.count)
-        parts = ring.encode(kv)
-        places, slots, at = batch.written(ring)
-        ring.write(slots, at, tuple(part[places] for part in parts))
-        return torch.cat((old.flatten(0, 1), ring.decode(parts)))
+
+def _window_rows(kv: Tensor, ring: Rows, batch: _Batch) -> Tensor | None:
+    """Put new window rows (T, C) into the ring; return the W rows before every span and then the new, as stored.
+
+    A short batch finds all it attends in the ring: None.
+    """
+    old = None if batch.short else ring.read(batch.slot[:, None], batch.old)
+    parts = ring.encode(kv)
+    places, slots, at = batch.written(ring)
+    ring.write(slots, at, tuple(part.index_select(0, places) for part in parts))
+    return None if old is None else torch.cat((old.flatten(0, 1), ring.decode(parts)))
 
 
 def _append(
@@ -192,9 +206,8 @@ def _append(
     ratio, overlap = compressor.ratio, compressor.overlap
     windows = batch.windows(ratio, overlap)
     if windows is not None:
-        unit, at = batch.tails(windows, ratio * (1 + overlap))
         values, scores = (
-            select(torch.cat((ring.read(unit, at % ring.count).flatten(0, 1), new)), windows.slots)
+            select(torch.cat((ring.read(windows.unit, windows.past).flatten(0, 1), new)), windows.slots)
             for ring, new in zip(rings, fresh, strict=True)
         )
         if overlap:
@@ -204,13 +217,13 @@ def _append(
             )
         values = values.masked_fill(windows.hidden, 0).unsqueeze(0)
         scores = scores.masked_fill(windows.hidden, -torch.inf).unsqueeze(0)
-        pooled = compressor.pool(values, scores, batch.step.table_at(windows.first, True), x.dtype)[0]
+        pooled = compressor.pool(values, scores, batch.entry_table(ratio, windows.first), x.dtype)[0]
         if indexer is not None:
             pooled = indexer.prepare(pooled)
         entries.write(windows.page, windows.row, entries.encode(pooled[windows.new]))
     for ring, new in zip(rings, fresh, strict=True):
         places, slots, row = batch.written(ring)
-        ring.write(slots, row, (new[places],))
+        ring.write(slots, row, (new.index_select(0, places),))
 
 
 def _add_entries(

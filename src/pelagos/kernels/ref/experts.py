@@ -39,8 +39,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *,
     if not quantized and len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), weight.to(x.dtype).transpose(1, 2)).flatten(0, 1)
     product = quantized_linear if quantized else linear
-    groups = x.split(counts)
-    return torch.cat([product(g, weight[e]) for e, g in enumerate(groups) if len(g)])
+    groups = zip(x.split(counts), weight.unbind(0), counts, strict=True)
+    return torch.cat([product(group, expert) for group, expert, count in groups if count])
 
 
 def _places(chosen: Tensor, experts: int, device: torch.device) -> tuple[Tensor, list[int]]:

@@ -46,7 +46,8 @@ def grouped_projection(x: Tensor, weight: Tensor, *, ordered: bool = False) -> T
     terms from an e4m3 border, and a float64 sum rounds it away from the recorded run; later positions all see it.
     """
     if not ordered or x.dtype != torch.float32:
-        return torch.einsum("bsgi,gri->bsgr", x, weight)
+        groups = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+        return groups.transpose(0, 1).unflatten(0, x.shape[:2])
     return _in_order(x, weight, weight.shape[2])
 
 

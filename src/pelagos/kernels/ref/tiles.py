@@ -22,8 +22,8 @@ class TiledAttention:
     """
 
     def __init__(self, q: Tensor, sink: Tensor, *, wide: bool = False) -> None:
-        self.shape, self.scale = q.shape, q.shape[-1] ** -0.5
-        self.q = q.double() if wide else q.float()
+        self.shape = q.shape
+        self.q = (q.double() if wide else q.float()) * q.shape[-1] ** -0.5
         self.top = sink.float().expand(q.shape[:3]).unsqueeze(-1)  # (B, Q, H, 1), the largest logit so far
         self.total = torch.ones_like(self.top)
         self.out = torch.zeros_like(self.q)
@@ -33,7 +33,7 @@ class TiledAttention:
         batch, queries, heads, width = self.shape
         keys = keys.to(self.q.dtype).flatten(0, -3)  # (B or B*Q, K, C)
         rows = self.q.reshape(len(keys), -1, width)
-        logits = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, queries, heads, -1) * self.scale
+        logits = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, queries, heads, -1)
         logits = logits.masked_fill(~mask.unsqueeze(2), -torch.inf)
         top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
         weights = elementwise(torch.exp, logits - top)
