@@ -34,10 +34,10 @@ from pelagos import cost
 from pelagos.chat import Tokenizer, train_tokenizer
 from pelagos.chat.tokens import SPECIAL_TOKENS
 from pelagos.engine import LLM, SamplingParams, Step
-from pelagos.engine.bench import Timed, stamp, text_ids
 from pelagos.engine.build import MAX_DRAFT
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.speculation import Draft, FixedDepth
+from pelagos.evals.engine_bench import Timed, stamp, text_ids
 from pelagos.load import load_model, save_model
 from pelagos.model import Transformer
 from pelagos.model.transformer import MTPBlock
@@ -425,6 +425,18 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, int]:
     return dict(sums)
 
 
+def by_code(known: dict[str, Outcome]) -> dict[str, dict[str, dict[str, int]]]:
+    """Sums by the code that was run, and by model and path (cuts for themselves)."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for key, each in known.items():
+        words = key.split()
+        groups.setdefault((each.code, " ".join(words[: 3 if words[0] == "cuts" else 2])), []).append(each)
+    sums: dict[str, dict[str, dict[str, int]]] = {}
+    for (code, group), outcomes in groups.items():
+        sums.setdefault(code, {})[group] = summary(outcomes)
+    return sums
+
+
 def main() -> int:
     """Run what is asked for and not yet done; the exit code says whether everything passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_exactness", description=__doc__.splitlines()[0])
@@ -438,20 +450,19 @@ def main() -> int:
     mark, kept = code_mark(), {}
     if args.json and args.json.is_file():
         kept = json.loads(args.json.read_text(encoding="utf-8"))["cases"]
-    done = {key: Outcome(**each) for key, each in kept.items() if each["code"] == mark}
+    known = {key: Outcome(**each) for key, each in kept.items()}
+    done = {key for key, each in known.items() if each.code == mark}
 
     def record(key: str, outcome: Outcome) -> None:
         outcome.code = mark
-        done[key] = outcome
+        known[key] = outcome
         print(f"{'ok  ' if outcome.passed else 'FAIL'} {key} {outcome}", file=sys.stderr, flush=True)
         if args.json:
             marks = {"bench": "engine_exactness"} | stamp(
                 "python -m benchmarks.engine_exactness " + " ".join(sys.argv[1:])
             )
-            text = json.dumps(
-                marks | {"summary": summary(done.values()), "cases": {k: asdict(v) for k, v in done.items()}}
-            )
-            args.json.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
+            found = {"summary": by_code(known), "cases": {name: asdict(each) for name, each in known.items()}}
+            args.json.with_suffix(".part").write_text(json.dumps(marks | found, indent=0) + "\n", encoding="utf-8")
             args.json.with_suffix(".part").replace(args.json)
 
     paths = args.path or FACTORS["path"]
@@ -474,8 +485,8 @@ def main() -> int:
                 if key not in done:
                     record(key, run_cuts(bed, path, policy, points))
             bed.close()
-    print(json.dumps(summary(done.values()), indent=1))
-    return int(not all(each.passed for each in done.values()))
+    print(json.dumps(by_code(known), indent=1))
+    return int(not all(each.passed for each in known.values() if each.code == mark))
 
 
 if __name__ == "__main__":

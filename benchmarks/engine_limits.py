@@ -32,9 +32,9 @@ from pelagos import cost
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig, preset
 from pelagos.engine import LLM, SamplingParams
-from pelagos.engine.bench import Timed, kv_budget, stamp, text_ids
 from pelagos.engine.disk_file import HEADER, RECORD
 from pelagos.engine.local import LocalEngine
+from pelagos.evals.engine_bench import Timed, kv_budget, stamp, text_ids
 from pelagos.kernels.layout import CacheLayout
 
 PARTS = ("bytes", "chunks", "million", "storm")

@@ -27,7 +27,7 @@ from benchmarks.engine_exactness import numeric_path
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine import LLM, SamplingParams
-from pelagos.engine.bench import decode_window, first_token, forget_files, kv_budget, stamp, text_ids
+from pelagos.evals.engine_bench import decode_window, first_token, forget_files, kv_budget, stamp, text_ids
 
 PARTS = ("decode", "prefill", "speculation", "hits")
 SIDES = {  # what `LLM` is told; the helper has one path, exact or not

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _engine(args: argparse.Namespace) -> Any:
-    from pelagos.engine.bench import engine_rows
+    from pelagos.evals.engine_bench import engine_rows
 
     options: dict[str, Any] = {"mode": args.mode, "device": args.device, "exact": not args.no_exact}
     options["speculation"] = not args.no_speculation

@@ -18,8 +18,9 @@ from benchmarks.plot_engine import series
 
 from pelagos import cost
 from pelagos.config import nano
-from pelagos.engine import LLM, Step, bench
+from pelagos.engine import LLM, Step
 from pelagos.errors import ConfigError
+from pelagos.evals import engine_bench as bench
 from pelagos.kernels import native
 
 CASE = exactness.Case("tiny", "torch", 2, 128, "cold", False, "greedy", "none")
