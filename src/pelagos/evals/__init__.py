@@ -1,1 +1,1 @@
-"""Measures of a model on text and tasks."""
+"""Measures of a model on text and tasks, and of the engine."""
