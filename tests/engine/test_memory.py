@@ -44,7 +44,7 @@ def test_a_plan_fits_and_wastes_less_than_a_page_or_says_what_is_missing(
     def plan(room: int):
         return plan_memory(
             preset("nano"), mode=mode, kv_bytes=room, max_requests=max_requests, chunk_tokens=chunk,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache, swap=False,
         )  # fmt: skip
 
     try:
@@ -66,7 +66,7 @@ def test_without_a_figure_every_request_gets_its_usual_context() -> None:
     assert nano.positions == 3 * 32_768
     assert tiny.positions == 3 * min(32_768, preset("tiny").max_position_embeddings)
     assert nano.state_bytes == pytest.approx(nano.pages * nano.page_bytes / 3, abs=1)
-    assert plan_memory(preset("nano"), max_requests=3, prefix_cache=False).pages == nano.pages
+    assert plan_memory(preset("nano"), max_requests=3, prefix_cache=False, swap=False).pages == nano.pages
 
 
 def test_without_a_figure_a_plan_takes_half_of_what_is_left() -> None:

@@ -517,3 +517,19 @@ def test_a_storm_leaks_nothing_and_finds_the_best_and_nothing_wrong() -> None:
     assert storm.hits > 1000
     assert storm.pool.evictions > 1000
     assert storm.cache.stats.evicted_states > 1000
+
+
+def test_room_lent_to_a_swapped_sequence_is_taken_from_states_and_comes_back() -> None:
+    room = 1000
+    _, cache = make(state_bytes=room)
+    chain = cache.chain("", range(300))
+    assert cache.add_state(chain, 128, packed(room // 2), anchor=True)
+    assert cache.lend(room // 2)
+    assert cache.has_state(chain, 128)
+    assert cache.lend(room // 4)
+    assert not cache.has_state(chain, 128)
+    assert not cache.lend(room)
+    assert not cache.add_state(chain, 128, packed(room // 2), anchor=True)
+    cache.take_back(room // 2)
+    cache.take_back(room // 4)
+    assert cache.add_state(chain, 128, packed(room), anchor=True)

@@ -109,6 +109,7 @@ class EngineStats:
     requests_waiting: int = 0
     requests_done: int = 0
     preemptions: int = 0
+    swaps: int = 0  # preemptions whose state was copied out; the others compute it again
     steps: int = 0
     prompt_tokens: int = 0  # of admitted requests
     computed_tokens: int = 0  # prompt tokens that went through the model, recomputed window tails included

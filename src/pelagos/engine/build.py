@@ -61,7 +61,7 @@ def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: Engin
     plan = plan_memory(
         config, mode=model.mode, kv_bytes=options.kv_bytes, max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=options.prefix_cache,
-        weight_bytes=weight_bytes(model), available=available_bytes(device),
+        swap=options.preemption == "swap", weight_bytes=weight_bytes(model), available=available_bytes(device),
     )  # fmt: skip
     pools = Pools(layout, pages=plan.pages, slots=plan.slots, device=device)
     with torch.inference_mode():

@@ -389,9 +389,11 @@ class LocalEngine:
     def _set_aside(self, preempted: Preempted) -> None:
         request = _live(preempted.request)
         self._counters.preemptions += 1
-        if self._swap:
+        size = self._layout.slot_bytes + len(preempted.pages) * self._layout.page_bytes
+        if self._swap and self._prefix.lend(size):  # else it is computed again
             request.swapped = self._pools.save(preempted.slot, preempted.pages)
             request.swapped_at = preempted.computed
+            self._counters.swaps += 1
 
     def _start(self, admitted: Admitted) -> bool:
         """Put an admitted request's state into its slot; False when that failed and the request has ended."""
@@ -401,7 +403,7 @@ class LocalEngine:
             if match is None:
                 assert request.swapped is not None
                 self._pools.restore(request.swapped, request.slot, request.pages)
-                request.swapped, request.swapped_at = None, 0
+                self._drop_swapped(request)
                 return True
             if match.state is None:
                 self._pools.clear(request.slot)
@@ -592,12 +594,17 @@ class LocalEngine:
         self._scheduler.remove(request)
         if self._caches:
             self._prefix.finish(request.chain, request.cuts[-1] if request.cuts else request.prompt_tokens)
-        request.swapped, request.drafts = None, []
+        self._drop_swapped(request)
         self._counters.requests_done += 1
         if self._drafter is not None:
             self._drafter.forget(request.request_id)
             self._depth.forget(request.request_id)
         request.stream.close(reason, error)
+
+    def _drop_swapped(self, request: Live) -> None:
+        if request.swapped is not None:
+            self._prefix.take_back(request.swapped.size)
+        request.swapped, request.swapped_at = None, 0
 
     def _end_all(self) -> None:
         with suppress(IndexError):

@@ -72,11 +72,12 @@ def plan_memory(
     chunk_tokens: int = 1024,
     rewind: int = 0,
     prefix_cache: bool = True,
+    swap: bool = True,
     weight_bytes: int = 0,
     scratch_bytes: int = 0,
     available: int | None = None,
 ) -> MemoryPlan:
-    """Split `kv_bytes` into slots (one a request), snapshots (a quarter of the rest with a prefix cache) and pages.
+    """Split `kv_bytes` into slots (one a request), snapshots (a quarter of the rest) and pages.
 
     Without kv_bytes: enough for max_requests of min(the model's positions, 32,768) tokens, or half of what
     `available` bytes leave after weights and scratch, whichever is less. Raises CapacityError when not one request
@@ -100,7 +101,7 @@ def plan_memory(
     room = None if available is None else available - weight_bytes - scratch_bytes
     if kv_bytes is None:
         pages = max_requests * -(-min(config.max_position_embeddings, USUAL_CONTEXT) // tokens)
-        kv_bytes = slots + pages * page * (4 if prefix_cache else 3) // 3
+        kv_bytes = slots + pages * page * (4 if prefix_cache or swap else 3) // 3
         kv_bytes = kv_bytes if room is None else min(kv_bytes, max(room // 2, min(least, room)))
     elif room is not None and kv_bytes > room:
         raise CapacityError(
@@ -112,6 +113,6 @@ def plan_memory(
             f"{max_requests} slots of {slot:,} bytes and pages for {chunk_tokens:,} tokens take {least:,} bytes, there "
             f"are {max(0, kv_bytes):,} for the cache: raise kv_bytes to that, or lower max_requests or chunk_tokens"
         )
-    states = min((kv_bytes - slots) // 4, kv_bytes - least) if prefix_cache else 0
+    states = min((kv_bytes - slots) // 4, kv_bytes - least) if prefix_cache or swap else 0
     pages = (kv_bytes - slots - states) // page
     return MemoryPlan(pages, max_requests, states, page, slot, tokens, weight_bytes, scratch_bytes)

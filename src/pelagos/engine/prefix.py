@@ -151,7 +151,7 @@ class PrefixCache:
         self._salt = salt
         self._page_tokens = layout.page_tokens
         self._recompute = layout.recompute_tokens
-        self._state_bytes = state_bytes
+        self._state_bytes = state_bytes  # less what is lent
         self._anchors: OrderedDict[bytes, _State] = OrderedDict()  # by state key, in order of last use, oldest first
         self._between: OrderedDict[bytes, _State] = OrderedDict()
         self._between_bytes = 0
@@ -284,6 +284,19 @@ class PrefixCache:
         self.stats.states += 1
         self.stats.state_bytes += packed.nbytes
         return True
+
+    def lend(self, size: int) -> bool:
+        """Give up room of that many bytes to a sequence that is swapped out, dropping states; False without as much."""
+        if size > self._state_bytes:
+            return False
+        self._state_bytes -= size
+        while self.stats.state_bytes > self._state_bytes:
+            self._drop(next(iter(self._between or self._anchors)))
+        return True
+
+    def take_back(self, size: int) -> None:
+        """Have the room again that was lent."""
+        self._state_bytes += size
 
     def cuts(self, match: Match, start: int, stop: int, *, prompt: int, marks: Sequence[int] = ()) -> list[Cut]:
         """Positions in (start, stop] at which the engine keeps the state, ascending: end chunks there.

@@ -59,6 +59,11 @@ class Swapped:
     slot: Bytes
     pages: Bytes  # (count, page_bytes)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the copy."""
+        return self.slot.nbytes + self.pages.nbytes
+
 
 class Pools:
     """The bytes of all pages and slots, and the copies in and out of them."""
