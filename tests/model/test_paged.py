@@ -1,20 +1,28 @@
 """The ragged forward over paged pools against the plain forward, and its exactness: the same bits in any company."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn import TINY, TRUE, drawn, ids_of
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
+from pelagos.kernels import ragged
 from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.ref.tiles import TILE
 from pelagos.load import load_model
-from pelagos.model import FullSequence, Transformer
+from pelagos.model import FullSequence, Transformer, layers
+from pelagos.model.exactness import broken_rule
 from pelagos.model.paged import PagedForward
 
 NANO = Path(__file__).resolve().parents[2] / "models" / "nano"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "released"
+MANY = dataclasses.replace(TINY, compress_ratios=(0, 4, 2, 4, 2, 0, 0), index_topk=45)  # entries in several tiles
 REWIND = 4
 Array = np.ndarray
 
@@ -77,11 +85,11 @@ def whole(model: Transformer, ids: Array) -> Array:
         return model(torch.from_numpy(ids)[None])[0].float().numpy()
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny released", "tiny bfloat16", "true ratios"])
+@pytest.fixture(scope="module", params=["tiny", "tiny released", "tiny bfloat16", "true ratios", "many tiles"])
 def case(request: pytest.FixtureRequest) -> tuple[Transformer, list[Array], list[Array]]:
     """A model, texts and the bits of their logits when each runs alone and whole."""
-    config = TRUE if request.param == "true ratios" else TINY
-    model = drawn(config, 0, "reference" if request.param in ("tiny", "true ratios") else "released")
+    config = {"true ratios": TRUE, "many tiles": MANY}.get(request.param, TINY)
+    model = drawn(config, 0, "released" if request.param in ("tiny released", "tiny bfloat16") else "reference")
     if request.param == "tiny bfloat16":
         model = model.to(torch.bfloat16)
         model.carrier = torch.bfloat16
@@ -89,7 +97,9 @@ def case(request: pytest.FixtureRequest) -> tuple[Transformer, list[Array], list
     return model, texts, [Served(model, seed=9).alone(ids) for ids in texts]
 
 
-@pytest.mark.parametrize(("config", "length"), [(TINY, 150), (TRUE, 300)], ids=["tiny", "true ratios"])
+@pytest.mark.parametrize(
+    ("config", "length"), [(TINY, 150), (TRUE, 300), (MANY, 300)], ids=["tiny", "true ratios", "many tiles"]
+)
 @pytest.mark.parametrize("exact", [True, False])
 def test_it_equals_the_forward(config: ModelConfig, length: int, exact: bool) -> None:
     model, (ids,) = drawn(config, 0), texts_of(config, (length,))
@@ -190,3 +200,45 @@ def test_what_does_not_fit_is_refused() -> None:
     slots = torch.zeros(2, layout.slot_bytes, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="layout of mode 'reference' for a 'released'"):
         PagedForward(drawn(TINY, 0, "released"), layout, pages, slots)
+
+
+def test_keys_scored_in_turns_give_the_same_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids,) = drawn(MANY, 0), texts_of(MANY, (300,))
+    expected = Served(model).alone(ids)
+    monkeypatch.setattr(ragged, "KEYS", TILE)
+    monkeypatch.setattr(ragged, "TOKENS", 77)
+    assert np.array_equal(Served(model).alone(ids), expected)
+
+
+def test_released_bfloat16_is_as_near_the_recorded_run_as_the_forward() -> None:
+    """Rounding at every step drives bfloat16 runs apart, so each is measured by what the float32 run recorded."""
+    model, golden = load_model(GOLDEN, mode="released", dtype=torch.bfloat16), load_file(GOLDEN / "golden.safetensors")
+    ids, recorded = golden["ids"][0].numpy(), golden["logits"].numpy()
+    forward, paged = (np.abs(found - recorded) for found in (whole(model, ids), Served(model).alone(ids, [100, 101])))
+    assert np.median(paged) < 1.1 * np.median(forward) < 0.1
+    assert paged.mean() < 1.1 * forward.mean()
+
+
+def test_a_product_that_sees_its_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = drawn(TINY, 0), layers.linear
+    assert broken_rule(model) is None
+    monkeypatch.setattr(layers, "linear", lambda x, weight: plain(x, weight) * (1 + 1e-6 * (x.shape[-2] < 8)))
+    assert "the attention's inputs of a layer of ratio 0: 4 tokens" in str(broken_rule(model))
+    with pytest.raises(ConfigError, match="exact=True: this host's library does not keep"):
+        Served(model)
+    assert Served(model, exact=False).paged.numeric_path.endswith("fast")
+
+
+@pytest.mark.parametrize("mode", ["reference", "released"])
+def test_scratch_is_bounded(mode: str) -> None:
+    served = Served(drawn(TRUE, 0, mode))
+    texts = texts_of(TRUE, (900, 700, 700, 1))
+    spans = [served.span(which, ids, 0, len(ids)) for which, ids in enumerate(texts)]
+    for call in (spans[3:], spans):
+        tokens = sum(len(span.tokens) for span in call)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            served.paged.forward([span._replace(logits=1, streams=0) for span in call])
+        taken = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = np.cumsum([event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())])
+        assert 0 < changes.max() < served.paged.scratch_bytes(tokens)
+    assert served.paged.scratch_bytes(10**6) == served.paged.scratch_bytes(ragged.TOKENS)

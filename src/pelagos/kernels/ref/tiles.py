@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from pelagos.kernels.ref.gemm import elementwise, ordered_sum
+from pelagos.kernels.ref.gemm import ROWS, elementwise, ordered_sum
 
 TILE = 64  # entries a tile, and the grid of positions that cuts queries into blocks
 
@@ -22,9 +23,11 @@ class TiledAttention:
     """
 
     def __init__(self, q: Tensor, sink: Tensor, *, wide: bool = False) -> None:
+        self.heads, missing = q.shape[2], -q.shape[2] % ROWS
+        q, sink = functional.pad(q, (0, 0, 0, missing)), functional.pad(sink.float(), (0, missing))
         self.shape = q.shape
         self.q = (q.double() if wide else q.float()) * q.shape[-1] ** -0.5
-        self.top = sink.float().expand(q.shape[:3]).unsqueeze(-1)  # (B, Q, H, 1), the largest logit so far
+        self.top = sink.expand(q.shape[:3]).unsqueeze(-1)  # (B, Q, H, 1), the largest logit so far
         self.total = torch.ones_like(self.top)
         self.out = torch.zeros_like(self.q)
 
@@ -45,11 +48,13 @@ class TiledAttention:
 
     def result(self) -> Tensor:
         """Return the attended values (B, Q, H, C) float32."""
-        return (self.out / self.total).float()
+        return (self.out / self.total).float()[:, :, : self.heads]
 
 
 def tile_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     """Return sum_h w_h relu(q_h . k_s) (B, Q, M) float32: q (B, Q, H, D), weights (B, Q, H), keys (B, M, D), 64 | M."""
+    missing = -q.shape[2] % ROWS
+    q, weights = functional.pad(q, (0, 0, 0, missing)), functional.pad(weights, (0, missing))
     batch, queries, heads, width = q.shape
     tiles = keys.shape[1] // TILE
     rows = q.flatten(1, 2).unsqueeze(1).expand(-1, tiles, -1, -1).reshape(batch * tiles, -1, width)
