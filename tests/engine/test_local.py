@@ -14,6 +14,7 @@ import torch
 from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt
 
 from pelagos.engine import LocalEngine, SamplingParams
+from pelagos.engine.scheduler import Plan
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
 
 PATHS = [
@@ -259,6 +260,25 @@ def test_a_storm_of_submits_aborts_and_forks_leaves_nothing(preemption: str) -> 
     engine.close()
 
 
+def test_swapped_out_right_after_rejected_drafts_opened_a_page() -> None:
+    engine = engine_of(threaded=False, speculation=4)
+    expected = finish(engine, engine.submit(prompt(120, 1), params(40)))
+    stream = engine.submit(prompt(120, 1), params(40))
+    swaps = 0
+    with torch.inference_mode():
+        while stream.finish_reason is None:
+            engine.step()
+            for request in engine._scheduler.running:
+                if len(request.pages) > engine._layout.pages_for(request.computed + 1):
+                    plan = Plan()
+                    engine._scheduler._preempt(request, plan)
+                    engine._set_aside(plan.preempted[0])
+                    swaps += 1
+    assert swaps > 0
+    assert finish(engine, stream) == expected
+    engine.close()
+
+
 def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
     engine = engine_of()
     assert len(list(engine.submit([5, 6, 7], params(3)))) == 3
@@ -269,3 +289,19 @@ def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
     assert len(list(engine.submit([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True, seed=1)))) == 3
     engine.close()
     engine.close()
+
+
+def test_where_the_library_cannot_be_exact_the_default_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pelagos.engine import runner
+    from pelagos.model import paged
+
+    for module in (runner, paged):
+        monkeypatch.setattr(module, "broken_rule", lambda model: "the head")
+    engine = engine_of(native=False, threaded=False)
+    assert engine.numeric_path.endswith("fast")
+    assert "does not keep a row's in the head" in caplog.text
+    engine.close()
+    with pytest.raises(ConfigError, match="exact=True.*the head"):
+        engine_of(native=False, exact=True)

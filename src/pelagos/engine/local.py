@@ -389,9 +389,10 @@ class LocalEngine:
     def _set_aside(self, preempted: Preempted) -> None:
         request = _live(preempted.request)
         self._counters.preemptions += 1
-        size = self._layout.slot_bytes + len(preempted.pages) * self._layout.page_bytes
+        pages = preempted.pages[: self._layout.pages_for(preempted.computed)]  # not those of rejected drafts alone
+        size = self._layout.slot_bytes + len(pages) * self._layout.page_bytes
         if self._swap and self._prefix.lend(size):  # else it is computed again
-            request.swapped = self._pools.save(preempted.slot, preempted.pages)
+            request.swapped = self._pools.save(preempted.slot, pages)
             request.swapped_at = preempted.computed
             self._counters.swaps += 1
 
