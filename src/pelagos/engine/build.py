@@ -35,7 +35,7 @@ class EngineOptions:
     disk_bytes: int = 8 << 30
     user_disk_bytes: int | None = None
     speculation: bool | int = True  # a number drafts that many tokens at every step, whether it pays or not
-    exact: bool = True
+    exact: bool | None = None
     native: bool | None = None
     preemption: str = "swap"
     threaded: bool = True

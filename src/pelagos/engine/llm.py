@@ -64,7 +64,7 @@ class LLM:
         disk_policy: str = "turns",
         disk_bytes: int = 8 << 30,
         speculation: bool | int = True,
-        exact: bool = True,
+        exact: bool | None = None,
         native: bool | None = None,
         preemption: str = "swap",
     ) -> None:
@@ -72,9 +72,10 @@ class LLM:
 
         chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
         the caches (None: a share of what is free). disk_dir: where prefixes outlive the process, with `disk_policy`
-        full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch.
-        speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper (None: where it
-        can run). preemption: swap or recompute.
+        full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
+        where the host's library can keep them, with a warning where not; True insists). speculation: draft with MTP
+        as deep as pays, or always that deep. native: the compiled helper (None: where it can run). preemption: swap
+        or recompute.
         Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
         MissingDependency without `tokenizers`.
         """

@@ -7,6 +7,7 @@ in place. The forward is the compiled helper where it covers the model, else tor
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from pelagos.errors import ConfigError, MissingDependency
 from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
 from pelagos.kernels.native import NativeForward
 from pelagos.model import Transformer
+from pelagos.model.exactness import broken_rule
 from pelagos.model.paged import PagedForward
 
+_log = logging.getLogger(__name__)
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 16, 4096
 
 
@@ -133,8 +136,10 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def make_forward(model: Transformer, pools: Pools, *, exact: bool, native: bool | None) -> Forward:
+def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native: bool | None) -> Forward:
     """Choose the forward: `native` None takes the compiled helper where it can run, False never, True insists.
+
+    `exact` None is exact where this host's library can keep it, and else says in a warning that it does not.
 
     Raises ConfigError when it is insisted on and cannot be had, saying why.
     """
@@ -148,7 +153,13 @@ def make_forward(model: Transformer, pools: Pools, *, exact: bool, native: bool 
             reason = str(error)
     if native:
         raise ConfigError(f"native=True: the compiled helper cannot run this model here: {reason}")
-    return PagedForward(model, pools.layout, pools.pages, pools.slots, exact=exact)
+    buffers = (model, pools.layout, pools.pages, pools.slots)
+    if exact is not None:
+        return PagedForward(*buffers, exact=exact)
+    broken = broken_rule(model)
+    if broken is not None:
+        _log.warning("logits depend on their batch in the last bits: this library does not keep a row's in %s", broken)
+    return PagedForward(*buffers, exact=broken is None)
 
 
 def _uncovered(model: Transformer) -> str:
