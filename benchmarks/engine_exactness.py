@@ -98,6 +98,7 @@ class Outcome:
     drafted: int = 0
     accepted: int = 0
     preemptions: int = 0
+    swaps: int = 0
     steps: int = 0
     seconds: float = 0.0
     missing: list[str] = field(default_factory=list)
@@ -248,7 +249,7 @@ def run_case(bed: Bed, case: Case) -> Outcome:
     params = [params_for(case, index) for index in range(case.batch)]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"speculation": case.speculation, "prefix_cache": case.source != "cold"}
+        options: dict[str, Any] = {"speculation": case.speculation}
         if case.source == "ssd":
             options |= {"disk_dir": Path(folder), "disk_policy": draw.choice(POLICIES)}
         if case.pressure == "none":
@@ -264,18 +265,20 @@ def run_case(bed: Bed, case: Case) -> Outcome:
         before = llm.stats()
         if case.speculation:
             llm.engine._depth = RandomDepth(MAX_DRAFT, case.key)  # type: ignore[attr-defined]
-        running = serve(llm, prompts, params, draw.randint(1, 40) if case.pressure != "none" else None)
-        done = run(llm, running)
+        steps = draw.randint(1, 40) if case.pressure != "none" else None
+        running = serve(llm, prompts, params, steps=steps, alone=case.source == "cold")
+        results = run(llm, running)
         after = llm.stats()
         llm.close()
     outcome = Outcome(
         drafted=after.drafted_tokens - before.drafted_tokens,
         preemptions=after.preemptions - before.preemptions,
+        swaps=after.swaps - before.swaps,
         steps=after.steps - before.steps,
         disk_hits=after.disk.get("hits", 0) - before.disk.get("hits", 0),
     )
-    for prompt, each, request, steps in zip(prompts, params, running, done, strict=True):
-        compare(outcome, bits(steps), bed.reference(case.path, prompt, each))
+    for prompt, each, request, result in zip(prompts, params, running, results, strict=True):
+        compare(outcome, bits(result), bed.reference(case.path, prompt, each))
         outcome.hits += request.stream.cached_tokens > 0
         outcome.cached_tokens += request.stream.cached_tokens
         outcome.accepted += request.stream.accepted_drafts
@@ -299,10 +302,20 @@ def prime(llm: LLM, prompts: Sequence[list[int]]) -> None:
         run(llm, [Timed(llm.engine, prompt, params, cuts=(len(prompt),))])
 
 
-def serve(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], steps: int | None) -> list[Timed]:
-    """Submit all at once, or the second half, with priority, when that many steps were made and the slots are full."""
+def serve(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams], *, steps: int | None, alone: bool
+) -> list[Timed]:
+    """Submit all at once, or the second half, with priority, when that many steps were made and the slots are full.
+
+    alone: every request is another user's, so that none finds what another left.
+    """
     first = len(prompts) if steps is None else -(-len(prompts) // 2)
-    running = [Timed(llm.engine, prompt, each) for prompt, each in zip(prompts[:first], params, strict=False)]
+    users = [str(index) if alone else "" for index in range(len(prompts))]
+
+    def submit(index: int, priority: int) -> Timed:
+        return Timed(llm.engine, prompts[index], params[index], user_id=users[index], priority=priority)
+
+    running = [submit(index, 0) for index in range(first)]
     if steps is not None:
         goal = llm.stats().steps + steps
 
@@ -311,25 +324,23 @@ def serve(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], step
             return now.steps >= goal and now.requests_running == now.slots_total
 
         run(llm, running, until=is_busy)
-    for prompt, each in zip(prompts[first:], params[first:], strict=True):
-        running.append(Timed(llm.engine, prompt, each, priority=1))
-    return running
+    return [*running, *(submit(index, 1) for index in range(first, len(prompts)))]
 
 
 def squeeze(bed: Bed, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
     """Slots for a quarter of the batch, and pages for its longest prompt or for a third of all, whichever is more.
 
-    A quarter of what the slots leave is for snapshots of a warm case, which need room for three.
+    A quarter of what the slots leave is for snapshots and swapped sequences: room for three and for two of them.
     """
     config = bed.model.config
     slots, tokens = -(-case.batch // 4), cost.page_tokens(config)
     lengths = [len(prompt) + OUTPUT_TOKENS for prompt in prompts]
-    pages = max(-(-max(lengths) // tokens) + 1, -(-case.chunk // tokens), sum(lengths) // (3 * tokens))
+    longest = -(-max(lengths) // tokens) + 1
+    pages = max(longest, -(-case.chunk // tokens), sum(lengths) // (3 * tokens))
     page = sum(cost.page_bytes(config, tokens=tokens, layout="float32").values())
     state = sum(cost.state_bytes(config, layout="float32", draft=True, rewind=MAX_DRAFT).values())
-    if case.source == "cold":
-        return {"max_requests": slots, "kv_bytes": slots * state + pages * page}
-    return {"max_requests": slots, "kv_bytes": slots * state + 4 * max(-(-pages * page // 3), 3 * (state + page))}
+    kept = 3 * (state + page) * (case.source != "cold") + 2 * (state + longest * page) * (case.pressure == "swap")
+    return {"max_requests": slots, "kv_bytes": slots * state + 4 * max(-(-pages * page // 3), kept)}
 
 
 def compare(outcome: Outcome, got: Bits, wanted: Bits) -> None:
@@ -351,6 +362,7 @@ def unexercised(case: Case, outcome: Outcome) -> list[str]:
         "accepted drafts": not case.speculation or outcome.accepted > 0,
         "rejected drafts": not case.speculation or outcome.drafted > outcome.accepted,
         "preemptions": case.pressure == "none" or outcome.preemptions > 0,
+        "swaps": case.pressure != "swap" or outcome.swaps > 0,
         "batched steps": case.batch == 1 or case.pressure != "none" or outcome.steps < outcome.tokens,
     }
     return [name for name, happened in checks.items() if not happened]
@@ -421,6 +433,7 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, int]:
         sums.update(runs=1, passed=each.passed, tokens=each.tokens)
         sums.update(differing_tokens=each.differing_tokens, differing_logprobs=each.differing_logprobs)
         sums.update(with_hits=each.hits > 0, with_disk_hits=each.disk_hits > 0, with_preemptions=each.preemptions > 0)
+        sums.update(with_swaps=each.swaps > 0)
         sums.update(with_accepted_drafts=each.accepted > 0, accepted=each.accepted, drafted=each.drafted)
     return dict(sums)
 
@@ -477,8 +490,8 @@ def main() -> int:
                 if case.key not in done:
                     try:
                         record(case.key, run_case(bed, case))
-                    except TimeoutError as error:
-                        record(case.key, Outcome(missing=[str(error)]))
+                    except Exception as error:  # a case that breaks has failed, the others go on
+                        record(case.key, Outcome(missing=[repr(error)]))
             for path, policy in itertools.product(paths, CUT_POLICIES if args.cuts else ()):
                 points = [cut for cut in range(1, CUT_POINTS + 1) if draw.random() < args.sample]
                 key = f"cuts {name} {path} {policy} {len(points)}"

@@ -168,11 +168,11 @@ def stored_bits(folder: Path) -> dict[bytes, bytes]:
         if not re.search(r"\.(pages|state)\d+$", path.name):
             continue
         content = path.read_bytes()
-        *_, count, length, _ = HEADER.unpack_from(content)
-        data = content[len(content) - count * length :]
+        *_, count, length = HEADER.unpack_from(content)
+        data = len(content) - count * length
         for index in range(count):
-            key, *_ = RECORD.unpack_from(content, HEADER.size + index * RECORD.size)
-            found[key] = hashlib.sha256(data[index * length : (index + 1) * length]).digest()
+            key, *_ = RECORD.unpack_from(content, data - (count - index) * RECORD.size)
+            found[key] = hashlib.sha256(content[data + index * length :][:length]).digest()
     return found
 
 
