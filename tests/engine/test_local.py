@@ -279,6 +279,29 @@ def test_swapped_out_right_after_rejected_drafts_opened_a_page() -> None:
     engine.close()
 
 
+def test_put_aside_on_the_way_through_a_lost_window() -> None:
+    engine = engine_of(threaded=False, chunk_tokens=16, speculation=False)
+    expected = finish(engine, engine.submit(prompt(400, 2), params(12)))
+    room = engine.plan.state_bytes
+    assert engine._prefix.lend(room)  # no state is left
+    engine._prefix.take_back(room)
+    stream = engine.submit(prompt(400, 2), params(12))
+    times = 0
+    with torch.inference_mode():
+        while stream.finish_reason is None:
+            engine.step()
+            for request in engine._scheduler.running:
+                if request.computed < request.frozen and times < 3:
+                    plan = Plan()
+                    engine._scheduler._preempt(request, plan)
+                    engine._set_aside(plan.preempted[0])
+                    times += 1
+    assert times == 3
+    assert engine.stats().hit_tokens >= 384
+    assert finish(engine, stream) == expected
+    engine.close()
+
+
 def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
     engine = engine_of()
     assert len(list(engine.submit([5, 6, 7], params(3)))) == 3

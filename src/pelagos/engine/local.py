@@ -315,11 +315,11 @@ class LocalEngine:
         for request in [each for each in self._reading if each.ticket is not None and each.ticket.done()]:
             self._reading.remove(request)
             self._absorb(request)
+        aborted = {self._aborts.popleft() for _ in range(len(self._aborts))}  # of requests that are in the inbox by now
         while self._inbox:
             request = self._inbox.popleft()
             self._live[request.request_id] = request
             self._scheduler.add(request)
-        aborted = {self._aborts.popleft() for _ in range(len(self._aborts))}
         now = self._clock()
         for request in list(self._live.values()):
             if request.stream.is_cancelled or request.request_id in aborted:
@@ -391,7 +391,8 @@ class LocalEngine:
         self._counters.preemptions += 1
         pages = preempted.pages[: self._layout.pages_for(preempted.computed)]  # not those of rejected drafts alone
         size = self._layout.slot_bytes + len(pages) * self._layout.page_bytes
-        if self._swap and self._prefix.lend(size):  # else it is computed again
+        # Else it is computed again; so is one on its way through a lost window, whose entries lie ahead of it.
+        if self._swap and preempted.computed >= request.frozen and self._prefix.lend(size):
             request.swapped = self._pools.save(preempted.slot, pages)
             request.swapped_at = preempted.computed
             self._counters.swaps += 1
@@ -473,7 +474,7 @@ class LocalEngine:
                     self._pick(request, drafts, rows)
                 self._publish(request)
                 self._keep_states(request, before)
-            except PelagosError as error:
+            except Exception as error:  # its own, or its grammar's or its tokenizer's
                 self._end(request, None, error)
                 continue
             if before == known - 1:
@@ -496,8 +497,8 @@ class LocalEngine:
         keys = [request.request_id for request in decoding]
         started = self._clock()
         asked = [
-            DraftRequest(key, request.slot, request.table, request.sampler, min(depth, request.text.left - 1))
-            for key, request, depth in zip(keys, decoding, self._depth.depths(keys), strict=True)
+            DraftRequest(key, each.slot, each.table, each.sampler, min(depth, each.text.left - 1), each.text.ends)
+            for key, each, depth in zip(keys, decoding, self._depth.depths(keys), strict=True)
         ]
         drafts = drafter.draft(asked) if any(each.depth > 0 for each in asked) else [Draft()] * len(asked)
         counts = self._depth.cut(keys, drafts, self._clock() - started)
