@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,7 +239,8 @@ def test_scratch_is_bounded(mode: str) -> None:
         tokens = sum(len(span.tokens) for span in call)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             served.paged.forward([span._replace(logits=1, streams=0) for span in call])
-        taken = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = np.cumsum([event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())])
-        assert 0 < changes.max() < served.paged.scratch_bytes(tokens)
+        recorded: Any = seen.profiler
+        taken = [each for each in recorded.kineto_results.events() if each.name() == "[memory]"]
+        held = np.cumsum([each.nbytes() for each in sorted(taken, key=lambda each: each.start_ns())])
+        assert 0 < held.max() < served.paged.scratch_bytes(tokens)
     assert served.paged.scratch_bytes(10**6) == served.paged.scratch_bytes(ragged.TOKENS)
