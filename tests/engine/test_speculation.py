@@ -92,6 +92,32 @@ def test_drafts_pick_with_the_requests_own_noise_and_leave_its_record_alone() ->
     assert list(drafted) == want
 
 
+def test_a_draft_ends_where_its_grammar_does() -> None:
+    class Two:
+        """A grammar of two tokens and nothing behind them."""
+
+        def __init__(self, taken: int = 0) -> None:
+            self.taken = taken
+
+        def mask(self) -> np.ndarray:
+            return np.full(VOCAB, self.taken < 2)
+
+        def accept(self, token: int) -> None:
+            self.taken += 1
+
+        def rollback(self, count: int) -> None:
+            self.taken -= count
+
+        def fork(self) -> Two:
+            return Two(self.taken)
+
+    drafter = MTPDrafter(Block(), window=4, max_depth=4)
+    request = asked("a", 4, grammar=Two())
+    for _ in range(2):  # the second time shows that the first left its record alone
+        drafter.feed("a", 0, np.array([6]), rows(5))
+        assert len(drafter.draft([request])[0].tokens) == 2
+
+
 class World:
     """Requests, a drafter and a machine that are nothing but chances and seconds."""
 

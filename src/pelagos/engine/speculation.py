@@ -123,6 +123,7 @@ class MTPDrafter:
         """See `Drafter.draft`."""
         tokens: list[list[int]] = [[] for _ in requests]
         chances: list[list[float]] = [[] for _ in requests]
+        accepted = [0] * len(requests)
         spans: dict[int, tuple[Span, np.ndarray]] = {}  # by index of request, with its streams
         for index, request in enumerate(requests):
             fed = self._fed.get(request.key)
@@ -139,16 +140,20 @@ class MTPDrafter:
             deeper: dict[int, tuple[Span, np.ndarray]] = {}
             for row, (index, (span, _)) in enumerate(spans.items()):
                 request, end = requests[index], span.start + len(span.tokens)
-                pick = request.sampler.peek(out.logits[row], end + 1)
+                try:
+                    pick = request.sampler.peek(out.logits[row], end + 1)
+                except Exception:  # a grammar that ends here; verification asks it again, should it come so far
+                    continue
                 tokens[index].append(pick.token)
                 chances[index].append(float(np.exp(pick.logprob)))
                 if len(tokens[index]) < min(request.depth, self.max_depth) and pick.token not in request.ends:
                     request.sampler.accept(pick.token)
+                    accepted[index] += 1
                     following = np.array([pick.token], np.int64)
                     deeper[index] = span._replace(tokens=following, start=end), out.streams[row : row + 1]
             spans = deeper
-        for request, drafted in zip(requests, tokens, strict=True):
-            request.sampler.rollback(max(0, len(drafted) - 1))
+        for request, count in zip(requests, accepted, strict=True):
+            request.sampler.rollback(count)
         return [Draft(tuple(drafted), tuple(chance)) for drafted, chance in zip(tokens, chances, strict=True)]
 
     def forget(self, key: str) -> None:
