@@ -260,6 +260,7 @@ def test_broken_logits_are_refused() -> None:
         ("top_p", 1.01), ("top_k", -1), ("top_k", 1.0), ("seed", -1), ("seed", 2**63), ("seed", "x"), ("stop", [""]),
         ("stop", ["a"] * 17), ("stop", [1]), ("stop", 5), ("logprobs", 21), ("logprobs", -1), ("logprobs", 1.0),
         ("min_p", 1.1), ("min_p", -0.1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+        ("repetition_penalty", 1e-310),
         ("repetition_penalty", 0), ("repetition_penalty", math.inf), ("logit_bias", {1: 101}), ("logit_bias", [1]),
         ("logit_bias", {"1": 1}), ("logit_bias", {-1: 1}), ("stop_token_ids", [-1]), ("stop_token_ids", 3),
         ("ignore_eos", 1), ("prompt_logprobs", 1), ("grammar", object()),

@@ -84,8 +84,8 @@ class SamplingParams:
         _check("min_p", self.min_p, "a number from 0 to 1", _is_number(self.min_p, 0, 1))
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), "a number from -2 to 2", _is_number(getattr(self, name), -2, 2))
-        in_range = _is_number(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0
-        _check("repetition_penalty", self.repetition_penalty, "a number above 0 and at most 100", in_range)
+        in_range = _is_number(self.repetition_penalty, 0.01, 100)
+        _check("repetition_penalty", self.repetition_penalty, "a number from 0.01 to 100", in_range)
         good = isinstance(self.logit_bias, Mapping) and all(
             _is_whole(token, 0) and _is_number(bias, -100, 100) for token, bias in self.logit_bias.items()
         )
