@@ -65,23 +65,12 @@ def test_keys_do_not_depend_on_how_tokens_come(tokens: list[int], cuts: list[int
     for cut in sorted(cuts):
         pieces.push(np.array(tokens[at:cut], np.int64))
         at = max(at, cut)
-    pieces.push([*tokens[at:], 7, 8])
-    pieces.truncate(len(tokens))
+    pieces.push(tokens[at:])
     assert whole.keys == pieces.keys
     assert len(whole) == len(pieces) == len(tokens)
     positions = range(1, len(tokens) + 1)
     assert [whole.state_key(p) for p in positions] == [pieces.state_key(p) for p in positions]
     assert len({*whole.keys, *(whole.state_key(p) for p in positions)}) == len(whole.keys) + len(tokens)
-
-
-def test_a_truncated_chain_goes_on_as_if_the_rest_had_never_been() -> None:
-    chain, other = KeyChain(b"s", "u", P), KeyChain(b"s", "u", P)
-    chain.push(ids(5 * P))
-    chain.truncate(2 * P + 3)
-    chain.push(ids(2 * P, seed=1))
-    other.push([*ids(5 * P)[: 2 * P + 3], *ids(2 * P, seed=1)])
-    assert chain.keys == other.keys
-    assert len(chain.keys) == 4
 
 
 @pytest.mark.parametrize(("salt", "user"), [(b"model", "v"), (b"other", "u"), (b"modelu", ""), (b"mode", "lu")])
@@ -432,8 +421,8 @@ class Storm:
         self.running.append(request)
 
     def best(self, user: str, tokens: list[int], limit: int) -> tuple[int, int]:
-        """(pages, resume) by looking at everything there is."""
-        found = {self.content[page] for page, key in enumerate(self.pool._keys) if key is not None}
+        """(pages, resume) by looking at everything there is, but at twins of a page only once they have its place."""
+        found = {self.content[page] for page in self.pool._by_key.values()}
         depth = 0
         while (depth + 1) * P <= limit + 1 and (user, tuple(tokens[: (depth + 1) * P])) in found:
             depth += 1
@@ -461,10 +450,8 @@ class Storm:
     def extend(self) -> None:
         request = self.luck.choice(self.running)
         new = self.more(P)
-        drafts = self.more(P)
         request.tokens.extend(new)
-        request.chain.push([*new, *drafts])
-        request.chain.truncate(len(request.tokens))
+        request.chain.push(new)
         if not self.compute(request):
             self.finish(request)
 

@@ -53,11 +53,6 @@ class KeyChain:
         for page in range(len(self.keys), len(self._tokens) // size):
             self.keys.append(_hash(self.node_key(page) + self._tokens[page * size : (page + 1) * size]))
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on (rejected drafts)."""
-        del self._tokens[length * _TOKEN.itemsize :]
-        del self.keys[len(self._tokens) // self._page_bytes :]
-
     def node_key(self, page: int) -> bytes:
         """The key before page `page`: the root for 0, else the key of page - 1."""
         return self.keys[page - 1] if page else self._root
