@@ -182,6 +182,94 @@ def test_what_can_never_fit_is_refused_and_bad_prompts_too() -> None:
         engine_of(disk_policy="sometimes")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"priority": None}, {"priority": 1.5}, {"user_id": 7}, {"timeout_s": float("nan")}, {"timeout_s": -1},
+        {"timeout_s": "soon"}, {"cuts": (3.5,)}, {"cuts": ("3",)}, {"prompt": [1.0]}, {"prompt": ["5"]}, {"prompt": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_argument_is_refused_at_submit_by_its_name(wrong: dict[str, Any]) -> None:
+    engine = engine_of(threaded=False)
+    (name,) = wrong
+    with pytest.raises(RequestError, match=name):
+        engine.submit(wrong.pop("prompt", [5]), params(), **wrong)
+    assert len(finish(engine, engine.submit(np.array([5, 6]), params(2), cuts=(np.int64(1), 99)))[0]) == 2
+    engine.close()
+
+
+def test_a_caller_whose_on_step_raises_hears_of_it_and_nobody_else_does(alone: Any) -> None:
+    engine = engine_of(native=HELPER)
+    good = engine.submit(PROMPTS[0], params(logprobs=True))
+    bad = engine.submit(PROMPTS[1], params(200), on_step=lambda: 1 / 0)
+    assert [(step.token_id, step.logprob) for step in good] == alone[HELPER][0]
+    with pytest.raises(ZeroDivisionError):
+        list(bad)
+    assert len(list(engine.submit(PROMPTS[2], params(5)))) == 5
+    engine.close()
+    assert bad.finish_reason == "cancelled"
+    assert engine.stats().slots_in_use == 0
+
+
+class Spelled:
+    """A grammar of a few tokens from two, then the end token; whatever it is asked behind that is a fault."""
+
+    def __init__(self, taken: int = 0, most: int = 6) -> None:
+        self.taken, self.most = taken, most
+
+    def mask(self) -> np.ndarray:
+        if self.taken > self.most:
+            raise IndexError("behind the end")
+        mask = np.zeros(VOCAB, bool)
+        mask[[5, 6] if self.taken < self.most else [1]] = True
+        return mask
+
+    def accept(self, token: int) -> None:
+        self.taken += 1
+
+    def rollback(self, count: int) -> None:
+        self.taken -= count
+
+    def fork(self) -> Spelled:
+        return Spelled(self.taken, self.most)
+
+
+def test_a_grammar_ends_with_drafts_as_without_and_its_faults_stay_with_their_request(alone: Any) -> None:
+    results = []
+    for speculation in (False, 4):
+        engine = engine_of(native=HELPER, speculation=speculation)
+        good = engine.submit(PROMPTS[0], params(logprobs=True))
+        asked = SamplingParams(max_tokens=20, temperature=0, grammar=Spelled())
+        results.append([step.token_id for step in engine.submit(PROMPTS[1], asked)])
+        assert engine.config.eos_token_id == results[-1][-1] == 1
+        with pytest.raises(IndexError, match="behind the end"):
+            list(engine.submit(PROMPTS[1], SamplingParams(temperature=0, grammar=Spelled(most=3), ignore_eos=True)))
+        assert [(step.token_id, step.logprob) for step in good] == alone[HELPER][0]
+        engine.close()
+    assert results[0] == results[1]
+    assert len(results[0]) == 7
+
+
+def test_an_abort_that_follows_its_submit_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(threaded=False)
+    add, submitted = engine._scheduler.add, []
+
+    def add_while_another_thread_submits_and_aborts(request: Any) -> None:
+        add(request)
+        if len(submitted) < 2:
+            submitted.append(engine.submit([5, 6], params(50)))
+            engine.abort(submitted[-1].request_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "add", add_while_another_thread_submits_and_aborts)
+        first = engine.submit([7, 8], params(3))
+        finish(engine, first, *submitted)
+    finish(engine, *submitted)
+    assert [stream.finish_reason for stream in (first, *submitted)] == ["length", "cancelled", "cancelled"]
+    engine.close()
+
+
 def test_a_failing_forward_ends_its_requests_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of()
     forward = engine._forward.forward
@@ -326,5 +414,5 @@ def test_where_the_library_cannot_be_exact_the_default_says_so(
     assert engine.numeric_path.endswith("fast")
     assert "does not keep a row's in the head" in caplog.text
     engine.close()
-    with pytest.raises(ConfigError, match="exact=True.*the head"):
+    with pytest.raises(ConfigError, match=r"exact=True.*the head"):
         engine_of(native=False, exact=True)

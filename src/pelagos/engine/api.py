@@ -40,7 +40,10 @@ class Stream:
     """
 
     def __init__(self, request_id: str, *, on_step: Callable[[], None] | None = None) -> None:
-        """`on_step` is called from the engine's thread after anything is put into the stream."""
+        """`on_step` is called from the engine's thread after anything is put into the stream.
+
+        Should it raise, nobody is there any more: the request is cancelled, and reading the stream raises the error.
+        """
         self.request_id = request_id
         self.finish_reason: str | None = None
         self.cached_tokens = 0
@@ -62,16 +65,22 @@ class Stream:
 
     def put(self, step: Step) -> None:
         """Append a step (the engine's side)."""
-        self._steps.put(step)
-        if self._on_step is not None:
-            self._on_step()
+        self._tell(step)
 
     def close(self, reason: str | None, error: BaseException | None = None) -> None:
         """End the stream with a reason or an error, which iteration raises (the engine's side)."""
         self.finish_reason = reason
-        self._steps.put(error)
-        if self._on_step is not None:
-            self._on_step()
+        self._tell(error)
+
+    def _tell(self, item: Step | BaseException | None) -> None:
+        self._steps.put(item)
+        try:
+            if self._on_step is not None:
+                self._on_step()
+        except Exception as error:
+            self._on_step = None
+            self._steps.put(error)
+            self.cancel()
 
     @property
     def is_ended(self) -> bool:

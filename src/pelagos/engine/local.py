@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import threading
 import time
 from collections import deque
@@ -148,7 +149,12 @@ class LocalEngine:
         on_step: Callable[[], None] | None = None,
     ) -> Stream:
         """Queue one prompt and return its stream at once; see `api.Engine.submit`."""
-        ids = [int(token) for token in prompt_ids]
+        for name, value, kind in (("priority", priority, int), ("user_id", user_id, str)):
+            if type(value) is not kind:
+                raise RequestError(f"{name}={value!r}: expected {'text' if kind is str else 'a whole number'}")
+        if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s >= 0):
+            raise RequestError(f"timeout_s={timeout_s!r}: expected seconds >= 0, or None for no limit")
+        ids, cuts = _whole("prompt", prompt_ids), _whole("cuts", cuts)
         self._check(ids, params)
         number = next(self._ids)
         stream = Stream(f"req-{number}", on_step=on_step)
@@ -619,6 +625,13 @@ class LocalEngine:
             if request.ticket is not None:
                 request.ticket.wait()
         self._take_notes()
+
+
+def _whole(name: str, values: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise RequestError(f"{name}: expected a sequence of whole numbers ({error})") from None
 
 
 def _live(request: Request) -> Live:
