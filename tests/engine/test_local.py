@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.engine.invariants import check_pool, check_prefix
 from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt
 
 from pelagos.engine import LocalEngine, SamplingParams
@@ -343,8 +344,8 @@ def test_a_storm_of_submits_aborts_and_forks_leaves_nothing(preemption: str) -> 
     stats = engine.stats()
     assert (stats.pages_in_use, stats.slots_in_use, stats.requests_running, stats.requests_waiting) == (0, 0, 0, 0)
     assert stats.requests_done == len(streams)
-    engine._pool.check()
-    engine._prefix.check()
+    check_pool(engine._pool)
+    check_prefix(engine._prefix)
     engine.close()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.invariants import check_pool, check_prefix
 
 from pelagos.engine.pages import PagePool
 from pelagos.engine.prefix import Cut, KeyChain, Match, PrefixCache
@@ -231,7 +232,7 @@ def test_anchors_outlive_what_lies_between_and_use_makes_an_anchor() -> None:
     assert (cache.stats.states, cache.stats.state_bytes, cache.stats.evicted_states) == (3, 4, 3)
     assert not cache.add_state(chain, 7, packed(5), anchor=True), "larger than all room"
     assert cache.stats.states == 3
-    cache.check()
+    check_prefix(cache)
 
 
 def test_a_state_is_kept_once() -> None:
@@ -489,12 +490,12 @@ class Storm:
             assert self.pool.in_use == len(set(holders))
             if number % 100 == 0:
                 assert all(self.pool.references(page) == holders.count(page) for page in set(holders))
-                self.pool.check()
-                self.cache.check()
+                check_pool(self.pool)
+                check_prefix(self.cache)
         for request in list(self.running):
             self.finish(request)
-        self.pool.check()
-        self.cache.check()
+        check_pool(self.pool)
+        check_prefix(self.cache)
 
 
 def test_a_storm_leaks_nothing_and_finds_the_best_and_nothing_wrong() -> None:

@@ -111,18 +111,6 @@ class PagePool:
         """How many hold the page."""
         return self._references[page]
 
-    def check(self) -> None:
-        """Assert that every page is in exactly one state and that keys and pages agree."""
-        free, cached = set(self._free), set(self._cached)
-        held = {page for page, references in enumerate(self._references) if references}
-        assert len(free) == len(self._free), "a page is free twice"
-        assert len(free | cached | held) == self.count, "a page is lost"
-        assert len(free) + len(cached) + len(held) == self.count, "a page is in two states"
-        assert min(self._references) >= 0, "a page has fewer than no references"
-        assert all(self._keys[page] == key for key, page in self._by_key.items()), "a key finds another content"
-        assert all(self._keys[page] is None for page in free), "a free page has a key"
-        assert cached <= set(self._by_key.values()), "a cached page cannot be found"
-
     def _evict(self) -> None:
         page = next(iter(self._cached))
         del self._cached[page]

@@ -309,16 +309,6 @@ class PrefixCache:
         first = max(start + 1, match.exact)
         return [Cut(at, at in anchors) for at in sorted(anchors | between) if first <= at <= stop]
 
-    def check(self) -> None:
-        """Assert that the index, the states and the counters agree."""
-        states = [*self._anchors.values(), *self._between.values()]
-        assert self.stats.states == len(states) == len(self._anchors.keys() | self._between.keys())
-        assert self.stats.state_bytes == sum(state.packed.nbytes for state in states) <= self._state_bytes
-        assert self._between_bytes == sum(state.packed.nbytes for state in self._between.values())
-        under = [(node, key) for node, keys in self._under.items() for key in keys]
-        held = (self._anchors | self._between).items()
-        assert sorted(under) == sorted((state.node, key) for key, state in held)
-
     def _find(self, key: bytes) -> _State | None:
         return self._anchors.get(key) or self._between.get(key)
 
