@@ -223,8 +223,8 @@ def test_released_bfloat16_is_as_near_the_recorded_run_as_the_forward() -> None:
 def test_a_product_that_sees_its_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = drawn(TINY, 0), layers.linear
     assert broken_rule(model) is None
-    monkeypatch.setattr(layers, "linear", lambda x, weight: plain(x, weight) * (1 + 1e-6 * (x.shape[-2] < 8)))
-    assert "the attention's inputs of a layer of ratio 0: 4 tokens" in str(broken_rule(model))
+    monkeypatch.setattr(layers, "linear", lambda x, weight: plain(x, weight) * (1 + 1e-6 * (x.shape[-2] < 20)))
+    assert "the attention's inputs of a layer of ratio 0: 16 tokens" in str(broken_rule(model))
     with pytest.raises(ConfigError, match="exact=True: this host's library does not keep"):
         Served(model)
     assert Served(model, exact=False).paged.numeric_path.endswith("fast")

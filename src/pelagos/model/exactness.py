@@ -19,7 +19,7 @@ from pelagos.model.attention import Attention, Step
 from pelagos.model.transformer import Block, Transformer
 
 COMPANY = 256 + ROWS  # tokens that a part sees at once
-CUTS = ((0, 4), (4, 24), (100, 164))  # and those it then sees by themselves
+CUTS = ((0, ROWS), (ROWS, 3 * ROWS), (96, 160))  # and those it then sees by themselves
 
 Named = Iterator[tuple[str, Tensor]]
 
