@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -181,6 +184,20 @@ def test_what_can_never_fit_is_refused_and_bad_prompts_too() -> None:
         engine_of(preemption="maybe")
     with pytest.raises(ConfigError, match="disk_policy='sometimes'"):
         engine_of(disk_policy="sometimes")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"speculation": None}, {"speculation": "yes"}, {"speculation": 1.5}, {"speculation": 5}, {"exact": "no"},
+        {"native": 1}, {"prefix_cache": None}, {"disk_policy": 5}, {"chunk_tokens": 0}, {"max_requests": None},
+        {"kv_bytes": 1e9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_option_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
+        engine_of(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +405,33 @@ def test_put_aside_on_the_way_through_a_lost_window() -> None:
     assert times == 3
     assert engine.stats().hit_tokens >= 384
     assert finish(engine, stream) == expected
+    engine.close()
+
+
+def test_an_interpreter_may_end_under_a_running_engine() -> None:
+    program = (
+        "from tests.engine.small import engine_of, params, prompt\n"
+        "engine = engine_of(native=False)\n"
+        "streams = [engine.submit(prompt(100, seed), params(900)) for seed in range(4)]\n"
+        "print(streams[0].wait(60) is not None)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_fork_of_the_process_and_on_step_are_told_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(CapacityError, match="this is a fork"):
+            engine.submit([5], params())
+    with pytest.raises(ConfigError, match="on_step"):
+        list(engine.submit([5], params(), on_step=engine.close))
+    assert len(list(engine.submit([5], params(3)))) == 3
     engine.close()
 
 

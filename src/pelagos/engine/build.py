@@ -30,7 +30,7 @@ class EngineOptions:
     max_requests: int = 16
     kv_bytes: int | None = None
     prefix_cache: bool = True
-    disk_dir: Path | None = None
+    disk_dir: str | Path | None = None
     disk_policy: str = "turns"
     disk_bytes: int = 8 << 30
     user_disk_bytes: int | None = None
@@ -43,8 +43,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.preemption not in ("swap", "recompute"):
             raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
-        if type(self.speculation) is int and not 0 <= self.speculation <= MAX_DRAFT:
-            raise ConfigError(f"speculation={self.speculation}: expected true, false or a depth from 1 to {MAX_DRAFT}")
+        if type(self.speculation) not in (bool, int) or not 0 <= self.speculation <= MAX_DRAFT:
+            raise ConfigError(
+                f"speculation={self.speculation!r}: expected true, false or a depth from 1 to {MAX_DRAFT}"
+            )
+        for name, also in (("prefix_cache", False), ("exact", None), ("native", None)):
+            if type(value := getattr(self, name)) is not bool and value is not also:
+                raise ConfigError(f"{name}={value!r}: expected true or false")
         if self.disk_dir is not None and not self.prefix_cache:
             raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
 
@@ -81,7 +86,7 @@ def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: Engin
     disk = None
     if options.disk_dir is not None:
         disk = DiskCache(
-            options.disk_dir, fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
+            Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
         )  # fmt: skip
     drafter = MTPDrafter(forward, window=config.sliding_window, max_depth=drafts) if drafts else None

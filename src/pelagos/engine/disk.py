@@ -63,7 +63,7 @@ class StatePolicy:
 
 def parse_policy(text: str, page_tokens: int) -> StatePolicy:
     """Read `full`, `periodic(P)`, `zero` or `turns`; ConfigError otherwise or when P is no multiple of a page."""
-    found = re.fullmatch(r"\s*(?:(full|zero|turns)|periodic\(\s*(\d{1,12})\s*\))\s*", text)
+    found = re.fullmatch(r"\s*(?:(full|zero|turns)|periodic\(\s*(\d{1,12})\s*\))\s*", str(text))
     if found is None:
         raise ConfigError(f"disk_policy={text!r}: expected full, periodic(P), zero or turns, as in periodic(1024)")
     if found[1]:

@@ -84,7 +84,7 @@ class LLM:
             torch.set_num_threads(threads)
         options = EngineOptions(
             chunk_tokens=chunk_tokens, max_requests=max_requests, kv_bytes=kv_bytes, prefix_cache=prefix_cache,
-            disk_dir=None if disk_dir is None else Path(disk_dir), disk_policy=disk_policy, disk_bytes=disk_bytes,
+            disk_dir=disk_dir, disk_policy=disk_policy, disk_bytes=disk_bytes,
             speculation=speculation, exact=exact, native=native, preemption=preemption,
         )  # fmt: skip
         path = resolve_model(path_or_name)

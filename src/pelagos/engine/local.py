@@ -7,9 +7,11 @@ a later prompt may start. A request's failure is its own; nothing it holds outli
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import operator
+import os
 import threading
 import time
 from collections import deque
@@ -129,7 +131,7 @@ class LocalEngine:
         self._reading: list[Live] = []  # the disk reads into pages of theirs, though they may have ended
         self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
-        self._ids = itertools.count(1)
+        self._ids, self._process = itertools.count(1), os.getpid()
         self._wake = threading.Condition()
         self._closed = False
         self._threaded = threaded
@@ -172,9 +174,12 @@ class LocalEngine:
         with self._wake:
             if self._closed:
                 raise CapacityError("the engine is closed and takes no more requests")
+            if os.getpid() != self._process:
+                raise CapacityError(f"the engine belongs to process {self._process} and this is a fork: make another")
             self._inbox.append(request)
             if self._threaded and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                atexit.register(self.close)  # a thread inside a forward must not outlive the interpreter
                 self._thread.start()
             self._wake.notify()
         return stream
@@ -235,8 +240,10 @@ class LocalEngine:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Abort what runs, finish writes and end the thread; idempotent."""
+        """Abort what runs, finish writes and end the thread; idempotent. Not for `on_step`, where it raises."""
         with self._wake:
+            if self._thread is threading.current_thread():
+                raise ConfigError("close was called from on_step: the engine's thread cannot wait for its own end")
             if self._closed:
                 return
             self._closed = True
@@ -288,6 +295,7 @@ class LocalEngine:
                 self._wake.wait(LINGER_SECONDS)
             if self._closed or not (self._live or self._inbox or self._reading):
                 self._thread = None
+                atexit.unregister(self.close)
                 return False
             return True
 
