@@ -208,6 +208,15 @@ def test_rows_of_every_kind_at_every_context(tiny: Path) -> None:
         list(bench.engine_rows(tiny, contexts=[0], batches=[1]))
 
 
+def test_weights_are_counted_as_the_forward_holds_them(tiny: Path) -> None:
+    sizes = {path: LLM(tiny, native=path == "helper", kv_bytes=1 << 22, max_requests=1) for path in PATHS}
+    held = {path: bench.element_bytes(llm) for path, llm in sizes.items()}
+    assert held["torch"] == 4
+    assert 2 <= held.get("helper", 4) < 8  # bfloat16 where nothing is lost by it, rows padded
+    for llm in sizes.values():
+        llm.close()
+
+
 def test_a_window_too_short_is_an_error(tiny: Path) -> None:
     llm = LLM(tiny, max_requests=1, native=False)
     prompt = list(range(10, 60))
