@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,9 +18,10 @@ VOCAB = tiny().vocab_size
 
 
 @functools.cache
-def tiny_model() -> Transformer:
+def tiny_model(**changes: Any) -> Transformer:
+    """The tiny model, or one with another config, its weights drawn at random."""
     torch.manual_seed(11)
-    model = Transformer(tiny())
+    model = Transformer(dataclasses.replace(tiny(), **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from tests.engine.invariants import check_pool, check_prefix
-from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt
+from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt, tiny_model
 
-from pelagos.engine import LocalEngine, SamplingParams
+from pelagos.config import tiny
+from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, build_engine
 from pelagos.engine.scheduler import Plan
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
 
@@ -111,6 +112,17 @@ def test_a_later_process_goes_on_from_disk(tmp_path: Path, policy: str, alone: A
     fresh = engine_of(threaded=False, native=HELPER)
     assert [token for token, _ in run(fresh, [longer + prompt(9, 77)])[0]] == [step.token_id for step in streams[0]]
     fresh.close()
+
+
+def test_a_model_without_compressed_layers_has_empty_pages_and_the_same_bits() -> None:
+    model = tiny_model(compress_ratios=(0,) * len(tiny().compress_ratios))
+    results = []
+    for options in ({"chunk_tokens": 1024, "prefix_cache": False}, {"chunk_tokens": 50, "speculation": 2}):
+        engine = build_engine(model, None, EngineOptions(threaded=False, max_requests=4, **options))
+        assert engine.plan.page_bytes == 0
+        results += [run(engine, PROMPTS), run(engine, PROMPTS)]
+        engine.close()
+    assert all(result == results[0] for result in results)
 
 
 def test_users_do_not_share_prefixes() -> None:
@@ -302,8 +314,6 @@ def test_a_failing_forward_ends_its_requests_and_not_the_engine(monkeypatch: pyt
 
 
 def test_prompt_logprobs_are_the_forwards_own() -> None:
-    from tests.engine.small import tiny_model
-
     engine = engine_of(threaded=False)
     stream = engine.submit(PROMPTS[0], params(3, prompt_logprobs=True))
     finish(engine, stream)

@@ -35,8 +35,9 @@ class Step(NamedTuple):
 class Stream:
     """The steps of one request as they come; iterate it in one thread, `cancel` from any.
 
-    `finish_reason` is None while it runs, then one of REASONS. cached_tokens is how many prompt tokens were not
-    computed again, accepted_drafts how many generated tokens came from a draft.
+    `finish_reason` is None while it runs, then one of REASONS, or None still if it ended with an error, which reading
+    raises. cached_tokens is how many prompt tokens were not computed again, accepted_drafts how many generated tokens
+    came from a draft.
     """
 
     def __init__(self, request_id: str, *, on_step: Callable[[], None] | None = None) -> None:
