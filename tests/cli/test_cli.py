@@ -135,6 +135,9 @@ def test_bench_engine_writes_a_line_a_figure(model: str, tmp_path: Path, capsys:
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["case"] for row in rows] == ["prefill", "hit_ram", "decode", "hit_ssd"]
     assert len(said.splitlines()) == 1 + len(rows)
+    for wrong in (("--tokens", "0"), ("--mode", "x"), ("--out", str(tmp_path))):
+        code, _, said = call(capsys, "bench", "engine", *wrong)
+        assert (code, wrong[0] in said.splitlines()[-1]) == (2, True)
     code, _, said = call(capsys, "bench", "engine", "--contexts", "0.3")
     assert (code, said) == (1, "pelagos: contexts='0.3': expected a whole number of tokens, such as 4096, 128K or 1M\n")
 

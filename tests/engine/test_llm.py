@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -109,6 +110,7 @@ def test_cancel_ends_between_tokens_and_between_chunks(llm: LLM) -> None:
     [
         ("", "empty"), ([[]], "empty"), ([[1, -1]], r"prompt\[1\]=-1"), ([1, 10**6], r"prompt\[1\]=1000000"),
         ([["a"]], r"prompt\[0\]='a'"), ([3.5], r"prompts\[0\] is a float"), ([True], r"prompts\[0\] is a bool"),
+        (None, "prompts is a NoneType"), (np.array([5, 6]), "prompts is a ndarray"), (b"abc", r"prompts\[0\] is a int"),
     ],
 )  # fmt: skip
 def test_a_wrong_prompt_is_refused(llm: LLM, prompt: Any, said: str) -> None:

@@ -215,6 +215,7 @@ def test_a_wrong_option_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"params": {"max_tokens": 3}},
         {"priority": None}, {"priority": 1.5}, {"user_id": 7}, {"timeout_s": float("nan")}, {"timeout_s": -1},
         {"timeout_s": "soon"}, {"cuts": (3.5,)}, {"cuts": ("3",)}, {"prompt": [1.0]}, {"prompt": ["5"]}, {"prompt": 5},
     ],
@@ -224,7 +225,7 @@ def test_a_wrong_argument_is_refused_at_submit_by_its_name(wrong: dict[str, Any]
     engine = engine_of(threaded=False)
     (name,) = wrong
     with pytest.raises(RequestError, match=name):
-        engine.submit(wrong.pop("prompt", [5]), params(), **wrong)
+        engine.submit(wrong.pop("prompt", [5]), wrong.pop("params", params()), **wrong)
     assert len(finish(engine, engine.submit(np.array([5, 6]), params(2), cuts=(np.int64(1), 99)))[0]) == 2
     engine.close()
 

@@ -27,15 +27,21 @@ def main(argv: Sequence[str]) -> int:
     engine.add_argument("--batches", default="1,2,4,8,16", help="sequences that decode together")
     engine.add_argument("--tokens", type=int, default=64, help="decoded tokens a sequence and figure")
     engine.add_argument("--chunk-tokens", type=int, metavar="N", help="prompt tokens a step (default: the engine's)")
-    engine.add_argument("--mode", default="reference", help="number mode: reference or released")
+    engine.add_argument("--mode", default="reference", choices=("reference", "released"), help="number mode")
     engine.add_argument("--device", help="device of the weights, such as cpu or cuda")
     engine.add_argument("--no-native", action="store_true", help="leave the compiled helper out")
     engine.add_argument("--no-exact", action="store_true", help="give up bits that do not depend on the batch")
     engine.add_argument("--no-speculation", action="store_true", help="decode without a draft")
     engine.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     args = parser.parse_args(argv)
+    if args.tokens < 1:
+        parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
     rows = _engine(args)
-    with nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8") as sink:
+    try:
+        out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    with out as sink:
         print("".join(f"{name:>15}" for name in _COLUMNS), file=sys.stderr)
         for row in rows:
             print(json.dumps(row), file=sink, flush=True)

@@ -140,7 +140,7 @@ class LLM:
 
         One SamplingParams serves all prompts, a list gives one each. A text gets the begin-of-sentence token in front.
         Raises RequestError for an empty prompt, ids outside the vocabulary, or a context too long for the model,
-        CapacityError for one too long for the engine's memory; nothing has run then.
+        CapacityError for one too long for the engine's memory; prompts before it are cancelled then.
         """
         batch = _as_batch(prompts)
         many = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
@@ -169,7 +169,7 @@ class LLM:
     ) -> Iterator[Step]:
         """Complete one prompt token by token; checks run at the call, computation goes on as the steps are read.
 
-        Setting `cancel`, or closing the iterator, ends the stream without a finish_reason and frees what it held.
+        Setting `cancel`, or letting go of the iterator, ends the stream without a finish_reason and frees what it held.
         Raises RequestError and CapacityError as `generate` does; `options` are those of `Engine.submit`.
         """
         return _Reader(self.submit(prompt, params, **options), cancel)
@@ -236,8 +236,10 @@ class _Reader:
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A text or a non-empty list of ids is one prompt; any other list is a list of prompts."""
-    if isinstance(prompts, str) or (prompts and all(type(each) is int for each in prompts)):
+    if isinstance(prompts, str) or (isinstance(prompts, (list, tuple)) and {type(each) for each in prompts} == {int}):
         return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is a {type(prompts).__name__}: expected text, a list of token ids or of prompts")
     for position, each in enumerate(prompts):
         if not isinstance(each, (str, Sequence)):
             raise RequestError(f"prompts[{position}] is a {type(each).__name__}: expected text or a list of token ids")

@@ -151,9 +151,10 @@ class LocalEngine:
         on_step: Callable[[], None] | None = None,
     ) -> Stream:
         """Queue one prompt and return its stream at once; see `api.Engine.submit`."""
-        for name, value, kind in (("priority", priority, int), ("user_id", user_id, str)):
-            if type(value) is not kind:
-                raise RequestError(f"{name}={value!r}: expected {'text' if kind is str else 'a whole number'}")
+        kinds = (("params", params, SamplingParams), ("user_id", user_id, str), ("priority", priority, int))
+        for name, value, kind in kinds:
+            if not isinstance(value, kind):
+                raise RequestError(f"{name}={value!r}: expected {kind.__name__}")
         if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s >= 0):
             raise RequestError(f"timeout_s={timeout_s!r}: expected seconds >= 0, or None for no limit")
         ids, cuts = _whole("prompt", prompt_ids), _whole("cuts", cuts)
