@@ -374,6 +374,16 @@ def test_a_state_in_ram_may_want_pages_from_disk() -> None:
     assert (found.resume, found.disk_resume, found.disk_pages, found.disk_state) == (0, 5 * P + 1, 5, None)
 
 
+def test_what_is_remembered_of_ended_sequences_is_bounded() -> None:
+    pool, cache = make()
+    for seed in range(500):  # short prompts, long answers: all part at the root, and no prompt ever passes it
+        chain = cache.chain("u", ids(2 * P, seed=seed % 250))
+        cache.finish(chain, 3)
+    (endings,) = cache._endings.values()
+    assert endings[-1] == chain.keys
+    assert len(endings) == len({each[0] for each in endings}) <= pool.count
+
+
 # Storms
 
 

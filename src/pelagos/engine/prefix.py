@@ -22,6 +22,7 @@ from pelagos.kernels.layout import CacheLayout
 
 KEY_BYTES = 16
 STATE_INTERVAL = 512  # positions between states taken inside a prompt
+_ENDINGS = 64  # ended sequences remembered behind one page
 _TOKEN = np.dtype("<i4")
 
 
@@ -196,7 +197,7 @@ class PrefixCache:
                 if same is not None:
                     self._pool.demote(ending[same:])
                 elif page + len(ending) > len(chain.keys):
-                    self._endings.setdefault(chain.keys[-1], []).append(ending[len(chain.keys) - page :])
+                    self._remember(chain.keys[-1], ending[len(chain.keys) - page :])
 
     def _pages_of(self, keys: Sequence[bytes]) -> Iterator[int]:
         for key in keys:
@@ -245,9 +246,13 @@ class PrefixCache:
         """
         first = mark // self._page_tokens
         if ending := chain.keys[first:]:
-            self._endings.setdefault(chain.node_key(first), []).append(ending)
+            self._remember(chain.node_key(first), ending)
             while len(self._endings) > self._pool.count:
                 self._endings.popitem(last=False)
+
+    def _remember(self, node: bytes, ending: list[bytes]) -> None:
+        others = [each for each in self._endings.get(node, ()) if each != ending]
+        self._endings[node] = [*others[1 - _ENDINGS :], ending]
 
     def has_state(self, chain: KeyChain, position: int) -> bool:
         """Whether the state after `position` tokens is held; counts as a use of it."""
