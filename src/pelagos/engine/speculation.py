@@ -169,26 +169,6 @@ class Outcome(NamedTuple):
     picked: Sequence[int]
 
 
-class DepthPolicy(Protocol):
-    """Decides how many tokens are drafted and verified; see `AdaptiveDepth`, which is what serves."""
-
-    def depths(self, keys: Sequence[str]) -> list[int]:
-        """Return how many tokens to draft for each decoding request of the coming step."""
-        ...
-
-    def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
-        """Return how many tokens of each draft to verify."""
-        ...
-
-    def observe(self, outcomes: Sequence[Outcome], seconds: float | None) -> None:
-        """Learn from a step, before the next is planned."""
-        ...
-
-    def forget(self, key: str) -> None:
-        """Drop what is kept of a request that ended."""
-        ...
-
-
 class FixedDepth:
     """Always drafts and verifies `depth` tokens: for tests and measurements."""
 
@@ -494,6 +474,9 @@ class AdaptiveDepth:
         """Drop what is kept of a request that ended, an outcome not yet told included."""
         self._own.pop(key, None)
         self._made.pop(key, None)
+
+
+DepthPolicy = AdaptiveDepth | FixedDepth
 
 
 def _bin(confidence: float) -> int:
