@@ -1,0 +1,33 @@
+"""What tells one model's weights from another's: nothing cached may be shared by two that differ in a byte."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from pelagos.config import tiny
+from pelagos.engine.runner import fingerprint
+
+
+def named(*tensors: torch.Tensor) -> bytes:
+    released = [(f"w{number}", tensor, None) for number, tensor in enumerate(tensors)]
+    return fingerprint(cast(Any, SimpleNamespace(config=tiny(), released_tensors=lambda: released)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_every_byte_of_a_large_tensor_counts(dtype: torch.dtype) -> None:
+    base = torch.arange(1_500_003).remainder(251).to(dtype)
+    names = {named(base), named(base.clone()[:-1]), named(base.view(3, -1))}
+    for at in (0, 1, 777_777, 1_048_577, 1_499_999, 1_500_002):
+        other = base.clone()
+        other[at] += 1
+        names.add(named(other))
+    swapped = base.clone()
+    swapped[[70_000, 900_000]] = base[[900_000, 70_000]] + torch.tensor([1, 1]).to(dtype)
+    assert named(swapped) not in names
+    assert len(names) == 9
+    behind = torch.cat((base[:1], base))[1:]  # the same content off the words' boundary
+    assert named(behind) == named(base)
