@@ -499,7 +499,7 @@ class Storm:
             holders = [page for request in self.running for page in request.pages]
             assert self.pool.in_use == len(set(holders))
             if number % 100 == 0:
-                assert all(self.pool.references(page) == holders.count(page) for page in set(holders))
+                assert all(self.pool._references[page] == holders.count(page) for page in set(holders))
                 check_pool(self.pool)
                 check_prefix(self.cache)
         for request in list(self.running):

@@ -45,7 +45,7 @@ def asked(key: str, depth: int, **params: object) -> DraftRequest:
 
 def test_drafts_go_on_from_what_was_fed_depth_by_depth_for_all_at_once() -> None:
     block = Block()
-    drafter = MTPDrafter(block, window=4, max_depth=3)
+    drafter = MTPDrafter(block.draft, window=4, max_depth=3)
     drafter.feed("a", 0, np.arange(1, 7), rows(0, 1, 2, 3, 4, 5))  # six positions, of which the window holds four
     drafter.feed("b", 7, np.array([8]), rows(1))
     drafts = drafter.draft([asked("a", 3), asked("b", 1), asked("c", 2), asked("b", 0)])
@@ -68,7 +68,7 @@ def test_drafts_go_on_from_what_was_fed_depth_by_depth_for_all_at_once() -> None
 
 
 def test_a_draft_ends_at_an_end_token_and_at_the_greatest_depth() -> None:
-    drafter = MTPDrafter(Block(), window=4, max_depth=2)
+    drafter = MTPDrafter(Block().draft, window=4, max_depth=2)
     for ends, tokens in (({11}, (11,)), ({12}, (11, 17))):
         drafter.feed("a", 0, np.array([6]), rows(5))
         assert drafter.draft([asked("a", 9)._replace(ends=ends)])[0].tokens == tokens
@@ -76,7 +76,7 @@ def test_a_draft_ends_at_an_end_token_and_at_the_greatest_depth() -> None:
 
 def test_drafts_pick_with_the_requests_own_noise_and_leave_its_record_alone() -> None:
     logits = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
-    drafter = MTPDrafter(Block(lambda token, stream: logits[token]), window=4, max_depth=3)
+    drafter = MTPDrafter(Block(lambda token, stream: logits[token]).draft, window=4, max_depth=3)
     params = {"temperature": 1.0, "seed": 3, "presence_penalty": 1.5, "repetition_penalty": 1.2}
     request = asked("a", 3, **params)
     request.sampler.accept(5)
@@ -111,7 +111,7 @@ def test_a_draft_ends_where_its_grammar_does() -> None:
         def fork(self) -> Two:
             return Two(self.taken)
 
-    drafter = MTPDrafter(Block(), window=4, max_depth=4)
+    drafter = MTPDrafter(Block().draft, window=4, max_depth=4)
     request = asked("a", 4, grammar=Two())
     for _ in range(2):  # the second time shows that the first left its record alone
         drafter.feed("a", 0, np.array([6]), rows(5))

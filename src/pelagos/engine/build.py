@@ -44,9 +44,7 @@ class EngineOptions:
         if self.preemption not in ("swap", "recompute"):
             raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
         if type(self.speculation) not in (bool, int) or not 0 <= self.speculation <= MAX_DRAFT:
-            raise ConfigError(
-                f"speculation={self.speculation!r}: expected true, false or a depth from 1 to {MAX_DRAFT}"
-            )
+            raise ConfigError(f"speculation={self.speculation!r}: expected true, false or a depth to {MAX_DRAFT}")
         for name, also in (("prefix_cache", False), ("exact", None), ("native", None)):
             if type(value := getattr(self, name)) is not bool and value is not also:
                 raise ConfigError(f"{name}={value!r}: expected true or false")
@@ -89,10 +87,10 @@ def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: Engin
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
         )  # fmt: skip
-    drafter = MTPDrafter(forward, window=config.sliding_window, max_depth=drafts) if drafts else None
+    drafter = MTPDrafter(forward.draft, window=config.sliding_window, max_depth=drafts) if drafts else None
     return LocalEngine(
         config, pools=pools, forward=forward, plan=plan, chunk_tokens=options.chunk_tokens, salt=salt,
-        tokenizer=tokenizer, prefix_cache=options.prefix_cache, disk=disk, disk_policy=policy, drafter=drafter,
+        decoder=None if tokenizer is None else tokenizer.stream_decoder, prefix_cache=options.prefix_cache,
+        disk=disk, disk_policy=policy, drafter=drafter, swap=options.preemption == "swap", threaded=options.threaded,
         depth=FixedDepth(int(options.speculation)) if options.speculation is not True else None,
-        swap=options.preemption == "swap", threaded=options.threaded,
     )  # fmt: skip

@@ -6,7 +6,7 @@ Refuses empty prompts, ids outside the vocabulary and contexts beyond the model'
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -246,8 +246,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _collect(stream: Iterable[Step], params: SamplingParams) -> Completion:
-    assert isinstance(stream, Stream)
+def _collect(stream: Stream, params: SamplingParams) -> Completion:
     done = list(stream)
     return Completion(
         token_ids=[step.token_id for step in done],

@@ -16,9 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,14 +40,6 @@ DISK_POLL_SECONDS = 0.001
 LINGER_SECONDS = 0.5
 PROMPT_LOGPROB_TOKENS = 128  # rows of logits held at once for prompt_logprobs
 WRITE_PAGES = 64  # completed pages that are written to disk together while a long prompt runs
-
-
-class TokenDecoder(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    def stream_decoder(self) -> Decoder:
-        """Return a fresh incremental decoder."""
-        ...
 
 
 class _NoText:
@@ -95,7 +85,7 @@ class LocalEngine:
         plan: MemoryPlan,
         chunk_tokens: int,
         salt: bytes,
-        tokenizer: TokenDecoder | None = None,
+        decoder: Callable[[], Decoder] | None = None,
         prefix_cache: bool = True,
         disk: DiskCache | None = None,
         disk_policy: StatePolicy | None = None,
@@ -113,7 +103,7 @@ class LocalEngine:
         self.config, self.plan = config, plan
         self.numeric_path = forward.numeric_path
         self._pools, self._forward, self._layout = pools, forward, pools.layout
-        self._tokenizer, self._clock, self._swap = tokenizer, clock, swap
+        self._decoder, self._clock, self._swap = decoder or _NoText, clock, swap
         self._pool = PagePool(plan.pages)
         interval = max(512, chunk_tokens)
         self._prefix = PrefixCache(self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval)
@@ -161,7 +151,6 @@ class LocalEngine:
         self._check(ids, params)
         number = next(self._ids)
         stream = Stream(f"req-{number}", on_step=on_step)
-        decoder = _NoText() if self._tokenizer is None else self._tokenizer.stream_decoder()
         request = Live(
             request_id=stream.request_id, tokens=ids, prompt_tokens=len(ids), user_id=user_id,
             chain=self._prefix.chain(user_id, ids if self._caches else ()), priority=priority, arrival=number,
@@ -169,7 +158,7 @@ class LocalEngine:
             reads_cache=self._caches and not params.prompt_logprobs,
             deadline=float("inf") if timeout_s is None else self._clock() + timeout_s,
             stream=stream, sampler=Sampler(params, self.config.vocab_size, ids),
-            text=TextStream(decoder, params, self.config.eos_token_id),
+            text=TextStream(self._decoder(), params, self.config.eos_token_id),
             prompt_logprobs=[None] if params.prompt_logprobs else None,
         )  # fmt: skip
         with self._wake:
@@ -285,9 +274,7 @@ class LocalEngine:
                         self._end(request, None, error)
                     continue
                 if not computed:  # all wait for the disk, or for room
-                    with self._wake:
-                        if not self._inbox and not self._aborts and not self._closed:
-                            self._wake.wait(DISK_POLL_SECONDS)
+                    time.sleep(DISK_POLL_SECONDS)
 
     def _has_work(self) -> bool:
         """Wait a while for work; False when there is none or the engine closes, and the thread is to end."""
@@ -624,10 +611,9 @@ class LocalEngine:
         request.swapped, request.swapped_at = None, 0
 
     def _end_all(self) -> None:
-        with suppress(IndexError):
-            while True:
-                request = self._inbox.popleft()
-                self._live[request.request_id] = request
+        while self._inbox:
+            request = self._inbox.popleft()
+            self._live[request.request_id] = request
         for request in list(self._live.values()):
             self._end(request, "cancelled")
         for request in self._reading:

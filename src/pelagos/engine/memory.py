@@ -114,7 +114,6 @@ def plan_memory(
             f"are {max(0, kv_bytes):,} for the cache: raise kv_bytes to that, or lower max_requests or chunk_tokens"
         )
     states = min((kv_bytes - slots) // 4, kv_bytes - least) if prefix_cache or swap else 0
-    # Pages of a model without compressed layers are empty: enough ids for all.
-    every = max_requests * -(-config.max_position_embeddings // tokens)
+    every = max_requests * -(-config.max_position_embeddings // tokens)  # pages without compressed layers are empty
     pages = (kv_bytes - slots - states) // page if page else every
     return MemoryPlan(pages, max_requests, states, page, slot, tokens, weight_bytes, scratch_bytes)

@@ -46,14 +46,9 @@ class PagePool:
         """Pages with at least one reference."""
         return self.count - self.free - self.cached
 
-    @property
-    def available(self) -> int:
-        """Pages that `alloc` can give: free and cached ones."""
-        return self.free + self.cached
-
     def alloc(self, count: int) -> list[int] | None:
         """Return `count` pages with one reference each, evicting cached pages if need be; None if there are too few."""
-        if count > self.available:
+        if count > self.free + self.cached:
             return None
         while self.free < count:
             self._evict()
@@ -106,10 +101,6 @@ class PagePool:
             page = self._by_key.get(key)
             if page in self._cached:
                 self._cached.move_to_end(page, last=False)
-
-    def references(self, page: int) -> int:
-        """How many hold the page."""
-        return self._references[page]
 
     def _evict(self) -> None:
         page = next(iter(self._cached))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -75,14 +75,6 @@ class Drafter(Protocol):
         ...
 
 
-class DraftForward(Protocol):
-    """The part of a forward that MTP drafting needs; see `kernels.layout`."""
-
-    def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
-        """Run the MTP block over spans of following tokens and streams (sum S, n, D)."""
-        ...
-
-
 @dataclass(slots=True)
 class _Fed:
     """What was fed and not yet run through the draft layer: consecutive positions that end before `end`."""
@@ -99,15 +91,15 @@ class MTPDrafter:
     at each step; a deeper one goes on from the block's own streams. Later positions are overwritten when fed.
     """
 
-    def __init__(self, forward: DraftForward, *, window: int, max_depth: int) -> None:
-        """`window` is the draft layer's sliding window; max_depth at most the layout's `rewind`.
+    def __init__(self, block: Callable[[Sequence[Span], np.ndarray], Output], *, window: int, max_depth: int) -> None:
+        """`block`: a forward's `draft`; `window`: its layer's sliding window; max_depth: at most the layout's `rewind`.
 
         At most _CAUGHT_UP rows are caught up on: on nano as many drafts are accepted as with all 128, for a quarter of
         the seconds; older rows of the window then hold what was there.
         """
         self.window = min(window, _CAUGHT_UP)
         self.max_depth = max_depth
-        self._forward = forward
+        self._block = block
         self._fed: dict[str, _Fed] = {}
 
     def feed(self, key: str, start: int, following: np.ndarray, streams: np.ndarray) -> None:
@@ -134,9 +126,7 @@ class MTPDrafter:
                 fed.following.clear()
                 fed.streams.clear()
         while spans:
-            out = self._forward.draft(
-                [span for span, _ in spans.values()], np.concatenate([s for _, s in spans.values()])
-            )
+            out = self._block([span for span, _ in spans.values()], np.concatenate([s for _, s in spans.values()]))
             deeper: dict[int, tuple[Span, np.ndarray]] = {}
             for row, (index, (span, _)) in enumerate(spans.items()):
                 request, end = requests[index], span.start + len(span.tokens)
