@@ -169,7 +169,7 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats:
-        """Return a consistent copy of the counters."""
+        """Return a copy of the counters; those of a step that is under way may be ahead of others."""
         ...
 
     def close(self) -> None:
