@@ -7,6 +7,7 @@ file does not exist is left out.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def split(text: str) -> tuple[str, str, str]:
 def table() -> str:
     """The table as Markdown, a line ending after every row."""
     rows = [("measured", "figure", "command"), ("---", "---", "---")]
-    rows += parity() + text_rows() + decode() + price()
+    rows += parity() + text_rows() + engine() + price()
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -77,14 +78,31 @@ def text_rows() -> list[tuple[str, str, str]]:
     return [(what, "; ".join(pairs), f"`{nano['command'].partition(' (')[0]}`")]
 
 
-def decode() -> list[tuple[str, str, str]]:
-    """Decode speed of nano on a CPU beside `transformers`."""
-    found = result("decode")
-    if found is None:
-        return []
-    ours, theirs = (found["tokens_per_s"][side] for side in ("pelagos", found["peer"]))
-    what = f"nano decoding on a CPU, {found['threads']} threads, fp32: tokens/s (transformers' fastest path)"
-    return [(what, f"{ours:.0f} ({theirs:.0f}), {found['speedup']:.1f}x", f"`{found['command'].strip()}`")]
+def engine() -> list[tuple[str, str, str]]:
+    """The serving engine: speed beside `transformers`, exactness, hits, faults."""
+    rows = []
+    if found := result("engine_speed"):
+        parts = found["parts"]
+        steps = {name: each["median"] for name, each in parts["decode"]["ms_per_step"].items()}
+        for batch in (1, 16):
+            theirs = min(ms for name, ms in steps.items() if re.fullmatch(f"transformers \\w+ {batch}", name))
+            ours = steps[f"helper {batch}"]
+            what = f"nano decoding on a CPU, 2 threads, fp32, batch {batch}: tokens/s (transformers' fastest path)"
+            figure = f"{1e3 * batch / ours:,.0f} ({1e3 * batch / theirs:,.0f}), {theirs / ours:.1f}x"
+            rows.append((what, figure, "`python -m benchmarks.engine_speed --only decode`"))
+        first = parts["hits"]["first_token_ms"]
+        what = "first token behind a cached prefix of 65,536 tokens, from RAM; from disk (computed: cold)"
+        cold = parts["hits"]["cold_ms"] / 1e3
+        figure = f"{first['ram']['median']:.0f} ms; {first['ssd']['median']:.0f} ms ({cold:.0f} s)"
+        rows.append((what, figure, "`python -m benchmarks.engine_speed --only hits`"))
+    if found := result("trace"):
+        least = 100 * found["hit_of_attainable_least"]
+        what = "prefix hits on a replayed trace, pool of 25 % of its bytes, of what an all-knowing cache gets"
+        rows.append((what, f"{least:.1f} %", "`python -m benchmarks.trace --data DIRECTORY`"))
+    if found := result("disk_faults"):
+        what = "wrong results after kills, bit flips, full disks and the like while the disk cache is written"
+        rows.append((what, f"{found['failed']} of {found['done']}", "`python -m benchmarks.disk_faults`"))
+    return rows
 
 
 def price() -> list[tuple[str, str, str]]:
