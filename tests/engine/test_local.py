@@ -461,14 +461,12 @@ def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
 def test_where_the_library_cannot_be_exact_the_default_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pelagos.engine import runner
-    from pelagos.model import paged
+    from pelagos.model import exactness
 
-    for module in (runner, paged):
-        monkeypatch.setattr(module, "broken_rule", lambda model: "the head")
+    monkeypatch.setattr(exactness, "broken_rule", lambda model, rows: "the head")
     engine = engine_of(native=False, threaded=False)
     assert engine.numeric_path.endswith("fast")
-    assert "does not keep a row's in the head" in caplog.text
+    assert "does not keep a row's bits in the head" in caplog.text
     engine.close()
     with pytest.raises(ConfigError, match=r"exact=True.*the head"):
         engine_of(native=False, exact=True)

@@ -57,6 +57,14 @@ def test_grouped_linear_with_empty_groups() -> None:
     torch.testing.assert_close(experts.grouped_linear(x, weight, counts, quantized=True), wanted)
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_padded_rows_do_not_count(multiple: int, inputs: dict[str, torch.Tensor]) -> None:
+    whole = {**inputs, "limit": LIMIT, "quantize": None}
+    wanted = experts.mixture(**whole)  # pyright: ignore[reportArgumentType]
+    got = experts.mixture(**whole, multiple=multiple)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("form", [experts.mixture, experts.mixture_few])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_mixture(form: object, coarse: bool, inputs: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.ref.tiles import TILE
 from pelagos.load import load_model
 from pelagos.model import FullSequence, Transformer, layers
-from pelagos.model.exactness import broken_rule
+from pelagos.model.exactness import ROWS, broken_rule
 from pelagos.model.paged import PagedForward
 
 NANO = Path(__file__).resolve().parents[2] / "models" / "nano"
@@ -222,12 +222,21 @@ def test_released_bfloat16_is_as_near_the_recorded_run_as_the_forward() -> None:
 
 def test_a_product_that_sees_its_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = drawn(TINY, 0), layers.linear
-    assert broken_rule(model) is None
+    assert broken_rule(model, max(ROWS)) is None
     monkeypatch.setattr(layers, "linear", lambda x, weight: plain(x, weight) * (1 + 1e-6 * (x.shape[-2] < 20)))
-    assert "the attention's inputs of a layer of ratio 0: 16 tokens" in str(broken_rule(model))
+    for rows in ROWS:
+        assert f"the attention's inputs of a layer of ratio 0: {rows} tokens" in str(broken_rule(model, rows))
     with pytest.raises(ConfigError, match="exact=True: this host's library does not keep"):
         Served(model)
     assert Served(model, exact=False).paged.numeric_path.endswith("fast")
+
+
+def test_the_first_number_of_rows_that_keeps_the_bits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, (ids,) = drawn(TINY, 0), layers.linear, texts_of(TINY, (60,))
+    monkeypatch.setattr(layers, "linear", lambda x, weight: plain(x, weight) * (1 + 1e-6 * (x.shape[-2] < 10)))
+    served = Served(model)
+    assert served.paged.numeric_path.endswith("exact 16 rows")
+    assert np.array_equal(served.alone(ids, list(range(1, 60))), Served(model).alone(ids))
 
 
 @pytest.mark.parametrize("mode", ["reference", "released"])
@@ -243,4 +252,5 @@ def test_scratch_is_bounded(mode: str) -> None:
         taken = [each for each in recorded.kineto_results.events() if each.name() == "[memory]"]
         held = np.cumsum([each.nbytes() for each in sorted(taken, key=lambda each: each.start_ns())])
         assert 0 < held.max() < served.paged.scratch_bytes(tokens)
-    assert served.paged.scratch_bytes(10**6) == served.paged.scratch_bytes(ragged.TOKENS)
+    assert served.paged.scratch_bytes(10**6) == served.paged.scratch_bytes(ragged.at_once(torch.device("cpu")))
+    assert ragged.at_once(torch.device("cuda")) > ragged.at_once(torch.device("cpu"))

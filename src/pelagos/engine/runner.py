@@ -22,7 +22,6 @@ from pelagos.errors import ConfigError, MissingDependency
 from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
 from pelagos.kernels.native import NativeForward
 from pelagos.model import Transformer
-from pelagos.model.exactness import broken_rule
 from pelagos.model.paged import PagedForward
 
 _log = logging.getLogger(__name__)
@@ -154,12 +153,14 @@ def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native
     if native:
         raise ConfigError(f"native=True: the compiled helper cannot run this model here: {reason}")
     buffers = (model, pools.layout, pools.pages, pools.slots)
-    if exact is not None:
-        return PagedForward(*buffers, exact=exact)
-    broken = broken_rule(model)
-    if broken is not None:
-        _log.warning("logits depend on their batch in the last bits: this library does not keep a row's in %s", broken)
-    return PagedForward(*buffers, exact=broken is None)
+    if exact is not False:
+        try:
+            return PagedForward(*buffers, exact=True)
+        except ConfigError as error:
+            if exact:
+                raise
+            _log.warning("logits depend on their batch in the last bits, as with exact=False: %s", error)
+    return PagedForward(*buffers, exact=False)
 
 
 def _uncovered(model: Transformer) -> str:

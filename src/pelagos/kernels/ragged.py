@@ -19,7 +19,7 @@ from pelagos.kernels.ref.experts import FEW_ROWS
 from pelagos.kernels.ref.tiles import TILE, best, tile_scores
 from pelagos.kernels.rows import Rows
 
-TOKENS = 1024  # tokens computed at once; longer calls run in turns, which changes no bit
+TOKENS, TOKENS_ON_CUDA = 1024, 8192  # computed at once; longer calls run in turns, which changes no bit
 SPANS = 64  # spans computed at once
 QUERIES = 256  # queries attended at once
 KEYS = 512  # index keys scored at once, a multiple of TILE
@@ -30,11 +30,10 @@ SIZES = (1, 8, TILE)  # queries a block
 class Group:
     """Blocks of at most Q consecutive queries; a block with fewer repeats its last one."""
 
-    spans: Tensor  # (B,) place of the span in the batch
+    spans: Tensor  # (B, 1) place of the span in the batch
+    slots: Tensor  # (B, 1) its slot
     positions: Tensor  # (B, Q)
     places: Tensor  # (B, Q) in the flat tokens
-    real: Tensor  # (k,) places in (B * Q) of those that are not repeated
-    real_places: Tensor  # (k,) in the flat tokens
     rows: Tensor  # (B, K) of the window tile: of the ring if the batch is short, else of the old rows and then the new
     row_mask: Tensor  # (B, Q, K)
     last: int  # the largest position
@@ -82,9 +81,13 @@ class Batch:
         self.old = self._put(old)  # (n, W) ring rows of the positions before every span
         # A ring has room for the rows that a short span takes back, so all that it attends is in the ring at once.
         self.short = int(lengths.max()) <= layout.rewind + 1
+        self._order, self._queries = np.zeros(self.total + pad, np.int64), 0
         self.groups = list(self._groups())
+        self._order[self.total :] = self._order[self.total - 1]
+        self.order = self._put(self._order)  # (T,) place of each token among the queries of all groups
         self._windows: dict[int, Windows | None] = {}
         self._written: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tiles: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._positions = positions
 
     def _put(self, values: np.ndarray | list[int]) -> Tensor:
@@ -120,11 +123,13 @@ class Batch:
             )
         )
         places = self.begin[span] + positions - start
-        real = np.flatnonzero(first + offset < end)
+        real = np.flatnonzero(first + offset < end)  # the others are repeated
+        self._order[places.ravel()[real]] = self._queries + real
+        self._queries += places.size
+        spans = self._put(span)
         return Group(
-            spans=self._put(blocks[:, 0]), positions=self._put(positions), rows=self._put(rows),
-            places=self._put(places), real=self._put(real), real_places=self._put(places.ravel()[real]),
-            row_mask=torch.from_numpy(mask).to(self.device), last=int(positions.max()),
+            spans=spans, slots=self.slot[spans], positions=self._put(positions), rows=self._put(rows),
+            places=self._put(places), row_mask=torch.from_numpy(mask).to(self.device), last=int(positions.max()),
         )  # fmt: skip
 
     def written(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +139,26 @@ class Batch:
             slots, at = self.slot[self._put(self.owner[stay])], self._put(self._positions[stay] % rows.count)
             self._written[rows.count] = self._put(stay), slots, at
         return self._written[rows.count]
+
+    def tile(self, group: Group, ratio: int, low: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (page, row in it) (B, TILE) of the entries from `low` on, and which are visible (B, Q, TILE)."""
+        key = (id(group), ratio, low)
+        if key in self._tiles:
+            return self._tiles[key]
+        visible = (group.positions + 1) // ratio
+        index = torch.arange(low, low + TILE, device=self.device)
+        page, row = self.entry(group, index.minimum(visible[:, -1:] - 1), self.layout.page_tokens // ratio)
+        if low < KEYS:  # what is kept must not grow with the context
+            self._tiles[key] = page, row, index < visible.unsqueeze(2)
+        return page, row, index < visible.unsqueeze(2)
+
+    def entry(self, group: Group, index: Tensor, per_page: int) -> tuple[Tensor, Tensor]:
+        """Return (page, row in it), (B, N) each, of entries `index` (B, N) of each block's sequence.
+
+        A negative index gives any.
+        """
+        index = index.clamp_min(0)
+        return self.pages[group.spans, index // per_page], index % per_page
 
     def windows(self, ratio: int, overlap: bool) -> Windows | None:
         """Return the windows of a ratio that end within the batch, None if there are none."""
@@ -174,12 +199,6 @@ def select(rows: Tensor, places: Tensor) -> Tensor:
     return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
 
 
-def entries_of(rows: Rows, index: Tensor, group: Group, batch: Batch) -> Tensor:
-    """Return entries (B, N, width) float32 of each block's sequence; index (B, N), a negative one gives any row."""
-    index = index.clamp_min(0)
-    return rows.read(batch.pages[group.spans[:, None], index // rows.count], index % rows.count)
-
-
 def picks_of(
     q: Tensor, weights: Tensor, keys: Rows, group: Group, batch: Batch, visible: Tensor, most: int, topk: int
 ) -> Tensor:
@@ -188,8 +207,10 @@ def picks_of(
     found = visible.new_empty((*q.shape[:2], 0))
     for low in range(0, most, KEYS):
         index = torch.arange(low, min(low + KEYS, most + -most % TILE), device=q.device)
-        tile = entries_of(keys, index.minimum(visible[:, -1:] - 1), group, batch).to(q.dtype)
-        fresh = tile_scores(q, tile, weights).masked_fill(index >= visible.unsqueeze(2), -torch.inf)
+        tile = keys.read(*batch.entry(group, index.minimum(visible[:, -1:] - 1), keys.count)).to(q.dtype)
+        fresh = tile_scores(q, tile, weights, multiple=batch.multiple).masked_fill(
+            index >= visible.unsqueeze(2), -torch.inf
+        )
         scores, found = torch.cat((scores, fresh), 2), torch.cat((found, index.expand(fresh.shape)), 2)
         if scores.shape[2] > topk:
             places = best(scores, topk)
@@ -197,7 +218,12 @@ def picks_of(
     return found.masked_fill(scores == -torch.inf, -1)
 
 
-def turns(spans: Sequence[Span], tokens: int = TOKENS) -> Iterator[list[Span]]:
+def at_once(device: torch.device) -> int:
+    """Return how many tokens a forward on a device computes at once."""
+    return TOKENS_ON_CUDA if device.type == "cuda" else TOKENS
+
+
+def turns(spans: Sequence[Span], tokens: int) -> Iterator[list[Span]]:
     """Cut spans into batches of at most `tokens` tokens and SPANS spans that follow one another."""
     part: list[Span] = []
     room = tokens
@@ -218,8 +244,8 @@ def turns(spans: Sequence[Span], tokens: int = TOKENS) -> Iterator[list[Span]]:
 
 
 def call_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bound of the bytes that a call over `tokens` tokens takes for a moment in float32; the same beyond TOKENS."""
-    tokens, spans = min(tokens, TOKENS), min(tokens, SPANS)
+    """Bound of the bytes that a turn of `tokens` tokens takes for a moment in float32."""
+    spans = min(tokens, SPANS)
     streams = tokens * config.hc_mult * config.hidden_size * (2 * config.hc_mult + 8)
     heads, width, index_heads = config.num_attention_heads, config.head_dim, config.index_n_heads
     tile, queries = config.sliding_window + TILE + 16, min(QUERIES, 8 * tokens)

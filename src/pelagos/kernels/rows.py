@@ -50,14 +50,14 @@ class _Part:
         whole, width = pool.view(dtype), self.rows.shape[2]
         begin //= dtype.itemsize
         # A row every `grid` elements: overlapping rows of one matrix, of which torch copies those chosen in one go.
-        grid = math.gcd(whole.shape[1], begin, width)
-        count = max(0, (whole.numel() - width) // grid + 1)
-        self._grid = whole.as_strided((count, width), (grid, 1), whole.storage_offset())
-        self._begin, self._unit, self._row = begin // grid, whole.shape[1] // grid, width // grid
+        grid = math.gcd(whole.shape[1], width)
+        count = max(0, (whole.numel() - begin - width) // grid + 1)
+        self._grid = whole.as_strided((count, width), (grid, 1), whole.storage_offset() + begin)
+        self._unit, self._row = whole.shape[1] // grid, width // grid
 
     def read(self, unit: Tensor, row: Tensor) -> Tensor:
         """Return rows `row` of units `unit`, int64 (...) that broadcast: (..., elements)."""
-        place = unit * self._unit + self._begin + row * self._row
+        place = torch.add(unit * self._unit, row, alpha=self._row)
         return self._grid.index_select(0, place.flatten()).view(*place.shape, -1)
 
 

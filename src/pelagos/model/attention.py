@@ -65,19 +65,8 @@ class Step:
 
     def table_at(self, positions: Tensor, compressed: bool) -> Table:
         """Rotary table (..., width) at positions (...)."""
-        config = self.config
-        theta = config.compress_rope_theta if compressed else config.rope_theta
-        yarn = {}
-        if compressed and config.rope_scaling is not None:
-            scaling = config.rope_scaling
-            yarn = {
-                "factor": scaling.factor,
-                "original": scaling.original_max_position_embeddings,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-            }
-        freqs = rope_frequencies(config.qk_rope_head_dim, theta, device=positions.device, **yarn)
-        return rope_table(positions, freqs, max(config.head_dim, config.index_head_dim))
+        freqs = frequencies(self.config, compressed, positions.device)
+        return rope_table(positions, freqs, max(self.config.head_dim, self.config.index_head_dim))
 
     def window_mask(self) -> Tensor:
         """The sliding-window mask, shared by all layers."""
@@ -96,6 +85,18 @@ class Step:
                 mask = mask & (own.unsqueeze(1) == self.segments.unsqueeze(2))
             self._visible[key] = mask
         return self._visible[key]
+
+
+def frequencies(config: ModelConfig, compressed: bool, device: torch.device | None) -> Tensor:
+    """Return the rotary frequencies (rope / 2,) float32; layers with a compressor have their own."""
+    width, scaling = config.qk_rope_head_dim, config.rope_scaling
+    theta = config.compress_rope_theta if compressed else config.rope_theta
+    if not compressed or scaling is None:
+        return rope_frequencies(width, theta, device=device)
+    return rope_frequencies(
+        width, theta, factor=scaling.factor, original=scaling.original_max_position_embeddings,
+        beta_fast=scaling.beta_fast, beta_slow=scaling.beta_slow, device=device,
+    )  # fmt: skip
 
 
 def last_channels(table: Table, width: int) -> Table:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from pelagos.kernels.layout import Output, Span
 from pelagos.kernels.ref.hyper_connection import sinkhorn4
-from pelagos.kernels.ref.norm_rope import rope_frequencies
 from pelagos.kernels.rows import LayerRows, Rows
-from pelagos.model.attention import Attention, Compressor
+from pelagos.model.attention import Attention, Compressor, frequencies
 from pelagos.model.experts import MoE
 from pelagos.model.layers import Linear
 
@@ -35,14 +34,9 @@ MAX_RUNS = 16  # pages in more runs than this are copied to be scored
 
 def fuse(linears: Sequence[torch.nn.Parameter]) -> Array:
     """Lay weights (o_i, i) side by side in one (sum o, i) buffer and make the parameters views of it."""
-    if len(linears) > 1:
-        buffer = torch.cat([p.detach() for p in linears])
-        start = 0
-        for parameter in linears:
-            parameter.data = buffer[start : start + parameter.shape[0]]
-            start += parameter.shape[0]
-    else:
-        buffer = linears[0].detach()
+    buffer = torch.cat([p.detach() for p in linears])
+    for parameter, rows in zip(linears, buffer.split([len(p) for p in linears]), strict=True):
+        parameter.data = rows
     return buffer.numpy()
 
 
@@ -289,15 +283,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, layers: Sequence[LayerRows], page_tokens: int) -> None:
         config = model.config
-        rope = config.rope_scaling
-        yarn = {} if rope is None else {
-            "factor": rope.factor, "original": rope.original_max_position_embeddings,
-            "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow,
-        }  # fmt: skip
-        self.ropes = {
-            False: _Rope(rope_frequencies(config.qk_rope_head_dim, config.rope_theta)),
-            True: _Rope(rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, **yarn)),
-        }
+        self.ropes = {compressed: _Rope(frequencies(config, compressed, None)) for compressed in (False, True)}
         self.layers = [
             (_Site(b, "attn"), _Attend(b.attn, self.ropes, rows), _Site(b, "ffn"), _Mixture(b.ffn))
             for b, rows in zip(model.blocks, layers, strict=False)

@@ -12,40 +12,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pelagos.errors import ConfigError
 from pelagos.kernels.ref import hyper_connection as hc
-from pelagos.kernels.ref.gemm import ROWS, THREAD_ELEMENTS, elementwise
+from pelagos.kernels.ref.gemm import THREAD_ELEMENTS, elementwise
 from pelagos.kernels.ref.tiles import TILE, TiledAttention, tile_scores
 from pelagos.model.attention import Attention, Step
 from pelagos.model.transformer import Block, Transformer
 
-COMPANY = 256 + ROWS  # tokens that a part sees at once
-CUTS = ((0, ROWS), (ROWS, 3 * ROWS), (96, 160))  # and those it then sees by themselves
+ROWS = (4, 16)  # tried in turn: a product's rows keep their bits in any company that is a multiple of it
 
 Named = Iterator[tuple[str, Tensor]]
 
 
+def exact_rows(model: Transformer) -> int:
+    """Return the first of ROWS that keeps the bits here; raises ConfigError with the part the last fails in."""
+    broken = None
+    for rows in ROWS:
+        broken = broken_rule(model, rows)
+        if broken is None:
+            return rows
+    raise ConfigError(
+        f"exact=True: this host's library does not keep a row's bits in {broken}; take exact=False "
+        "(logits then depend on their batch in the last bits) or the compiled helper (native=True)"
+    )
+
+
 @torch.inference_mode()
-def broken_rule(model: Transformer) -> str | None:
-    """Return the first part whose bits depend on what else is computed with it, None when there is none."""
+def broken_rule(model: Transformer, rows: int) -> str | None:
+    """Return the first part whose bits depend on company that is a multiple of `rows`, None when there is none."""
     generator = torch.Generator().manual_seed(0)
-    device, config = model.embed.weight.device, model.config
+    device, config, company = model.embed.weight.device, model.config, 256 + rows
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, model.carrier)
 
-    streams = drawn(1, COMPANY, config.hc_mult, config.hidden_size)
-    ids = torch.randint(config.vocab_size, (1, COMPANY), generator=generator).to(device)
+    streams = drawn(1, company, config.hc_mult, config.hidden_size)
+    ids = torch.randint(config.vocab_size, (1, company), generator=generator).to(device)
     kinds = {block.attn.ratio: block for block in model.blocks}
     for ratio, block in kinds.items():
-        whole = dict(_tokens(model, block, streams, ids, 0, COMPANY))
-        for begin, end in CUTS:
-            for name, part in _tokens(model, block, streams, ids, begin, end):
+        whole = dict(_tokens(model, block, streams, ids, rows, 0, company))
+        for begin, end in ((0, rows), (rows, 3 * rows), (96, 160)):
+            for name, part in _tokens(model, block, streams, ids, rows, begin, end):
                 if not torch.equal(part, whole[name][:, begin:end]):
-                    return f"{name} of a layer of ratio {ratio}: {end - begin} tokens by themselves or among {COMPANY}"
+                    return f"{name} of a layer of ratio {ratio}: {end - begin} tokens by themselves or among {company}"
         q, keys = drawn(TILE, block.attn.heads, block.attn.width), drawn(2 * TILE, block.attn.width)
-        whole = dict(_blocks(block.attn, q, keys, TILE))
+        whole = dict(_blocks(block.attn, q, keys, rows, TILE))
         for size in (1, 8):
-            for name, part in _blocks(block.attn, q, keys, size):
+            for name, part in _blocks(block.attn, q, keys, rows, size):
                 if not torch.equal(part, whole[name]):
                     return f"{name} of a layer of ratio {ratio}: in blocks of {size} queries or of {TILE}"
     x = torch.randn(3 * THREAD_ELEMENTS + 40, generator=generator).to(device)
@@ -55,7 +68,9 @@ def broken_rule(model: Transformer) -> str | None:
     return None
 
 
-def _tokens(model: Transformer, block: Block, streams: Tensor, ids: Tensor, begin: int, end: int) -> Named:
+def _tokens(
+    model: Transformer, block: Block, streams: Tensor, ids: Tensor, multiple: int, begin: int, end: int
+) -> Named:
     """Yield what tokens begin..end-1 compute without each other, (1, S, ...)."""
     rows, own = streams[:, begin:end], ids[:, begin:end]
     step = Step(model.config, own, 0, torch.arange(begin, end, device=ids.device).unsqueeze(0))
@@ -76,17 +91,17 @@ def _tokens(model: Transformer, block: Block, streams: Tensor, ids: Tensor, begi
         yield "the indexer's queries", torch.cat((q_index.flatten(2), weights), 2)
     rows = hc.hc_post(block.attn.output(q, step), rows, post, comb)
     yield "the attention's output", rows.flatten(2)
-    rows = block.expert_site(rows, own, None)
+    rows = block.expert_site(rows, own, None, multiple)
     yield "the experts", rows.flatten(2)
     if block is model.blocks[-1]:
         yield "the head", model.logits(model.collapse(rows, model.config))
 
 
-def _blocks(attn: Attention, q: Tensor, keys: Tensor, size: int) -> Named:
+def _blocks(attn: Attention, q: Tensor, keys: Tensor, rows: int, size: int) -> Named:
     """Yield what queries q (64, H, C) make of shared keys and of keys of their own (128, C), in blocks of `size`."""
     blocks, place = TILE // size, torch.arange(2 * TILE, device=q.device)
     mask = (place[:TILE, None] + TILE // 2 > place).view(blocks, size, -1)
-    tiles = TiledAttention(q.view(blocks, size, *q.shape[1:]), attn.attn_sink)
+    tiles = TiledAttention(q.view(blocks, size, *q.shape[1:]), attn.attn_sink, multiple=rows)
     tiles.add(keys.repeat(blocks, 1, 1), mask)
     tiles.add(keys.repeat(blocks, 1, 1) if size == TILE else keys.repeat(blocks, size, 1, 1), mask)
     yield "attention", tiles.result().view(q.shape)
@@ -94,4 +109,4 @@ def _blocks(attn: Attention, q: Tensor, keys: Tensor, size: int) -> Named:
         heads, width = attn.indexer.heads, attn.indexer.width
         index_q = q.repeat(1, heads, -(-width // attn.width))[:, :heads, :width].view(blocks, size, heads, width)
         index_keys = keys.repeat(blocks, 1, -(-width // attn.width))[..., :width]
-        yield "index scores", tile_scores(index_q, index_keys, index_q[..., 0]).view(TILE, -1)
+        yield "index scores", tile_scores(index_q, index_keys, index_q[..., 0], multiple=rows).view(TILE, -1)

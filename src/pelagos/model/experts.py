@@ -57,14 +57,15 @@ class Experts(nn.Module):
         self.simulate = False
         self.master = False
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum (T, D) float32 of the chosen experts for x (T, D)."""
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, multiple: int = 0) -> Tensor:
+        """Return the weighted sum (T, D) float32 of the chosen experts for x (T, D); for `multiple` see `mixture`."""
         w13, w2 = self.w13, self.w2
         if self.master:
             w13, w2 = quantize_weight(w13, self.stored), quantize_weight(w2, self.stored)
         quantize = quantize_activations if self.simulate and self.stored in ("fp8", "fp4") else None
+        inputs = (x, chosen, weights, w13, w2, self.limit, quantize)
         few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
-        return (ops.mixture_few if few else ops.mixture)(x, chosen, weights, w13, w2, self.limit, quantize)
+        return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple)
 
 
 class SharedExpert(nn.Module):
@@ -90,11 +91,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
 
-    def forward(self, x: Tensor, ids: Tensor, aux: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, aux: dict[str, Tensor] | None = None, multiple: int = 0) -> Tensor:
         """Return (B, S, D) for x (B, S, D), ids (B, S); `aux` collects scores and choices."""
         flat = x.flatten(0, 1)
         chosen, weights, scores = self.gate(flat, ids.flatten())
         if aux is not None:
             aux["router_scores"], aux["chosen"], aux["chosen_weights"] = scores, chosen, weights
-        out = self.experts(flat, chosen, weights) + self.shared_experts(flat).float()
+        out = self.experts(flat, chosen, weights, multiple) + self.shared_experts(flat).float()
         return out.to(x.dtype).view(x.shape)

@@ -17,14 +17,13 @@ from torch.nn import functional
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.layout import CacheLayout, Output, Span
-from pelagos.kernels.ragged import Batch, Group, call_bytes, entries_of, picks_of, select, turns
+from pelagos.kernels.ragged import Batch, Group, at_once, call_bytes, picks_of, select, turns
 from pelagos.kernels.ref import hyper_connection as hc
-from pelagos.kernels.ref.gemm import ROWS
 from pelagos.kernels.ref.tiles import TILE, TiledAttention
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.attention import Attention, Compressor, Indexer, Step, Table
 from pelagos.model.decode import Decoder
-from pelagos.model.exactness import broken_rule
+from pelagos.model.exactness import exact_rows
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
 
 FEW = 4  # tokens that the decoder takes faster, one by one, than the batch does together
@@ -50,7 +49,7 @@ class PagedForward:
 
     `exact` keeps a position's bits independent of its company at some cost in small batches. The model's device is
     where it computes and where the pools lie. Raises ConfigError for pools or a mode that the layout does not fit,
-    and with `exact` where the library's products depend on their company (`exactness.broken_rule`).
+    and with `exact` where the library's products depend on their company (`exactness.exact_rows`).
     """
 
     def __init__(
@@ -67,14 +66,8 @@ class PagedForward:
             raise ConfigError(
                 f"cache layout of mode {layout.mode!r} for a {model.mode!r} model: expected one of this model"
             )
-        broken = broken_rule(model) if exact else None
-        if broken is not None:
-            raise ConfigError(
-                f"exact=True: this host's library does not keep a row's bits in {broken}; take exact=False "
-                "(logits then depend on their batch in the last bits) or the compiled helper (native=True)"
-            )
-        self.model, self.layout, self.exact = model, layout, exact
-        self._multiple = ROWS if exact else 1
+        self._multiple = exact_rows(model) if exact else 1
+        self.model, self.layout, self.exact, self._at_once = model, layout, exact, at_once(device)
         self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
         self._decoder = None
         if not exact and Decoder.covers(model):
@@ -84,14 +77,14 @@ class PagedForward:
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of the bytes that a call over `tokens` tokens takes for a moment; calls of any length need no more."""
-        return call_bytes(self.model.config, tokens) * (2 if self.model.mode == "released" else 1)
+        return call_bytes(self.model.config, min(tokens, self._at_once)) * (2 if self.model.mode == "released" else 1)
 
     @property
     def numeric_path(self) -> str:
         """Name what decides a logit's last bits besides the weights: device, library, carrier, number mode."""
         device, model = self.model.embed.weight.device, self.model
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        kind = f"{torch.get_num_threads()} threads {'exact' if self.exact else 'fast'}"
+        kind = f"{torch.get_num_threads()} threads {f'exact {self._multiple} rows' if self.exact else 'fast'}"
         return f"torch {torch.__version__} {device.type} {name} {model.carrier} {model.mode} {kind}"
 
     @torch.inference_mode()
@@ -99,7 +92,7 @@ class PagedForward:
         """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order."""
         if self._decoder is not None and sum(len(span.tokens) for span in spans) <= FEW:
             return _joined([self._decoder.step(part[0]) for part in turns(spans, 1)])
-        return _joined([self._backbone(part) for part in turns(spans)])
+        return _joined([self._backbone(part) for part in turns(spans, self._at_once)])
 
     @torch.inference_mode()
     def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
@@ -110,7 +103,7 @@ class PagedForward:
         if not len(self.model.mtp):
             raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
         outputs, at = [], 0
-        for part in turns(spans):
+        for part in turns(spans, self._at_once):
             size = sum(len(span.tokens) for span in part)
             outputs.append(self._draft(part, streams[at : at + size]))
             at += size
@@ -151,7 +144,7 @@ class PagedForward:
         """Return the streams (1, T, n, D) after a layer."""
         x, post, comb = block.site_input(streams, "attn", None)
         streams = hc.hc_post(self._attention(block.attn, block.attn_norm(x), rows, batch), streams, post, comb)
-        return block.expert_site(streams, batch.step.ids, None)
+        return block.expert_site(streams, batch.step.ids, None, self._multiple)
 
     def _attention(self, attn: Attention, x: Tensor, rows: LayerRows, batch: _Batch) -> Tensor:
         """Return the site's output (1, T, D) for x (1, T, D); writes the window ring, tails and entries."""
@@ -169,21 +162,19 @@ class PagedForward:
             _append(indexer.compressor, x, rows.index_tail, rows.index, batch, indexer)
             if any((group.last + 1) // rows.ratio > indexer.topk for group in batch.groups):
                 index_q = indexer.queries(x, latent, step)
-        out = torch.empty_like(q[0])
+        found = []
         for group in batch.groups:
-            tiles = TiledAttention(
-                select(q[0], group.places), attn.attn_sink, wide=attn.simulate and q.dtype == torch.float32
-            )
+            wide, own = attn.simulate and q.dtype == torch.float32, select(q[0], group.places)
+            tiles = TiledAttention(own, attn.attn_sink, wide=wide, multiple=batch.multiple)
             if keys is None:
-                tiles.add(rows.window.read(batch.slot[group.spans, None], group.rows), group.row_mask)
+                tiles.add(rows.window.read(group.slots, group.rows), group.row_mask)
             else:
                 tiles.add(select(keys, group.rows), group.row_mask)
             if rows.main is not None:
                 _add_entries(tiles, rows, group, batch, indexer, index_q)
-            attended = tiles.result().flatten(0, 1).index_select(0, group.real)
-            out.index_copy_(0, group.real_places, attended.to(q.dtype))
-        out[batch.total :] = out[batch.total - 1]
-        return attn.output(out.unsqueeze(0), step)
+            found.append(tiles.result().flatten(0, 1).to(q.dtype))
+        out = found[0] if len(found) == 1 else torch.cat(found)
+        return attn.output(out.index_select(0, batch.order).unsqueeze(0), step)
 
 
 def _window_rows(kv: Tensor, ring: Rows, batch: _Batch) -> Tensor | None:
@@ -232,24 +223,20 @@ def _add_entries(
 ) -> None:  # fmt: skip
     """Attend the visible entries, or those picked by the indexer where more are visible than it picks."""
     assert rows.main is not None
-    visible = (group.positions + 1) // rows.ratio  # (B, Q)
     most = (group.last + 1) // rows.ratio
-    picks = None
-    if indexer is not None and index_q is not None and most > indexer.topk:
-        assert rows.index is not None
-        q, weights = (select(part[0], group.places) for part in index_q)
-        picks = picks_of(q, weights, rows.index, group, batch, visible, most, indexer.topk)
-        picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
-        most = indexer.topk
-    for low in range(0, most, TILE):
-        if picks is None:
-            index = torch.arange(low, low + TILE, device=batch.device)
-            keys = entries_of(rows.main, index.minimum(visible[:, -1:] - 1), group, batch)
-            tiles.add(keys, index < visible.unsqueeze(2))
-        else:
-            tile = picks[:, :, low : low + TILE]
-            keys = entries_of(rows.main, tile.flatten(1), group, batch).unflatten(1, tile.shape[1:])
-            tiles.add(keys, tile >= 0)
+    if indexer is None or index_q is None or most <= indexer.topk:
+        for low in range(0, most, TILE):
+            page, row, mask = batch.tile(group, rows.ratio, low)
+            tiles.add(rows.main.read(page, row), mask)
+        return
+    assert rows.index is not None
+    visible = (group.positions + 1) // rows.ratio  # (B, Q)
+    q, weights = (select(part[0], group.places) for part in index_q)
+    picks = picks_of(q, weights, rows.index, group, batch, visible, most, indexer.topk)
+    picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
+    for tile in picks.split(TILE, 2):
+        keys = rows.main.read(*batch.entry(group, tile.flatten(1), rows.main.count))
+        tiles.add(keys.unflatten(1, tile.shape[1:]), tile >= 0)
 
 
 def _joined(outputs: list[Output]) -> Output:

@@ -54,10 +54,10 @@ class Block(nn.Module):
         x, post, comb = self.site_input(streams, "attn", aux)
         return hc.hc_post(self.attn(self.attn_norm(x), step, cache, aux), streams, post, comb)
 
-    def expert_site(self, streams: Tensor, ids: Tensor, aux: dict[str, Tensor] | None) -> Tensor:
-        """Return the streams after the MoE site."""
+    def expert_site(self, streams: Tensor, ids: Tensor, aux: dict[str, Tensor] | None, multiple: int = 0) -> Tensor:
+        """Return the streams after the MoE site; a `multiple` pads the rows of each expert."""
         x, post, comb = self.site_input(streams, "ffn", aux)
-        return hc.hc_post(self.ffn(self.ffn_norm(x), ids, aux), streams, post, comb)
+        return hc.hc_post(self.ffn(self.ffn_norm(x), ids, aux, multiple), streams, post, comb)
 
     def site_input(self, streams: Tensor, site: str, aux: dict[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams to the site's input; return it with the weights its output comes back by."""

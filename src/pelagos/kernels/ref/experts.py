@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.ref.gemm import ROWS, elementwise, linear, ordered_sum, quantized_linear
+from pelagos.kernels.ref.gemm import elementwise, linear, ordered_sum, quantized_linear
 
 FEW_ROWS = 32  # up to here an expert's rows are padded to those of the fullest
 
@@ -43,30 +44,33 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *,
     return torch.cat([product(group, expert) for group, expert, count in groups if count])
 
 
-def _places(chosen: Tensor, experts: int, device: torch.device) -> tuple[Tensor, list[int]]:
+def _places(chosen: np.ndarray, experts: int, multiple: int) -> tuple[np.ndarray, list[int]]:
     """Return where each of chosen (R,) goes when grouped by expert, (R,) int64, and the rows kept for each expert.
 
-    The rows are a multiple of ROWS, so that a product gives a row the same bits in any company; where most experts
+    Those are the rows that chose it, or with a `multiple` above 0 as many of it as hold them; then, where most experts
     are chosen for few, all get equally many, so that one product does for all.
     """
-    order = chosen.argsort(stable=True)
-    counts = chosen.bincount(minlength=experts)
-    room = (counts + ROWS - 1) // ROWS * ROWS
-    most = int(room.max())
-    if most <= FEW_ROWS and 2 * int(counts.count_nonzero()) > experts:
-        room = room.new_full(room.shape, most)
-    begin = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
-    place = begin.repeat_interleave(counts, output_size=len(chosen)) + torch.arange(len(chosen), device=device)
-    return torch.empty_like(order).scatter_(0, order, place), room.tolist()
+    order = chosen.argsort(kind="stable")
+    counts = room = np.bincount(chosen, minlength=experts)
+    if multiple:
+        room = -(-counts // multiple) * multiple
+        most = room.max()
+        if most <= FEW_ROWS and 2 * np.count_nonzero(counts) > experts:
+            room = np.full_like(room, most)
+    begin = (room.cumsum() - room) - (counts.cumsum() - counts)
+    place = np.empty_like(order)
+    place[order] = begin.repeat(counts) + np.arange(len(chosen))
+    return place, room.tolist()
 
 
 def mixture(
-    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None
-) -> Tensor:
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None,
+    multiple: int = 0,
+) -> Tensor:  # fmt: skip
     """Return the routed experts' sum (T, D) float32 for x (T, D), chosen (T, K) int64, weights (T, K) float32.
 
     w13 (E, 2F, D) holds w1 over w3, w2 (E, D, F). `quantize` simulates the activation format before each
-    product; the routing weight enters before w2, as released.
+    product; the routing weight enters before w2, as released. A `multiple` pads an expert's rows (`_places`).
     """
     tokens, picks = chosen.shape
     flat = chosen.flatten()
@@ -77,8 +81,10 @@ def mixture(
         rows = functional.one_hot(flat, w13.shape[0]).sum(0)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     else:
-        back, rows = _places(flat, w13.shape[0], x.device)
-        order = back.new_zeros(sum(rows)).scatter_(0, back, torch.arange(len(flat), device=x.device))
+        places, rows = _places(flat.cpu().numpy(), w13.shape[0], multiple)
+        kept = np.zeros(sum(rows), np.int64)
+        kept[places] = np.arange(len(places))
+        back, order = (torch.from_numpy(each).to(x.device) for each in (places, kept))
     gate, up = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized).chunk(2, -1)
     hidden = (swiglu(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
     out = grouped_linear(quantize(hidden) if quantize else hidden, w2, rows, quantized=quantized)

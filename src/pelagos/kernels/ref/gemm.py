@@ -16,7 +16,6 @@ from torch.nn import functional
 VECTOR_ELEMENTS = 64  # float32 elements that a CPU kernel takes at once, unrolling included
 SUM_COLUMNS = 8
 THREAD_ELEMENTS = 32768  # torch's grain: elements for which one more thread joins
-ROWS = 16  # a product gives a row the same bits in any company whose number of rows is a multiple of this
 SUM_BLOCK = 192  # columns that the recorded run's BLAS adds one after another before their sum joins the total
 
 

@@ -32,14 +32,16 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
 def _sinkhorn_on_cpu(first: Tensor, iters: int, eps: float) -> Tensor:
     """Go on from the softmax, tokens last: numpy starts an operation in a third of torch's time, and there are many."""
     n = first.shape[-1]
-    mix = np.ascontiguousarray(first.reshape(-1, n, n).numpy().transpose(1, 2, 0))
-    small = mix.dtype.type(eps)
-    mix, sums = mix + small, np.empty_like(mix[0])
+    start = first.reshape(-1, n, n).numpy().transpose(1, 2, 0)
+    # A last row and column of eps, so that every sum ends with it.
+    padded = np.full((n + 1, n + 1, start.shape[2]), eps, start.dtype)
+    mix, sums = padded[:n, :n], np.empty((n, start.shape[2]), start.dtype)
+    np.add(start, start.dtype.type(eps), out=mix)
+    columns, rows = (0, padded[:, :n], sums[None]), (1, padded[:n], sums[:, None])
     for half in range(1, 2 * iters):
-        axis = (half + 1) % 2  # columns, then rows and columns in turn
-        np.add.reduce(mix, axis, out=sums)
-        np.add(sums, small, out=sums)
-        np.divide(mix, sums[None] if axis == 0 else sums[:, None], out=mix)
+        axis, terms, divisor = columns if half % 2 else rows
+        np.add.reduce(terms, axis, out=sums)
+        np.divide(mix, divisor, out=mix)
     return torch.from_numpy(np.ascontiguousarray(mix.transpose(2, 0, 1))).view(first.shape)
 
 
@@ -80,9 +82,9 @@ def split_mix(mix: Tensor, base: Tensor, scale: Tensor, *, eps: float, n: int) -
 
     base ((2+n)*n,), scale (3,). pre carries the eps, post the factor 2.
     """
-    pre = elementwise(torch.sigmoid, mix[..., :n] * scale[0] + base[:n]) + eps
-    post = 2 * elementwise(torch.sigmoid, mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    return pre, post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    gates = torch.cat((mix[..., :n] * scale[0] + base[:n], mix[..., n : 2 * n] * scale[1] + base[n : 2 * n]), -1)
+    pre, post = elementwise(torch.sigmoid, gates).chunk(2, -1)
+    return pre + eps, 2 * post, (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.ref.gemm import ROWS, elementwise, ordered_sum
+from pelagos.kernels.ref.gemm import elementwise, ordered_sum
 
 TILE = 64  # entries a tile, and the grid of positions that cuts queries into blocks
 
@@ -19,15 +19,17 @@ class TiledAttention:
     """Softmax attention of a block of queries, with a sink, over key tiles added one after another.
 
     q (B, Q, H, C); sink (H,). Keys are values too. Products and sums are float32; with `wide` products are summed in
-    float64, logits and weights rounded to float32 between, as `sparse_attention` does for a float64 q.
+    float64, logits and weights rounded to float32 between, as `sparse_attention` does for a float64 q. Heads are padded
+    to a `multiple`.
     """
 
-    def __init__(self, q: Tensor, sink: Tensor, *, wide: bool = False) -> None:
-        self.heads, missing = q.shape[2], -q.shape[2] % ROWS
-        q, sink = functional.pad(q, (0, 0, 0, missing)), functional.pad(sink.float(), (0, missing))
+    def __init__(self, q: Tensor, sink: Tensor, *, wide: bool = False, multiple: int = 1) -> None:
+        self.heads, missing = q.shape[2], -q.shape[2] % multiple
+        if missing:
+            q, sink = functional.pad(q, (0, 0, 0, missing)), functional.pad(sink, (0, missing))
         self.shape = q.shape
         self.q = (q.double() if wide else q.float()) * q.shape[-1] ** -0.5
-        self.top = sink.expand(q.shape[:3]).unsqueeze(-1)  # (B, Q, H, 1), the largest logit so far
+        self.top = sink.float().expand(q.shape[:3]).unsqueeze(-1)  # (B, Q, H, 1), the largest logit so far
         self.total = torch.ones_like(self.top)
         self.out = torch.zeros_like(self.q)
 
@@ -37,13 +39,13 @@ class TiledAttention:
         keys = keys.to(self.q.dtype).flatten(0, -3)  # (B or B*Q, K, C)
         rows = self.q.reshape(len(keys), -1, width)
         logits = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, queries, heads, -1)
-        logits = logits.masked_fill(~mask.unsqueeze(2), -torch.inf)
+        logits.masked_fill_(~mask.unsqueeze(2), -torch.inf)
         top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
-        weights = elementwise(torch.exp, logits - top)
+        weights = elementwise(torch.exp_, logits.sub_(top))
         keep = elementwise(torch.exp, self.top - top)
         mixed = torch.bmm(weights.to(keys.dtype).view(len(keys), -1, keys.shape[1]), keys)
-        self.total = self.total * keep + weights.sum(-1, keepdim=True)
-        self.out = self.out * keep + mixed.view(self.shape)
+        self.total.mul_(keep).add_(weights.sum(-1, keepdim=True))
+        self.out.mul_(keep).add_(mixed.view(self.shape))
         self.top = top
 
     def result(self) -> Tensor:
@@ -51,10 +53,14 @@ class TiledAttention:
         return (self.out / self.total).float()[:, :, : self.heads]
 
 
-def tile_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-    """Return sum_h w_h relu(q_h . k_s) (B, Q, M) float32: q (B, Q, H, D), weights (B, Q, H), keys (B, M, D), 64 | M."""
-    missing = -q.shape[2] % ROWS
-    q, weights = functional.pad(q, (0, 0, 0, missing)), functional.pad(weights, (0, missing))
+def tile_scores(q: Tensor, keys: Tensor, weights: Tensor, *, multiple: int = 1) -> Tensor:
+    """Return sum_h w_h relu(q_h . k_s) (B, Q, M) float32: q (B, Q, H, D), weights (B, Q, H), keys (B, M, D), 64 | M.
+
+    Heads are padded to a `multiple`.
+    """
+    missing = -q.shape[2] % multiple
+    if missing:
+        q, weights = functional.pad(q, (0, 0, 0, missing)), functional.pad(weights, (0, missing))
     batch, queries, heads, width = q.shape
     tiles = keys.shape[1] // TILE
     rows = q.flatten(1, 2).unsqueeze(1).expand(-1, tiles, -1, -1).reshape(batch * tiles, -1, width)
