@@ -39,7 +39,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *,
         return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     if not quantized and len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), weight.to(x.dtype).transpose(1, 2)).flatten(0, 1)
-    product = quantized_linear if quantized else linear
+    product, weight = (quantized_linear, weight) if quantized else (functional.linear, weight.to(x.dtype))
     groups = zip(x.split(counts), weight.unbind(0), counts, strict=True)
     return torch.cat([product(group, expert) for group, expert, count in groups if count])
 
@@ -47,15 +47,15 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *,
 def _places(chosen: np.ndarray, experts: int, multiple: int) -> tuple[np.ndarray, list[int]]:
     """Return where each of chosen (R,) goes when grouped by expert, (R,) int64, and the rows kept for each expert.
 
-    Those are the rows that chose it, or with a `multiple` above 0 as many of it as hold them; then, where most experts
-    are chosen for few, all get equally many, so that one product does for all.
+    Those are the rows that chose it, or with a `multiple` above 0 as many of it as hold them; then, where they are few
+    and it adds less than a third, all get equally many, so that one product does for all.
     """
     order = chosen.argsort(kind="stable")
     counts = room = np.bincount(chosen, minlength=experts)
     if multiple:
         room = -(-counts // multiple) * multiple
         most = room.max()
-        if most <= FEW_ROWS and 2 * np.count_nonzero(counts) > experts:
+        if most <= FEW_ROWS and 3 * most * experts <= 4 * room.sum():
             room = np.full_like(room, most)
     begin = (room.cumsum() - room) - (counts.cumsum() - counts)
     place = np.empty_like(order)
