@@ -95,6 +95,14 @@ def engine() -> list[tuple[str, str, str]]:
         cold = parts["hits"]["cold_ms"] / 1e3
         figure = f"{first['ram']['median']:.0f} ms; {first['ssd']['median']:.0f} ms ({cold:.0f} s)"
         rows.append((what, figure, "`python -m benchmarks.engine_speed --only hits`"))
+    if found := result("engine_exactness"):
+        sums = [group for groups in found["summary"].values() for group in groups.values()]
+        runs, tokens, tokens_off, bits_off = (
+            sum(each[key] for each in sums) for key in ("runs", "tokens", "differing_tokens", "differing_logprobs")
+        )
+        what = "tokens; log-probability bits that change with batch, chunks, hits (RAM, disk), swaps, drafts (helper)"
+        figure = f"{tokens_off}; {bits_off} of {tokens:,} tokens in {runs} runs"
+        rows.append((what, figure, "`python -m benchmarks.engine_exactness --tiny --nano --cuts --path helper`"))
     if found := result("trace"):
         least = 100 * found["hit_of_attainable_least"]
         what = "prefix hits on a replayed trace, pool of 25 % of its bytes, of what an all-knowing cache gets"
