@@ -263,7 +263,9 @@ def goal_lines(found: Figures) -> list[Figures]:
         paths = found["decode"]["numeric_paths"]
         one = paths.get("helper") == paths["helper, exact=False"]
         add("helper exact costs <= 15 % at every batch (0: exact=False is the same path)", 1 - one, one)
-        for batch in (each for each in BATCHES if each >= 4 and {"torch", "torch fast"} <= paths.keys()):
+        for batch in (
+            each for each in BATCHES if each >= 4 and {f"torch {each}", f"torch fast {each}"} <= times.keys()
+        ):
             price = times[f"torch {batch}"]["median"] / times[f"torch fast {batch}"]["median"] - 1
             add(f"torch exact costs <= 15 % at batch {batch}", price, price <= 0.15)
     if "prefill" in found:
