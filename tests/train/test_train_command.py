@@ -87,7 +87,11 @@ def test_a_second_interrupt_ends_at_once(data, tmp_path, capsys, monkeypatch):
             time.sleep(0.01)  # two at once may arrive as one
 
     monkeypatch.setattr(Trainer, "_update", twice)
-    assert command(data, tmp_path) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a terminal's, whatever ran before
+    try:
+        assert command(data, tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "once more to end now" in capsys.readouterr().err
 
 
