@@ -1,23 +1,26 @@
-"""Speed of the serving engine beside `transformers` on the same weights in the same process, and against its goals.
+"""Speed of the serving engine beside `transformers` on the same weights in the same run, and against its goals.
 
 python -m benchmarks.engine_speed [--model nano] [--tokens 96] [--repeats 3] [--threads 2] [--only PART]
                                   [--side SIDE] [--json FILE]
 
 Float32, greedy, cache on, prompts of real text (this package's sources). Ours are whole requests through the engine,
-timed from outside; theirs is the bare model in a loop, each experts implementation, the fastest counts. Rounds are
-interleaved and medians taken. Parts: decode (batches 1-16, helper and pure torch, the latter exact and not, no draft),
-prefill, speculation (on against off at every batch from 1 to 16), hits (first token behind a cached 64K prefix).
+each side in a process of its own, timed from outside; theirs is the bare model in a loop, each experts implementation,
+the fastest counts. Rounds are interleaved and medians taken. Parts: decode (batches 1-16, helper and pure torch, the
+latter exact and not, no draft), prefill, speculation (on against off at every batch from 1 to 16), hits (first token
+behind a cached 64K prefix).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import torch
 from benchmarks.engine_exactness import numeric_path
 from benchmarks.peer import IMPLEMENTATIONS, decode, load_oracle, their_step
 
+from pelagos.chat import Tokenizer
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine import LLM, SamplingParams
@@ -79,6 +83,45 @@ def open_side(args: argparse.Namespace, side: str, **options: Any) -> LLM:
     return LLM(args.model, **({"prefix_cache": False, "speculation": False} | SIDES[side] | options))
 
 
+class Apart:
+    """One of ours in a process of its own: two libraries' idle threads in one process slow both sides down."""
+
+    def __init__(self, args: argparse.Namespace, side: str, **options: Any) -> None:
+        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._process.submit(_open_here, args, side, options).result()
+
+    def __call__(self, function: Callable[..., Any], *values: Any) -> Any:
+        """Return function(llm, *values) as it comes out there."""
+        return self._process.submit(_call_here, function, values).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self(LLM.close)
+        self._process.shutdown()
+
+
+_HERE: list[LLM] = []  # of an `Apart`, in its process
+
+
+def _open_here(args: argparse.Namespace, side: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(args.threads)
+    _HERE.append(open_side(args, side, **options))
+
+
+def _call_here(function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    return function(_HERE[0], *values)
+
+
+def decode_ms(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    """Milliseconds a step of all prompts together."""
+    return decode_window(llm.engine, prompts, tokens=tokens).ms_per_step
+
+
+def first_ms(llm: LLM, prompt: list[int]) -> float:
+    """Milliseconds from submit to the first token."""
+    return 1e3 * first_token(llm.engine, prompt)[0]
+
+
 def rounds(
     repeats: int, makers: dict[str, Callable[[], float]], *, limits: dict[str, int] | None = None
 ) -> dict[str, list[float]]:
@@ -103,23 +146,21 @@ def medians(taken: dict[str, list[float]], digits: int = 3) -> dict[str, Any]:
     }
 
 
-def text_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
+def text_prompts(model: str, count: int, length: int) -> list[list[int]]:
     """Pieces of real text that follow one another."""
-    ids = text_ids(llm.tokenizer, count * length)
+    ids = text_ids(Tokenizer.load(resolve_model(model)), count * length)
     return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
 @torch.inference_mode()
 def measure_decode(args: argparse.Namespace) -> Figures:
     """Milliseconds a step of ours at each batch and of theirs at 1 and 16."""
-    ours = {side: open_side(args, side, max_requests=max(BATCHES)) for side in args.side or SIDES}
-    prompts = text_prompts(next(iter(ours.values())), max(BATCHES), PROMPT)
+    ours = {side: Apart(args, side, max_requests=max(BATCHES)) for side in args.side or SIDES}
+    prompts = text_prompts(args.model, max(BATCHES), PROMPT)
     makers: dict[str, Callable[[], float]] = {}
     for batch in BATCHES:
         for side, llm in ours.items():
-            makers[f"{side} {batch}"] = lambda llm=llm, batch=batch: (
-                decode_window(llm.engine, prompts[:batch], tokens=args.tokens).ms_per_step
-            )
+            makers[f"{side} {batch}"] = lambda llm=llm, batch=batch: llm(decode_ms, prompts[:batch], args.tokens)
     oracle = load_oracle(resolve_model(args.model))
     for batch in (1, max(BATCHES)):
         for name in IMPLEMENTATIONS:
@@ -129,11 +170,11 @@ def measure_decode(args: argparse.Namespace) -> Figures:
             )
     slow = {name: 1 for name in makers if name.startswith("torch ")}
     taken = rounds(args.repeats, makers, limits=slow)
-    paths = {side: numeric_path(llm) for side, llm in ours.items()}
+    paths = {side: llm(numeric_path) for side, llm in ours.items()}
     loose = open_side(args, "helper", exact=False)
     paths["helper, exact=False"] = numeric_path(loose)
     loose.close()
-    same = greedy_tokens(next(iter(ours.values())), prompts[0], args.tokens)
+    same = next(iter(ours.values()))(greedy_tokens, prompts[0], args.tokens)
     _, theirs = decode(their_step(oracle, "eager"), torch.tensor([prompts[0]]), args.tokens)
     for llm in ours.values():
         llm.close()
@@ -161,15 +202,15 @@ def greedy_tokens(llm: LLM, prompt: list[int], count: int) -> list[int]:
 @torch.inference_mode()
 def measure_prefill(args: argparse.Namespace) -> Figures:
     """Milliseconds from submit to the first token, theirs from the call to the logits."""
-    ours = {side: open_side(args, side, max_requests=1) for side in args.side or SIDES}
-    ids = text_ids(next(iter(ours.values())).tokenizer, max(PREFILLS))
+    ours = {side: Apart(args, side, max_requests=1) for side in args.side or SIDES}
+    [ids] = text_prompts(args.model, 1, max(PREFILLS))
     oracle = load_oracle(resolve_model(args.model))
     makers: dict[str, Callable[[], float]] = {}
     limits = {}
     skipped = ("batched_mm", max(PREFILLS))  # a minute a run, far behind the others
     for length in PREFILLS:
         for side, llm in ours.items():
-            makers[f"{side} {length}"] = lambda llm=llm, n=length: 1e3 * first_token(llm.engine, ids[:n])[0]
+            makers[f"{side} {length}"] = lambda llm=llm, n=length: llm(first_ms, ids[:n])
         for name in IMPLEMENTATIONS:
             if (name, length) == skipped:
                 continue
@@ -192,7 +233,7 @@ def seconds(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor) 
 def measure_speculation(args: argparse.Namespace) -> Figures:
     """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled."""
     on, off = (open_side(args, "helper", speculation=each, max_requests=16) for each in (True, False))
-    prompts = text_prompts(on, 16, 300)
+    prompts = text_prompts(args.model, 16, 300)
     rows = []
     for batch in range(1, 17):
         for temperature in (0.0, 1.0):

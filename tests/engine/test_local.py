@@ -187,7 +187,7 @@ def test_what_can_never_fit_is_refused_and_bad_prompts_too() -> None:
         engine.submit([5], params(limit))
     with pytest.raises(RequestError, match="empty"):
         engine.submit([], params())
-    with pytest.raises(RequestError, match=f"0 to {VOCAB - 1}, got {VOCAB}"):
+    with pytest.raises(RequestError, match=f"={VOCAB}: expected a token id from 0 to {VOCAB - 1}"):
         engine.submit([1, VOCAB], params())
     engine.close()
     with pytest.raises(CapacityError, match="kv_bytes"):

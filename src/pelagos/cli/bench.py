@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def _engine(args: argparse.Namespace) -> Any:
     from pelagos.evals.engine_bench import engine_rows
 
-    options: dict[str, Any] = {"mode": args.mode, "device": args.device, "exact": not args.no_exact}
+    options: dict[str, Any] = {"mode": args.mode, "device": args.device, "exact": False if args.no_exact else None}
     options["speculation"] = not args.no_speculation
     options |= {"native": False} if args.no_native else {}
     options |= {} if args.chunk_tokens is None else {"chunk_tokens": args.chunk_tokens}

@@ -14,8 +14,6 @@ from typing import NamedTuple, Protocol
 
 from pelagos.engine.sampler import SamplingParams
 
-REASONS = ("stop", "length", "cancelled", "deadline")
-
 
 class Step(NamedTuple):
     """One generated token: its id, the text it makes certain, its log-probability, and on the last one why it ended.
@@ -35,9 +33,9 @@ class Step(NamedTuple):
 class Stream:
     """The steps of one request as they come; iterate it in one thread, `cancel` from any.
 
-    `finish_reason` is None while it runs, then one of REASONS, or None still if it ended with an error, which reading
-    raises. cached_tokens is how many prompt tokens were not computed again, accepted_drafts how many generated tokens
-    came from a draft.
+    `finish_reason` is None while it runs, then `stop`, `length`, `cancelled` or `deadline`, or None still if it ended
+    with an error, which reading raises. cached_tokens is how many prompt tokens were not computed again,
+    accepted_drafts how many generated tokens came from a draft.
     """
 
     def __init__(self, request_id: str, *, on_step: Callable[[], None] | None = None) -> None:

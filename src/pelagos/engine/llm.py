@@ -18,7 +18,7 @@ from pelagos.chat.tokens import BOS, EOS
 from pelagos.checkpoint import resolve_model
 from pelagos.config import GENERATIONS, ModelConfig, read_environment
 from pelagos.engine.api import Engine, EngineStats, Step, Stream
-from pelagos.engine.build import EngineOptions, build_engine
+from pelagos.engine.build import EngineOptions, aside, build_engine
 from pelagos.engine.sampler import SamplingParams
 from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, RequestError
@@ -88,7 +88,7 @@ class LLM:
             speculation=speculation, exact=exact, native=native, preemption=preemption,
         )  # fmt: skip
         path = resolve_model(path_or_name)
-        model, tokenizer = load_model(path, mode=mode, device=device), Tokenizer.load(path)
+        model, tokenizer = aside(lambda: load_model(path, mode=mode, device=device)), Tokenizer.load(path)
         self._hold(model.config, tokenizer, generation, model)
         self.engine: Engine = build_engine(model, tokenizer, options)
 
@@ -160,13 +160,9 @@ class LLM:
         return self.engine.submit(self.prompt_ids(prompt), params or SamplingParams(), **options)
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        cancel: threading.Event | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cancel: threading.Event | None = None,
         **options: Any,
-    ) -> Iterator[Step]:
+    ) -> Iterator[Step]:  # fmt: skip
         """Complete one prompt token by token; checks run at the call, computation goes on as the steps are read.
 
         Setting `cancel`, or letting go of the iterator, ends the stream without a finish_reason and frees what it held.
@@ -175,12 +171,7 @@ class LLM:
         return _Reader(self.submit(prompt, params, **options), cancel)
 
     def chat(
-        self,
-        body: dict[str, Any],
-        *,
-        max_tokens: int = 8192,
-        cancel: threading.Event | None = None,
-        user_id: str = "",
+        self, body: dict[str, Any], *, max_tokens: int = 8192, cancel: threading.Event | None = None, user_id: str = ""
     ) -> ChatTurn:
         """Return the answer to a chat-completions body: iterate it for its events, or `run()` it.
 
@@ -198,19 +189,12 @@ class LLM:
         self.engine.close()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, checked; raises RequestError."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty: give at least one character or token id")
-            return [self.config.bos_token_id, *self.tokenizer.encode(prompt)]
-        ids = list(prompt)
-        if not ids:
+        """Return the token ids of a prompt; raises RequestError for no text. The engine checks ids."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt:
             raise RequestError("the prompt is empty: give at least one character or token id")
-        vocab = self.config.vocab_size
-        for position, token in enumerate(ids):
-            if type(token) is not int or not 0 <= token < vocab:
-                raise RequestError(f"prompt[{position}]={token!r}: expected a token id from 0 to {vocab - 1}")
-        return ids
+        return [self.config.bos_token_id, *self.tokenizer.encode(prompt)]
 
 
 class _Reader:

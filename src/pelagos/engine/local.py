@@ -247,11 +247,11 @@ class LocalEngine:
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         if not ids:
-            raise RequestError("the prompt is empty: give at least one token id")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestError(f"prompt: expected token ids from 0 to {self.config.vocab_size - 1}, got {wrong}")
+            raise RequestError("the prompt is empty: give at least one character or token id")
+        vocab = self.config.vocab_size
+        for position, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise RequestError(f"prompt[{position}]={token!r}: expected a token id from 0 to {vocab - 1}")
         limit, asked = self.config.max_position_embeddings, len(ids) + params.max_tokens
         if asked > limit:
             raise ContextLengthError(
@@ -546,8 +546,7 @@ class LocalEngine:
         for page in range(request.published, complete):
             self._prefix.add_page(request.chain.keys[page], request.pages[page])
         request.published = max(request.published, complete)
-        decodes = request.pending <= 1
-        if self._disk is not None and complete - request.written >= (WRITE_PAGES if not decodes else FAR):
+        if request.pending > 1 and complete - request.written >= WRITE_PAGES:  # a prompt that goes on
             self._write_pages(request)
 
     def _write_pages(self, request: Live) -> None:

@@ -135,11 +135,11 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
+@torch.inference_mode()
 def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native: bool | None) -> Forward:
     """Choose the forward: `native` None takes the compiled helper where it can run, False never, True insists.
 
     `exact` None is exact where this host's library can keep it, and else says in a warning that it does not.
-
     Raises ConfigError when it is insisted on and cannot be had, saying why.
     """
     reason = "" if native is False else _uncovered(model)
@@ -170,6 +170,7 @@ def _uncovered(model: Transformer) -> str:
     return f"it covers float32 in reference mode on a CPU, not {model.carrier} in {model.mode} mode on {device}"
 
 
+@torch.inference_mode()
 def fingerprint(model: Transformer) -> bytes:
     """Return 16 bytes that name these weights: every small tensor whole, large ones by sums that every byte is in."""
     digest = hashlib.blake2b(repr(sorted(model.config.to_dict().items())).encode(), digest_size=16)
