@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tests.engine.scripted import scripted_llm
 
-from pelagos.engine import complete_lines, sampling_params
+from pelagos.engine import sampling_params
 from pelagos.errors import ContextLengthError, RequestError
+from pelagos.evals.lines import complete_lines
 
 ASK = [{"role": "user", "content": "Hi"}]
 OFF = {"thinking": {"type": "disabled"}}

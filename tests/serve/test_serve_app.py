@@ -20,7 +20,7 @@ from tests.engine.test_turn import CALL, TOOL
 
 from pelagos.engine import LLM
 from pelagos.errors import CheckpointError
-from pelagos.serve import create_app
+from pelagos.serve import Card, create_app
 from pelagos.serve.app import PAGE
 
 ASK = [{"role": "user", "content": "Hi"}]
@@ -38,7 +38,7 @@ def reply(prompt: str) -> str:
 
 @contextmanager
 def serving(llm: LLM | Callable[[], LLM]) -> Iterator[httpx.Client]:
-    app = create_app(llm, model_name="nano")
+    app = create_app(llm, card=Card(model="nano"))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -174,7 +174,6 @@ def test_stop_and_length(client: httpx.Client) -> None:
         ({"stream": "yes"}, "stream='yes'"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"n": 2}, "n=2"),
-        ({"logprobs": True}, "logprobs"),
         ({"reasoning_effort": "extreme"}, "extreme|effort"),
         ({"thinking": {"type": "perhaps"}}, "perhaps|thinking"),
         ({"tools": [{"type": "function", "function": {"name": "bad name!"}}]}, "name|tool"),

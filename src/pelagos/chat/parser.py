@@ -95,6 +95,7 @@ class Parser:
         self._calls = 0
         self._arguments: Arguments | None = None  # of the open call
         self._in_value = False
+        self.stopped_by: str | None = None  # which of the stop texts ended the answer
         self.done = False  # nothing that could still come will be used: generation can stop
 
     @classmethod
@@ -192,11 +193,11 @@ class Parser:
         self._strip_fresh()
         mark = _find(self._buffer, _DSML)
         limit = mark.begin if mark else len(self._buffer)
-        found = [self._buffer.find(stop, 0, limit) for stop in self.stop if stop]
-        at = min((at for at in found if at >= 0), default=-1)
-        if at >= 0:
+        found = [(self._buffer.find(stop, 0, limit), stop) for stop in self.stop if stop]
+        at, stop = min((each for each in found if each[0] >= 0), default=(-1, None))
+        if stop is not None:
             self._add_content(self._consume(at))
-            self._buffer, self.done = "", True
+            self._buffer, self.done, self.stopped_by = "", True, stop
             return False
         self._add_content(self._consume(limit if mark else self._unheld(self.stop)))
         return mark is not None and self._enter_tag(mark, outside=self._state)

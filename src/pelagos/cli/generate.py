@@ -28,7 +28,8 @@ def generate(
     strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
 ) -> None:
     """Complete every line of a JSONL file, {"prompt": ...} or {"messages": ...}; exit code 1 when a line was bad."""
-    from pelagos.engine import LLM, complete_lines
+    from pelagos.engine import LLM
+    from pelagos.evals.lines import complete_lines
 
     defaults = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     ahead = LINES_AHEAD if source.seekable() else 1  # whoever writes a pipe may wait for the answer to a line

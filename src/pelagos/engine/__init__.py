@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pelagos.engine.api import Stream as Stream
     from pelagos.engine.build import EngineOptions as EngineOptions
     from pelagos.engine.build import build_engine as build_engine
-    from pelagos.engine.lines import complete_lines as complete_lines
     from pelagos.engine.llm import LLM as LLM
     from pelagos.engine.llm import Completion as Completion
     from pelagos.engine.local import LocalEngine as LocalEngine
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _MODULES = {
     "api": ("Engine", "EngineStats", "Step", "Stream"),
     "build": ("EngineOptions", "build_engine"),
-    "lines": ("complete_lines",),
     "llm": ("LLM", "Completion"),
     "local": ("LocalEngine",),
     "sampler": ("Sampler", "SamplingParams"),

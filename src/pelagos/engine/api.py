@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 from pelagos.engine.sampler import SamplingParams
 
+CANCEL_POLL_SECONDS = 0.02
+
 
 class Step(NamedTuple):
     """One generated token: its id, the text it makes certain, its log-probability, and on the last one why it ended.
@@ -107,6 +109,27 @@ class Stream:
     def __iter__(self) -> Iterator[Step]:
         while (step := self.wait()) is not None:
             yield step
+
+
+class StepReader:
+    """Reads a stream until it ends or `cancel` is set; a stream that nobody reads any more is cancelled."""
+
+    def __init__(self, stream: Stream, cancel: threading.Event | None) -> None:
+        self._stream, self._cancel = stream, cancel
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        while not self._stream.is_ended and not (self._cancel is not None and self._cancel.is_set()):
+            step = self._stream.wait(None if self._cancel is None else CANCEL_POLL_SECONDS)
+            if step is not None:
+                return step
+        self._stream.cancel()
+        raise StopIteration
+
+    def __del__(self) -> None:
+        self._stream.cancel()
 
 
 @dataclass(slots=True)

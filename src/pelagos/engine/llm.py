@@ -17,7 +17,7 @@ from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import BOS, EOS
 from pelagos.checkpoint import resolve_model
 from pelagos.config import GENERATIONS, ModelConfig, read_environment
-from pelagos.engine.api import Engine, EngineStats, Step, Stream
+from pelagos.engine.api import Engine, EngineStats, Step, StepReader, Stream
 from pelagos.engine.build import EngineOptions, aside, build_engine
 from pelagos.engine.sampler import SamplingParams
 from pelagos.engine.turn import ChatTurn
@@ -26,7 +26,6 @@ from pelagos.load import load_model
 from pelagos.model import Transformer
 
 Prompt = str | Sequence[int]
-CANCEL_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,17 +167,16 @@ class LLM:
         Setting `cancel`, or letting go of the iterator, ends the stream without a finish_reason and frees what it held.
         Raises RequestError and CapacityError as `generate` does; `options` are those of `Engine.submit`.
         """
-        return _Reader(self.submit(prompt, params, **options), cancel)
+        return StepReader(self.submit(prompt, params, **options), cancel)
 
-    def chat(
-        self, body: dict[str, Any], *, max_tokens: int = 8192, cancel: threading.Event | None = None, user_id: str = ""
-    ) -> ChatTurn:
+    def chat(self, body: dict[str, Any], *, max_tokens: int = 8192, **options: Any) -> ChatTurn:
         """Return the answer to a chat-completions body: iterate it for its events, or `run()` it.
 
-        Without a bound in the body the answer has at most `max_tokens` tokens, and never more than fit the context.
+        Without a bound in the body the answer has at most `max_tokens` tokens, and never more than fit the context;
+        `options` are those of `ChatTurn`.
         Raises RequestError for a body that cannot be rendered, sampled or fitted.
         """
-        return ChatTurn(self, body, max_tokens=max_tokens, cancel=cancel, user_id=user_id)
+        return ChatTurn(self, body, max_tokens=max_tokens, **options)
 
     def stats(self) -> EngineStats:
         """Return what the engine counts: pages and slots in use, hits, evictions, damaged disk entries."""
@@ -195,27 +193,6 @@ class LLM:
         if not prompt:
             raise RequestError("the prompt is empty: give at least one character or token id")
         return [self.config.bos_token_id, *self.tokenizer.encode(prompt)]
-
-
-class _Reader:
-    """Reads a stream until it ends or `cancel` is set; a stream that nobody reads any more is cancelled."""
-
-    def __init__(self, stream: Stream, cancel: threading.Event | None) -> None:
-        self._stream, self._cancel = stream, cancel
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        while not self._stream.is_ended and not (self._cancel is not None and self._cancel.is_set()):
-            step = self._stream.wait(None if self._cancel is None else CANCEL_POLL_SECONDS)
-            if step is not None:
-                return step
-        self._stream.cancel()
-        raise StopIteration
-
-    def __del__(self) -> None:
-        self._stream.cancel()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

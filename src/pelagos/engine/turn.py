@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pelagos.chat.parser import Event, Parser
-from pelagos.chat.render import render_prompt
+from pelagos.chat.render import Prompt, render_prompt
 from pelagos.chat.tokens import ASSISTANT, END_THINK
+from pelagos.engine.api import Step, StepReader
 from pelagos.engine.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from pelagos.engine.llm import LLM
 
+Prepare = Callable[[Prompt, list[int], SamplingParams], tuple[list[int], SamplingParams]]
 
 _SAMPLING_KEYS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -35,49 +37,65 @@ def sampling_params(body: Mapping[str, Any], *, max_tokens: int = 256) -> Sampli
 
 
 class ChatTurn:
-    """The answer to one body: checked and tokenised when made, generated once as it is iterated.
+    """The answer to one body: checked, tokenised and submitted when made, folded as it is iterated or pushed to.
 
     `message` grows with the events; `finish_reason` is None until the end: stop, length, tool_calls or cancelled.
     """
 
     def __init__(
-        self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None, user_id: str = ""
-    ) -> None:
+        self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None = None,
+        prepare: Prepare | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """`prepare` may replace the prompt's ids and the sampling; `options` are those of `Engine.submit`."""
         prompt = render_prompt(body, generation=llm.generation)
-        params = sampling_params(body, max_tokens=max_tokens)
-        self.cancel = cancel or threading.Event()
-        self.prompt_ids = llm.tokenizer.encode_prompt(prompt)
+        params, ids = sampling_params(body, max_tokens=max_tokens), llm.tokenizer.encode_prompt(prompt)
+        if prepare is not None:
+            ids, params = prepare(prompt, ids, params)
+        self.prompt, self.prompt_ids, self.params = prompt, ids, params
         self.thinking = prompt.thinking
         self.message: dict[str, Any] = {"role": "assistant", "content": ""}
         if self.thinking:
             self.message["reasoning_content"] = ""
         self.finish_reason: str | None = None
-        self.completion_tokens = 0
+        self.output_ids: list[int] = []
         self.reasoning_tokens = 0
         self._reasons = prompt.start == "reasoning"
         self._end_think = llm.tokenizer.id(END_THINK)
         # The parser looks for stop strings, in the answer alone; the answer may take what room the prompt leaves.
-        room = max(1, llm.config.max_position_embeddings - len(self.prompt_ids))
+        room = max(1, llm.config.max_position_embeddings - len(ids))
         unstopped = dataclasses.replace(params, max_tokens=min(params.max_tokens, room), stop=())
-        self._parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
+        self.parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
         # The next turn renders what follows the last assistant mark differently: state is kept up to there.
-        marks = [at + 1 for at, token in enumerate(self.prompt_ids) if token == llm.tokenizer.id(ASSISTANT)][-1:]
-        self._steps = llm.stream(self.prompt_ids, unstopped, cancel=self.cancel, cuts=marks, user_id=user_id)
+        marks = [at + 1 for at, token in enumerate(ids) if token == llm.tokenizer.id(ASSISTANT)][-1:]
+        self.stream = llm.submit(ids, unstopped, cuts=marks, **options)
+        self._steps = StepReader(self.stream, cancel)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far, reasoning and markup included."""
+        return len(self.output_ids)
 
     def __iter__(self) -> Iterator[Event]:
-        reason = None
         for step in self._steps:
-            self.completion_tokens += 1
-            self.reasoning_tokens += self._reasons
-            self._reasons &= step.token_id != self._end_think
-            reason = step.finish_reason
-            for event in self._parser.push(step.token_id, step.text):
-                yield self._fold(event)
-            if self._parser.done:
-                reason = "stop"
-                break
-        for event in self._parser.finish(reason or "cancelled"):
-            yield self._fold(event)
+            yield from self.push(step)
+            if self.finish_reason is not None:
+                self.stream.cancel()
+                return
+        yield from self.finish((self.stream.is_ended and self.stream.finish_reason) or "cancelled")
+
+    def push(self, step: Step) -> list[Event]:
+        """Take the next step of `stream` and return its events; the last one sets `finish_reason`."""
+        self.output_ids.append(step.token_id)
+        self.reasoning_tokens += self._reasons
+        self._reasons &= step.token_id != self._end_think
+        events = [self._fold(event) for event in self.parser.push(step.token_id, step.text)]
+        if self.parser.done or step.finish_reason is not None:
+            events += self.finish("stop" if self.parser.done else step.finish_reason or "stop")
+        return events
+
+    def finish(self, reason: str) -> list[Event]:
+        """End the turn for the engine's reason, if `push` has not; return what was held back and `finish`."""
+        return [] if self.finish_reason is not None else [self._fold(event) for event in self.parser.finish(reason)]
 
     def run(self) -> dict[str, Any]:
         """Generate to the end and return the message."""

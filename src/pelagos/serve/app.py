@@ -19,10 +19,12 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from pelagos.engine import LLM, ChatTurn
+from pelagos.engine import LLM
 from pelagos.errors import ContextLengthError, MissingDependency, PelagosError, RequestError
-from pelagos.serve.protocol import ChatReply, check_body, error_body, parse_body
-from pelagos.serve.worker import Worker
+from pelagos.serve.answer import Answer
+from pelagos.serve.ask import Api, Ask, Card
+from pelagos.serve.loading import Loading
+from pelagos.serve.protocols import APIS
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY_BYTES = 32 * 2**20
@@ -33,56 +35,48 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _log = logging.getLogger(__name__)
 
 
-def create_app(llm: LLM | Callable[[], LLM], *, model_name: str, max_tokens: int = 8192) -> FastAPI:
+def create_app(llm: LLM | Callable[[], LLM], *, card: Card) -> FastAPI:
     """Build the application over a loaded LLM, or over a function that loads one once the server runs.
 
-    Until the model is there, `/health` and the chat routes answer 503. `max_tokens` bounds answers of requests
-    that name no bound; the worker is at `app.state.worker`.
+    Until the model is there, `/health` and the API answer 503. What loads it is at `app.state.loading`.
     """
-    worker = Worker(llm if not isinstance(llm, LLM) else lambda: llm)
+    loading = Loading(llm if not isinstance(llm, LLM) else lambda: llm)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.close()
+        loading.close()
 
     app = FastAPI(title="Pelagos", lifespan=lifespan, openapi_url=None)
-    app.state.worker = worker
+    app.state.loading = loading
     _handle_errors(app)
-    card = {"id": model_name, "object": "model", "created": 0, "owned_by": "pelagos"}
+    listed = {"id": card.model, "object": "model", "created": 0, "owned_by": "pelagos"}
 
     @app.get("/health")
     async def health() -> Response:
-        ready = worker.llm is not None
-        return JSONResponse({"status": "ready" if ready else "loading", "model": model_name}, 200 if ready else 503)
+        ready = loading.llm is not None
+        return JSONResponse({"status": "ready" if ready else "loading", "model": card.model}, 200 if ready else 503)
 
     @app.get("/v1/models")
     @app.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [listed]}
 
     @app.get("/v1/models/{name:path}")
     @app.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != model_name:
-            raise HTTPException(404, f"model {name!r} is not here; this server has {model_name!r}")
-        return card
+        if name != card.model:
+            raise HTTPException(404, f"model {name!r} is not here; this server has {card.model!r}")
+        return listed
 
-    @app.post("/v1/chat/completions")
-    @app.post("/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        body = parse_body(await _read(request))
-        stream = check_body(body, model_name)
-        if worker.llm is None:
-            raise HTTPException(503, "the model is still loading; ask /health until it answers 200")
-        turn = await run_in_threadpool(worker.llm.chat, body, max_tokens=max_tokens)
-        reply = ChatReply(model_name, turn)
-        if stream:
-            return StreamingResponse(_sse(worker, turn, reply), media_type="text/event-stream", headers=_NO_STORE)
-        return await _while_connected(request, _whole(worker, turn, reply))
+    for api in APIS:
+        for path in api.paths:
+            app.add_api_route(path, _endpoint(api, card, loading), methods=["POST"])
+            app.add_api_route(path.removeprefix("/v1"), _endpoint(api, card, loading), methods=["POST"])
 
     @app.get("/")
     async def page() -> Response:
@@ -92,7 +86,31 @@ def create_app(llm: LLM | Callable[[], LLM], *, model_name: str, max_tokens: int
     return app
 
 
-_NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+def _endpoint(api: Api, card: Card, loading: Loading) -> Callable[[Request], Any]:
+    async def endpoint(request: Request) -> Response:
+        ask = api.read(parse_body(await _read(request)), card)
+        if loading.llm is None:
+            raise HTTPException(503, "the model is still loading; ask /health until it answers 200")
+        answer = await run_in_threadpool(Answer, loading.llm, ask, card, asyncio.get_running_loop())
+        if ask.stream:
+            frames = _stream(api, ask, answer, card)
+            return StreamingResponse(frames, media_type="text/event-stream", headers=_NO_STORE)
+        return await _while_connected(request, _whole(api, ask, answer, card))
+
+    return endpoint
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in `raw`; raises RequestError for anything that is not one in valid Unicode."""
+    try:
+        body = json.loads(raw)
+        # A lone surrogate (an escape such as \ud800) is legal JSON, but no text that can be tokenised.
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request body is not valid JSON text ({error})") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the request body is a JSON {type(body).__name__}: expected an object")
+    return body
 
 
 async def _read(request: Request) -> bytes:
@@ -104,37 +122,38 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _sse(worker: Worker, turn: ChatTurn, reply: ChatReply) -> AsyncIterator[str]:
-    """The server-sent events of one answer; closing this iterator cancels the turn."""
-    yield _event(reply.first())
+async def _stream(api: Api, ask: Ask, answer: Answer, card: Card) -> AsyncIterator[str]:
+    """The server-sent events of one answer; closing this iterator cancels it."""
+    writer = api.writer(ask, answer, card)
+    is_open = False
     try:
-        async for event in worker.events(turn, keep_alive=KEEP_ALIVE_SECONDS):
-            if event is None:
+        async for events in answer.events(keep_alive=KEEP_ALIVE_SECONDS):
+            if events is None:
                 yield ": keep-alive\n\n"
-            elif event.kind != "finish":
-                yield _event(reply.middle(event))
-        yield _event(reply.last())
+                continue
+            frames = [] if is_open else writer.open()
+            is_open = True
+            for event in events:
+                if event.kind != "finish":
+                    frames += writer.push(event)
+            yield "".join(frames)
+        yield "".join(writer.close())
     except PelagosError as error:
-        yield _event(error_body(str(error), "internal_error"))
+        yield "".join(writer.fail(500, str(error)))
     except Exception:
         _log.exception("a streamed answer broke off")
-        yield _event(error_body("the server failed; its log says why", "internal_error"))
-    yield "data: [DONE]\n\n"
+        yield "".join(writer.fail(500, "the server failed; its log says why"))
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-async def _whole(worker: Worker, turn: ChatTurn, reply: ChatReply) -> Response:
-    async for _ in worker.events(turn, keep_alive=KEEP_ALIVE_SECONDS):
+async def _whole(api: Api, ask: Ask, answer: Answer, card: Card) -> Response:
+    async for _ in answer.events(keep_alive=KEEP_ALIVE_SECONDS):
         pass
-    return JSONResponse(reply.whole())
+    return JSONResponse(api.writer(ask, answer, card).whole())
 
 
-async def _while_connected(request: Request, answer: Any) -> Response:
+async def _while_connected(request: Request, work: Any) -> Response:
     """Await the answer, or cancel it when the client leaves first."""
-    work = asyncio.ensure_future(answer)
+    work = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -150,24 +169,28 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
+def _api_of(request: Request) -> Api:
+    """The protocol whose error object answers on this path; chat completions where none is asked for."""
+    path = request.url.path
+    return next((api for api in APIS if path in api.paths or f"/v1{path}" in api.paths), APIS[0])
+
+
 def _handle_errors(app: FastAPI) -> None:
+    def answer(request: Request, status: int, message: str, code: str | None = None, **more: Any) -> Response:
+        param = "messages" if code == "context_length_exceeded" else None
+        return JSONResponse(_api_of(request).error(status, message, code, param), status, **more)
+
     @app.exception_handler(PelagosError)
-    async def pelagos_error(_: Request, error: PelagosError) -> Response:
+    async def pelagos_error(request: Request, error: PelagosError) -> Response:
         if isinstance(error, ContextLengthError):
-            return JSONResponse(error_body(str(error), code="context_length_exceeded"), 400)
-        if isinstance(error, RequestError):
-            return JSONResponse(error_body(str(error)), 400)
-        return JSONResponse(
-            error_body(str(error), "internal_error"), 501 if isinstance(error, MissingDependency) else 500
-        )
+            return answer(request, 400, str(error), "context_length_exceeded")
+        status = 400 if isinstance(error, RequestError) else 501 if isinstance(error, MissingDependency) else 500
+        return answer(request, status, str(error))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        kind = "internal_error" if error.status_code >= 500 else "invalid_request_error"
-        return JSONResponse(error_body(str(error.detail), kind), error.status_code, headers=error.headers)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return answer(request, error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> Response:
-        return JSONResponse(
-            error_body(f"the server failed ({type(error).__name__}); its log says why", "internal_error"), 500
-        )
+    async def bug(request: Request, error: Exception) -> Response:
+        return answer(request, 500, f"the server failed ({type(error).__name__}); its log says why")

@@ -13,31 +13,32 @@ import uvicorn
 from pelagos.engine import LLM
 from pelagos.errors import ConfigError
 from pelagos.serve.app import create_app
-from pelagos.serve.worker import Worker
+from pelagos.serve.ask import Card
+from pelagos.serve.loading import Loading
 
 
-def run(load: Callable[[], LLM], *, model_name: str, host: str, port: int, max_tokens: int = 8192) -> None:
+def run(load: Callable[[], LLM], *, card: Card, host: str, port: int) -> None:
     """Serve until interrupted; prints the URL and a `curl` line on stderr once the model is ready.
 
     Raises ConfigError when the address is taken or wrong, and whatever `load` raises.
     """
     listener = _bind(host, port)
-    app = create_app(load, model_name=model_name, max_tokens=max_tokens)
+    app = create_app(load, card=card)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
-    worker: Worker = app.state.worker
+    loading: Loading = app.state.loading
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def announce(_: object) -> None:
-        if worker.llm is None:
+        if loading.llm is None:
             server.should_exit = True
         else:
-            print(_banner(url, model_name), file=sys.stderr, flush=True)
+            print(_banner(url, card.model), file=sys.stderr, flush=True)
 
-    worker.loading.add_done_callback(announce)
+    loading.done.add_done_callback(announce)
     server.run(sockets=[listener])
-    if worker.loading.done() and not worker.loading.cancelled():
-        worker.loading.result()
+    if loading.done.done() and not loading.done.cancelled():
+        loading.done.result()
 
 
 def _bind(host: str, port: int) -> socket.socket:

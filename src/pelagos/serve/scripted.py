@@ -1,0 +1,227 @@
+"""An engine that writes a script instead of thinking: clients and servers are tried against it without a model.
+
+A script is a JSON file: `{"rules": [{"when": REGEX, "reply": TEXT, ...}], "token_delay_ms": 0}`. The first rule whose
+`when` is found in the prompt's text (absent: always) answers; `\\g<name>` in a reply stands for a group of its match. A
+spelled special token in a reply is that token. A rule may also have `token_delay_ms`, `first_delay_ms` and `fail` (an
+error in place of the end).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pelagos.chat.tokenizer import Tokenizer
+from pelagos.checkpoint import resolve_model
+from pelagos.config import ModelConfig
+from pelagos.engine import LLM, EngineStats, SamplingParams, Stream
+from pelagos.engine.output import TextStream
+from pelagos.engine.sampler import Pick
+from pelagos.errors import CapacityError, ConfigError, ContextLengthError, PelagosError, RequestError
+
+PAGE_TOKENS = 128
+_KEYS = {"when": str, "reply": str, "token_delay_ms": (int, float), "first_delay_ms": (int, float), "fail": str}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one prompt is answered with."""
+
+    text: str
+    token_s: float = 0.0
+    first_s: float = 0.0
+    fail: str | None = None
+
+
+class Script:
+    """The rules of a script file, as a function from a prompt's text to a reply."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a script; raises ConfigError saying which rule is wrong."""
+        try:
+            script = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a readable script ({error})") from None
+        rules = script.get("rules") if isinstance(script, dict) else None
+        if not isinstance(rules, list) or not rules:
+            raise ConfigError(f'{path}: expected {{"rules": [...]}} with at least one rule')
+        self._delay = script.get("token_delay_ms", 0)
+        self._rules = [_rule(rule, f"{path}: rules[{index}]") for index, rule in enumerate(rules)]
+
+    def __call__(self, prompt: str) -> Reply:
+        """Return the reply of the first rule that meets the prompt; raises RequestError when none does."""
+        for when, rule in self._rules:
+            if found := when.search(prompt):
+                token_ms, first_ms = rule.get("token_delay_ms", self._delay), rule.get("first_delay_ms", 0)
+                text = re.sub(r"\\g<(\w+)>", lambda name, found=found: found[name[1]] or "", rule["reply"])
+                return Reply(text, token_ms / 1e3, first_ms / 1e3, rule.get("fail"))
+        raise RequestError("no rule of the script meets this prompt")
+
+
+def _rule(rule: Any, place: str) -> tuple[re.Pattern[str], dict[str, Any]]:
+    if not isinstance(rule, dict) or "reply" not in rule or any(key not in _KEYS for key in rule):
+        raise ConfigError(f"{place}: expected an object with reply and any of {', '.join(_KEYS)}")
+    for key, value in rule.items():
+        if not isinstance(value, _KEYS[key]):
+            raise ConfigError(f"{place}.{key}={value!r}: wrong type")
+    try:
+        return re.compile(rule.get("when", ""), re.DOTALL), rule
+    except re.error as error:
+        raise ConfigError(f"{place}.when: not a regular expression ({error})") from None
+
+
+@dataclass(slots=True)
+class _Running:
+    stream: Stream
+    tokens: Iterator[int]
+    text: TextStream
+    reply: Reply
+
+
+class ScriptedEngine:
+    """An `Engine` that answers each prompt by `reply`, then the end token; one thread writes all streams.
+
+    It counts prefixes it has seen, by user and in pages of 128 tokens, as cached. `fail` is raised in place of the
+    next token of every stream; `calls` holds the options of each submit.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, reply: Callable[[str], Reply | str], *, delay: float = 0
+    ) -> None:
+        """`delay` is the seconds a token takes where the reply names none."""
+        self.config, self.delay = config, delay
+        self.fail: Exception | None = None
+        self.calls: list[dict[str, Any]] = []
+        self._tokenizer, self._reply = tokenizer, reply
+        self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens.values())))
+        self._names = itertools.count(1)
+        self._due: list[tuple[float, int, _Running]] = []
+        self._running: dict[str, _Running] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._seen: set[tuple[str, int]] = set()
+        self._stats = EngineStats()
+        self._closed = False
+
+    @property
+    def steps(self) -> int:
+        """Tokens written so far."""
+        return self._stats.generated_tokens
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, user_id: str = "", priority: int = 0,
+        timeout_s: float | None = None, cuts: Sequence[int] = (), on_step: Callable[[], None] | None = None,
+    ) -> Stream:  # fmt: skip
+        """See `Engine.submit`; deadlines and priorities are ignored."""
+        limit, asked = self.config.max_position_embeddings, len(prompt_ids) + params.max_tokens
+        if asked > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, you requested {asked} tokens "
+                f"({len(prompt_ids)} in the messages, {params.max_tokens} in the completion). Please reduce the length "
+                "of the messages or completion."
+            )
+        reply = self._reply(self._tokenizer.decode(prompt_ids))
+        reply = Reply(reply, self.delay) if isinstance(reply, str) else reply
+        tokens = iter((*self._spell(reply.text), self.config.eos_token_id))
+        text = TextStream(self._tokenizer.stream_decoder(), params, self.config.eos_token_id)
+        with self._changed:
+            if self._closed:
+                raise CapacityError("the engine is closed and takes no more requests")
+            self.calls.append({"user_id": user_id, "priority": priority, "timeout_s": timeout_s, "cuts": list(cuts)})
+            number = next(self._names)
+            stream = Stream(f"req-{number}", on_step=on_step)
+            stream.cached_tokens = self._count_cached(list(prompt_ids), user_id)
+            running = self._running[stream.request_id] = _Running(stream, tokens, text, reply)
+            heapq.heappush(self._due, (time.monotonic() + reply.first_s + reply.token_s, number, running))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="script", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request."""
+        if running := self._running.get(request_id):
+            running.stream.cancel()
+
+    def stats(self) -> EngineStats:
+        """Return the counters; there are no pages."""
+        with self._changed:
+            self._stats.requests_running = len(self._running)
+            return EngineStats(**{name: getattr(self._stats, name) for name in EngineStats.__slots__})
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._changed:
+            self._closed = True
+            for running in self._running.values():
+                running.stream.cancel()
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _spell(self, text: str) -> list[int]:
+        ids, at = [], 0
+        for special in self._special.finditer(text):
+            ids += [*self._tokenizer.encode(text[at : special.start()]), self._tokenizer.id(special[0])]
+            at = special.end()
+        return ids + self._tokenizer.encode(text[at:])
+
+    def _count_cached(self, ids: list[int], user_id: str) -> int:
+        keys = [(user_id, hash(tuple(ids[:end]))) for end in range(PAGE_TOKENS, len(ids), PAGE_TOKENS)]
+        found = next((count for count, key in enumerate(keys) if key not in self._seen), len(keys))
+        self._seen.update(keys)
+        self._stats.prompt_tokens += len(ids)
+        self._stats.cached_tokens += found * PAGE_TOKENS
+        return found * PAGE_TOKENS
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._due:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                due, number, running = heapq.heappop(self._due)
+                if (wait := due - time.monotonic()) > 0 and not running.stream.is_cancelled and not self._closed:
+                    heapq.heappush(self._due, (due, number, running))
+                    self._changed.wait(min(wait, 0.05))  # a cancelled stream is noticed meanwhile
+                    continue
+            if self._write(running):
+                with self._changed:
+                    heapq.heappush(self._due, (time.monotonic() + running.reply.token_s, number, running))
+
+    def _write(self, running: _Running) -> bool:
+        """Write a stream's next token; whether more follow."""
+        stream = running.stream
+        error = self.fail
+        if error is None and not stream.is_cancelled:
+            token = next(running.tokens)
+            if token != self.config.eos_token_id or running.reply.fail is None:
+                self._stats.generated_tokens += 1
+                for step in running.text.push([Pick(token, 0.0)]):
+                    stream.put(step)
+                if running.text.finish_reason is None:
+                    return True
+            else:
+                error = PelagosError(running.reply.fail)
+        with self._changed:
+            self._stats.requests_done += 1
+            del self._running[stream.request_id]
+        stream.close(None if error else running.text.finish_reason or "cancelled", error)
+        return False
+
+
+def scripted_llm(model: str, script: Path, *, generation: str | None = None) -> LLM:
+    """Return an LLM with the tokenizer and configuration of `model` whose answers come from a script file."""
+    path = resolve_model(model)
+    config, tokenizer = ModelConfig.load(path), Tokenizer.load(path)
+    return LLM.over(ScriptedEngine(config, tokenizer, Script(script)), config, tokenizer, generation=generation)
