@@ -19,6 +19,10 @@ class RequestError(PelagosError):
     """A request (prompt, sampling parameters, chat body) that cannot be served as asked."""
 
 
+class FormError(RequestError):
+    """A request whose fields have a wrong type or an unknown value; HTTP 422 where others are 400."""
+
+
 class ContextLengthError(RequestError):
     """A prompt and completion that together are longer than the model's positions."""
 

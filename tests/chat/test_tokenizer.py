@@ -62,7 +62,7 @@ def test_special_ids_stand_exactly_where_the_renderer_wrote_them(tokenizer, coun
                 assert prompt.text.encode()[position : position + len(text)] == text
                 begin = len(prompt.text.encode()[:position].decode())
                 assert (begin, begin + len(text.decode())) in prompt.special_ranges
-            position += len(tokenizer._spell(index))
+            position += len(tokenizer.spell(index))
 
 
 def test_ids_equal_deepseek_recipe(tokenizer_file, tokenizer):

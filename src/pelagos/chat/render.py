@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, LATEST_REMINDER, MARKS, TASK_TOKENS, THINK, USER
 from pelagos.config import GENERATIONS
-from pelagos.errors import ConfigError, MissingDependency, RequestError
+from pelagos.errors import ConfigError, FormError, MissingDependency, RequestError
 
 # The preview build knew two prompts; deepseek-recipe renders them as its `low` and `high`.
 _PREVIEW_EFFORTS = {
@@ -61,8 +61,8 @@ def render(body: dict[str, Any], *, generation: str = "0731") -> str:
 def render_prompt(body: dict[str, Any], *, generation: str = "0731") -> Prompt:
     """Render a chat-completions body for a model generation, `preview` or `0731`.
 
-    Reads messages, tools, tool_choice, response_format, thinking and reasoning_effort (also as
-    `enable_thinking`, `think` and inside `chat_template_kwargs`) and ignores every other key.
+    Reads messages, tools, tool_choice, response_format, thinking and reasoning_effort (also as `enable_thinking`,
+    `think`, in `chat_template_kwargs`) and add_generation_prompt (a turn opens even behind an assistant's), no more.
     Raises RequestError for a body that cannot be rendered, ConfigError for another generation and
     MissingDependency without deepseek-recipe. Source: released encoder of V4-Flash and V4-Flash-0731.
     """
@@ -74,7 +74,7 @@ def render_prompt(body: dict[str, Any], *, generation: str = "0731") -> Prompt:
     if not isinstance(given, list) or not all(isinstance(message, Mapping) for message in given):
         raise RequestError(f"messages: expected a list of objects, got {type(given).__name__}")
     messages = [dict(message) for message in given]
-    edits = _plan(asked, messages)
+    edits = _plan(asked, messages, opens=bool(body.get("add_generation_prompt")))
     text, request = _convert(messages, asked)
     conversation, options = request.conversation, request.parsing_options
     thinking, tools = conversation.thinking_mode, conversation.tools if options.parse_tool_calls else None
@@ -125,7 +125,7 @@ class _Edits:
     continues: bool = False  # the last message is to be continued
 
 
-def _plan(asked: dict[str, Any], messages: list[dict[str, Any]]) -> _Edits:
+def _plan(asked: dict[str, Any], messages: list[dict[str, Any]], *, opens: bool) -> _Edits:
     """Bring `messages` (and tools in `asked`) to what deepseek-recipe accepts and return what to change afterwards."""
     edits = _Edits()
     for index, message in enumerate(messages):
@@ -146,7 +146,7 @@ def _plan(asked: dict[str, Any], messages: list[dict[str, Any]]) -> _Edits:
             edits.tasks.append((_write_place(message, index, at_end=True), message["task"]))
     last = messages[-1] if messages else {}
     edits.continues = last.get("prefix", False)
-    if last.get("role") == "assistant" and not edits.continues and last.get("task") is None:
+    if last.get("role") == "assistant" and not (edits.continues or opens) and last.get("task") is None:
         answers_task = len(messages) > 1 and messages[-2].get("task") is not None
         edits.reasoning = None if answers_task else last.get("reasoning_content") or ""
         edits.end = _write_place(last, len(messages) - 1, at_end=False)
@@ -231,7 +231,7 @@ def _convert(messages: list[dict[str, Any]], asked: Mapping[str, Any]) -> tuple[
     except OverflowError:
         raise RequestError("the request holds a whole number beyond 64 bits: write it as text") from None
     except (recipe.ConversionError, ValueError, TypeError, RecursionError) as error:
-        raise RequestError(str(error)) from None
+        raise (RequestError if isinstance(error, recipe.ConversionError) else FormError)(str(error)) from None
     text, position = "", 0
     for begin, end in rendered.special_ranges:
         text += rendered.prompt[position:begin] + MARKS[rendered.prompt[begin:end]]

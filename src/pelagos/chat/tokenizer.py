@@ -95,14 +95,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of token ids; broken UTF-8 and unknown ids become U+FFFD."""
-        kept = (self._spell(index) for index in ids if not (skip_special and index in self.special_tokens))
+        kept = (self.spell(index) for index in ids if not (skip_special and index in self.special_tokens))
         return b"".join(kept).decode("utf-8", errors="replace")
 
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder for one stream of token ids."""
         return StreamDecoder(self)
 
-    def _spell(self, index: int) -> bytes:
+    def spell(self, index: int) -> bytes:
+        """Return the bytes of a token id; those of U+FFFD for an unknown one."""
         return self._bytes[index] if 0 <= index < len(self._bytes) else _UNKNOWN
 
 
@@ -117,7 +118,7 @@ class StreamDecoder:
         """Return the text that this token completes; a special token's spelling comes whole, at the end."""
         if index in self._tokenizer.special_tokens:
             return self.flush() + self._tokenizer.special_tokens[index]
-        return self._decoder.decode(self._tokenizer._spell(index))
+        return self._decoder.decode(self._tokenizer.spell(index))
 
     def flush(self) -> str:
         """Return U+FFFD for a character that was never completed, else an empty text."""

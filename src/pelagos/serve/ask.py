@@ -69,7 +69,10 @@ class Writer(Protocol):
 class Api(Protocol):
     """A protocol: how its requests are read and its answers written. One instance serves all requests."""
 
+    summary: str  # one line for the OpenAPI document
+    schema: dict[str, Any]  # JSON schema of a request body
     paths: tuple[str, ...]  # of POST; each also with `/v1` taken away
+    count_paths: tuple[str, ...]  # of POST of the same bodies, answered by `count`
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """Check a request body and say what it asks for; raises RequestError with the protocol's words."""
@@ -77,6 +80,10 @@ class Api(Protocol):
 
     def writer(self, ask: Ask, answer: Answer, card: Card) -> Writer:
         """Return the writer of one answer."""
+        ...
+
+    def count(self, tokens: int) -> dict[str, Any]:
+        """The answer of `count_paths`: how many tokens the prompt of a body has."""
         ...
 
     def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
