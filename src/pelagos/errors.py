@@ -45,3 +45,15 @@ class TrainingError(PelagosError):
 
 class MissingDependency(PelagosError):
     """An optional library this feature needs is not installed."""
+
+
+class SandboxError(PelagosError):
+    """A sandbox that cannot be made, reached or used as asked."""
+
+
+class TrajectoryError(SandboxError):
+    """A trajectory log that is damaged, or a request that differs from the one recorded under its id."""
+
+
+class UnknownOutcome(TrajectoryError):
+    """A recorded intent without a result: the command may have run, so it is not run again unless told to."""

@@ -1,0 +1,163 @@
+"""What clients, keeper and substrates say to each other: specs, limits, capability flags, results, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pelagos.errors import SandboxError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one sandbox may use; `Capabilities` says how each is enforced."""
+
+    cpu: float = 1.0
+    memory_mb: int = 512
+    disk_mb: int = 1024
+    processes: int = 128
+    open_files: int = 1024
+    output_bytes: int = 1 << 20  # kept of each stream of one command; the rest is read, dropped and flagged
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise SandboxError(f"{f.name}={value!r}: expected a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """How strong each promise is on this host; a weaker way is named here and never taken silently."""
+
+    memory_limit: str  # "cgroup" (the whole sandbox) or "per_process" (RLIMIT_AS)
+    process_limit: str  # "cgroup" or "per_user_namespace" (RLIMIT_NPROC counted in the sandbox's namespace)
+    cpu_limit: str  # "cgroup" or "none"
+    disk_limit: str  # "watched" (files hard, sum polled) or "memory" (no disk: tmpfs, charged as memory)
+    pause: str  # "freezer", "signals" (SIGSTOP, which the inside can undo) or "none"
+    files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
+    host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
+    network: str = "none"
+
+    def check(self, required: Mapping[str, str]) -> None:
+        """Raise SandboxError naming the first flag of `required` that this host does not have."""
+        have = dataclasses.asdict(self)
+        for name, value in required.items():
+            if have.get(name) != value:
+                raise SandboxError(
+                    f"require {name}={value!r}: this host has {have.get(name)!r} "
+                    f"(flags: {', '.join(f'{k}={v}' for k, v in have.items())})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """Everything a sandbox is made from; it is written to its log's header."""
+
+    id: str
+    substrate: str
+    base: str  # "host" or "none"
+    layers: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    ttl_s: float = 900.0
+    require: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of this spec."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Spec:
+        """Read `to_dict`'s object back."""
+        return cls(**{**raw, "limits": Limits(**raw["limits"]), "layers": tuple(raw["layers"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecResult:
+    """What came of one command; `exit_code` is minus the signal's number where a signal ended it."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    truncated: bool
+    wall_ms: float
+    timed_out: bool = False
+    killed_by: str | None = None  # "disk" or "memory" where a limit ended it
+    value: Any = None  # what a function call returned
+    replayed: bool = False
+
+    @property
+    def text(self) -> str:
+        """`stdout` as UTF-8, undecodable bytes replaced."""
+        return self.stdout.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileInfo:
+    """One entry of a listed directory."""
+
+    name: str
+    kind: str  # "file", "directory", "link" or "other"
+    size: int
+    mode: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One command as a substrate gets it; `call` is Python source with a `main` for a warm worker instead of argv."""
+
+    argv: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/workspace"
+    call: str | None = None
+    arguments: str = "[]"
+
+
+class Child(Protocol):
+    """A started command: `status_fd` gives one JSON line (`{"exit_code": n, "value": ...}`) and then ends."""
+
+    status_fd: int
+
+    def kill(self) -> None:
+        """Kill the command and its session."""
+        ...
+
+    def reap(self) -> None:
+        """Free what the finished command still holds on the host."""
+        ...
+
+
+class Substrate(Protocol):
+    """One way to isolate; the keeper drives it and owns log, pipes, caps and timeouts."""
+
+    capabilities: Capabilities
+
+    def start(self) -> None:
+        """Bring the sandbox up; raises SandboxError with what the tool said."""
+        ...
+
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+        """Start a command with these three descriptors (the caller closes its own copies)."""
+        ...
+
+    def inside(self, task: Callable[[int], None], pipe_out: int, *, as_owner: bool = False) -> int:
+        """Fork a child that runs `task(pipe_out)` among the sandbox's files and return its pid."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether the sandbox is up."""
+        ...
+
+    def usage(self) -> dict[str, int]:
+        """Return the bytes and counts in use (`memory`, `processes`, `oom_kills`) as far as the host tells."""
+        ...
+
+    def pause(self, on: bool) -> None:
+        """Stop every process inside, or let them go on."""
+        ...
+
+    def stop(self) -> None:
+        """Kill everything inside and free what the host holds; files stay."""
+        ...
