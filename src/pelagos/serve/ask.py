@@ -39,6 +39,8 @@ class Ask:
     user_id: str = ""
     logprobs: int | None = None  # most likely tokens beside each picked one; None: no log-probabilities
     thinking_budget: int | None = None  # reasoning tokens after which thinking is ended
+    timeout_s: float | None = None  # after which the answer ends with `deadline`; set by the server
+    clamp: bool = True  # max_tokens beyond the context are cut to what remains, not refused
     options: dict[str, Any] = field(default_factory=dict)  # what only the protocol's writer reads
 
 
@@ -70,9 +72,13 @@ class Api(Protocol):
     """A protocol: how its requests are read and its answers written. One instance serves all requests."""
 
     summary: str  # one line for the OpenAPI document
-    schema: dict[str, Any]  # JSON schema of a request body
     paths: tuple[str, ...]  # of POST; each also with `/v1` taken away
     count_paths: tuple[str, ...]  # of POST of the same bodies, answered by `count`
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a request body, for the OpenAPI document."""
+        ...
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """Check a request body and say what it asks for; raises RequestError with the protocol's words."""

@@ -2,5 +2,8 @@
 
 from pelagos.serve.ask import Api
 from pelagos.serve.protocols.chat import Chat
+from pelagos.serve.protocols.completions import Completions
+from pelagos.serve.protocols.messages import Messages
+from pelagos.serve.protocols.responses import Responses
 
-APIS: tuple[Api, ...] = (Chat(),)
+APIS: tuple[Api, ...] = (Chat(), Completions(), Responses(), Messages())

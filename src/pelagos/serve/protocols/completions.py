@@ -1,0 +1,174 @@
+"""Raw completions: text goes on from a prompt, or between a prompt and a suffix (fill in the middle)."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from pelagos.errors import RequestError
+from pelagos.serve.ask import Ask, Card
+from pelagos.serve.protocols import wire
+from pelagos.serve.protocols.chat import FINISH_REASONS
+
+if TYPE_CHECKING:
+    from pelagos.chat.parser import Event
+    from pelagos.serve.answer import Answer
+
+_MAX_TOKENS = 4_096  # of the official API; here the default too
+_EXTRAS = ("top_k", "min_p", "repetition_penalty")
+
+
+class Completions:
+    """`POST /v1/completions`."""
+
+    summary = "Completion of raw text, or of the middle between a prompt and a suffix"
+    paths: tuple[str, ...] = ("/v1/completions",)
+    count_paths: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Api.schema`."""
+        return {
+            "type": "object",
+            "required": ["prompt"],
+            "properties": {
+                "prompt": {"type": ["string", "array"]},
+                "suffix": {"type": ["string", "null"]},
+                "max_tokens": {"type": ["integer", "null"], "minimum": 1},
+                "stop": {"type": ["string", "array", "null"], "items": {"type": "string", "minLength": 1}},
+                "echo": {"type": ["boolean", "null"]},
+                "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": wire.MAX_LOGPROBS},
+                "n": {"enum": [1, None]},
+                **wire.SAMPLING_SCHEMA,
+            },
+        }
+
+    def read(self, body: dict[str, Any], card: Card) -> Ask:
+        """See `Api.read`; Ask.options has `usage`: whether a stream ends with a chunk of nothing but usage."""
+        name = wire.model_name(body, card)
+        if card.strict and name != card.model:
+            raise RequestError(f"The supported API model names are {card.model}, but you passed {name}.")
+        suffix, logprobs, most = body.get("suffix"), body.get("logprobs"), wire.MAX_LOGPROBS
+        if not isinstance(suffix, str | None):
+            raise wire.malformed("suffix", suffix, "a string")
+        if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
+            raise RequestError("Invalid n value (currently only n = 1 is supported)")
+        options, streams = wire.mapping(body, "stream_options"), wire.flag(body, "stream")
+        if card.strict and options and not streams:
+            raise RequestError("stream_options should be set along with stream = true")
+        asked, limit = body.get("max_tokens"), _MAX_TOKENS if card.strict else wire.MAX_TOKENS
+        if asked is not None:
+            most_asked = limit if card.strict else 2**63
+            asked = min(wire.whole("max_tokens", asked, 1, most_asked, f"[1, {limit}]"), limit)
+        given = {name: body[name] for name in _EXTRAS if body.get(name) is not None}
+        if type(logprobs) is bool:  # some clients send chat's form
+            logprobs = 0 if logprobs else None
+        return Ask(
+            body=given | wire.sampling(body) | {"max_tokens": asked or card.max_tokens or _MAX_TOKENS},
+            prompt=_prompt(body.get("prompt")),
+            suffix=suffix or None,
+            echo=wire.flag(body, "echo"),
+            stream=streams,
+            user_id=wire.isolation(wire.first(body.get("user_id"), body.get("user"))),
+            logprobs=None if logprobs is None else wire.whole("logprobs", logprobs, 0, most, f"[0, {most}]."),
+            clamp=not (card.strict and asked),
+            options={"usage": wire.flag(options, "include_usage")},
+        )
+
+    def writer(self, ask: Ask, answer: Answer, card: Card) -> CompletionsWriter:
+        """Return the writer of one answer."""
+        return CompletionsWriter(ask, answer, card)
+
+    def count(self, tokens: int) -> dict[str, Any]:
+        """See `Api.count`."""
+        return {"input_tokens": tokens}
+
+    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+        """`{"error": {message, type, param, code}}`."""
+        return wire.openai_error(status, message, code, "prompt" if param == "messages" else param)
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
+    if isinstance(prompt, list) and len(prompt) > 1 and all(isinstance(each, str | list) for each in prompt):
+        raise RequestError(f"prompt: {len(prompt)} prompts in one request; send one request for each")
+    if not isinstance(prompt, str):
+        raise wire.malformed("prompt", prompt, "a string or a list of token ids")
+    return prompt
+
+
+class CompletionsWriter:
+    """text_completion objects, one at the end or one for each piece of text."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        self._ask, self._answer, self._wants_usage = ask, answer, ask.options.get("usage")
+        self._told, self._offset, self._repeats = 0, 0, ask.echo and not ask.suffix
+        self._frame = {
+            "id": str(uuid.uuid4()), "object": "text_completion", "created": int(time.time()), "model": card.model,
+            "system_fingerprint": card.fingerprint,
+        }  # fmt: skip
+
+    def open(self) -> list[str]:
+        """The prompt, if it is to be repeated."""
+        return [self._chunk(self._prompt())] if self._ask.echo else []
+
+    def push(self, event: Event) -> list[str]:
+        """The chunk of a piece of text."""
+        return [self._chunk(event.text)] if event.kind == "content" else []
+
+    def close(self) -> list[str]:
+        """The chunk with finish_reason, usage and the end mark."""
+        reason = self._answer.finish_reason or "stop"
+        frames = [self._chunk("", FINISH_REASONS.get(reason, reason))]
+        if self._wants_usage:
+            frames.append(wire.frame(self._frame | {"choices": [], "usage": wire.usage(self._answer)}))
+        return [*frames, "data: [DONE]\n\n"]
+
+    def fail(self, status: int, message: str) -> list[str]:
+        """An error object in the stream, and the end mark."""
+        return [wire.frame(wire.openai_error(status, message, None, None)), "data: [DONE]\n\n"]
+
+    def whole(self) -> dict[str, Any]:
+        """The text_completion object."""
+        reason = self._answer.finish_reason or "stop"
+        text = (self._prompt() if self._ask.echo else "") + self._answer.turn.message["content"]
+        return self._frame | {
+            "choices": [self._choice(text, FINISH_REASONS.get(reason, reason))], "usage": wire.usage(self._answer),
+        }  # fmt: skip
+
+    def _prompt(self) -> str:
+        prompt = self._ask.prompt or ""
+        return prompt if isinstance(prompt, str) else self._answer.tokenizer.decode(prompt)
+
+    def _chunk(self, text: str, reason: str | None = None) -> str:
+        chunk = self._frame | {"choices": [self._choice(text, reason)]}
+        if self._wants_usage or reason is not None:
+            chunk["usage"] = wire.usage(self._answer) if reason is not None and not self._wants_usage else None
+        return wire.frame(chunk)
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "finish_reason": reason, "logprobs": self._logprobs()}
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens since the last call; at first the prompt's too, if it is repeated."""
+        if self._ask.logprobs is None:
+            return None
+        answer, picks = self._answer, list[tuple[int, float | None, tuple[tuple[int, float], ...]]]()
+        if self._repeats:
+            known = list(zip(answer.prompt_ids, answer.prompt_logprobs or (), strict=False))
+            skipped = isinstance(self._ask.prompt, str) and known and known[0][0] in answer.tokenizer.special_tokens
+            picks += [(token, logprob, ()) for token, logprob in known[1 if skipped else 0 :]]
+        picks += [(pick.token_id, pick.logprob, pick.top) for pick in answer.logprobs[self._told :]]
+        self._told, self._repeats = len(answer.logprobs), False
+        logs: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, logprob, top in picks:
+            text = answer.tokenizer.spell(token).decode("utf-8", "backslashreplace")
+            likely = {answer.tokenizer.spell(each).decode("utf-8", "backslashreplace"): at for each, at in top}
+            for name, value in zip(logs, (text, logprob, likely or None, self._offset), strict=True):
+                logs[name].append(value)
+            self._offset += len(text)
+        return logs

@@ -1,0 +1,395 @@
+"""OpenAI's responses as DeepSeek's API speaks them: stateless, with reasoning in the open."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from pelagos.chat.parser import Event
+from pelagos.errors import RequestError
+from pelagos.serve.ask import Ask, Card
+from pelagos.serve.protocols import wire
+
+if TYPE_CHECKING:
+    from pelagos.serve.answer import Answer
+
+_PARTS = {"input_image": "[Unsupported Image]", "input_file": "[Unsupported Document]"}
+_NO_JSON = (
+    "Response input messages must contain the word 'json' in some form to use 'text.format' of type 'json_object'."
+)
+# Escapes whole, and both halves of a surrogate pair together: what may be decoded before the rest has come.
+_STRING = re.compile(
+    r'(?:[^"\\]|\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
+)
+_INPUT = '{"input": "'
+
+
+class Responses:
+    """`POST /v1/responses`."""
+
+    summary = "Response, as OpenAI's newer clients ask for it"
+    paths: tuple[str, ...] = ("/v1/responses",)
+    count_paths: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Api.schema`."""
+        return {
+            "type": "object",
+            "properties": {
+                "input": {"type": ["string", "array", "null"], "items": {"type": "object"}},
+                "instructions": {"type": ["string", "null"]},
+                "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+                "reasoning": {"type": ["object", "null"]},
+                "text": {"type": ["object", "null"]},
+                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+                "tool_choice": {"type": ["string", "object", "null"]},
+                "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": wire.MAX_LOGPROBS},
+                **wire.SAMPLING_SCHEMA,
+            },
+        }
+
+    def read(self, body: dict[str, Any], card: Card) -> Ask:
+        """See `Api.read`; Ask.options: `echo` for the response object, `customs` and `spaces` of tool names."""
+        if card.strict:
+            wire.refuse_as_official("ResponsesRequest", body, card)
+        name = wire.model_name(body, card)
+        functions, customs, spaces = _tools(body.get("tools"))
+        reasoning, text = wire.mapping(body, "reasoning"), wire.mapping(body, "text")
+        form = wire.mapping(text, "format")
+        messages = _conversation(body)
+        if not wire.pairs_up(messages):  # in the words clients know
+            wire.refuse_as_official("ResponsesRequest", body, card, aliases=[name])
+        if form.get("type") == "json_object" and "json" not in json.dumps(messages).lower():
+            raise RequestError(_NO_JSON)
+        given = {
+            **{key: body.get(key) for key in ("temperature", "top_p", "parallel_tool_calls")},
+            "max_tokens": body.get("max_output_tokens"),
+            "reasoning_effort": reasoning.get("effort"),
+            "tools": functions,
+            "tool_choice": _choice(body.get("tool_choice")),
+            "response_format": _format(form),
+        }
+        top, include = body.get("top_logprobs"), body.get("include") or ()
+        wants = bool(top) or "message.output_text.logprobs" in include
+        return Ask(
+            body=wire.canonical(messages if card.strict else wire.move_reminders(messages), given, card),
+            stream=wire.flag(body, "stream"),
+            user_id=wire.isolation(body.get("user")),
+            logprobs=wire.whole("top_logprobs", top or 0, 0, 20, "[0, 20].") if wants else None,
+            clamp=not (card.strict and given["max_tokens"]),
+            options={"echo": _echo(body, reasoning, text), "customs": customs, "spaces": spaces},
+        )
+
+    def writer(self, ask: Ask, answer: Answer, card: Card) -> ResponsesWriter:
+        """Return the writer of one answer."""
+        return ResponsesWriter(ask, answer, card)
+
+    def count(self, tokens: int) -> dict[str, Any]:
+        """See `Api.count`."""
+        return {"input_tokens": tokens}
+
+    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+        """`{"error": {message, type, param, code}}`."""
+        return wire.openai_error(status, message, code, "input" if param == "messages" else param)
+
+
+def _format(form: Any) -> dict[str, Any] | None:
+    """Return chat's response_format."""
+    if not form or form.get("type") != "json_schema":
+        return dict(form) or None
+    kept = {key: form[key] for key in ("name", "description", "schema", "strict") if form.get(key) is not None}
+    return {"type": "json_schema", "json_schema": kept}
+
+
+def _tools(tools: Any) -> tuple[list[dict[str, Any]], set[str], dict[str, tuple[str, str]]]:
+    """Return chat's tools, which of them are custom, and namespace and name of those in a namespace.
+
+    Tools of other kinds are passed over.
+    """
+    functions: list[dict[str, Any]] = []
+    customs, spaces = set[str](), dict[str, tuple[str, str]]()
+    for tool in wire.objects("tools", tools):
+        kind, name = tool.get("type"), tool.get("name")
+        if kind not in ("function", "namespace", "custom"):
+            continue
+        if not isinstance(name, str):
+            raise wire.malformed("tools.name", name, "a string")
+        if kind == "function":
+            functions.append(_function(tool, name))
+        elif kind == "custom":
+            functions.append(_custom(tool, name))
+            customs.add(name)
+        else:
+            for inner in wire.objects("tools.tools", tool.get("tools")):
+                spaces[f"{name}__{inner.get('name')}"] = (name, str(inner.get("name")))
+                functions.append(_function(inner, f"{name}__{inner.get('name')}"))
+    return functions, customs, spaces
+
+
+def _function(tool: dict[str, Any], name: str) -> dict[str, Any]:
+    kept = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
+    return {"type": "function", "function": {"name": name, **kept, "parameters": tool.get("parameters") or {}}}
+
+
+def _custom(tool: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a tool that takes free text as a function with the one parameter `input`."""
+    if name == "apply_patch":
+        recipe = wire.library()
+        probe = {"model": "DeepSeek-V4-Pro", "input": "", "tools": [{"type": "custom", "name": name}]}
+        [known] = recipe.ResponsesRequest(probe).convert(recipe.ConversionOptions()).conversation.tools
+        function = {"name": name, "description": known.description, "parameters": known.parameters}
+        return {"type": "function", "function": function}
+    grammar = wire.mapping(tool, "format").get("definition")
+    description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def _choice(choice: Any) -> Any:
+    """Return chat's tool choice."""
+    if not isinstance(choice, dict):
+        return choice
+    kind, name = choice.get("type"), choice.get("name")
+    if kind == "allowed_tools":
+        return choice.get("mode") or "auto"
+    if kind not in ("function", "custom"):
+        return "auto"
+    return {
+        "type": "function",
+        "function": {"name": f"{choice['namespace']}__{name}" if "namespace" in choice else name},
+    }
+
+
+def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
+    instructions, items = body.get("instructions"), body.get("input")
+    if not isinstance(instructions, str | None):
+        raise wire.malformed("instructions", instructions, "a string")
+    if instructions is None and items is None:
+        raise RequestError("Either input or instructions must be provided")
+    if items == []:
+        raise RequestError("Input items array must not be empty")
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+    turn: dict[str, Any] | None = None  # the assistant message that the items in hand belong to
+    for index, item in enumerate(wire.objects("input", items)):
+        kind, role, place = item.get("type") or "message", item.get("role"), f"input[{index}]"
+        added = _part_of_turn(item, kind, place)
+        if added is not None:
+            # A turn reasons first; what follows calls without a result in between still belongs to them.
+            if turn is None or ("reasoning_content" in added and turn["content"] and "tool_calls" not in turn):
+                turn = {"role": "assistant", "content": ""}
+                messages.append(turn)
+            _add(turn, added)
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            text = wire.joined(item.get("output"), f"{place}.output", _PARTS)
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
+            turn = None
+        elif kind == "message":
+            if role not in ("user", "developer", "system"):
+                raise wire.malformed(f"{place}.role", role, "user, assistant, system or developer")
+            text = wire.joined(item.get("content"), f"{place}.content", _PARTS)
+            messages.append({"role": "system" if role == "system" else "user", "content": text})
+            turn = None
+    return messages
+
+
+def _part_of_turn(item: dict[str, Any], kind: str, place: str) -> dict[str, Any] | None:
+    """Return what an item adds to an assistant message, None if it is none of its items."""
+    if kind == "message" and item.get("role") == "assistant":
+        return {"content": wire.joined(item.get("content"), f"{place}.content", _PARTS)}
+    if kind == "reasoning":
+        parts = wire.objects(f"{place}.content", item.get("content"))
+        return {"reasoning_content": "\n".join(str(part.get("text") or "") for part in parts)} if parts else {}
+    if kind not in ("function_call", "custom_tool_call"):
+        return None
+    name = f"{item['namespace']}__{item.get('name')}" if item.get("namespace") else item.get("name")
+    arguments = item.get("arguments")
+    if kind == "custom_tool_call":
+        arguments = json.dumps({"input": item.get("input")}, ensure_ascii=False)
+    function = {"name": name, "arguments": arguments}
+    return {"tool_calls": [{"id": item.get("call_id"), "type": "function", "function": function}]}
+
+
+def _add(turn: dict[str, Any], added: dict[str, Any]) -> None:
+    for key, value in added.items():
+        seam: Any = {"content": "\n\n", "reasoning_content": "\n", "tool_calls": []}[key]
+        turn[key] = turn[key] + seam + value if turn.get(key) else value
+
+
+def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:
+    """Return what a response object says of its request."""
+    return {
+        "background": False, "completed_at": None, "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
+        "instructions": body.get("instructions"), "max_output_tokens": body.get("max_output_tokens"),
+        "max_tool_calls": None, "metadata": {}, "output": [],
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False, "presence_penalty": 0.0,
+        "previous_response_id": None, "prompt_cache_key": None,
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "safety_identifier": None, "service_tier": "default", "store": False,
+        "temperature": wire.first(body.get("temperature"), 1.0),
+        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity")},
+        "tool_choice": body.get("tool_choice") or "auto", "tools": body.get("tools") or [],
+        "top_logprobs": body.get("top_logprobs") or 0, "top_p": wire.first(body.get("top_p"), 1.0),
+        "truncation": "disabled", "usage": None, "user": body.get("user"),
+    }  # fmt: skip
+
+
+class ResponsesWriter:
+    """The events of one response; the response object is what they add up to."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        self._ask, self._answer = ask, answer
+        self._key, self._sequence, self._told = uuid.uuid4().hex, 0, 0
+        self._response: dict[str, Any] = {
+            "id": f"resp_{self._key}", "object": "response", "created_at": int(time.time()), "status": "in_progress",
+            "model": card.model, **ask.options["echo"], "output": [],
+        }  # fmt: skip
+        self._item: dict[str, Any] | None = None  # the open one
+        self._arguments, self._shown = "", 0  # of the open call; how much of them the input deltas have given
+
+    def open(self) -> list[str]:
+        """The response as it begins."""
+        begun = {**self._response, "output": []}
+        return [self._event("created", response=begun), self._event("in_progress", response=begun)]
+
+    def push(self, event: Event) -> list[str]:
+        """The events of one event other than `finish`."""
+        if event.kind == "tool_call":
+            return self._start_call(event)
+        if event.kind == "arguments":
+            return self._push_arguments(event.text)
+        kind = "reasoning" if event.kind == "reasoning" else "message"
+        frames = [] if self._item and self._item["type"] == kind else self._start_text(kind)
+        assert self._item is not None
+        part = self._item["content"][0]
+        part["text"] += event.text
+        more = {"delta": event.text}
+        if kind == "message":
+            more["logprobs"] = self._logprobs()
+            part["logprobs"] += more["logprobs"]
+        return [*frames, self._event(f"{part['type']}.delta", **self._place(), content_index=0, **more)]
+
+    def close(self) -> list[str]:
+        """The end of the open item, and the whole response with its usage."""
+        reason, answer = self._answer.finish_reason or "stop", self._answer
+        if reason not in ("stop", "tool_calls", "length"):
+            return [*self._stop("incomplete"), *self.fail(500, f"the answer ended early: {reason}")]
+        status = "incomplete" if reason == "length" else "completed"
+        frames = self._stop(status)
+        self._response |= {
+            "status": status, "completed_at": int(time.time()),
+            "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
+            "usage": {
+                "input_tokens": answer.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": answer.cached_tokens},
+                "output_tokens": answer.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
+                "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+            },
+        }  # fmt: skip
+        return [*frames, self._event(status, response=self._response)]
+
+    def fail(self, status: int, message: str) -> list[str]:
+        """The response as failed."""
+        code = "server_error" if status >= 500 else "invalid_prompt"
+        self._response |= {"status": "failed", "error": {"code": code, "message": message}}
+        return [self._event("failed", response=self._response)]
+
+    def whole(self) -> dict[str, Any]:
+        """The response object."""
+        for event in wire.replayed(self._answer):
+            self.push(event)
+        self.close()
+        return self._response
+
+    def _event(self, name: str, **fields: Any) -> str:
+        self._sequence += 1
+        return wire.frame({"type": f"response.{name}", "sequence_number": self._sequence - 1, **fields}, named=True)
+
+    def _place(self) -> dict[str, Any]:
+        output = self._response["output"]
+        return {"item_id": output[-1]["id"], "output_index": len(output) - 1}
+
+    def _start(self, item: dict[str, Any]) -> list[str]:
+        frames = self._stop("completed", "commentary" if item["type"].endswith("_call") else "final_answer")
+        output = self._response["output"]
+        self._item = {**item, "id": f"{item['id']}_{self._key}_{len(output)}", "status": "in_progress"}
+        output.append(self._item)
+        return [*frames, self._event("output_item.added", output_index=len(output) - 1, item=self._item)]
+
+    def _start_text(self, kind: str) -> list[str]:
+        if kind == "reasoning":
+            secret = f"{self._key}-{len(self._response['output'])}"  # opaque; the text stands in the open
+            item = {"type": kind, "id": "rs", "summary": [], "encrypted_content": secret, "content": []}
+            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"type": kind, "id": "msg", "role": "assistant", "phase": "final_answer", "content": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        frames = self._start(item)
+        assert self._item is not None
+        self._item["content"].append(part)
+        return [*frames, self._event("content_part.added", **self._place(), content_index=0, part=part)]
+
+    def _start_call(self, event: Event) -> list[str]:
+        self._arguments, self._shown = "", 0
+        if event.name in self._ask.options["customs"]:
+            return self._start(
+                {"type": "custom_tool_call", "id": "ctc", "call_id": event.id, "name": event.name, "input": ""}
+            )
+        space, name = self._ask.options["spaces"].get(event.name, (None, event.name))
+        where = {"namespace": space} if space else {}
+        item = {"type": "function_call", "id": "fc", "call_id": event.id, "name": name, **where, "arguments": ""}
+        return self._start(item)
+
+    def _push_arguments(self, text: str) -> list[str]:
+        assert self._item is not None
+        self._arguments += text
+        if self._item["type"] == "function_call":
+            self._item["arguments"] += text
+            return [self._event("function_call_arguments.delta", **self._place(), delta=text)]
+        if not self._arguments.startswith(_INPUT):
+            return []
+        match = _STRING.match(self._arguments, max(self._shown, len(_INPUT)))
+        assert match is not None
+        self._shown = match.end()
+        return self._push_input(json.loads(f'"{match[0]}"'))
+
+    def _push_input(self, text: str) -> list[str]:
+        assert self._item is not None
+        self._item["input"] += text
+        return [self._event("custom_tool_call_input.delta", **self._place(), delta=text)] if text else []
+
+    def _stop(self, status: str, phase: str | None = None) -> list[str]:
+        item, place = self._item, self._place() if self._item else {}
+        if item is None:
+            return []
+        item["status"], frames = status, []
+        if item["type"] == "function_call":
+            frames = [self._event("function_call_arguments.done", **place, arguments=item["arguments"])]
+        elif item["type"] == "custom_tool_call":
+            if not self._shown:  # another shape of arguments
+                frames = self._push_input(wire.parsed(self._arguments).get("input") or self._arguments)
+            frames.append(self._event("custom_tool_call_input.done", **place, input=item["input"]))
+        else:
+            part = item["content"][0]
+            done = {key: part[key] for key in ("text", "logprobs") if key in part}
+            frames = [
+                self._event(f"{part['type']}.done", **place, content_index=0, **done),
+                self._event("content_part.done", **place, content_index=0, part=part),
+            ]
+        if item["type"] == "message" and phase:
+            item["phase"] = phase
+        self._item = None
+        return [*frames, self._event("output_item.done", output_index=place["output_index"], item=item)]
+
+    def _logprobs(self) -> list[dict[str, Any]]:
+        if self._ask.logprobs is None:
+            return []
+        new = [pick for pick in self._answer.logprobs[self._told :] if pick.kind == "content"]
+        self._told = len(self._answer.logprobs)
+        return wire.spelled(self._answer.tokenizer, new)
