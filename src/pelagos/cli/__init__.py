@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal.",
     "generate": "Complete every line of a JSONL file.",
     "serve": "Serve a model over HTTP, with a page at /.",
+    "keys": "Make, list and revoke the keys of a server.",
     "cost": "Price a model: parameters, FLOPs, KV bytes.",
     "data": "Build and inspect training data.",
     "train": "Train a model.",

@@ -33,11 +33,9 @@ def list_(directory: Place = None, user: User = None, json_output: AsJson = Fals
 
 @app.command()
 def verify(
-    directory: Place = None,
-    user: User = None,
+    directory: Place = None, user: User = None, json_output: AsJson = False,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the damaged files.")] = False,
-    json_output: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Read every byte and compare checksums; exit code 1 when a file is damaged."""
     from pelagos.engine.disk_file import DamagedFile
 
@@ -64,11 +62,9 @@ def verify(
 
 @app.command()
 def purge(
-    directory: Place = None,
-    user: User = None,
+    directory: Place = None, user: User = None, json_output: AsJson = False,
     everything: Annotated[bool, typer.Option("--all", help="Remove what all users and models have.")] = False,
-    json_output: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Remove a user's files, or with --all everyone's; a server that runs goes on and computes again."""
     if (user is None) != everything:
         raise ConfigError("pelagos cache purge: expected either --user ID or --all")

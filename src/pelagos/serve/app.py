@@ -26,10 +26,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from pelagos.chat.render import render_prompt
 from pelagos.engine import LLM, EngineStats
 from pelagos.errors import CapacityError, ContextLengthError, FormError, MissingDependency, PelagosError, RequestError
-from pelagos.serve.answer import Answer
+from pelagos.serve.answer import Answer, Shared, prompt_ids
 from pelagos.serve.ask import Api, Ask, Card
 from pelagos.serve.exchange import ClientGone, Exchange
 from pelagos.serve.keys import Key, KeyFile
@@ -86,6 +85,7 @@ class App:
         self.traffic = Traffic(self.settings.max_requests + self.settings.max_queued)
         self.metrics = Metrics(self._stats)
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        self._shared = Shared(self.settings.disk_dir)
         self._answers: set[Answer] = set()
         self._apis = {canonical(path): api for api in APIS for path in (*api.paths, *api.count_paths)}
         self._counts = {canonical(path) for api in APIS for path in api.count_paths}
@@ -210,10 +210,10 @@ class App:
         def prepare() -> tuple[Ask, Answer | None, int]:
             ask = api.read(parse_body(raw), card)
             if exchange.path in self._counts:
-                return ask, None, len(llm.tokenizer.encode_prompt(render_prompt(ask.body, generation=llm.generation)))
+                return ask, None, len(prompt_ids(llm, ask))
             user = ask.user_id if exchange.key is None else f"{exchange.key.name}\0{ask.user_id}"
             ask = dataclasses.replace(ask, user_id=user, timeout_s=self.settings.deadline_s)
-            return ask, Answer(llm, ask, card, loop), 0
+            return ask, Answer(llm, ask, card, loop, self._shared), 0
 
         prepared = loop.run_in_executor(self._threads, prepare)
         try:
@@ -344,6 +344,7 @@ class App:
             yield
             self._threads.shutdown(cancel_futures=True)
             self.loading.close()
+            self._shared.close()
 
         probes = (("/health", health), ("/ready", ready), ("/metrics", metrics), ("/stats", stats), ("/models", models))
         pages = (("/", page), ("/dashboard", page), ("/docs", docs), ("/openapi.json", openapi))

@@ -1,44 +1,107 @@
-"""Run the application on a socket: bind first, listen while the model loads, say when it is ready."""
+"""Run the application on a socket: bind first, listen while the model loads, drain when told to end."""
 
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
 from contextlib import ExitStack
+from types import FrameType
+from typing import Any
 
 import uvicorn
 
-from pelagos.engine import LLM
 from pelagos.errors import ConfigError
-from pelagos.serve.app import create_app
-from pelagos.serve.ask import Card
-from pelagos.serve.loading import Loading
+from pelagos.serve.app import App, is_loopback
+from pelagos.serve.keys import KeyFile
+from pelagos.serve.loading import load_llm
+from pelagos.serve.metrics import log_to_stderr
+from pelagos.serve.settings import Settings
+
+CANCELLED_SECONDS = 2  # that a cancelled answer has to tell its client
 
 
-def run(load: Callable[[], LLM], *, card: Card, host: str, port: int) -> None:
-    """Serve until interrupted; prints the URL and a `curl` line on stderr once the model is ready.
+def run(settings: Settings) -> None:
+    """Serve until told to end; prints the URL and a `curl` line on stderr once the model is ready.
 
-    Raises ConfigError when the address is taken or wrong, and whatever `load` raises.
+    SIGTERM or SIGINT lets running answers finish for `drain_s` seconds; a second one ends at once. Raises ConfigError
+    when the address is taken, wrong, or open to others without keys, and whatever loading the model raises.
     """
-    listener = _bind(host, port)
-    app = create_app(load, card=card)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    loading: Loading = app.state.loading
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    keys = KeyFile(settings.keys_file)
+    if not (is_loopback(settings.host) or settings.allow_open or keys.read()):
+        raise ConfigError(
+            f"--host {settings.host} can be reached by others and {keys.path} holds no keys: make one with "
+            "`pelagos keys add NAME`, or let everybody in with --allow-open"
+        )
+    listener = _bind(settings.host, settings.port)
+    log_to_stderr(settings.log_level)
+    app = App(lambda: load_llm(settings), settings=settings, keys=keys)
+    server = Server(app)
+    url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{listener.getsockname()[1]}"
 
     def announce(_: object) -> None:
-        if loading.llm is None:
+        if app.loading.llm is None:
             server.should_exit = True
         else:
-            print(_banner(url, card.model), file=sys.stderr, flush=True)
+            print(_banner(url, app.card.model, keyed=keys.is_needed()), file=sys.stderr, flush=True)
 
-    loading.done.add_done_callback(announce)
+    app.loading.done.add_done_callback(announce)
     server.run(sockets=[listener])
-    if loading.done.done() and not loading.done.cancelled():
-        loading.done.result()
+    if app.loading.done.done() and not app.loading.done.cancelled():
+        app.loading.done.result()
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain at its end, and time limits where it waits for clients for ever."""
+
+    def __init__(self, app: App) -> None:
+        settings = app.settings
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, http="h11", ws="none", server_header=False,
+                timeout_keep_alive=int(settings.idle_s) or 1, timeout_graceful_shutdown=CANCELLED_SECONDS,
+            )
+        )  # fmt: skip
+        self._app, self._settings = app, settings
+        self._drain_until: float | None = None
+        self._waits: dict[Any, tuple[int, float]] = {}
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; the second signal ends the process as if nobody listened to it."""
+        if self._drain_until is not None:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._app.traffic.draining = True
+        self._drain_until = time.monotonic() + self._settings.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's own chores ten times a second; once a second, clients that keep us waiting too long are dropped."""
+        if self._drain_until is not None and not self.should_exit:
+            late = time.monotonic() >= self._drain_until
+            if late:
+                self._app.cancel_answers()
+            self.should_exit = late or not self._app.traffic.in_flight
+        if counter % 10 == 0:
+            self._drop_late(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _drop_late(self, now: float) -> None:
+        """Cut connections that do not take what they are sent, or do not send the head of a request."""
+        before, self._waits = self._waits, {}
+        connections: set[Any] = self.server_state.connections
+        for connection in connections:
+            unsent = connection.transport.get_write_buffer_size()
+            idle = connection.cycle is None or connection.cycle.response_complete
+            if not unsent and (not idle or connection.timeout_keep_alive_task is not None):
+                continue
+            size, since = before.get(connection, (unsent, now))
+            if unsent < size or (unsent > 0) != (size > 0):
+                since = now
+            self._waits[connection] = unsent, since
+            if now - since > (self._settings.write_s if unsent else self._settings.head_s):
+                connection.transport.abort()
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -55,10 +118,11 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _banner(url: str, model_name: str) -> str:
+def _banner(url: str, model_name: str, *, keyed: bool) -> str:
     body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if keyed else ""
     return (
         f"Pelagos serves {model_name} at {url}\n\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n\n"
         "Ctrl-C stops the server."
     )
