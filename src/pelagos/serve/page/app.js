@@ -14,6 +14,7 @@ let views = []; // of its messages
 let settings = { ...DEFAULTS };
 let server = { model: null, context: 0 };
 let toldUntil = 0; // timer of the toast
+let isLeaving = false;
 
 // --- the conversation on show -----------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ async function answer(parent) {
     if (problem.status === 401) wanted = parent;
   }
   clearInterval(ticking);
+  if (isLeaving) return; // what came is kept as an answer that was cut
   run.isOver = true;
   runs.delete(asked.id);
   delete meta.wasCut;
@@ -432,7 +434,11 @@ addEventListener("storage", ({ key: name }) => {
   if (other && name.endsWith(chat.id) && !runs.has(chat.id)) show(other);
   else listChats();
 });
-addEventListener("pagehide", () => runs.size && [...runs.keys()].forEach((id) => store.chats.has(id) && store.save(store.chats.get(id))));
+addEventListener("pagehide", () => {
+  isLeaving = true;
+  for (const id of runs.keys()) if (store.chats.has(id)) store.save(store.chats.get(id));
+});
+addEventListener("pageshow", (event) => event.persisted && location.reload()); // its streams are gone
 
 store.load();
 readSettings();

@@ -81,8 +81,8 @@ function inline(text, depth = 0) {
     else if (part.target) nodes.push(link(part.target, inline(part.label || part.target, depth + 1)));
     else if (part.auto) nodes.push(link(part.auto, [part.auto]));
     else {
-      const end = part.bare.match(/[.,;:!?'\])]*$/)[0]; // punctuation after an address is not of it
-      const url = end.startsWith(")") && part.bare.includes("(") ? part.bare : part.bare.slice(0, part.bare.length - end.length);
+      let url = part.bare; // punctuation after an address is not of it
+      while (/[.,;:!?'\])]$/.test(url) && !(url.endsWith(")") && url.split("(").length >= url.split(")").length)) url = url.slice(0, -1);
       nodes.push(link(url, [url]), part.bare.slice(url.length));
     }
   }
