@@ -91,7 +91,7 @@ def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_train_runs_without_typer_and_rich() -> None:
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('typer', 'rich', 'fastapi', 'tokenizers', 'deepseek_recipe')));"
+        "import sys; sys.modules.update(dict.fromkeys(('typer', 'rich', 'starlette', 'tokenizers', 'deepseek_recipe')));"
         "from pelagos.cli import main; sys.exit(main(sys.argv[1:]))"
     )
 
