@@ -1,0 +1,118 @@
+"""What the client tests share: a recorded server over a script, and the configuration blocks of the docs."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from pelagos.serve import Card, create_app
+from pelagos.serve.scripted import scripted_llm
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "clients"
+DOC_URL = "http://127.0.0.1:8000"
+MODEL = "nano"
+
+
+@dataclass
+class Exchange:
+    """One request a program sent and what it was answered."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    request: bytes = b""
+    status: int = 0
+    answer: bytes = b""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return json.loads(self.request)
+
+    @property
+    def text(self) -> str:
+        return self.answer.decode("utf-8")
+
+    @property
+    def cached_tokens(self) -> int:
+        """The cached tokens of the last usage in the answer, in whichever protocol."""
+        counts = re.findall(r'"(?:cached_tokens|cache_read_input_tokens)": ?(\d+)', self.text)
+        return int(counts[-1]) if counts else 0
+
+
+@dataclass
+class Recorded:
+    """An ASGI application that keeps what passes through another."""
+
+    app: Any
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        exchange = Exchange(scope["method"], scope["path"], headers)
+        self.exchanges.append(exchange)
+
+        async def record_request() -> Any:
+            message = await receive()
+            exchange.request += message.get("body", b"")
+            return message
+
+        async def record_answer(message: Any) -> None:
+            exchange.status = message.get("status", exchange.status)
+            exchange.answer += message.get("body", b"")
+            await send(message)
+
+        return await self.app(scope, record_request, record_answer)
+
+    @property
+    def generations(self) -> list[Exchange]:
+        """The requests that a model answers, in order: what is sent to the paths of the three protocols."""
+        return [one for one in self.exchanges if re.search(r"/(messages|responses|chat/completions)$", one.path)]
+
+
+@contextmanager
+def scripted_server(script: str) -> Iterator[tuple[str, Recorded]]:
+    """Yield the URL and the record of a server that plays `tests/clients/<script>.json`."""
+    app = create_app(scripted_llm(MODEL, HERE / f"{script}.json"), card=Card(model=MODEL))
+    recorded = Recorded(app)
+    server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_level="critical", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        end = time.monotonic() + 10
+        while not (server.started and _is_ready(url := _url(server))):
+            assert time.monotonic() < end, "the server was not ready in 10 s"
+            time.sleep(0.02)
+        recorded.exchanges.clear()
+        yield url, recorded
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _url(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+def _is_ready(url: str) -> bool:
+    return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+
+
+def block(doc: str, title: str) -> str:
+    """Return the fenced block that follows the line with `title` in `docs/clients/<doc>.md`."""
+    text = (DOCS / f"{doc}.md").read_text(encoding="utf-8")
+    found = re.search(rf"^[^\n]*{re.escape(title)}[^\n]*\n+```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert found, f"docs/clients/{doc}.md: no fenced block right below a line with {title!r}"
+    return found[1]
