@@ -130,7 +130,7 @@ def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
     for index, message in enumerate(given):
         role, content, place = message.get("role"), message.get("content"), f"messages.{index}"
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else wire.objects(place, content)
-        text = wire.joined([_plain(block) for block in blocks], place, _PARTS)
+        text = wire.joined([_plain(block) for block in blocks if block.get("text") != ""], place, _PARTS)
         if role == "assistant":
             messages.append(_assistant(blocks, text))
         elif role == "user":

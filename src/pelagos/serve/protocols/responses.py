@@ -181,8 +181,8 @@ def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
         added = _part_of_turn(item, kind, place)
         if added is not None:
             # A turn reasons first; what follows calls without a result in between still belongs to them.
-            if turn is None or ("reasoning_content" in added and turn["content"] and "tool_calls" not in turn):
-                turn = {"role": "assistant", "content": ""}
+            if turn is None or ("reasoning_content" in added and "content" in turn and "tool_calls" not in turn):
+                turn = {"role": "assistant"}
                 messages.append(turn)
             _add(turn, added)
         elif kind in ("function_call_output", "custom_tool_call_output"):
@@ -195,7 +195,7 @@ def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
             text = wire.joined(item.get("content"), f"{place}.content", _PARTS)
             messages.append({"role": "system" if role == "system" else "user", "content": text})
             turn = None
-    return messages
+    return [{"content": "", **each} for each in messages]
 
 
 def _part_of_turn(item: dict[str, Any], kind: str, place: str) -> dict[str, Any] | None:
@@ -204,7 +204,8 @@ def _part_of_turn(item: dict[str, Any], kind: str, place: str) -> dict[str, Any]
         return {"content": wire.joined(item.get("content"), f"{place}.content", _PARTS)}
     if kind == "reasoning":
         parts = wire.objects(f"{place}.content", item.get("content"))
-        return {"reasoning_content": "\n".join(str(part.get("text") or "") for part in parts)} if parts else {}
+        text = "\n".join(str(part.get("text") or "") for part in parts)
+        return {"reasoning_content": text} if text else None
     if kind not in ("function_call", "custom_tool_call"):
         return None
     name = f"{item['namespace']}__{item.get('name')}" if item.get("namespace") else item.get("name")
@@ -216,9 +217,9 @@ def _part_of_turn(item: dict[str, Any], kind: str, place: str) -> dict[str, Any]
 
 
 def _add(turn: dict[str, Any], added: dict[str, Any]) -> None:
+    seams: dict[str, Any] = {"content": "\n\n", "reasoning_content": "\n", "tool_calls": []}
     for key, value in added.items():
-        seam: Any = {"content": "\n\n", "reasoning_content": "\n", "tool_calls": []}[key]
-        turn[key] = turn[key] + seam + value if turn.get(key) else value
+        turn[key] = turn[key] + seams[key] + value if turn.get(key) else value
 
 
 def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:
@@ -268,7 +269,7 @@ class ResponsesWriter:
         assert self._item is not None
         part = self._item["content"][0]
         part["text"] += event.text
-        more = {"delta": event.text}
+        more: dict[str, Any] = {"delta": event.text}
         if kind == "message":
             more["logprobs"] = self._logprobs()
             part["logprobs"] += more["logprobs"]
