@@ -16,7 +16,7 @@ from pelagos.engine.sampler import SamplingParams
 if TYPE_CHECKING:
     from pelagos.engine.llm import LLM
 
-Prepare = Callable[[Prompt, list[int], SamplingParams], tuple[list[int], SamplingParams]]
+Prepare = Callable[[SamplingParams], tuple[list[int], SamplingParams]]
 
 _SAMPLING_KEYS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -44,13 +44,15 @@ class ChatTurn:
 
     def __init__(
         self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None = None,
-        prepare: Prepare | None = None, **options: Any,
+        prompt: Prompt | None = None, prepare: Prepare | None = None, clamp: bool = True, **options: Any,
     ) -> None:  # fmt: skip
-        """`prepare` may replace the prompt's ids and the sampling; `options` are those of `Engine.submit`."""
-        prompt = render_prompt(body, generation=llm.generation)
-        params, ids = sampling_params(body, max_tokens=max_tokens), llm.tokenizer.encode_prompt(prompt)
-        if prepare is not None:
-            ids, params = prepare(prompt, ids, params)
+        """`prompt` None is the body's; `prepare` returns its ids and the sampling in the place of the usual ones.
+
+        `clamp` cuts the answer's bound to what the context leaves; `options` are those of `Engine.submit`.
+        """
+        prompt = render_prompt(body, generation=llm.generation) if prompt is None else prompt
+        params = sampling_params(body, max_tokens=max_tokens)
+        ids, params = (llm.tokenizer.encode_prompt(prompt), params) if prepare is None else prepare(params)
         self.prompt, self.prompt_ids, self.params = prompt, ids, params
         self.thinking = prompt.thinking
         self.message: dict[str, Any] = {"role": "assistant", "content": ""}
@@ -62,7 +64,7 @@ class ChatTurn:
         self._reasons = prompt.start == "reasoning"
         self._end_think = llm.tokenizer.id(END_THINK)
         # The parser looks for stop strings, in the answer alone; the answer may take what room the prompt leaves.
-        room = max(1, llm.config.max_position_embeddings - len(ids))
+        room = max(1, llm.config.max_position_embeddings - len(ids)) if clamp else params.max_tokens
         unstopped = dataclasses.replace(params, max_tokens=min(params.max_tokens, room), stop=())
         self.parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
         # The next turn renders what follows the last assistant mark differently: state is kept up to there.
@@ -85,17 +87,22 @@ class ChatTurn:
 
     def push(self, step: Step) -> list[Event]:
         """Take the next step of `stream` and return its events; the last one sets `finish_reason`."""
+        was_done = self.parser.done
         self.output_ids.append(step.token_id)
         self.reasoning_tokens += self._reasons
         self._reasons &= step.token_id != self._end_think
         events = [self._fold(event) for event in self.parser.push(step.token_id, step.text)]
-        if self.parser.done or step.finish_reason is not None:
-            events += self.finish("stop" if self.parser.done else step.finish_reason or "stop")
+        # Behind a tool block a grammar lets only the end token come; with it the engine keeps the turn for the next.
+        awaits_end = self.params.grammar is not None and self.parser.stopped_by is None and not was_done
+        if step.finish_reason is not None or (self.parser.done and not awaits_end):
+            events += self.finish(step.finish_reason or "stop")
         return events
 
     def finish(self, reason: str) -> list[Event]:
         """End the turn for the engine's reason, if `push` has not; return what was held back and `finish`."""
-        return [] if self.finish_reason is not None else [self._fold(event) for event in self.parser.finish(reason)]
+        if self.finish_reason is not None:
+            return []
+        return [self._fold(event) for event in self.parser.finish("stop" if self.parser.done else reason)]
 
     def run(self) -> dict[str, Any]:
         """Generate to the end and return the message."""

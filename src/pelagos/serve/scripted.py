@@ -84,13 +84,15 @@ class _Running:
     tokens: Iterator[int]
     text: TextStream
     reply: Reply
+    ids: list[int]  # of the prompt, and what was written
+    user_id: str
 
 
 class ScriptedEngine:
     """An `Engine` that answers each prompt by `reply`, then the end token; one thread writes all streams.
 
-    It counts prefixes it has seen, by user and in pages of 128 tokens, as cached. `fail` is raised in place of the
-    next token of every stream; `calls` holds the options of each submit.
+    It counts prefixes it has read or written, by user and in pages of 128 tokens, as cached. `fail` is raised in place
+    of the next token of every stream; `calls` holds the options of each submit.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class ScriptedEngine:
         self._running: dict[str, _Running] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[int] = set()
         self._stats = EngineStats()
         self._closed = False
 
@@ -139,7 +141,8 @@ class ScriptedEngine:
             number = next(self._names)
             stream = Stream(f"req-{number}", on_step=on_step)
             stream.cached_tokens = self._count_cached(list(prompt_ids), user_id)
-            running = self._running[stream.request_id] = _Running(stream, tokens, text, reply)
+            running = _Running(stream, tokens, text, reply, list(prompt_ids), user_id)
+            self._running[stream.request_id] = running
             heapq.heappush(self._due, (time.monotonic() + reply.first_s + reply.token_s, number, running))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="script", daemon=True)
@@ -176,7 +179,7 @@ class ScriptedEngine:
         return ids + self._tokenizer.encode(text[at:])
 
     def _count_cached(self, ids: list[int], user_id: str) -> int:
-        keys = [(user_id, hash(tuple(ids[:end]))) for end in range(PAGE_TOKENS, len(ids), PAGE_TOKENS)]
+        keys = _page_keys(ids[:-1], user_id)
         found = next((count for count, key in enumerate(keys) if key not in self._seen), len(keys))
         self._seen.update(keys)
         self._stats.prompt_tokens += len(ids)
@@ -207,7 +210,12 @@ class ScriptedEngine:
             token = next(running.tokens)
             if token != self.config.eos_token_id or running.reply.fail is None:
                 self._stats.generated_tokens += 1
-                for step in running.text.push([Pick(token, 0.0)]):
+                running.ids.append(token)
+                steps = running.text.push([Pick(token, 0.0)])
+                if running.text.finish_reason is not None:
+                    with self._changed:
+                        self._seen.update(_page_keys(running.ids, running.user_id))
+                for step in steps:
                     stream.put(step)
                 if running.text.finish_reason is None:
                     return True
@@ -218,6 +226,14 @@ class ScriptedEngine:
             del self._running[stream.request_id]
         stream.close(None if error else running.text.finish_reason or "cancelled", error)
         return False
+
+
+def _page_keys(ids: list[int], user_id: str) -> list[int]:
+    """Return a key for each whole page of a user's token ids, which all before it go into."""
+    keys = [hash(user_id)]
+    for end in range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS):
+        keys.append(hash((keys[-1], *ids[end - PAGE_TOKENS : end])))
+    return keys[1:]
 
 
 def scripted_llm(model: str, script: Path, *, generation: str | None = None) -> LLM:
