@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import uvicorn
 
+from pelagos.engine import LLM
 from pelagos.serve import Card, create_app
-from pelagos.serve.scripted import scripted_llm
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "clients"
@@ -83,10 +83,9 @@ class Recorded:
 
 
 @contextmanager
-def scripted_server(script: str) -> Iterator[tuple[str, Recorded]]:
-    """Yield the URL and the record of a server that plays `tests/clients/<script>.json`."""
-    app = create_app(scripted_llm(MODEL, HERE / f"{script}.json"), card=Card(model=MODEL))
-    recorded = Recorded(app)
+def serving(llm: LLM) -> Iterator[tuple[str, Recorded]]:
+    """Yield the URL and the record of a server."""
+    recorded = Recorded(create_app(llm, card=Card(model=MODEL)))
     server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.clients.program import DOC_URL, Exchange, block, scripted_server
+from tests.clients.program import DOC_URL, HERE, MODEL, block, serving
+
+from pelagos.serve.scripted import scripted_llm
 
 BROKEN = 'def add(a, b):\n    return a - b  # 你好 & "<b>"\n'
 FIXED = 'def add(a, b):\n    """1 < 2 && "x\\n" > \'y\' 你好"""\n    return a + b  # 你好 & "<b>"\n'
 CHECK = "from calc import add\n\nassert add(2, 3) == 5\n"
 THOUGHT = "Both files first, then one edit."
 END = "The sum in calc.py is right now."
-SECONDS = 60
+SECONDS = 120  # none takes 30 on a quiet machine
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
         directory.mkdir()
     (project / "calc.py").write_text(BROKEN, encoding="utf-8")
     (project / "check.py").write_text(CHECK, encoding="utf-8")
-    with scripted_server(program.name) as (url, recorded):
+    with serving(scripted_llm(MODEL, HERE / f"{program.name}.json")) as (url, recorded):
         for title in program.files:
             path = home / title.removeprefix("~/") if title.startswith("~/") else project / title
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +62,10 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
         commands = "\n".join(block(program.name, title) for title in ("Environment", "Run")).replace(DOC_URL, url)
         # Codex makes no helpers in a home below the directory of temporary files, so that is another one.
         env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "LANG": "C.UTF-8"}
-        began = time.monotonic()
         done = subprocess.run(
             ["bash", "-ec", commands], cwd=project, env=env,
             stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
         )  # fmt: skip
-        took = time.monotonic() - began
     output = done.stdout.decode() + done.stderr.decode()
     told = f"{output}\n{[(one.method, one.path, one.status) for one in recorded.exchanges]}"
 
@@ -81,4 +80,3 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
         assert "｜DSML｜" not in text
         assert "</think>" not in text
     assert THOUGHT in (output if program.thinking_in == "output" else turns[1].request.decode()), told
-    assert took < SECONDS
