@@ -133,6 +133,7 @@ class Substrate(Protocol):
     """One way to isolate; the keeper drives it and owns log, pipes, caps and timeouts."""
 
     capabilities: Capabilities
+    upper_fd: int  # the directory that holds what the inside wrote, -1 where there is none
 
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
@@ -143,7 +144,7 @@ class Substrate(Protocol):
         ...
 
     def inside(self, task: Callable[[int], None], pipe_out: int, *, as_owner: bool = False) -> int:
-        """Fork a child that runs `task(pipe_out)` among the sandbox's files and return its pid."""
+        """Fork `task(pipe_out)` among the sandbox's files and return its pid; it exits 1 with `{"error": ...}` last."""
         ...
 
     def alive(self) -> bool:

@@ -64,10 +64,11 @@ class TrajectoryLog:
         self._fd, self._size, self._seq, self._head = fd, 0, 0, GENESIS
         self._requests: dict[str, _Request] = {}
         self._failed: str | None = None
+        self._entered = False  # whether the directory entry is known to be on disk
 
     @classmethod
     def create(cls, directory: Path, header: Mapping[str, Any]) -> TrajectoryLog:
-        """Start a log in `directory`, which must not hold one; the header is there whole or not at all."""
+        """Start a log in `directory`, which must not hold one; it is on disk when the first intent is."""
         directory.joinpath("blobs").mkdir(parents=True, exist_ok=True)
         path, draft = directory / NAME, directory / f"{NAME}.new"
         if path.exists():
@@ -75,10 +76,7 @@ class TrajectoryLog:
         record = {"seq": 0, "kind": "header", "format": FORMAT, "time": round(time.time(), 3), **header}
         with draft.open("wb") as file:
             file.write(_line(GENESIS, _body(record))[0])
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_directory(directory)
         return cls.open(directory)
 
     @classmethod
@@ -161,8 +159,8 @@ class TrajectoryLog:
         known.result, known.running = place, False
 
     def event(self, name: str, **facts: Any) -> None:
-        """Record something that is no request: a start, a pause, a snapshot's name."""
-        self._append("event", {"event": name, **facts})
+        """Record something that is no request and that nothing depends on; it is on disk when the next intent is."""
+        self._append("event", {"event": name, **facts}, sync=False)
 
     def resolve(self, request_id: str, how: str) -> None:
         """Decide an UNKNOWN request: "rerun" lets it run when asked again, "abandon" makes it an error for good."""
@@ -212,6 +210,9 @@ class TrajectoryLog:
                 raise OSError(28, "the disk took part of a record")
             if sync:
                 os.fdatasync(self._fd)
+                if not self._entered:
+                    _sync_directory(self.directory)
+                    self._entered = True
         except OSError as error:
             # After a failed write or fsync the kernel may have dropped pages: only opening again tells what is there.
             self._failed = str(error)
@@ -315,6 +316,11 @@ def provenance(directory: Path, *, blob: str | None = None, path: str | None = N
         facts = {k: record[k] for k in ("seq", "request", "op", "status", "time")}
         found.append(facts | {"args": question.get("args", {}), "value": record["value"], "blobs": shas})
     return found
+
+
+def digest(data: bytes) -> str:
+    """Return the name a blob has in records."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _named_blobs(args: Mapping[str, Any]) -> list[dict[str, Any]]:

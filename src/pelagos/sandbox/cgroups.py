@@ -1,0 +1,148 @@
+"""Limits by control group, version 1 or 2, where this process may make groups; `None` where it may not.
+
+Groups lie under `pelagos/<sandbox>` of each hierarchy. What a controller cannot do here is a flag, never a guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pelagos.sandbox.api import Limits
+
+PARENT = "pelagos"
+CONTROLLERS = ("memory", "pids", "cpu", "freezer")
+STALE_S = 60.0  # an empty group this old belongs to a keeper that was killed
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The groups of one sandbox: controller name to directory (all the same one in version 2)."""
+
+    directories: dict[str, Path]
+    unified: bool
+
+    @classmethod
+    def create(cls, name: str, limits: Limits) -> Group | None:
+        """Make the groups and set the limits; None where memory and process limits cannot both be had."""
+        found, unified = _hierarchies()
+        made: dict[str, Path] = {}
+        for controller, root in found.items():
+            directory = root / PARENT / name
+            try:
+                if unified:
+                    _enable(root, root / PARENT)
+                directory.mkdir(parents=True, exist_ok=True)
+                _sweep(directory.parent)
+                for file, value in _settings(controller, limits, unified):
+                    if (directory / file).exists() or file not in _OPTIONAL:
+                        (directory / file).write_text(value, encoding="ascii")
+                made[controller] = directory
+            except OSError:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        group = cls(made, unified)
+        if {"memory", "pids"} <= set(made):
+            return group
+        group.remove()
+        return None
+
+    def open_joins(self) -> list[int]:
+        """Open what a process writes "0" to in order to join."""
+        return [os.open(d / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for d in sorted(set(self.directories.values()))]
+
+    def usage(self) -> dict[str, int]:
+        """Return memory bytes, processes, and how many processes were killed for memory."""
+        memory, pids = self.directories["memory"], self.directories["pids"]
+        kills = _fields(memory / ("memory.events" if self.unified else "memory.oom_control")).get("oom_kill", 0)
+        used = memory / ("memory.current" if self.unified else "memory.usage_in_bytes")
+        return {"memory": _number(used), "processes": _number(pids / "pids.current"), "oom_kills": kills}
+
+    def freeze(self, on: bool) -> None:
+        """Stop or thaw every process, and wait until the kernel says so."""
+        directory = self.directories["freezer"]
+        file = directory / ("cgroup.freeze" if self.unified else "freezer.state")
+        file.write_text(("1" if on else "0") if self.unified else ("FROZEN" if on else "THAWED"), encoding="ascii")
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            done = _fields(directory / "cgroup.events").get("frozen") == on if self.unified else (
+                file.read_text(encoding="ascii").strip() == ("FROZEN" if on else "THAWED")
+            )  # fmt: skip
+            if done:
+                return
+            time.sleep(0.001)
+
+    def remove(self) -> None:
+        """Remove the groups; the last processes may take a moment to go."""
+        for directory in set(self.directories.values()):
+            for _ in range(200):
+                try:
+                    directory.rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    time.sleep(0.005)
+                    continue
+                break
+
+
+_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max", "memory.oom.group")
+
+
+def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str, str]]:
+    memory = str(int(limits.memory_mb * 1024 * 1024))
+    quota = int(limits.cpu * 100_000)
+    if controller == "memory":
+        return (
+            [("memory.max", memory), ("memory.swap.max", "0")]
+            if unified
+            else [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)]
+        )
+    if controller == "pids":
+        return [("pids.max", str(limits.processes + 3))]  # bubblewrap, its first process and the waiting shell
+    if controller == "cpu":
+        return [("cpu.max", f"{quota} 100000")] if unified else [("cpu.cfs_quota_us", str(quota))]
+    return []
+
+
+def _hierarchies() -> tuple[dict[str, Path], bool]:
+    """Where each controller is mounted, and whether that is version 2."""
+    found: dict[str, Path] = {}
+    unified: Path | None = None
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        if kind == "cgroup":
+            for controller in set(options.split(" ")[-1].split(",")) & set(CONTROLLERS):
+                found[controller] = Path(left.split(" ")[4])
+        elif kind == "cgroup2":
+            unified = Path(left.split(" ")[4])
+    if unified is not None and "memory" not in found:
+        offered = (unified / "cgroup.controllers").read_text(encoding="ascii").split()
+        found = {c: unified for c in CONTROLLERS if c in offered or (c == "freezer" and "memory" in offered)}
+        return found, True
+    return found, False
+
+
+def _enable(root: Path, parent: Path) -> None:
+    parent.mkdir(exist_ok=True)
+    for directory in (root, parent):
+        (directory / "cgroup.subtree_control").write_text("+memory +pids +cpu", encoding="ascii")
+
+
+def _sweep(parent: Path) -> None:
+    for directory in parent.iterdir():
+        with contextlib.suppress(OSError):  # busy, or another keeper was quicker
+            if directory.is_dir() and time.time() - directory.stat().st_mtime > STALE_S:
+                directory.rmdir()
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    return {k: int(v) for k, v in (line.split() for line in path.read_text(encoding="ascii").splitlines())}

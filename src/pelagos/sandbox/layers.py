@@ -1,0 +1,385 @@
+"""Images: a base and a chain of layers; a layer is a canonical tar, named by its sha256, unpacked once.
+
+Canonical: sorted names, no owners, no setuid bits, nanosecond times, hard links kept, whiteouts and opaque directories
+as pax headers of our own. Extended attributes, sockets and devices are left out. Tars are treated as hostile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pelagos.config import read_environment
+from pelagos.errors import SandboxError
+from pelagos.sandbox import linux
+from pelagos.sandbox.container import INSIDE_UID, host_ids
+
+WHITEOUT, OPAQUE = "PELAGOS.whiteout", "PELAGOS.opaque"
+_OPAQUE_ATTRIBUTE = "user.overlay.opaque"
+# What programs of /usr need of /etc: links of alternatives, the loader's cache, names of services. No secrets.
+_HOST_ETC = (
+    "alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "mime.types", "protocols", "services", "shells",
+    "debian_version", "os-release", "bash.bashrc", "profile", "terminfo", "perl", "ssl/certs",
+    "ssl/openssl.cnf", "fonts", "magic", "inputrc", "localtime",
+)  # fmt: skip
+_ETC = {
+    "passwd": f"root:x:0:0:root:/root:/bin/sh\nagent:x:{INSIDE_UID}:{INSIDE_UID}::/home/agent:/bin/bash\n"
+    "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "group": f"root:x:0:\nagent:x:{INSIDE_UID}:\nnogroup:x:65534:\n",
+    "hosts": "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n",
+    "hostname": "sandbox\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    "resolv.conf": "",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What a sandbox starts from: base "host" (the host's /usr, read-only) or "none", and layers from the bottom up."""
+
+    base: str
+    layers: tuple[str, ...]
+
+    @classmethod
+    def host(cls, store: Store | None = None) -> Image:
+        """Return the image of the host's own programs, with home, /workspace and an /etc without secrets."""
+        return cls("host", ((store or default_store()).host_layer,))
+
+    @classmethod
+    def empty(cls) -> Image:
+        """Return the image of nothing, to put a whole root file system on with `with_tar` or `with_directory`."""
+        return cls("none", ())
+
+    def with_directory(self, path: Path | str, *, at: str = "/", store: Store | None = None) -> Image:
+        """Return this image with a copy of a host directory on top."""
+        return Image(self.base, (*self.layers, (store or default_store()).add_directory(Path(path), at=at)))
+
+    def with_tar(self, path: Path | str, *, store: Store | None = None) -> Image:
+        """Return this image with a tar on top (a root file system, or what `pack_diff` gave)."""
+        with Path(path).open("rb") as file:
+            return Image(self.base, (*self.layers, (store or default_store()).add_tar(file)))
+
+    def with_layer(self, digest: str) -> Image:
+        """Return this image with a stored layer on top."""
+        return Image(self.base, (*self.layers, digest))
+
+
+class Store:
+    """The directory that holds layers and sandboxes; only its owner may look into it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.layers, self.boxes = self.root / "layers", self.root / "boxes"
+        for directory, mode in ((self.root, 0o700), (self.layers, 0o711), (self.boxes, 0o711)):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)
+
+    @functools.cached_property
+    def host_layer(self) -> str:
+        """The layer under the host base: the frame of directories, home, and copies of the harmless part of /etc."""
+        with tempfile.TemporaryDirectory(dir=self.root) as temporary:
+            _build_host_frame(Path(temporary))
+            return self.add_directory(Path(temporary), fixed_time=True)
+
+    def add_directory(self, path: Path, *, at: str = "/", fixed_time: bool = False) -> str:
+        """Store a copy of a directory as a layer and return its digest."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise SandboxError(f"{path}: {error.strerror}; expected a directory to make a layer of") from None
+        try:
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                pack(fd, file, at=at, fixed_time=fixed_time)
+                file.seek(0)
+                return self.add_canonical(file)
+        finally:
+            os.close(fd)
+
+    def add_tar(self, file: IO[bytes]) -> str:
+        """Store any tar as a layer and return the digest of its canonical form."""
+        with self._draft() as draft:
+            unpack(file, draft)
+            fd = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                with tempfile.TemporaryFile(dir=self.root) as canonical:
+                    pack(fd, canonical)
+                    return self._place(draft, _digest(canonical))
+            finally:
+                os.close(fd)
+
+    def add_canonical(self, file: IO[bytes]) -> str:
+        """Store what `pack` wrote, unless it is there already, and return its digest."""
+        digest = _digest(file)
+        if not (self.layers / digest).is_dir():
+            with self._draft() as draft:
+                file.seek(0)
+                unpack(file, draft)
+                return self._place(draft, digest)
+        return digest
+
+    def export(self, digest: str, file: IO[bytes]) -> None:
+        """Write a stored layer as its canonical tar."""
+        fd = os.open(self.layers / digest, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            pack(fd, file)
+        finally:
+            os.close(fd)
+
+    def box(self, name: str) -> Path:
+        """Return the directory of a sandbox; raises SandboxError for an id that is no plain name."""
+        if not name or len(name) > 64 or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name.lstrip(".")):
+            raise SandboxError(f"sandbox id {name!r}: expected up to 64 letters, digits, '-', '_' or '.'")
+        if name.startswith("."):
+            raise SandboxError(f"sandbox id {name!r}: must not start with '.'")
+        return self.boxes / name
+
+    @contextlib.contextmanager
+    def _draft(self) -> Iterator[Path]:
+        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=self.layers))
+        try:
+            draft.chmod(0o755)
+            yield draft
+        finally:
+            remove_tree(draft)
+
+    def _place(self, draft: Path, digest: str) -> str:
+        linux.sync_filesystem(draft)
+        with contextlib.suppress(FileExistsError, OSError):  # another process placed the same layer first
+            os.rename(draft, self.layers / digest)
+        if not (self.layers / digest).is_dir():
+            raise SandboxError(f"{self.layers / digest}: cannot place the layer; is the directory writable?")
+        return digest
+
+
+@functools.cache
+def default_store() -> Store:
+    """Return the store under the user's cache directory."""
+    return Store(read_environment().cache_home / "pelagos" / "sandbox")
+
+
+def pack(directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None) -> None:
+    """Write the directory of a descriptor as a canonical tar; raises SandboxError beyond `most` bytes of content."""
+    total = 0
+    links: dict[tuple[int, int], str] = {}
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        prefix = [part for part in at.split("/") if part]
+        for depth in range(len(prefix)):
+            frame = tarfile.TarInfo("/".join(prefix[: depth + 1]))
+            frame.type, frame.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(frame)
+        for name, fd, entry in _walk(directory, "/".join(prefix)):
+            info = tarfile.TarInfo(name)
+            info.mode = entry.st_mode & 0o1777
+            seconds, nanoseconds = divmod(entry.st_mtime_ns, 10**9)
+            headers = {} if fixed_time else {"mtime": f"{seconds}.{nanoseconds:09d}"}
+            source = None
+            kind = stat.S_IFMT(entry.st_mode)
+            if kind == stat.S_IFDIR:
+                info.type = tarfile.DIRTYPE
+                if _is_opaque(fd):
+                    headers[OPAQUE] = "1"
+            elif kind == stat.S_IFCHR and entry.st_rdev == 0:
+                headers, info.mode = {WHITEOUT: "1"}, 0
+            elif kind == stat.S_IFLNK:
+                info.type, info.mode = tarfile.SYMTYPE, 0o777
+                info.linkname = os.readlink(name.rpartition("/")[2], dir_fd=fd)
+            elif kind == stat.S_IFIFO:
+                info.type = tarfile.FIFOTYPE
+            elif kind != stat.S_IFREG:
+                continue
+            elif (first := links.setdefault((entry.st_dev, entry.st_ino), name)) != name and entry.st_nlink > 1:
+                info.type, info.linkname = tarfile.LNKTYPE, first
+            else:
+                info.size = entry.st_size
+                total += entry.st_size
+                if most is not None and total > most:
+                    raise SandboxError(
+                        f"the files are more than {most} bytes at {name!r}; raise disk_mb, or delete some"
+                    )
+                source = os.fdopen(os.dup(fd), "rb")
+            info.pax_headers = headers
+            with source or contextlib.nullcontext():
+                tar.addfile(info, source)
+
+
+def _walk(directory: int, prefix: str) -> Iterator[tuple[str, int, os.stat_result]]:
+    """(name, descriptor, stat) sorted: of a directory or file its own descriptor, else that of its directory."""
+    for name in sorted(os.listdir(directory), key=os.fsencode):
+        entry = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        path = f"{prefix}/{name}" if prefix else name
+        if not stat.S_ISDIR(entry.st_mode) and not stat.S_ISREG(entry.st_mode):
+            yield path, directory, entry
+            continue
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        try:
+            yield path, fd, entry
+            if stat.S_ISDIR(entry.st_mode):
+                yield from _walk(fd, path)
+        finally:
+            os.close(fd)
+
+
+def unpack(file: IO[bytes], target: Path) -> None:
+    """Unpack a tar into an empty directory for the inside's user; SandboxError for what tries to leave it."""
+    uid, gid = host_ids()
+    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    directories: list[tuple[str, int, int]] = []
+    try:
+        os.chown(root, uid, gid)
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as tar:
+                for info in tar:
+                    _unpack_one(tar, info, root, uid, gid, directories)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            raise SandboxError(f"layer: not a tar that can be unpacked here ({error})") from None
+        for name, mode, nanoseconds in reversed(directories):
+            fd = _open_parent(root, f"{name}/x")[0]
+            os.fchmod(fd, mode)
+            os.utime(fd, ns=(nanoseconds, nanoseconds))
+            os.close(fd)
+    finally:
+        os.close(root)
+
+
+def _unpack_one(
+    tar: tarfile.TarFile, info: tarfile.TarInfo, root: int, uid: int, gid: int, directories: list[tuple[str, int, int]]
+) -> None:
+    path = "/".join(part for part in info.name.split("/") if part not in ("", "."))
+    if not path:
+        return
+    if ".." in path.split("/"):
+        raise SandboxError(f"layer: name {info.name!r} leaves the tree; this tar is not to be trusted")
+    parent, name = _open_parent(root, path)
+    try:
+        nanoseconds = _nanoseconds(info.pax_headers.get("mtime"), info.mtime)
+        mode = info.mode & 0o1777
+        if info.isdir():
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+            if OPAQUE in info.pax_headers:
+                os.setxattr(fd, _OPAQUE_ATTRIBUTE, b"y")
+            os.close(fd)
+            directories.append((path, mode, nanoseconds))
+            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=parent)
+        if WHITEOUT in info.pax_headers:
+            os.mknod(name, stat.S_IFCHR | 0o600, os.makedev(0, 0), dir_fd=parent)
+        elif info.issym():
+            os.symlink(info.linkname, name, dir_fd=parent)
+        elif info.islnk():
+            other, first = _open_parent(root, "/".join(p for p in info.linkname.split("/") if p not in ("", ".")))
+            try:
+                if not stat.S_ISREG(os.stat(first, dir_fd=other, follow_symlinks=False).st_mode):
+                    raise SandboxError(f"layer: {info.name!r} is a hard link to no file; this tar is not to be trusted")
+                os.link(first, name, src_dir_fd=other, dst_dir_fd=parent, follow_symlinks=False)
+            finally:
+                os.close(other)
+            return
+        elif info.isfifo():
+            os.mkfifo(name, 0o600, dir_fd=parent)
+        elif info.isfile():
+            source = tar.extractfile(info)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=parent)
+            with os.fdopen(fd, "wb") as sink:
+                if source is not None:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+        else:
+            raise SandboxError(f"layer: {info.name!r} is a device; this tar is not to be trusted")
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+        if not info.issym() and WHITEOUT not in info.pax_headers:
+            os.chmod(name, mode, dir_fd=parent)
+        os.utime(name, ns=(nanoseconds, nanoseconds), dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)
+
+
+def _open_parent(root: int, path: str) -> tuple[int, str]:
+    """Walk to the directory of `path` following no link, making what is missing; the descriptor is the caller's."""
+    *parts, name = path.split("/")
+    if ".." in parts or name in ("", ".."):
+        raise SandboxError(f"layer: name {path!r} leaves the tree; this tar is not to be trusted")
+    fd = os.dup(root)
+    try:
+        for part in parts:
+            try:
+                step = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            except FileNotFoundError:
+                os.mkdir(part, 0o755, dir_fd=fd)
+                os.chown(part, *host_ids(), dir_fd=fd)
+                step = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            fd, old = step, fd
+            os.close(old)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, name
+
+
+def _nanoseconds(exact: str | None, rough: float) -> int:
+    whole, _, part = (exact or "").partition(".")
+    if whole.lstrip("-").isdigit() and (part.isdigit() or not part):
+        return int(whole) * 10**9 + int(f"{part:0<9.9}")
+    return int(rough) * 10**9
+
+
+def _digest(file: IO[bytes]) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _is_opaque(fd: int) -> bool:
+    try:
+        return os.getxattr(fd, _OPAQUE_ATTRIBUTE) == b"y"
+    except OSError:
+        return False
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a tree, its directories permitted or not; nothing where there is none."""
+    if not path.exists():
+        return
+    try:
+        shutil.rmtree(path)
+    except PermissionError:
+        for directory, names, _ in os.walk(path):
+            for name in names:
+                if not os.path.islink(os.path.join(directory, name)):
+                    os.chmod(os.path.join(directory, name), 0o700)
+        shutil.rmtree(path)
+
+
+def _build_host_frame(frame: Path) -> None:
+    for name, mode in {
+        "usr": 0o755, "etc": 0o755, "etc/ssl": 0o755, "home": 0o755, "home/agent": 0o755, "workspace": 0o755,
+        "tmp": 0o1777, "var": 0o755, "var/tmp": 0o1777, "var/lib": 0o755, "run": 0o755, "proc": 0o555, "dev": 0o755,
+        "opt": 0o755, "root": 0o700,
+    }.items():  # fmt: skip
+        (frame / name).mkdir()
+        (frame / name).chmod(mode)
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+        host = Path("/", name)
+        if host.is_symlink():
+            (frame / name).symlink_to(os.readlink(host).lstrip("/"))
+        elif host.is_dir():
+            (frame / name).mkdir()
+    for name in (*_HOST_ETC, *(path.name for path in Path("/etc").glob("python3*"))):
+        source, target = Path("/etc", name), frame / "etc" / name
+        if source.is_symlink() or source.is_file():
+            shutil.copy2(source, target, follow_symlinks=False)
+        elif source.is_dir():
+            shutil.copytree(source, target, symlinks=True)
+    for name, text in _ETC.items():
+        (frame / "etc" / name).write_text(text, encoding="ascii")

@@ -1,0 +1,440 @@
+"""The client's face of a sandbox: `AsyncSandbox`, and `Sandbox` with the same methods for programs without a loop.
+
+A client holds no state that matters: every request is one connection to the sandbox's keeper, named by a request id.
+Where the keeper is gone a new one is started and asked again; the log makes that safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pelagos.errors import SandboxError, TrajectoryError
+from pelagos.sandbox import keeper, log
+from pelagos.sandbox.api import Capabilities, ExecResult, FileInfo, Limits, Spec
+from pelagos.sandbox.layers import Image, Store, default_store, remove_tree
+
+T = TypeVar("T")
+Sink = Callable[[bytes], None]
+CLOSE_S = 10.0
+
+
+class AsyncSandbox:
+    """One sandbox; make it with `create`, come back to it with `open`, end it with `close` or `async with`."""
+
+    def __init__(self, store: Store, spec: Spec, session: str) -> None:
+        self.spec, self.store = spec, store
+        self.id, self.directory = spec.id, store.box(spec.id)
+        self.files = AsyncFiles(self)
+        self._capabilities: Capabilities | None = None
+        self._session, self._count = session, 0
+
+    @classmethod
+    async def create(
+        cls, *, substrate: str = "container", image: Image | None = None, cpu: float = 1.0, memory_mb: int = 512,
+        disk_mb: int = 1024, processes: int = 128, open_files: int = 1024, output_bytes: int = 1 << 20,
+        ttl_s: float = 900.0, network: str = "none", id: str | None = None, require: Mapping[str, str] | None = None,
+        store: Store | None = None,
+    ) -> Self:  # fmt: skip
+        """Start a sandbox; SandboxError names what the host lacks, or the first flag of `require` it has not."""
+        store = store or default_store()
+        image = image or Image.host(store)
+        if network != "none":
+            raise SandboxError(f"network={network!r}: expected 'none'; allow-lists do not exist yet")
+        limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, processes=processes, open_files=open_files,
+                        output_bytes=output_bytes)  # fmt: skip
+        spec = Spec(id=id or f"{substrate[:1]}-{secrets.token_hex(6)}", substrate=substrate, base=image.base,
+                    layers=image.layers, limits=limits, ttl_s=ttl_s, require=dict(require or {}))  # fmt: skip
+        missing = [digest for digest in image.layers if not (store.layers / digest).is_dir()]
+        if missing:
+            raise SandboxError(f"layer {missing[0][:12]} is not in {store.layers}; make the image with this store")
+        box = cls(store, spec, "")
+        try:
+            box.directory.mkdir(mode=0o711)
+        except FileExistsError:
+            raise SandboxError(f"sandbox {spec.id!r} exists; open it, or choose another id") from None
+        box.directory.chmod(0o711)
+        (box.directory / keeper.SPEC).write_text(json.dumps(spec.to_dict()), encoding="utf-8")
+        try:
+            await box._start_keeper()
+        except BaseException:
+            remove_tree(box.directory)
+            raise
+        return box
+
+    @classmethod
+    async def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Self:
+        """Come back to a sandbox; with `replay`, requests are numbered from the first and get stored results."""
+        store = store or default_store()
+        path = store.box(id) / keeper.SPEC
+        try:
+            spec = Spec.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise SandboxError(f"{path}: {error.strerror}; is {id!r} a sandbox of this store?") from None
+        box = cls(store, spec, "" if replay else f"{secrets.token_hex(4)}.")
+        await box.info()
+        return box
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """How strong each promise is here."""
+        if self._capabilities is None:
+            flags = json.loads((self.directory / keeper.FLAGS).read_text(encoding="utf-8"))
+            self._capabilities = Capabilities(**flags)
+        return self._capabilities
+
+    async def exec(
+        self, command: str | Sequence[str], *, timeout: float | None = 60.0, env: Mapping[str, str] | None = None,
+        cwd: str = "/workspace", stdin: bytes = b"", on_stdout: Sink | None = None, on_stderr: Sink | None = None,
+        request_id: str | None = None,
+    ) -> ExecResult:  # fmt: skip
+        """Run a command (text goes to `sh -c`) and return what came of it; a stored result calls no sink.
+
+        Raises UnknownOutcome where this request began before and never ended, TrajectoryError where it was another.
+        """
+        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        if not argv or any("\0" in word for word in argv):
+            raise SandboxError(f"exec: expected words without NUL, got {argv!r}")
+        args = {"argv": argv, "env": dict(env or {}), "cwd": cwd, "timeout": timeout}
+        return _result(await self._ask("exec", args, stdin or None, request_id, on_stdout, on_stderr))
+
+    async def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
+                   ) -> ExecResult:  # fmt: skip
+        """Run `main(*arguments)` of Python source in a warm worker (substrate "function"); see the result's `value`."""
+        args = {"source": source, "arguments": json.dumps(arguments), "timeout": timeout}
+        return _result(await self._ask("call", args, None, request_id))
+
+    async def snapshot(self, *, request_id: str | None = None) -> Image:
+        """Keep the files as they are as an image of one more layer."""
+        value, _, _ = await self._ask("snapshot", {}, None, request_id)
+        return Image(value["base"], tuple(value["layers"]))
+
+    async def pack_diff(self, *, request_id: str | None = None) -> bytes:
+        """Return what differs from the image as a tar for `Image.with_tar`."""
+        return (await self._ask("pack_diff", {}, None, request_id))[1]["diff"]
+
+    async def pause(self, *, request_id: str | None = None) -> None:
+        """Stop every process; the next request lets them go on."""
+        await self._ask("pause", {}, None, request_id)
+
+    async def resume(self, *, request_id: str | None = None) -> None:
+        """Let a paused sandbox go on."""
+        await self._ask("resume", {}, None, request_id)
+
+    async def fork(self, n: int, *, request_id: str | None = None) -> list[Self]:
+        """Return n new sandboxes that start from this one's files (not its processes)."""
+        image = await self.snapshot(request_id=request_id)
+        limits = {f.name: getattr(self.spec.limits, f.name) for f in dataclasses.fields(Limits)}
+        made = [type(self).create(substrate=self.spec.substrate, image=image, ttl_s=self.spec.ttl_s,
+                                  require=self.spec.require, store=self.store, **limits) for _ in range(n)]  # fmt: skip
+        return list(await asyncio.gather(*made))
+
+    async def resolve(self, request_id: str, how: str) -> None:
+        """Decide a request of unknown outcome: "rerun" lets it run when asked again, "abandon" makes it an error."""
+        await self._ask("resolve", {"request_id": request_id, "how": how}, None, "")
+
+    async def info(self) -> dict[str, Any]:
+        """Return usage, the log's head, requests of unknown outcome and the keeper's pid."""
+        return (await self._ask("info", {}, None, ""))[0]
+
+    async def close(self, *, keep: bool = False) -> None:
+        """End the sandbox; files and log are deleted unless `keep`. Closing twice is no error."""
+        if not self.directory.exists():
+            return
+        with contextlib.suppress(OSError):  # no keeper, nothing to tell
+            await self._exchange({"op": "close", "args": {}, "request": ""}, None, {})
+        deadline = time.monotonic() + CLOSE_S
+        while not _unlocked(self.directory / log.NAME):
+            if time.monotonic() > deadline:
+                raise SandboxError(f"sandbox {self.id}: its keeper did not end within {CLOSE_S:.0f} s")
+            await asyncio.sleep(0.002)
+        if not keep:
+            remove_tree(self.directory)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _ask(
+        self, op: str, args: dict[str, Any], payload: bytes | None, request_id: str | None,
+        on_stdout: Sink | None = None, on_stderr: Sink | None = None,
+    ) -> tuple[dict[str, Any], dict[str, bytes], bool]:  # fmt: skip
+        """Return (value, blobs, replayed) of a request, starting the keeper where there is none."""
+        if request_id is None:
+            self._count += 1
+            request_id = f"{self._session}{self._count}"
+        ask = {"op": op, "args": args, "request": request_id}
+        sinks = {"stdout": on_stdout, "stderr": on_stderr}
+        attempts = 4
+        while True:
+            try:
+                done, blobs = await self._exchange(ask, payload, sinks)
+                break
+            except OSError as error:
+                if error.errno not in (None, errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE):
+                    raise
+                attempts -= 1
+                if not attempts or not (self.directory / log.NAME).exists():
+                    raise SandboxError(f"sandbox {self.id}: closed, or its keeper does not stay ({error})") from None
+                await self._start_keeper()
+        if done["status"] == "ok":
+            return done["value"], blobs, done.get("replayed", False)
+        kind, message = done["value"].get("kind", "sandbox"), done["value"]["message"]
+        raise keeper.KINDS[kind](message)
+
+    async def _exchange(
+        self, ask: dict[str, Any], payload: bytes | None, sinks: Mapping[str, Sink | None]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        with keeper.short_name(self.directory) as short:
+            reader, writer = await asyncio.open_unix_connection(f"{short}/{keeper.SOCKET}", limit=1 << 24)
+        try:
+            head = ask | {"size": None if payload is None else len(payload)}
+            writer.write(json.dumps(head).encode() + b"\n" + (payload or b""))
+            await writer.drain()
+            while True:
+                line = await reader.readline()
+                if not line:
+                    raise ConnectionResetError("the keeper ended before it answered")
+                frame = json.loads(line)
+                if "done" in frame:
+                    sizes = frame["done"].pop("blobs")
+                    return frame["done"], {name: await reader.readexactly(size) for name, size in sizes.items()}
+                data = await reader.readexactly(frame["size"])
+                if (sink := sinks.get(frame["event"])) is not None:
+                    sink(data)
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionResetError(str(error)) from None
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _start_keeper(self) -> None:
+        read, write = os.pipe()
+        try:
+            socket.send_fds(_nursery(), [os.fsencode(self.directory)], [write])
+        finally:
+            os.close(write)
+        said = bytearray()
+        try:
+            await keeper.until_end(read, said)
+        finally:
+            os.close(read)
+        told = json.loads(said or b'{"error": "the keeper ended without a word"}')
+        if "error" in told:
+            if "another process writes" in told["error"]:
+                await asyncio.sleep(0.05)  # another client was quicker, or the old keeper is about to end
+                return
+            raise (TrajectoryError if told.get("kind") == "trajectory" else SandboxError)(told["error"])
+        self._capabilities = Capabilities(**told["capabilities"])
+
+
+class AsyncFiles:
+    """A sandbox's files, reached as the user inside reaches them."""
+
+    def __init__(self, box: AsyncSandbox) -> None:
+        self._box = box
+
+    async def read(self, path: str, *, request_id: str | None = None) -> bytes:
+        """Return a regular file's bytes (at most 64 MiB); raises SandboxError for anything else."""
+        return (await self._box._ask("read", {"path": _absolute(path)}, None, request_id))[1]["data"]
+
+    async def write(self, path: str, data: bytes | str, *, mode: int = 0o644, request_id: str | None = None) -> None:
+        """Write a file, making its directories."""
+        payload = data.encode() if isinstance(data, str) else data
+        await self._box._ask("write", {"path": _absolute(path), "mode": mode}, payload, request_id)
+
+    async def list(self, path: str = "/workspace", *, request_id: str | None = None) -> list[FileInfo]:
+        """Return a directory's entries by name."""
+        entries = (await self._box._ask("list", {"path": _absolute(path)}, None, request_id))[1]["entries"]
+        return [FileInfo(name=n, kind=k, size=s, mode=m) for n, k, s, m in json.loads(entries)]
+
+
+class Sandbox:
+    """`AsyncSandbox` for programs without an event loop: the same methods, waiting."""
+
+    def __init__(self, box: AsyncSandbox, runner: asyncio.Runner) -> None:
+        self.wrapped, self._runner, self._closed = box, runner, False
+        self.id, self.spec, self.directory = box.id, box.spec, box.directory
+        self.files = Files(box.files, runner)
+
+    @classmethod
+    def create(cls, **options: Any) -> Sandbox:
+        """Start a sandbox; options as for `AsyncSandbox.create`."""
+        return cls._made(AsyncSandbox.create(**options))
+
+    @classmethod
+    def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Sandbox:
+        """Come back to a sandbox; see `AsyncSandbox.open`."""
+        return cls._made(AsyncSandbox.open(id, replay=replay, store=store))
+
+    @classmethod
+    def _made(cls, making: Coroutine[Any, Any, AsyncSandbox]) -> Sandbox:
+        runner = asyncio.Runner()
+        try:
+            return cls(runner.run(making), runner)
+        except BaseException:
+            runner.close()
+            raise
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """How strong each promise is here."""
+        return self.wrapped.capabilities
+
+    def exec(
+        self, command: str | Sequence[str], *, timeout: float | None = 60.0, env: Mapping[str, str] | None = None,
+        cwd: str = "/workspace", stdin: bytes = b"", on_stdout: Sink | None = None, on_stderr: Sink | None = None,
+        request_id: str | None = None,
+    ) -> ExecResult:  # fmt: skip
+        """Run a command and return what came of it; see `AsyncSandbox.exec`."""
+        return self._runner.run(self.wrapped.exec(command, timeout=timeout, env=env, cwd=cwd, stdin=stdin,
+                                on_stdout=on_stdout, on_stderr=on_stderr, request_id=request_id))  # fmt: skip
+
+    def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
+             ) -> ExecResult:  # fmt: skip
+        """Run `main(*arguments)` of Python source in a warm worker; see `AsyncSandbox.call`."""
+        return self._runner.run(self.wrapped.call(source, *arguments, timeout=timeout, request_id=request_id))
+
+    def snapshot(self, *, request_id: str | None = None) -> Image:
+        """Keep the files as an image of one more layer."""
+        return self._runner.run(self.wrapped.snapshot(request_id=request_id))
+
+    def pack_diff(self, *, request_id: str | None = None) -> bytes:
+        """Return what differs from the image as a tar."""
+        return self._runner.run(self.wrapped.pack_diff(request_id=request_id))
+
+    def pause(self, *, request_id: str | None = None) -> None:
+        """Stop every process; the next request lets them go on."""
+        self._runner.run(self.wrapped.pause(request_id=request_id))
+
+    def resume(self, *, request_id: str | None = None) -> None:
+        """Let a paused sandbox go on."""
+        self._runner.run(self.wrapped.resume(request_id=request_id))
+
+    def fork(self, n: int, *, request_id: str | None = None) -> list[Sandbox]:
+        """Return n new sandboxes that start from this one's files."""
+        forks = self._runner.run(self.wrapped.fork(n, request_id=request_id))
+        return [Sandbox(box, asyncio.Runner()) for box in forks]
+
+    def resolve(self, request_id: str, how: str) -> None:
+        """Decide a request of unknown outcome: "rerun" or "abandon"."""
+        self._runner.run(self.wrapped.resolve(request_id, how))
+
+    def info(self) -> dict[str, Any]:
+        """Return usage, the log's head, requests of unknown outcome and the keeper's pid."""
+        return self._runner.run(self.wrapped.info())
+
+    def close(self, *, keep: bool = False) -> None:
+        """End the sandbox; files and log are deleted unless `keep`."""
+        if not self._closed:
+            self._runner.run(self.wrapped.close(keep=keep))
+            self._runner.close()
+            self._closed = True
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Files:
+    """`AsyncFiles`, waiting."""
+
+    def __init__(self, files: AsyncFiles, runner: asyncio.Runner) -> None:
+        self._files, self._runner = files, runner
+
+    def read(self, path: str, *, request_id: str | None = None) -> bytes:
+        """Return a regular file's bytes."""
+        return self._runner.run(self._files.read(path, request_id=request_id))
+
+    def write(self, path: str, data: bytes | str, *, mode: int = 0o644, request_id: str | None = None) -> None:
+        """Write a file, making its directories."""
+        self._runner.run(self._files.write(path, data, mode=mode, request_id=request_id))
+
+    def list(self, path: str = "/workspace", *, request_id: str | None = None) -> list[FileInfo]:
+        """Return a directory's entries by name."""
+        return self._runner.run(self._files.list(path, request_id=request_id))
+
+
+async def replay(directory: Path, *, store: Store | None = None) -> list[dict[str, Any]]:
+    """Run a log's requests again in a new sandbox of the same spec and return those that come out differently."""
+    store = store or default_store()
+    records = list(log.read_records(directory))
+    spec = Spec.from_dict(records[0]["spec"] | {"id": f"replay-{secrets.token_hex(6)}"})
+    asked = {r["seq"]: r for r in records if r["kind"] == "intent"}
+    different = []
+    limits = dataclasses.asdict(spec.limits)
+    async with await AsyncSandbox.create(
+        substrate=spec.substrate, image=Image(spec.base, spec.layers), id=spec.id, store=store, **limits
+    ) as box:
+        for record in (r for r in records if r["kind"] == "result" and r["status"] != "abandoned"):
+            args = asked.get(record["intent"], record)["args"]
+            payload = log.read_blob(directory, args["data"]["$blob"]) if "data" in args else None
+            plain = {name: value for name, value in args.items() if name != "data"}
+            try:
+                value, blobs, _ = await box._ask(record["op"], plain, payload, None)
+                got: dict[str, Any] = {"status": "ok", "value": value}
+            except SandboxError as error:
+                got, blobs = {"status": "error", "value": {"message": str(error)}}, {}
+            got["blobs"] = {name: log.digest(data) for name, data in blobs.items()}
+            want = {k: record[k] for k in ("status", "value")} | {
+                "blobs": {k: b["sha"] for k, b in record["blobs"].items()}
+            }
+            for side in (got, want):
+                side["value"] = {k: v for k, v in side["value"].items() if k != "wall_ms"}
+            if got != want:
+                different.append({"seq": record["seq"], "request": record["request"], "recorded": want, "now": got})
+    return different
+
+
+def _result(answer: tuple[dict[str, Any], dict[str, bytes], bool]) -> ExecResult:
+    value, blobs, replayed = answer
+    return ExecResult(stdout=blobs["stdout"], stderr=blobs["stderr"], replayed=replayed, **value)
+
+
+def _absolute(path: str) -> str:
+    if "\0" in path:
+        raise SandboxError(f"path {path!r}: expected no NUL")
+    return path if path.startswith("/") else f"/workspace/{path}"
+
+
+def _unlocked(path: Path) -> bool:
+    """Whether no keeper holds the log."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+
+
+@functools.cache
+def _nursery() -> socket.socket:
+    """Start this process's nursery once; it ends when this process does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    house = str(Path(__file__).resolve().parents[2])
+    program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
+    with theirs:
+        child = subprocess.Popen([sys.executable, "-c", program], stdin=theirs.fileno(), start_new_session=True)
+    child.returncode = 0  # nobody waits for it: it ends with this process
+    return ours

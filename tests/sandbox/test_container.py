@@ -1,0 +1,279 @@
+"""Containers as a client sees them: commands, streams, files, snapshots, pauses, and what survives whose death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pelagos.errors import SandboxError, TrajectoryError, UnknownOutcome
+from pelagos.sandbox import AsyncSandbox, Image, Sandbox, Store, replay
+from pelagos.sandbox import log as logs
+
+
+def test_exec_gives_streams_code_and_time(box: Sandbox) -> None:
+    done = box.exec("cat; echo oops >&2; exit 3", stdin=b"in\0put")
+    assert (done.exit_code, done.stdout, done.stderr, done.truncated, done.timed_out) == (
+        3, b"in\0put", b"oops\n", False, False,
+    )  # fmt: skip
+    assert 0 < done.wall_ms < 20_000
+    assert box.exec(["printf", "%s|", "a b", "$HOME"]).text == "a b|$HOME|"
+    assert box.exec("echo $HOME $X; pwd; id -un", env={"X": "y"}, cwd="/tmp").text == "/home/agent y\n/tmp\nagent\n"
+    assert box.exec("kill -9 $$").exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "word"),
+    [
+        (["no-such-program"], {}, "No such file"),
+        (["true"], {"cwd": "/nowhere"}, "No such file"),
+        (["/etc"], {}, "denied"),
+    ],
+)
+def test_what_cannot_run_says_why(box: Sandbox, argv: list[str], options: dict[str, Any], word: str) -> None:
+    done = box.exec(argv, **options)
+    assert done.exit_code == 127
+    assert word in done.stderr.decode()
+
+
+def test_streams_arrive_while_the_command_runs(box: Sandbox) -> None:
+    pieces: list[tuple[float, bytes]] = []
+    done = box.exec("echo one; sleep 0.4; echo two", on_stdout=lambda data: pieces.append((time.monotonic(), data)))
+    assert b"".join(data for _, data in pieces) == done.stdout == b"one\ntwo\n"
+    assert pieces[-1][0] - pieces[0][0] > 0.2
+
+
+def test_timeout_kills_the_session_and_not_the_sandbox(box: Sandbox) -> None:
+    done = box.exec("echo begun; sleep 30 & sleep 30", timeout=0.5)
+    assert (done.exit_code, done.timed_out, done.stdout) == (-signal.SIGKILL, True, b"begun\n")
+    assert box.exec("ps ax | grep -c '[s]leep 30'").text == "0\n"
+
+
+def test_background_children_do_not_hang_exec_and_live_on(make: Any) -> None:
+    box = make()
+    began = time.monotonic()
+    assert box.exec("sleep 5 & echo started").stdout == b"started\n"
+    assert time.monotonic() - began < 4
+    assert box.exec("pgrep -c sleep").text == "1\n"
+
+
+def test_first_process_stays_and_no_zombies(make: Any) -> None:
+    box = make()
+    for _ in range(3):
+        box.exec("for i in 1 2 3 4 5; do (sleep 0.01 &) ; done")
+    time.sleep(0.1)
+    assert box.exec("kill -9 -1; kill -9 1").exit_code in (0, 1, -9)
+    assert box.exec("ps ax -o stat= | grep -c Z").text == "0\n"
+    pid = box.info()["pid"]
+    assert box.info()["usage"]["processes"] <= 2, pid
+
+
+def test_files(box: Sandbox) -> None:
+    data = bytes(range(256)) * 5000
+    box.files.write("deep/er/data.bin", data, mode=0o640)
+    assert box.files.read("/workspace/deep/er/data.bin") == data
+    (entry,) = box.files.list("deep/er")
+    assert (entry.name, entry.kind, entry.size, entry.mode) == ("data.bin", "file", len(data), 0o640)
+    assert box.exec("stat -c %U:%a deep/er/data.bin; rm -r deep").text == "agent:640\n"
+    box.exec("mkfifo pipe; ln -s /etc/passwd link; mkdir d")
+    assert {e.name: e.kind for e in box.files.list()} == {"pipe": "other", "link": "link", "d": "directory"}
+    assert box.files.read("link").startswith(b"root:x:0:0:")
+    for path, word in (
+        ("pipe", "regular"),
+        ("d", "regular"),
+        ("none", "No such file"),
+        ("/proc/1/mem", "error|denied"),
+    ):
+        with pytest.raises(SandboxError, match=word):
+            box.files.read(path)
+    with pytest.raises(SandboxError, match=r"regular|No such device"):
+        box.files.write("pipe", b"x")
+    with pytest.raises(SandboxError, match="Read-only"):
+        box.files.write("/usr/bin/evil", b"x")
+    box.exec("rm -r pipe link d")
+
+
+def test_output_is_capped_and_flagged(make: Any) -> None:
+    box = make(output_bytes=1000)
+    done = box.exec("yes | head -c 300000; echo end >&2")
+    assert (len(done.stdout), done.truncated, done.stderr, done.exit_code) == (1000, True, b"end\n", 0)
+    assert box.exec("yes | head -c 1000").truncated is False
+
+
+def test_same_request_runs_once_and_another_diverges(make: Any) -> None:
+    box = make()
+    for replayed in (False, True, True):
+        done = box.exec("echo x >> count; wc -l < count", request_id="bump")
+        assert (done.text, done.replayed) == ("1\n", replayed)
+    with pytest.raises(TrajectoryError, match="diverges"):
+        box.exec("echo other", request_id="bump")
+    with pytest.raises(SandboxError, match="No such file"):
+        box.files.read("none", request_id="look")
+    box.files.write("none", b"now there")
+    with pytest.raises(SandboxError, match="No such file"):
+        box.files.read("none", request_id="look")
+
+
+def test_same_request_at_the_same_time_runs_once(store: Store) -> None:
+    async def go() -> list[bytes]:
+        async with await AsyncSandbox.create(store=store, ttl_s=60) as box:
+            asks = [box.exec("sleep 0.2; echo x >> count; wc -l < count", request_id="bump") for _ in range(4)]
+            return [done.stdout for done in await asyncio.gather(*asks)]
+
+    assert asyncio.run(go()) == [b"1\n"] * 4
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pelagos.sandbox import Sandbox, Store
+box = Sandbox.open(sys.argv[2], replay=True, store=Store(Path(sys.argv[1])))
+for n in range(8):
+    box.exec(f"sleep 0.05; echo {n} >> trace")
+    print(n, flush=True)
+"""
+
+
+def test_client_killed_anywhere_and_started_again_runs_nothing_twice(make: Any, store: Store) -> None:
+    box = make()
+    for after in (0.25, 0.32, 0.38, 20.0):
+        client = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(store.root), box.id], stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(Path(logs.__file__).parents[2])},
+        )  # fmt: skip
+        try:
+            client.wait(timeout=after)
+        except subprocess.TimeoutExpired:
+            client.kill()
+        client.communicate()
+    assert client.returncode == 0
+    assert box.files.read("trace", request_id="look") == b"".join(b"%d\n" % n for n in range(8))
+    assert logs.verify(box.directory)[0] > 16
+
+
+def test_keeper_killed_keeps_files_and_leaves_unknown(make: Any) -> None:
+    box = make()
+    box.exec("echo kept > file; sync")
+
+    async def go() -> None:
+        running = asyncio.ensure_future(box.wrapped.exec("echo y >> twice; sleep 20", request_id="long"))
+        await asyncio.sleep(0.5)
+        os.kill((await box.wrapped.info())["pid"], signal.SIGKILL)
+        with pytest.raises(UnknownOutcome, match="may have run"):
+            await running
+
+    asyncio.run(go())
+    assert box.info()["unknown"] == ["long"]
+    assert box.exec("cat file; wc -l < twice; pgrep -c sleep").text == "kept\n1\n0\n"
+    box.resolve("long", "abandon")
+    with pytest.raises(SandboxError, match="abandoned"):
+        box.exec("echo y >> twice; sleep 20", request_id="long")
+    assert [r["event"] for r in logs.read_records(box.directory) if r["kind"] == "event"] == ["start"]
+
+
+def test_idle_sandbox_ends_and_comes_back(make: Any) -> None:
+    box = make(ttl_s=0.3)
+    box.exec("echo here > file")
+    pid = box.info()["pid"]
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    assert box.exec("cat file").text == "here\n"
+    assert box.info()["pid"] != pid
+
+
+def test_pause_stops_and_any_request_resumes(make: Any) -> None:
+    box = make()
+    box.exec("(while :; do echo x >> ticks; sleep 0.02; done) >/dev/null 2>&1 &")
+    box.pause()
+    first = box.directory.joinpath("upper/workspace/ticks").stat().st_size
+    time.sleep(0.3)
+    assert box.directory.joinpath("upper/workspace/ticks").stat().st_size == first
+    box.resume()
+    box.pause()
+    assert box.exec("sleep 0.2; wc -c < ticks").exit_code == 0
+    assert box.directory.joinpath("upper/workspace/ticks").stat().st_size > first
+
+
+def test_snapshot_fork_diverge_pack_and_restore(make: Any, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "project"
+    (source / "sub").mkdir(parents=True)
+    (source / "gone.txt").write_text("x")
+    (source / "sub" / "old").write_text("x")
+    (source / "keep.py").write_text("print(1)\n")
+    image = Image.host(store).with_directory(source, at="/workspace", store=store)
+    box = make(image=image)
+    box.exec(
+        "rm gone.txt; rm -r sub; mkdir sub; echo new > sub/new; ln keep.py hard; ln -s keep.py soft; chmod 000 sub/new"
+    )
+    first, second = box.fork(2)
+    first.exec("echo first > who; chmod 600 sub/new")
+    second.exec("echo second > who")
+    listing = "find . -printf '%P %y %m %s %n %l %T@\\n' | sort; cat keep.py who 2>/dev/null"
+    diff = tmp_path / "diff.tar"
+    diff.write_bytes(first.pack_diff())
+    restored = make(image=Image(first.spec.base, first.spec.layers).with_tar(diff, store=store))
+    want, got = first.exec(listing).text, restored.exec(listing).text
+    assert want.splitlines()[-1] == "first"
+    assert [line.rsplit(" ", 1)[0] if line.startswith(" d") else line for line in got.splitlines()] == [
+        line.rsplit(" ", 1)[0] if line.startswith(" d") else line for line in want.splitlines()
+    ]
+    assert "gone" not in got
+    assert "sub/old" not in got
+    assert second.exec("cat who").text == "second\n"
+    assert box.exec("ls").text == "hard\nkeep.py\nsoft\nsub\n"
+    assert restored.snapshot().layers == (*restored.spec.layers, restored.snapshot().layers[-1])
+    for fork in (first, second):
+        fork.close()
+
+
+def test_replay_of_a_log_tells_what_differs(make: Any, store: Store) -> None:
+    box = make()
+    box.files.write("a", b"\xff\x00data")
+    box.exec("md5sum a; echo $((6 * 7))")
+    box.exec("cat /proc/sys/kernel/random/uuid", request_id="random")
+    (different,) = asyncio.run(replay(box.directory, store=store))
+    assert different["request"] == "random"
+    assert different["recorded"]["blobs"] != different["now"]["blobs"]
+
+
+def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
+    for options, word in (
+        ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "allow-lists"),
+        ({"memory_mb": 0}, "number > 0"),
+        ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
+        ({"image": Image.empty()}, "at least one layer"),
+        ({"id": "../x"}, "sandbox id"), ({"image": Image("host", ("0" * 64,))}, "is not in"),
+    ):  # fmt: skip
+        with pytest.raises(SandboxError, match=word):
+            Sandbox.create(store=store, **options)
+    box = make(id="taken")
+    with pytest.raises(SandboxError, match="exists"):
+        make(id="taken")
+    with pytest.raises(SandboxError, match="is 'other' a sandbox"):
+        Sandbox.open("other", store=store)
+    box.close(keep=False)
+    with asyncio.Runner() as runner, pytest.raises(SandboxError, match="closed"):
+        runner.run(box.wrapped.exec("true"))
+
+
+def test_close_leaves_no_process_mount_or_group(store: Store) -> None:
+    box = Sandbox.create(store=store)
+    box.exec("sleep 60 >/dev/null 2>&1 &")
+    pid, name = box.info()["pid"], box.id
+    box.close()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+    assert str(store.root) not in Path("/proc/self/mountinfo").read_text()
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/pelagos/{name}"))
+    assert not box.directory.exists()
