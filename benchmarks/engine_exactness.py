@@ -360,7 +360,8 @@ def unexercised(case: Case, outcome: Outcome) -> list[str]:
         "no hits": case.source != "cold" or not outcome.hits,
         "disk hits": case.source != "ssd" or outcome.disk_hits > 0,
         "accepted drafts": not case.speculation or outcome.accepted > 0,
-        "rejected drafts": not case.speculation or outcome.drafted > outcome.accepted,
+        # One greedy sequence may well have all of its few drafts right.
+        "rejected drafts": not case.speculation or case.batch == 1 or outcome.drafted > outcome.accepted,
         "preemptions": case.pressure == "none" or outcome.preemptions > 0,
         "swaps": case.pressure != "swap" or outcome.swaps > 0,
         "batched steps": case.batch == 1 or case.pressure != "none" or outcome.steps < outcome.tokens,
