@@ -89,9 +89,9 @@ class Settings:
     @property
     def card(self) -> Card:
         """What the server says of itself before the model is there."""
-        length = self.context_length or Card.context_length
         name = self.name or Path(self.model).resolve().name
-        return Card(model=name, max_tokens=self.max_tokens, strict=self.strict, context_length=length)
+        bound = {} if self.context_length is None else {"context_length": self.context_length}
+        return Card(model=name, max_tokens=self.max_tokens, strict=self.strict, **bound)
 
     @property
     def engine_options(self) -> dict[str, Any]:
