@@ -181,7 +181,7 @@ class Answer:
                     continue
                 self._wake.clear()
                 self._told = False
-                if events := self._drain():
+                if events := self.drain():
                     yield events
         finally:
             self.cancel()
@@ -211,7 +211,8 @@ class Answer:
             prompt_logprobs=ask.echo and ask.logprobs is not None,
         )
 
-    def _drain(self) -> list[Event]:
+    def drain(self) -> list[Event]:
+        """Return the events of the steps that are there, without waiting; raises the error that ended the request."""
         events: list[Event] = []
         while self.turn.finish_reason is None and (step := self.turn.stream.wait(0)) is not None:
             events += self._push(step)
