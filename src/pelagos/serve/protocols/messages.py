@@ -271,5 +271,5 @@ class MessagesWriter:
         return {
             "input_tokens": answer.prompt_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": answer.cached_tokens, "output_tokens": output_tokens,
-            "service_tier": "standard",
+            "output_tokens_details": {"thinking_tokens": answer.reasoning_tokens}, "service_tier": "standard",
         }  # fmt: skip
