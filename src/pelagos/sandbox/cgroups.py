@@ -15,6 +15,7 @@ from pelagos.sandbox.api import Limits
 
 PARENT = "pelagos"
 CONTROLLERS = ("memory", "pids", "cpu", "freezer")
+SPARE_PROCESSES = 12  # beside the limit: bubblewrap, the first process, the ready ones of a function sandbox
 STALE_S = 60.0  # an empty group this old belongs to a keeper that was killed
 
 
@@ -102,7 +103,7 @@ def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str,
             else [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)]
         )
     if controller == "pids":
-        return [("pids.max", str(limits.processes + 3))]  # bubblewrap, its first process and the waiting shell
+        return [("pids.max", str(limits.processes + SPARE_PROCESSES))]
     if controller == "cpu":
         return [("cpu.max", f"{quota} 100000")] if unified else [("cpu.cfs_quota_us", str(quota))]
     return []

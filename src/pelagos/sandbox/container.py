@@ -20,8 +20,8 @@ from types import FrameType
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
-from pelagos.sandbox.api import Capabilities, Command, Spec
-from pelagos.sandbox.cgroups import Group
+from pelagos.sandbox.api import Capabilities, Child, Command, Spec
+from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 
 # Who the inside is on the host when the caller is root: in no range of accounts or subordinate uids.
 SANDBOX_UID = 2_000_739_100
@@ -72,6 +72,9 @@ class Waiter:
 class Container:
     """One container; see `api.Substrate`."""
 
+    root_bind = "--bind"  # how the overlay becomes the root
+    nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
+
     def __init__(self, box: Path, layers: Path, spec: Spec) -> None:
         self._box, self._layers, self._spec = box, layers, spec
         self._group = Group.create(spec.id, spec.limits)
@@ -93,7 +96,7 @@ class Container:
         self._prepare()
         info, info_w = os.pipe()
         said, said_w = os.pipe()
-        hold, self._hold = os.pipe()
+        hold = self._stdin()
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -116,6 +119,14 @@ class Container:
         finally:
             os.close(info)
             os.close(said)
+
+    def _stdin(self) -> int:
+        """Make what the first process waits on and return its end."""
+        hold, self._hold = os.pipe()
+        return hold
+
+    def _first_process(self) -> list[str]:
+        return ["/bin/sh", "-c", WAIT]
 
     def _prepare(self) -> None:
         uid, gid = host_ids()
@@ -160,20 +171,22 @@ class Container:
         linux.close_all_but([info, rules])
         os.set_inheritable(info, True)
         os.set_inheritable(rules, True)
+        if self.nested:
+            os.close(rules)
         os.chdir("/")
         os.execve(tool, [tool, *self._arguments(info, rules)], {"PATH": PATH})
 
     def _arguments(self, info: int, rules: int) -> list[str]:
-        words = ["--unshare-user --uid", INSIDE_UID, "--gid", INSIDE_UID, "--disable-userns --unshare-pid",
+        words = ["--unshare-user --uid", INSIDE_UID, "--gid", INSIDE_UID, "--unshare-pid",
                  "--unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --hostname sandbox --die-with-parent",
-                 "--new-session --as-pid-1 --cap-drop ALL --clearenv --bind /tmp /"]  # fmt: skip
+                 "--new-session --as-pid-1 --cap-drop ALL --clearenv", self.root_bind, "/tmp /"]  # fmt: skip
         if self._spec.base == "host":
             parts = ["usr", *(n for n in ("bin", "sbin", "lib", "lib32", "lib64") if not Path("/", n).is_symlink())]
             words += [f"--ro-bind /{name} /{name}" for name in parts if Path("/", name).is_dir()]
         shared = int(self._spec.limits.memory_mb * 1024 * 1024) // 2
         words += [f"--proc /proc --dev /dev --size {shared} --tmpfs /dev/shm --remount-ro /dev --chdir /",
-                  f"--info-fd {info} --seccomp {rules} --"]  # fmt: skip
-        return [*" ".join(map(str, words)).split(), "/bin/sh", "-c", WAIT]
+                  f"--info-fd {info}", "--" if self.nested else f"--disable-userns --seccomp {rules} --"]  # fmt: skip
+        return [*" ".join(map(str, words)).split(), *self._first_process()]
 
     def _take_namespaces(self, pid: int) -> None:
         self._ns = {name: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in linux.NAMESPACES}
@@ -190,7 +203,7 @@ class Container:
         limits = self._spec.limits
         megabyte = 1024 * 1024
         linux.limit(
-            processes=limits.processes + 3,
+            processes=limits.processes + SPARE_PROCESSES,
             open_files=limits.open_files,
             file_bytes=int(limits.disk_mb * megabyte),
             address_bytes=None if self._group else int(limits.memory_mb * megabyte),
@@ -200,7 +213,7 @@ class Container:
         for name in names:
             linux.setns(self._ns[name], "user" if name == "owner" else name)
 
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Waiter:
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command inside; `stdio` stays the caller's to close."""
         status, status_w = os.pipe()
         pid = os.fork()

@@ -35,7 +35,9 @@ SPEC, FLAGS = "spec.json", "capabilities.json"
 FILE_BYTES = 64 << 20  # one file through the control channel; more travels as an image
 WATCH_S = 0.2
 DRAIN_BYTES = 1 << 16
-PURE = frozenset(("read", "list", "call"))  # change nothing that stays: no intent, may be asked again
+PURE = frozenset(
+    ("read", "list")
+)  # change nothing that stays, as nothing stateless does: no intent, may be asked again
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
 Emit = Callable[[str, bytes], None]
@@ -145,7 +147,8 @@ class Keeper:
                 args = args | {"data": payload}
             if (known := self._running.get(request)) and known[:2] == (op, args):
                 return dict(await asyncio.shield(known[2]))
-            begun = self._log.begin(request, op, args, pure=op in PURE)
+            stateless = self._substrate.capabilities.files == "none"
+            begun = self._log.begin(request, op, args, pure=stateless or op in PURE)
             if isinstance(begun, Stored):
                 return {"status": begun.status, "value": begun.value, "blobs": begun.blobs, "replayed": True}
             future: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(self._run(begun, op, args, emit))
@@ -198,6 +201,8 @@ class Keeper:
         return await self._command(Command(argv=tuple(argv), env=env, cwd=cwd), timeout, data, emit)
 
     async def _op_call(self, *, emit: Emit, source: str, arguments: str, timeout: float | None) -> Outcome:
+        if self._spec.substrate != "function":
+            raise SandboxError(f"{self._spec.substrate}: no warm worker to call; use exec, or substrate='function'")
         return await self._command(Command(call=source, arguments=arguments), timeout, b"", emit)
 
     async def _command(self, command: Command, timeout: float | None, data: bytes, emit: Emit) -> Outcome:
@@ -229,7 +234,8 @@ class Keeper:
         told = json.loads(line or b"{}")
         value = {
             "exit_code": told.get("exit_code", -signal.SIGKILL), "truncated": any(s.truncated for s in streams),
-            "wall_ms": wall_ms, "timed_out": timed_out, "killed_by": killed_by, "value": told.get("value"),
+            "wall_ms": wall_ms, "timed_out": timed_out, "killed_by": killed_by,
+            "value": _json_or_none(told.get("value")),
         }  # fmt: skip
         return value, {stream.name: bytes(stream.kept) for stream in streams}
 
@@ -380,6 +386,14 @@ class _Stream:
             if not self._take():
                 break
         os.close(self._fd)
+
+
+def _json_or_none(text: str | None) -> Any:
+    """What a call returned; the inside wrote this text, so it may be anything."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None
 
 
 async def _line(fd: int) -> bytes:

@@ -228,7 +228,8 @@ class AsyncSandbox:
     async def _start_keeper(self) -> None:
         read, write = os.pipe()
         try:
-            socket.send_fds(_nursery(), [os.fsencode(self.directory)], [write])
+            with socket.socket(fileno=os.dup(_nursery())) as sock:
+                socket.send_fds(sock, [os.fsencode(self.directory)], [write])
         finally:
             os.close(write)
         said = bytearray()
@@ -429,12 +430,12 @@ def _unlocked(path: Path) -> bool:
 
 
 @functools.cache
-def _nursery() -> socket.socket:
-    """Start this process's nursery once; it ends when this process does."""
+def _nursery() -> int:
+    """Start this process's nursery once and return the descriptor that keeps it; it ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     house = str(Path(__file__).resolve().parents[2])
     program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
     with theirs:
         child = subprocess.Popen([sys.executable, "-c", program], stdin=theirs.fileno(), start_new_session=True)
     child.returncode = 0  # nobody waits for it: it ends with this process
-    return ours
+    return ours.detach()

@@ -8,9 +8,10 @@ from pathlib import Path
 from pelagos.errors import SandboxError
 from pelagos.sandbox.api import Spec, Substrate
 from pelagos.sandbox.container import Container
+from pelagos.sandbox.function import Function
 
 # Each takes (the sandbox's directory, the directory of layers, spec).
-SUBSTRATES: dict[str, Callable[[Path, Path, Spec], Substrate]] = {"container": Container}
+SUBSTRATES: dict[str, Callable[[Path, Path, Spec], Substrate]] = {"container": Container, "function": Function}
 
 
 def make(box: Path, layers: Path, spec: Spec) -> Substrate:
