@@ -364,7 +364,7 @@ def sample_batch(llm: Any, shared: Any, batch: int, size: int = 16) -> dict[str,
         answer = Answer(llm, ask, card, asyncio.get_running_loop(), shared)
         async for _ in answer.events(keep_alive=600):
             pass
-        message, ids, tokenizer = answer.turn.message, answer.turn.output_ids, llm.tokenizer
+        message, ids, tokenizer = answer.message, answer.output_ids, llm.tokenizer
         counts[f"{kind}: {answer.finish_reason}"] += 1
         # Content is what was written between thinking and the first DSML token, and nothing else.
         text = ids[ids.index(tokenizer.id(END_THINK)) + 1 :] if tokenizer.id(END_THINK) in ids[:11] else ids

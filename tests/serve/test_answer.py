@@ -18,12 +18,10 @@ from pelagos.serve.ask import Ask
 def test_a_raw_prompt_is_completed_as_it_stands() -> None:
     llm = scripted_llm("\n and so on")
     answer, _ = answered(llm, Ask(body={"max_tokens": 50}, prompt="Once", echo=True))
-    assert (answer.turn.message["content"], answer.finish_reason) == ("\n and so on", "stop")
-    assert answer.prompt_text == "Once"
+    assert (answer.message["content"], answer.finish_reason) == ("\n and so on", "stop")
     assert llm.tokenizer.decode(answer.prompt_ids) == f"{BOS}Once"
     by_ids, _ = answered(llm, Ask(prompt=[0, 40, 41]))
     assert by_ids.prompt_ids == [0, 40, 41]
-    assert by_ids.prompt_text == llm.tokenizer.decode([0, 40, 41])
 
 
 def test_a_suffix_makes_the_middle_the_answer() -> None:
@@ -34,7 +32,7 @@ def test_a_suffix_makes_the_middle_the_answer() -> None:
         llm.tokenizer.id(name) for name in (BOS, FIM_BEGIN, FIM_HOLE, FIM_END)
     ]
     assert prompt_ids(llm, Ask(prompt=llm.tokenizer.encode("a <｜User｜>"), suffix="c")) == ids
-    assert answered(llm, Ask(prompt="", suffix="c"))[0].turn.message["content"] == "b"
+    assert answered(llm, Ask(prompt="", suffix="c"))[0].message["content"] == "b"
 
 
 @pytest.mark.parametrize("prompt", ["", []])
@@ -52,7 +50,7 @@ def test_log_probabilities_know_where_they_belong() -> None:
     }
     for kind, ids in spelled.items():
         assert llm.tokenizer.decode(ids) == "".join(event.text for event in events if event.kind == kind)
-    assert [each.token_id for each in answer.logprobs] == answer.turn.output_ids
+    assert [each.token_id for each in answer.logprobs] == answer.output_ids
     assert answer.logprobs[-1].kind == "markup"
     assert answered(llm, ask_for(tools=[TOOL]))[0].logprobs == []
 
@@ -61,17 +59,6 @@ def test_held_back_text_is_placed_when_it_comes_out() -> None:
     llm = scripted_llm("a\n\nb <c\n")
     answer, _ = answered(llm, dataclasses.replace(ask_for(tools=[TOOL], **OFF), logprobs=0))
     assert llm.tokenizer.decode([each.token_id for each in answer.logprobs if each.kind == "content"]) == "a\n\nb <c\n"
-
-
-@pytest.mark.parametrize(
-    ("body", "bound"),
-    [({"reasoning_effort": "max"}, 131072), ({}, 65536), (OFF, 8192), ({"max_tokens": 7}, 7)],
-)
-def test_bounds_by_mode(body: dict, bound: int) -> None:
-    llm = scripted_llm("x", max_position_embeddings=1 << 20)
-    assert answered(llm, ask_for(**body))[0].turn.params.max_tokens == bound
-    small = dataclasses.replace(CARD, max_tokens=3)
-    assert answered(llm, ask_for(**body), card=small)[0].turn.params.max_tokens == body.get("max_tokens", 3)
 
 
 def test_the_context_of_the_card_bounds_too() -> None:
@@ -97,7 +84,7 @@ def test_maximal_effort_in_a_small_context_is_warned_of() -> None:
 
 def test_the_stop_text_is_told() -> None:
     answer, _ = answered(scripted_llm("one two three"), ask_for(stop=["x", "two"], **OFF))
-    assert (answer.stopped_by, answer.turn.message["content"]) == ("two", "one ")
+    assert (answer.stopped_by, answer.message["content"]) == ("two", "one ")
 
 
 def test_options_reach_the_engine() -> None:

@@ -45,7 +45,7 @@ def first_turn(reply: str = REPLY, *, shared: Shared, user_id: str = "", **body:
     answer, _ = answered(
         scripted_llm(reply), Ask(body={"messages": [ASK], "tools": TOOLS, **body}, user_id=user_id), shared=shared
     )
-    message = json.loads(json.dumps(answer.turn.message))
+    message = json.loads(json.dumps(answer.message))
     for call in message["tool_calls"]:
         call["function"]["arguments"] = json.dumps(json.loads(call["function"]["arguments"]), sort_keys=True, indent=3)
     return answer, message
@@ -59,7 +59,7 @@ def second_prompt(message: dict[str, Any], *, shared: Shared, user_id: str = "",
 
 
 def written(answer: Any) -> list[int]:
-    return [*answer.prompt_ids, *answer.turn.output_ids]
+    return [*answer.prompt_ids, *answer.output_ids]
 
 
 @pytest.mark.parametrize("mode", [{}, OFF])
@@ -79,7 +79,7 @@ def test_the_engine_finds_the_turn_in_its_cache() -> None:
     shared, llm = Shared(), scripted_llm(lambda prompt: REPLY.replace("I look.", "I look. " * 200))
     asked = {"tools": TOOLS, "messages": [ASK]}
     answer, _ = answered(llm, Ask(body=asked), shared=shared)
-    message = json.loads(json.dumps(answer.turn.message))
+    message = json.loads(json.dumps(answer.message))
     [call] = message["tool_calls"]
     call["function"]["arguments"] = json.dumps(ARGUMENTS)
     result = {"role": "tool", "tool_call_id": call["id"], "content": "x" * 300}
@@ -105,7 +105,7 @@ def edited(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_only_equal_fields_are_replayed() -> None:
     shared = Shared()
     answer, message = first_turn(shared=shared)
-    block = answer.turn.output_ids[answer.turn.output_ids.index(TOKENIZER.id(DSML)) : -1]
+    block = answer.output_ids[answer.output_ids.index(TOKENIZER.id(DSML)) : -1]
 
     def has(ids: list[int], part: list[int]) -> bool:
         return any(ids[at : at + len(part)] == part for at in range(len(ids)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from pelagos.engine.sampler import SamplingParams
+from pelagos.errors import ContextLengthError
 
 CANCEL_POLL_SECONDS = 0.02
 
@@ -160,6 +161,16 @@ class EngineStats:
     evicted_states: int = 0
     disk: dict[str, int] = field(default_factory=dict)  # hits, misses, written, damaged, dropped, evicted, bytes
     bytes_planned: dict[str, int] = field(default_factory=dict)
+
+
+def check_context(limit: int, prompt: int, completion: int) -> None:
+    """Raise ContextLengthError, in the words of DeepSeek's API, where both are together more than `limit` tokens."""
+    if prompt + completion > limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} "
+            f"tokens ({prompt} in the messages, {completion} in the completion). Please reduce the length of the "
+            "messages or completion."
+        )
 
 
 class Engine(Protocol):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pelagos.config import ModelConfig
-from pelagos.engine.api import EngineStats, Stream
+from pelagos.engine.api import EngineStats, Stream, check_context
 from pelagos.engine.disk import DiskCache, StatePolicy, Ticket
 from pelagos.engine.memory import MemoryPlan
 from pelagos.engine.output import Decoder, TextStream
@@ -32,7 +32,7 @@ from pelagos.engine.runner import Forward, Pools, Swapped
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
 from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
-from pelagos.errors import CapacityError, ConfigError, ContextLengthError, PelagosError, RequestError
+from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 from pelagos.kernels.layout import Output, Span
 
 FAR = 1 << 62  # a position no sequence reaches
@@ -252,13 +252,7 @@ class LocalEngine:
         for position, token in enumerate(ids):
             if type(token) is not int or not 0 <= token < vocab:
                 raise RequestError(f"prompt[{position}]={token!r}: expected a token id from 0 to {vocab - 1}")
-        limit, asked = self.config.max_position_embeddings, len(ids) + params.max_tokens
-        if asked > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {asked} "
-                f"tokens ({len(ids)} in the messages, {params.max_tokens} in the completion). Please reduce the length "
-                "of the messages or completion."
-            )
+        check_context(self.config.max_position_embeddings, len(ids), params.max_tokens)
         if reason := self.plan.refuse(len(ids), params.max_tokens):
             raise CapacityError(reason)
 

@@ -44,11 +44,11 @@ class ChatTurn:
 
     def __init__(
         self, llm: LLM, body: dict[str, Any], *, max_tokens: int, cancel: threading.Event | None = None,
-        prompt: Prompt | None = None, prepare: Prepare | None = None, clamp: bool = True, **options: Any,
+        prompt: Prompt | None = None, prepare: Prepare | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """`prompt` None is the body's; `prepare` returns its ids and the sampling in the place of the usual ones.
 
-        `clamp` cuts the answer's bound to what the context leaves; `options` are those of `Engine.submit`.
+        `options` are those of `Engine.submit`.
         """
         prompt = render_prompt(body, generation=llm.generation) if prompt is None else prompt
         params = sampling_params(body, max_tokens=max_tokens)
@@ -64,7 +64,7 @@ class ChatTurn:
         self._reasons = prompt.start == "reasoning"
         self._end_think = llm.tokenizer.id(END_THINK)
         # The parser looks for stop strings, in the answer alone; the answer may take what room the prompt leaves.
-        room = max(1, llm.config.max_position_embeddings - len(ids)) if clamp else params.max_tokens
+        room = max(1, llm.config.max_position_embeddings - len(ids))
         unstopped = dataclasses.replace(params, max_tokens=min(params.max_tokens, room), stop=())
         self.parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
         # The next turn renders what follows the last assistant mark differently: state is kept up to there.

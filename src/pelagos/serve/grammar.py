@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,51 +223,29 @@ def _compile_form(vocabulary: Any, form: Mapping[str, Any], lark: Any) -> Any:
 
 
 def _block_rules(vocabulary: Any, tools: Sequence[Mapping[str, Any]], strict: list[str], dsml: str, many: bool) -> str:
-    """Return the rules of a tool block; values whose lenient schema does not compile are free."""
+    """Return the rules of a tool block; what does not compile of lenient schemas is free."""
+    deadline = time.monotonic() + ISOLATE_SECONDS
 
-    def alone(index: int, tool: Mapping[str, Any], **options: Any) -> str:
-        made = function_rules(index, tool, dsml, strict=tool["name"] in strict, **options)
-        _compile(vocabulary, f"start: f{index}\nTEXT: /(?s:.*)/\n{made}")
-        return made
+    def alone(lark: str) -> None:
+        if time.monotonic() > deadline:
+            raise Unsupported("the schemas take too long to compile")
+        _compile(vocabulary, lark)
+
+    def made(test: Callable[[str], object]) -> str:
+        parts: list[str] = []
+        for index, tool in enumerate(tools):
+            try:
+                parts.append(function_rules(index, tool, dsml, strict=tool["name"] in strict, test=test))
+            except Unsupported as error:
+                raise RequestError(f"tools: the strict function {tool['name']!r}: {error}") from None
+        return call_rules(parts, dsml, many=many)
 
     try:
-        rules = call_rules(
-            (function_rules(index, tool, dsml, strict=tool["name"] in strict) for index, tool in enumerate(tools)),
-            dsml, many=many,
-        )  # fmt: skip
+        rules = made(lambda _: None)
         _compile(vocabulary, f"start: block\n{rules}")
         return rules
     except Unsupported:
-        pass
-    deadline = time.monotonic() + ISOLATE_SECONDS
-    parts: list[str] = []
-    for index, tool in enumerate(tools):
-        try:
-            if time.monotonic() > deadline:
-                raise Unsupported("the schemas take too long to compile")
-            parts.append(alone(index, tool))
-        except Unsupported as error:
-            if tool["name"] in strict:
-                raise RequestError(f"tools: the strict function {tool['name']!r}: {error}") from None
-            parts.append(_loosened(index, tool, alone, deadline))
-    return call_rules(parts, dsml, many=many)
-
-
-def _loosened(index: int, tool: Mapping[str, Any], alone: Any, deadline: float) -> str:
-    """Return the rules of a lenient function, the properties that do not compile taking any value."""
-    schema, loose = tool["parameters"], set[str]()
-    properties = schema.get("properties")
-    try:
-        for key, each in properties.items() if isinstance(properties, Mapping) else ():
-            try:
-                alone(index, {**tool, "parameters": {**schema, "properties": {key: each}, "required": []}})
-            except Unsupported:
-                loose.add(key)
-            if time.monotonic() > deadline:
-                raise Unsupported("the schemas take too long to compile")
-        return alone(index, tool, loose=loose)
-    except Unsupported:
-        return alone(index, {**tool, "parameters": {}})
+        return made(alone)
 
 
 def _compile(vocabulary: Any, lark: str) -> Any:

@@ -10,10 +10,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 from urllib.parse import unquote
 
+TEXT = "TEXT: /(?s:.*)/\n"  # the terminal of free text
 MAX_TEXT = 2048  # characters of one literal, name or pattern, and least length of a text: they are forced on a step
 MAX_REPEATS = 20_000  # product of the counts in one pattern
 MAX_NODES = 50_000
@@ -23,16 +24,8 @@ _SILENT = {"description", "title", "$comment", "default", "examples", "$schema",
 _TOP = _SILENT | {"type", "properties", "required", "additionalProperties", "$defs", "$def", "definitions"}
 _STRING = _SILENT | {"type", "pattern", "format", "minLength", "maxLength"}
 _OTHERS = ("object", "array", "number", "boolean", "null")
-_SIGNS = {
-    "object": ("properties", "required", "additionalProperties", "patternProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
-    "string": ("pattern", "format", "minLength", "maxLength"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-}  # what a schema without a type is about
 _HEX, _BYTE = "[0-9a-fA-F]{1,4}", "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-_DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|[0-9]{4}-(?:0[13-9]|1[0-2])-(?:29|30)"
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _FORMATS = {
     "uuid": "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": rf"(?:{_BYTE}\.){{3}}{_BYTE}",
@@ -42,12 +35,12 @@ _FORMATS = {
     ),
     "hostname": rf"{_LABEL}(?:\.{_LABEL}){{0,3}}",
     "email": rf"[a-zA-Z0-9_+-]{{1,32}}(?:\.[a-zA-Z0-9_+-]{{1,16}}){{0,2}}@{_LABEL}(?:\.{_LABEL}){{1,3}}",
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"(?:{_DATE})T{_TIME}",
 }
 _REGEX_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]|.", re.DOTALL)
 _COUNTS = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+
+
+Test = Callable[[str], object]
 
 
 class Unsupported(Exception):
@@ -73,23 +66,29 @@ def call_rules(functions: Iterable[str], dsml: str, *, many: bool) -> str:
     heads = " | ".join(f"f{index}" for index in range(len(rules)))
     return (
         f'block: "tool_calls>\\n" calls\ncalls: call{"+" if many else ""} "</" {dsml} "tool_calls>"\n'
-        f'call: "<" {dsml} ({heads})\nTEXT: /(?s:.*)/\n' + "".join(rules)
+        f'call: "<" {dsml} ({heads})\n{TEXT}' + "".join(rules)
     )
 
 
-def function_rules(
-    index: int, function: Mapping[str, Any], dsml: str, *, strict: bool, loose: Set[str] = frozenset()
-) -> str:
-    """Return the rules of one function, named f{index}; properties in `loose` take any value. Raises Unsupported."""
+def function_rules(index: int, function: Mapping[str, Any], dsml: str, *, strict: bool, test: Test) -> str:
+    """Return the rules of one function, named f{index}.
+
+    `test` is given the rules of each value and raises Unsupported where they do not compile. Where a value or the
+    whole schema is unsupported, a lenient function takes anything, and a strict one raises Unsupported.
+    """
     try:
-        return _function_rules(index, function, dsml, strict, loose)
+        return _function_rules(index, function["name"], function["parameters"], dsml, strict, test)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise Unsupported(f"the schema is malformed ({type(error).__name__}: {error})") from None
+        if strict:
+            raise Unsupported(f"the schema is malformed ({type(error).__name__}: {error})") from None
+    except Unsupported:
+        if strict:
+            raise
+    return _function_rules(index, function["name"], {}, dsml, False, test)
 
 
-def _function_rules(index: int, function: Mapping[str, Any], dsml: str, strict: bool, loose: Set[str]) -> str:
-    schema = function["parameters"]
-    schema = _resolved(schema, schema) if isinstance(schema, Mapping) else {}
+def _function_rules(index: int, name: str, schema: Any, dsml: str, strict: bool, test: Test) -> str:
+    schema = _resolved(schema, schema)
     if strict:
         _refuse(schema.keys() - _TOP)
     properties = schema.get("properties")
@@ -99,20 +98,29 @@ def _function_rules(index: int, function: Mapping[str, Any], dsml: str, strict: 
         raise Unsupported("properties: a name with a quote in it cannot be written in a tag")
     required = [key for key in dict.fromkeys(schema.get("required") or ()) if key in given]
     order = [*required, *(key for key in given if key not in required)]
-    if any(len(name) > MAX_TEXT for name in (function["name"], *order)):
+    if any(len(key) > MAX_TEXT for key in order):
         raise Unsupported("a name is too long")
-    head = _literal('invoke name="' + function["name"] + '">\n')
+
+    def value(place: str, head: str, about: Any, *key: str) -> list[str]:
+        try:
+            rules = [*key, *_parameter(f"{index}_{place}", head, _forms(about, schema, strict), dsml)]
+            test(f"start: q{index}_{place}\n{TEXT}" + "\n".join(rules))
+            return rules
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError, Unsupported):
+            if strict:
+                raise
+        return [*key, *_parameter(f"{index}_{place}", head, _forms({}, {}, False), dsml)]
+
+    head = _literal(f'invoke name="{name}">\n')
     is_free = 0 < len(order) <= MAX_FREE_ORDER
     rules = [f'f{index}: {head} p{index}{"::0" if is_free else ""} "</" {dsml} "invoke>\\n"']
     for place, key in enumerate(order):
-        forms = _forms(True if key in loose else given[key], schema, strict)
-        rules += _parameter(f"{index}_{place}", _literal(f'parameter name="{key}" string="')[:-1], forms, dsml)
+        rules += value(str(place), _literal(f'parameter name="{key}" string="')[:-1], given[key])
     more = None
     if extra is not False:
         others = " | ".join(map(_literal, order))
-        rules.append(f"K{index}: /[a-zA-Z0-9_.-]{{1,64}}/" + (f" & ~({others})" if order else ""))
-        head = f'parameter name=\\"" K{index} "\\" string=\\"'
-        rules += _parameter(f"{index}_more", f'"{head}', _forms(extra, schema, strict), dsml)
+        key = f"K{index}: /[a-zA-Z0-9_.-]{{1,64}}/" + (f" & ~({others})" if order else "")
+        rules += value("more", f'"parameter name=\\"" K{index} "\\" string=\\"', extra, key)
         more = f"q{index}_more"
     if is_free:
         end = f'"" %if is_ones([0:{len(required)}])' if required else '""'
@@ -161,13 +169,8 @@ def _forms(schema: Any, root: Mapping[str, Any], strict: bool, depth: int = 0) -
             found = [_forms({**base, **each}, root, strict, depth + 1) for each in schema[key] if each]
             texts, others = zip(*found, strict=True)
             return list(dict.fromkeys(itertools.chain(*texts))), list(dict.fromkeys(itertools.chain(*others)))
-    if is_text and isinstance(schema.get("allOf"), list):
-        merged = {name: each for name, each in schema.items() if name != "allOf"}
-        for each in schema["allOf"]:
-            merged |= _resolved(each, root)
-        return _forms(merged, root, strict, depth + 1)
     if kinds is None:
-        kinds = next(([kind] for kind, signs in _SIGNS.items() if schema.keys() & set(signs)), ["string", *_OTHERS])
+        kinds = ["string", *_OTHERS]
     others = [kind for kind in kinds if kind != "string"]
     texts = [_text(schema, strict)] if "string" in kinds else []
     return texts, [_json({**schema, "type": others}, root, strict)] if others else []

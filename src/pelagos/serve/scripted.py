@@ -23,12 +23,12 @@ from pelagos.chat.tokenizer import Tokenizer
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine import LLM, EngineStats, SamplingParams, Stream
+from pelagos.engine.api import check_context
 from pelagos.engine.output import TextStream
 from pelagos.engine.sampler import Pick
-from pelagos.errors import CapacityError, ConfigError, ContextLengthError, PelagosError, RequestError
+from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 
 PAGE_TOKENS = 128
-_KEYS = {"when": str, "reply": str, "token_delay_ms": (int, float), "first_delay_ms": (int, float), "fail": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +41,25 @@ class Reply:
     fail: str | None = None
 
 
-class Script:
-    """The rules of a script file, as a function from a prompt's text to a reply."""
+def read_script(path: Path) -> Callable[[str], Reply]:
+    """Return the rules of a script file as a function from a prompt's text; raises ConfigError for a wrong file."""
+    try:
+        script = json.loads(path.read_text(encoding="utf-8"))
+        rules = [(re.compile(rule.get("when", ""), re.DOTALL), str(rule["reply"]), rule) for rule in script["rules"]]
+        usual = float(script.get("token_delay_ms", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        form = '{"rules": [{"when": REGEX, "reply": TEXT}], "token_delay_ms": 0}'
+        raise ConfigError(f"{path}: not a script ({type(error).__name__}: {error}); expected {form}") from None
 
-    def __init__(self, path: Path) -> None:
-        """Read a script; raises ConfigError saying which rule is wrong."""
-        try:
-            script = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a readable script ({error})") from None
-        rules = script.get("rules") if isinstance(script, dict) else None
-        if not isinstance(rules, list) or not rules:
-            raise ConfigError(f'{path}: expected {{"rules": [...]}} with at least one rule')
-        self._delay = script.get("token_delay_ms", 0)
-        self._rules = [_rule(rule, f"{path}: rules[{index}]") for index, rule in enumerate(rules)]
-
-    def __call__(self, prompt: str) -> Reply:
-        """Return the reply of the first rule that meets the prompt; raises RequestError when none does."""
-        for when, rule in self._rules:
+    def reply(prompt: str) -> Reply:
+        for when, text, rule in rules:
             if found := when.search(prompt):
-                token_ms, first_ms = rule.get("token_delay_ms", self._delay), rule.get("first_delay_ms", 0)
-                text = re.sub(r"\\g<(\w+)>", lambda name, found=found: found[name[1]] or "", rule["reply"])
+                token_ms, first_ms = rule.get("token_delay_ms", usual), rule.get("first_delay_ms", 0)
+                text = re.sub(r"\\g<(\w+)>", lambda name, found=found: found[name[1]] or "", text)
                 return Reply(text, token_ms / 1e3, first_ms / 1e3, rule.get("fail"))
         raise RequestError("no rule of the script meets this prompt")
 
-
-def _rule(rule: Any, place: str) -> tuple[re.Pattern[str], dict[str, Any]]:
-    if not isinstance(rule, dict) or "reply" not in rule or any(key not in _KEYS for key in rule):
-        raise ConfigError(f"{place}: expected an object with reply and any of {', '.join(_KEYS)}")
-    for key, value in rule.items():
-        if not isinstance(value, _KEYS[key]):
-            raise ConfigError(f"{place}.{key}={value!r}: wrong type")
-    try:
-        return re.compile(rule.get("when", ""), re.DOTALL), rule
-    except re.error as error:
-        raise ConfigError(f"{place}.when: not a regular expression ({error})") from None
+    return reply
 
 
 @dataclass(slots=True)
@@ -123,13 +107,7 @@ class ScriptedEngine:
         timeout_s: float | None = None, cuts: Sequence[int] = (), on_step: Callable[[], None] | None = None,
     ) -> Stream:  # fmt: skip
         """See `Engine.submit`; deadlines and priorities are ignored."""
-        limit, asked = self.config.max_position_embeddings, len(prompt_ids) + params.max_tokens
-        if asked > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {asked} tokens "
-                f"({len(prompt_ids)} in the messages, {params.max_tokens} in the completion). Please reduce the length "
-                "of the messages or completion."
-            )
+        check_context(self.config.max_position_embeddings, len(prompt_ids), params.max_tokens)
         reply = self._reply(self._tokenizer.decode(prompt_ids))
         reply = Reply(reply, self.delay) if isinstance(reply, str) else reply
         tokens = iter((*self._spell(reply.text), self.config.eos_token_id))
@@ -240,4 +218,4 @@ def scripted_llm(model: str, script: Path, *, generation: str | None = None) -> 
     """Return an LLM with the tokenizer and configuration of `model` whose answers come from a script file."""
     path = resolve_model(model)
     config, tokenizer = ModelConfig.load(path), Tokenizer.load(path)
-    return LLM.over(ScriptedEngine(config, tokenizer, Script(script)), config, tokenizer, generation=generation)
+    return LLM.over(ScriptedEngine(config, tokenizer, read_script(script)), config, tokenizer, generation=generation)

@@ -156,7 +156,7 @@ class ChatWriter:
         """The chat.completion object."""
         reason = self._answer.finish_reason or "stop"
         choice = {
-            "index": 0, "message": self._answer.turn.message, "finish_reason": FINISH_REASONS.get(reason, reason),
+            "index": 0, "message": self._answer.message, "finish_reason": FINISH_REASONS.get(reason, reason),
             "logprobs": self._logprobs("reasoning", "content"),
         }  # fmt: skip
         return self._frame | {

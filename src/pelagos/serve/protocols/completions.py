@@ -135,7 +135,7 @@ class CompletionsWriter:
     def whole(self) -> dict[str, Any]:
         """The text_completion object."""
         reason = self._answer.finish_reason or "stop"
-        text = (self._prompt() if self._ask.echo else "") + self._answer.turn.message["content"]
+        text = (self._prompt() if self._ask.echo else "") + self._answer.message["content"]
         return self._frame | {
             "choices": [self._choice(text, FINISH_REASONS.get(reason, reason))], "usage": wire.usage(self._answer),
         }  # fmt: skip

@@ -329,7 +329,7 @@ def parsed(arguments: str) -> dict[str, Any]:
 
 def replayed(answer: Answer) -> Iterator[Event]:
     """The events of an answer that is complete, from its message."""
-    message = answer.turn.message
+    message = answer.message
     if message.get("reasoning_content"):
         yield Event("reasoning", message["reasoning_content"])
     if message["content"]:
