@@ -25,7 +25,8 @@ from tests.serve.served import Served, serve, wait_until
 
 from pelagos.errors import ConfigError, RequestError
 from pelagos.serve import Settings, run
-from pelagos.serve.app import canonical, hostname, parse_body
+from pelagos.serve.app import canonical, parse_body
+from pelagos.serve.limits import hostname
 from pelagos.serve.metrics import JsonLines
 from pelagos.serve.scripted import Reply
 
@@ -294,7 +295,8 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     with Process(tmp_path, words=2000) as (process, url):
         body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, **OFF}
         with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=20, trust_env=False) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).json()["status"] == "draining")
             process.send_signal(signal.SIGTERM)

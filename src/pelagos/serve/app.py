@@ -1,4 +1,4 @@
-"""The ASGI application: what every request passes, the way of a request, and the one table from errors to HTTP codes.
+"""The ASGI application: the way of a request, and the one table from errors to HTTP codes.
 
 Every route answers with and without `/v1`, and under the `/beta` and `/anthropic` base URLs of DeepSeek's API. Bad
 input is a 4xx with the protocol's error object, never a 500.
@@ -12,17 +12,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -31,24 +26,33 @@ from pelagos.errors import CapacityError, ContextLengthError, FormError, Missing
 from pelagos.serve.answer import Answer, Shared, prompt_ids
 from pelagos.serve.ask import Api, Ask, Card
 from pelagos.serve.exchange import ClientGone, Exchange
-from pelagos.serve.keys import Key, KeyFile
-from pelagos.serve.limits import Traffic, refusal
+from pelagos.serve.keys import KeyFile
+from pelagos.serve.limits import Traffic, check_origin, find_key, refusal
 from pelagos.serve.loading import Loading
 from pelagos.serve.metrics import Metrics
-from pelagos.serve.openapi import document, listing
 from pelagos.serve.protocols import APIS
+from pelagos.serve.reads import find_read
 from pelagos.serve.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
-PAGES = ("/", "/dashboard", "/docs", "/openapi.json")
-PROBES = ("/health", "/ready", "/metrics", "/stats")
-# The page needs nothing from elsewhere, and no text of a model may ever run as a script.
+PAGES = {"/": "/index.html", "/dashboard": "/dashboard.html"}
+OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # to clients without a key, as the page is
+# The page needs nothing from elsewhere, and no text of a model may ever run as a script. It is asked about each time,
+# so that modules of two versions are never mixed.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
 }
 KEEP_ALIVE = ": keep-alive\n\n"
+STATUSES: tuple[tuple[type[PelagosError], int, str | None], ...] = (
+    (ContextLengthError, 400, "context_length_exceeded"),
+    (FormError, 422, None),
+    (RequestError, 400, None),
+    (CapacityError, 413, "context_length_exceeded"),
+    (MissingDependency, 501, None),
+)
 _PREPARING_THREADS = 4
 _log = logging.getLogger(__name__)
 
@@ -59,12 +63,6 @@ def canonical(path: str) -> str:
         if path.startswith(f"{prefix}/"):
             path = path[len(prefix) :]
     return path.rstrip("/") or "/"
-
-
-def hostname(host: str) -> str:
-    """Return the name in a Host header or an origin, without scheme and port."""
-    host = host.rpartition("://")[2].lower()
-    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
 
 
 class App:
@@ -79,19 +77,16 @@ class App:
     ) -> None:  # fmt: skip
         """`card` None takes the settings'; without `keys` nobody needs one."""
         self.settings = settings or Settings()
-        self._card = card or self.settings.card
-        self._keys = keys
         self.loading = Loading(llm if not isinstance(llm, LLM) else lambda: llm)
         self.traffic = Traffic(self.settings.max_requests + self.settings.max_queued)
-        self.metrics = Metrics(self._stats)
+        self.metrics = Metrics(lambda: EngineStats() if self.loading.llm is None else self.loading.llm.stats())
+        self._card, self._keys = card or self.settings.card, keys
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
         self._shared = Shared(self.settings.disk_dir)
         self._answers: set[Answer] = set()
         self._apis = {canonical(path): api for api in APIS for path in (*api.paths, *api.count_paths)}
         self._counts = {canonical(path) for api in APIS for path in api.count_paths}
-        hosts = ["localhost", "127.0.0.1", "[::1]"] if is_loopback(self.settings.host) else []
-        self._hosts = {*hosts, *map(hostname, self.settings.allowed_hosts)}
-        self._pages = self._starlette()
+        self._files = StaticFiles(directory=PAGE)
 
     @property
     def card(self) -> Card:
@@ -112,13 +107,19 @@ class App:
             answer.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection of ASGI."""
-        if scope["type"] != "http":
-            await self._pages(scope, receive, send)
+        """Serve one HTTP request, or see the server begin and end."""
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            self._threads.shutdown(cancel_futures=True)
+            self.loading.close()
+            self._shared.close()
+            await send({"type": "lifespan.shutdown.complete"})
             return
         exchange = Exchange(scope, receive, send, canonical(scope["path"]))
         try:
-            await self._serve(exchange, scope)
+            await self._route(exchange, scope)
         except ClientGone:
             exchange.is_gone, exchange.status = True, 499
         except Exception as error:
@@ -126,64 +127,35 @@ class App:
         finally:
             self.metrics.finish(exchange)
 
-    async def _serve(self, exchange: Exchange, scope: Scope) -> None:
-        path, method = exchange.path, exchange.method
-        exchange.api = self._apis.get(path)
-        exchange.api_name = (
-            type(exchange.api).__name__.lower() if exchange.api
-            else "probe" if path in PROBES
-            else "page" if path in PAGES or path.startswith("/page/")
-            else "models" if path.startswith("/models") else "other"
-        )  # fmt: skip
-        self._check_origin(exchange)
+    async def _route(self, exchange: Exchange, scope: Scope) -> None:
+        path, method, read = exchange.path, exchange.method, find_read(exchange.path)
+        exchange.api, is_page = self._apis.get(path), path in PAGES or path.startswith("/page/")
+        exchange.kind = type(exchange.api).__name__.lower() if exchange.api else "page" if is_page else "read"
+        allowed = "POST, OPTIONS" if exchange.api else "GET, HEAD, OPTIONS"
+        check_origin(exchange, self.settings)
         if method == "OPTIONS":
-            allowed = "POST, OPTIONS" if exchange.api else "GET, HEAD, OPTIONS"
-            await exchange.respond(204, None, {"Allow": allowed})
+            await exchange.respond(204, b"", {"Allow": allowed})
             return
-        if exchange.api_name != "page" and path not in ("/health", "/ready"):
-            exchange.key = self._find_key(exchange)
-        if exchange.api is None:
-            await self._pages({**scope, "path": path, "raw_path": path.encode()}, exchange.receive, exchange.send)
-        elif method != "POST":
-            raise HTTPException(405, f"{method} is not served here: POST", {"Allow": "POST, OPTIONS"})
-        else:
+        if not is_page and path not in OPEN:
+            exchange.key = find_key(exchange, self._keys)
+        if not (exchange.api or read or is_page):
+            raise HTTPException(404, f"nothing is at {path}; /docs lists what is")
+        if method not in allowed:
+            raise HTTPException(405, f"{method} is not served here: {allowed}", {"Allow": allowed})
+        if exchange.api:
             await self._answer(exchange, exchange.api)
-
-    def _check_origin(self, exchange: Exchange) -> None:
-        """Refuse what a foreign web page sends: by another name of this address, or from another origin."""
-        host, origin = (exchange.headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
-        if self._hosts and host and hostname(host) not in self._hosts:
-            raise HTTPException(403, f"Host {host!r} is not served here; allowed_hosts in the settings adds names")
-        if not origin:
-            return
-        allowed = self.settings.cors_origins
-        if origin in allowed or "*" in allowed:
-            asked = exchange.headers.get(b"access-control-request-headers", b"authorization, content-type, x-api-key")
-            exchange.more_headers += [
-                (b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
-                (b"access-control-allow-methods", b"GET, POST, OPTIONS"), (b"access-control-allow-headers", asked),
-                (b"access-control-expose-headers", b"x-request-id, retry-after"),
-            ]  # fmt: skip
-        elif exchange.method == "POST" and origin.rpartition("://")[2].lower() != host.lower():
-            raise HTTPException(403, f"origin {origin!r} may not call; cors_origins in the settings adds some")
-
-    def _find_key(self, exchange: Exchange) -> Key | None:
-        if self._keys is None or not self._keys.is_needed():
-            return None
-        kind, _, token = exchange.headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        given = (
-            token.strip() if kind.lower() == "bearer" else "",
-            exchange.headers.get(b"x-api-key", b"").decode("latin-1"),
-        )
-        for secret in filter(None, given):
-            if key := self._keys.find(secret):
-                return key
-        said = "Authentication failed: give a valid API key as `Authorization: Bearer KEY` or in `x-api-key`"
-        raise HTTPException(401, said, {"WWW-Authenticate": "Bearer"})
+        elif read:
+            status, body = read(self)
+            kind = {"/metrics": "text/plain; version=0.0.4", "/docs": "text/html"}.get(path, "application/json")
+            await exchange.respond(status, body, {"Content-Type": kind, **PAGE_HEADERS})
+        else:
+            exchange.more_headers += [(name.lower().encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
+            file = PAGES.get(path, path.removeprefix("/page"))
+            await self._files({**scope, "path": file, "root_path": ""}, exchange.receive, exchange.send)
 
     async def _answer(self, exchange: Exchange, api: Api) -> None:
         if (llm := self.loading.llm) is None:
-            raise refusal(503, "the model is still loading; ask /ready until it answers 200", 5)
+            raise refusal(503, "the model is still loading; ask /ready until it answers 200")
         with self.traffic.admitted(exchange.key):
             raw = await exchange.read(self.settings.body_bytes, self.settings.body_s)
             task = asyncio.current_task()
@@ -207,29 +179,26 @@ class App:
         exchange.model = card.model
         loop = asyncio.get_running_loop()
 
-        def prepare() -> tuple[Ask, Answer | None, int]:
+        def prepare() -> tuple[Ask, Answer | int]:
             ask = api.read(parse_body(raw), card)
             if exchange.path in self._counts:
-                return ask, None, len(prompt_ids(llm, ask))
+                return ask, len(prompt_ids(llm, ask))
             user = ask.user_id if exchange.key is None else f"{exchange.key.name}\0{ask.user_id}"
             ask = dataclasses.replace(ask, user_id=user, timeout_s=self.settings.deadline_s)
-            return ask, Answer(llm, ask, card, loop, self._shared), 0
+            return ask, Answer(llm, ask, card, loop, self._shared)
 
         prepared = loop.run_in_executor(self._threads, prepare)
         try:
-            ask, answer, tokens = await asyncio.shield(prepared)
+            ask, answer = await asyncio.shield(prepared)
         except asyncio.CancelledError:
             prepared.add_done_callback(_drop)
             raise
-        if answer is None:
-            await exchange.respond(200, api.count(tokens))
+        if isinstance(answer, int):
+            await exchange.respond(200, api.count(answer))
             return
         exchange.answer, exchange.streams = answer, ask.stream
         self._answers.add(answer)
-        if ask.stream:
-            await self._stream(exchange, api, ask, answer, card)
-        else:
-            await self._whole(exchange, api, ask, answer, card)
+        await (self._stream if ask.stream else self._whole)(exchange, api, ask, answer, card)
 
     async def _stream(self, exchange: Exchange, api: Api, ask: Ask, answer: Answer, card: Card) -> None:
         """Send the server-sent events of one answer; what breaks it off once it has begun becomes its last one."""
@@ -253,7 +222,7 @@ class App:
         except Exception as error:
             if not exchange.status:
                 raise
-            status, message, *_ = self._explain(exchange, error)
+            status, message, *_ = _explain(exchange, error)
             await exchange.write("".join(writer.fail(status, message)), more=False)
 
     async def _whole(self, exchange: Exchange, api: Api, ask: Ask, answer: Answer, card: Card) -> None:
@@ -271,26 +240,11 @@ class App:
             await exchange.respond(200, done)
 
     def _check_wait(self, exchange: Exchange) -> None:
-        waited = time.perf_counter() - exchange.began
-        if exchange.first is None and waited > self.settings.queue_s:
-            raise refusal(
-                503, f"no token came within {self.settings.queue_s:g} s", math.ceil(self.settings.queue_s / 10)
-            )
-
-    def _explain(self, exchange: Exchange, error: Exception) -> tuple[int, str, str | None, dict[str, str] | None]:
-        """Status, message, code and headers of an error; what is our fault is logged."""
-        if isinstance(error, HTTPException):
-            return error.status_code, str(error.detail), None, dict(error.headers or {})
-        for kind, status, code in STATUSES:
-            if isinstance(error, kind):
-                if status == 500:
-                    _log.error("an answer broke off", exc_info=error, extra={"fields": {"request_id": exchange.id}})
-                return status, str(error), code, None
-        _log.error("the server failed", exc_info=error, extra={"fields": {"request_id": exchange.id}})
-        return 500, f"the server failed ({type(error).__name__}); its log says why", None, None
+        if exchange.first is None and time.perf_counter() - exchange.began > self.settings.queue_s:
+            raise refusal(503, f"no token came within {self.settings.queue_s:g} s")
 
     async def _fail(self, exchange: Exchange, error: Exception) -> None:
-        status, message, code, headers = self._explain(exchange, error)
+        status, message, code, headers = _explain(exchange, error)
         param = "messages" if code == "context_length_exceeded" else None
         body = (exchange.api or APIS[0]).error(status, message, code, param)
         if not exchange.status:
@@ -298,98 +252,26 @@ class App:
         elif exchange.api is not None:
             await exchange.write(json.dumps(body, ensure_ascii=False), more=False)
 
-    def _stats(self) -> EngineStats:
-        llm = self.loading.llm
-        return EngineStats() if llm is None else llm.stats()
-
-    def _starlette(self) -> Starlette:
-        """What is read: probes, models, documents and the page."""
-
-        async def health(_: Request) -> Response:
-            return JSONResponse(self._state())
-
-        async def ready(_: Request) -> Response:
-            headers = None if self.status == "ready" else {"Retry-After": "1"}
-            return JSONResponse(self._state(), 200 if self.status == "ready" else 503, headers)
-
-        async def metrics(_: Request) -> Response:
-            return Response(self.metrics.text(self.traffic.in_flight), media_type="text/plain; version=0.0.4")
-
-        async def stats(_: Request) -> Response:
-            return JSONResponse(self._state() | {"in_flight": self.traffic.in_flight} | self.metrics.report())
-
-        async def models(_: Request) -> Response:
-            return JSONResponse({"object": "list", "data": [self._listed()]})
-
-        async def model(request: Request) -> Response:
-            if (name := request.path_params["name"]) != self.card.model:
-                raise HTTPException(404, f"model {name!r} is not here; this server has {self.card.model!r}")
-            return JSONResponse(self._listed())
-
-        async def page(request: Request) -> Response:
-            return FileResponse(PAGE / f"{request.url.path.strip('/') or 'index'}.html", headers=PAGE_HEADERS)
-
-        async def docs(_: Request) -> Response:
-            return HTMLResponse(listing(APIS), headers=PAGE_HEADERS)
-
-        async def openapi(_: Request) -> Response:
-            return JSONResponse(document(APIS))
-
-        async def refuse(_: Request, error: Exception) -> Response:
-            assert isinstance(error, HTTPException)
-            return JSONResponse(APIS[0].error(error.status_code, str(error.detail)), error.status_code, error.headers)
-
-        @asynccontextmanager
-        async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            self._threads.shutdown(cancel_futures=True)
-            self.loading.close()
-            self._shared.close()
-
-        probes = (("/health", health), ("/ready", ready), ("/metrics", metrics), ("/stats", stats), ("/models", models))
-        pages = (("/", page), ("/dashboard", page), ("/docs", docs), ("/openapi.json", openapi))
-        routes = [Route(path, endpoint) for path, endpoint in (*probes, ("/models/{name:path}", model), *pages)]
-        files = Mount("/page", _PageFiles(directory=PAGE), name="page")
-        return Starlette(routes=[*routes, files], lifespan=lifespan, exception_handlers={HTTPException: refuse})
-
-    def _state(self) -> dict[str, Any]:
-        return {"status": self.status, "model": self.card.model, "context_length": self.card.context_length}
-
-    def _listed(self) -> dict[str, Any]:
-        about = {"id": self.card.model, "object": "model", "created": 0, "owned_by": "pelagos"}
-        return about | {"context_length": self.card.context_length}
-
 
 create_app = App
 
 
-class _PageFiles(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """As they are, but asked about each time: modules of two versions are never mixed."""
-        response = super().file_response(*args, **kwargs)
-        response.headers.update({**PAGE_HEADERS, "Cache-Control": "no-cache"})
-        return response
-
-
-STATUSES: tuple[tuple[type[PelagosError], int, str | None], ...] = (
-    (ContextLengthError, 400, "context_length_exceeded"),
-    (FormError, 422, None),
-    (RequestError, 400, None),
-    (CapacityError, 413, "context_length_exceeded"),
-    (MissingDependency, 501, None),
-    (PelagosError, 500, None),
-)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is of this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+def _explain(exchange: Exchange, error: Exception) -> tuple[int, str, str | None, dict[str, str] | None]:
+    """Status, message, code and headers of an error; what is our fault is logged."""
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail), None, dict(error.headers or {})
+    for kind, status, code in STATUSES:
+        if isinstance(error, kind):
+            return status, str(error), code, None
+    _log.error("the server failed", exc_info=error, extra={"fields": {"request_id": exchange.id}})
+    said = f"the server failed ({type(error).__name__}); its log says where"
+    return 500, str(error) if isinstance(error, PelagosError) else said, None, None
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
     """Return the JSON object in `raw`; raises RequestError for anything that is not one in valid Unicode."""
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_no_number, parse_float=_finite)
+        body = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         if b"\\ud" in raw or b"\\uD" in raw:  # half a character is legal JSON, but no text that can be tokenised
             json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -399,16 +281,15 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
 def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no JSON number")
+    return number
 
 
-def _drop(prepared: asyncio.Future[tuple[Ask, Answer | None, int]]) -> None:
+def _drop(prepared: asyncio.Future[tuple[Ask, Answer | int]]) -> None:
     """End what was made for a client that has gone."""
-    if not prepared.cancelled() and prepared.exception() is None and (answer := prepared.result()[1]) is not None:
-        answer.cancel()
+    if not prepared.cancelled() and prepared.exception() is None:
+        answer = prepared.result()[1]
+        if isinstance(answer, Answer):
+            answer.cancel()

@@ -7,20 +7,18 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from pelagos.serve.answer import Answer
     from pelagos.serve.ask import Api
     from pelagos.serve.keys import Key
 
-Message = MutableMapping[str, Any]
 _ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
-_JSON = (b"content-type", b"application/json")
-_EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _NO_STORE = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
 
@@ -31,25 +29,21 @@ class ClientGone(Exception):
 class Exchange:
     """One request and its response, with what is logged and counted of them.
 
-    `phase` is where the request is: head, body, queue (until the first token) or answer.
+    `path` is without the prefixes of base URLs; `phase` is body, queue (until the first token) or answer.
     """
 
-    def __init__(
-        self, scope: Mapping[str, Any], receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]], path: str,
-    ) -> None:  # fmt: skip
-        """`path` is the request's without the prefixes of base URLs."""
+    def __init__(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         self.began = time.perf_counter()
         self.path, self.method = path, scope["method"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
         self.more_headers = [(b"x-request-id", self.id.encode()), (b"request-id", self.id.encode())]
+        self.kind, self.model, self.phase = "other", "", "body"
         self.api: Api | None = None
-        self.api_name, self.model, self.phase = "other", "", "head"
         self.key: Key | None = None
         self.answer: Answer | None = None
-        self.streams, self.is_gone = False, False
+        self.streams = self.is_gone = False
         self.first: float | None = None
         self.status = 0
         self.receive, self._send = receive, send
@@ -62,40 +56,39 @@ class Exchange:
         await self._send(message)
 
     async def respond(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Send a whole response: an object as JSON, None as nothing."""
-        content = b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        extra = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-        head = [(b"content-length", str(len(content)).encode()), *([] if body is None else [_JSON]), *extra]
-        await self.send({"type": "http.response.start", "status": status, "headers": head})
+        """Send a whole response: text as it is, anything else as JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        head = {"content-length": str(len(content)), "content-type": "application/json"} | dict(headers or {})
+        pairs = [(name.lower().encode(), value.encode()) for name, value in head.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": pairs})
         await self.send({"type": "http.response.body", "body": content})
 
     async def write(self, text: str, *, more: bool = True) -> None:
         """Send a part of a body whose length is not known; the first part brings the head, with status 200."""
         if not self.status:
-            head = [_EVENTS if self.streams else _JSON, *_NO_STORE]
+            kind = b"text/event-stream; charset=utf-8" if self.streams else b"application/json"
+            head = [(b"content-type", kind), *_NO_STORE]
             await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self._send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": more})
 
     async def read(self, limit: int, seconds: float) -> bytes:
         """Return the request's body; HTTPException 413 for more than `limit` bytes, 408 for one that takes too long."""
-        self.phase = "body"
-        body, size = bytearray(), 0
+        body, size, more = bytearray(), 0, True
         try:
             async with asyncio.timeout(seconds):
-                while True:
+                while more and size <= 2 * limit:  # a client hears why only once it has stopped sending
                     message = await self.receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    size += len(message.get("body", b""))
-                    if size <= limit:
-                        body += message.get("body", b"")
-                    elif size > 2 * limit or not message.get("more_body"):  # who sends on is not read for ever
-                        raise HTTPException(413, f"the request body is over {limit} bytes", {"Connection": "close"})
-                    if not message.get("more_body"):
-                        return bytes(body)
+                    more, part = message.get("more_body", False), message.get("body", b"")
+                    size += len(part)
+                    body += part if size <= limit else b""
         except TimeoutError:
             late = f"the request body was not here within {seconds:g} s"
             raise HTTPException(408, late, {"Connection": "close"}) from None
+        if size > limit:
+            raise HTTPException(413, f"the request body is over {limit} bytes", {"Connection": "close"})
+        return bytes(body)
 
     async def cancel_when_gone(self, task: asyncio.Task[Any]) -> None:
         """Wait until the client leaves, then cancel what works for it."""

@@ -62,7 +62,7 @@ class Metrics:
 
     def finish(self, exchange: Exchange) -> None:
         """Count an exchange that has ended and log it, without a word of what was said."""
-        now, api, status = time.perf_counter(), exchange.api_name, str(exchange.status)
+        now, api, status = time.perf_counter(), exchange.kind, str(exchange.status)
         self._requests.labels(api, status).inc()
         if status in ("429", "503"):
             self._rejected.labels(status).inc()
@@ -90,7 +90,7 @@ class Metrics:
                 self._first.labels(api).observe(exchange.first - exchange.began)
                 if tokens["completion"] > 1:
                     self._each.labels(api).observe((now - exchange.first) / (tokens["completion"] - 1))
-        level = logging.DEBUG if api in ("probe", "page") and exchange.status < 400 else logging.INFO
+        level = logging.DEBUG if api in ("read", "page") and exchange.status < 400 else logging.INFO
         if _log.isEnabledFor(level):
             _log.log(level, "request", extra={"fields": fields})
 
@@ -99,7 +99,7 @@ class Metrics:
         self._in_flight.set(in_flight)
         return generate_latest(self.registry)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, in_flight: int) -> dict[str, Any]:
         """The engine's statistics and how fast they grow, a second, over the last seconds that were asked about."""
         now, stats = time.monotonic(), self._stats()
         while len(self._samples) > 1 and self._samples[1][0] < now - RATE_SECONDS:
@@ -111,7 +111,7 @@ class Metrics:
         rates = {name: (getattr(stats, of) - getattr(old, of)) / past if past else 0.0 for name, of in RATES.items()}
         counts = {"rejected": self._rejected, "disconnects": self._gone}
         return {
-            "uptime_seconds": now - self.began, "rates": rates,
+            "uptime_seconds": now - self.began, "in_flight": in_flight, "rates": rates,
             **{name: _total(counter) for name, counter in counts.items()}, **dataclasses.asdict(stats),
         }  # fmt: skip
 

@@ -14,8 +14,9 @@ from typing import Any
 import uvicorn
 
 from pelagos.errors import ConfigError
-from pelagos.serve.app import App, is_loopback
+from pelagos.serve.app import App
 from pelagos.serve.keys import KeyFile
+from pelagos.serve.limits import is_loopback
 from pelagos.serve.loading import load_llm
 from pelagos.serve.metrics import log_to_stderr
 from pelagos.serve.settings import Settings
