@@ -17,10 +17,11 @@ import uvicorn
 
 from pelagos.engine import LLM
 from pelagos.serve import Card, create_app
+from pelagos.serve.keys import KeyFile
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "clients"
-DOC_URL = "http://127.0.0.1:8000"
+DOC_URL, DOC_KEY = "http://127.0.0.1:8000", "YOUR-KEY"
 MODEL = "nano"
 
 
@@ -83,9 +84,9 @@ class Recorded:
 
 
 @contextmanager
-def serving(llm: LLM) -> Iterator[tuple[str, Recorded]]:
+def serving(llm: LLM, keys: KeyFile | None = None) -> Iterator[tuple[str, Recorded]]:
     """Yield the URL and the record of a server."""
-    recorded = Recorded(create_app(llm, card=Card(model=MODEL)))
+    recorded = Recorded(create_app(llm, card=Card(model=MODEL), keys=keys))
     server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.clients.program import DOC_URL, HERE, MODEL, block, serving
+from tests.clients.program import DOC_KEY, DOC_URL, HERE, MODEL, block, serving
 
+from pelagos.serve.keys import KeyFile
 from pelagos.serve.scripted import scripted_llm
 
 BROKEN = 'def add(a, b):\n    return a - b  # 你好 & "<b>"\n'
@@ -54,12 +55,18 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
         directory.mkdir()
     (project / "calc.py").write_text(BROKEN, encoding="utf-8")
     (project / "check.py").write_text(CHECK, encoding="utf-8")
-    with serving(scripted_llm(MODEL, HERE / f"{program.name}.json")) as (url, recorded):
+    keys = KeyFile(tmp_path / "keys.json")
+    secret = keys.add("agent")
+
+    def shown(title: str) -> str:
+        return block(program.name, title).replace(DOC_URL, url).replace(DOC_KEY, secret)
+
+    with serving(scripted_llm(MODEL, HERE / f"{program.name}.json"), keys) as (url, recorded):
         for title in program.files:
             path = home / title.removeprefix("~/") if title.startswith("~/") else project / title
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block(program.name, f"`{title}`").replace(DOC_URL, url), encoding="utf-8")
-        commands = "\n".join(block(program.name, title) for title in ("Environment", "Run")).replace(DOC_URL, url)
+            path.write_text(shown(f"`{title}`"), encoding="utf-8")
+        commands = shown("Environment") + shown("without a terminal")
         # Codex makes no helpers in a home below the directory of temporary files, so that is another one.
         env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "LANG": "C.UTF-8"}
         done = subprocess.run(
