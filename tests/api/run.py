@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,9 +171,9 @@ def _check_sums(sums: list[list[str]], body: Json, known: dict[str, Json]) -> No
             raise Mismatch(f"{total} = {numbers[0]}, but {' + '.join(parts)} = {numbers[1:]}")
 
 
-def check(case: dict[str, Json], client: httpx.Client, model: str) -> None:
+def check(case: dict[str, Json], client: httpx.Client, model: str, context: int = 1 << 20) -> None:
     """Send a case's requests and raise Mismatch for the first answer that is not as it says."""
-    known: dict[str, Json] = {"model": model}
+    known: dict[str, Json] = {"model": model, "context": context, "run": uuid.uuid4().hex}
     for step in case.get("steps") or [case]:
         _check_step(step, client, known)
 
@@ -181,8 +182,12 @@ def _check_step(step: dict[str, Json], client: httpx.Client, known: dict[str, Js
     method, content, headers = step.get("method", "POST"), step.get("raw"), {**step.get("headers", {})}
     path = step["path"].replace("$MODEL", known["model"])
     if "body" in step:
-        content = json.dumps(step["body"]).replace('"$MODEL"', json.dumps(known["model"]))
-        content = re.sub(r'"\$repeat (\d+) ([^"]*)"', lambda found: json.dumps(found[2] * int(found[1])), content)
+        content = json.dumps(step["body"]).replace('"$MODEL"', json.dumps(known["model"])).replace("$RUN", known["run"])
+        content = re.sub(
+            r'"\$repeat (\d+|context) ([^"]*)"',
+            lambda found: json.dumps(found[2] * (known["context"] if found[1] == "context" else int(found[1]))),
+            content,
+        )
         headers.setdefault("content-type", "application/json")
     answer = client.request(method, path, content=content, headers=headers)
     if answer.status_code != step.get("status", 200):
@@ -201,7 +206,7 @@ def _check_step(step: dict[str, Json], client: httpx.Client, known: dict[str, Js
             match(expected, "".join(piece for piece in pieces if isinstance(piece, str)), f"joined {field}", known)
         objects = [frame["data"] for frame in got if isinstance(frame["data"], dict)]
         last = next((each for each in reversed(objects) if each.get("usage") or each.get("response")), None)
-    elif answer.headers.get("content-type", "").startswith("application/json"):
+    elif answer.content and answer.headers.get("content-type", "").startswith("application/json"):
         last = answer.json()
     if "expect" in step:
         match(step["expect"], last, "body", known)
@@ -211,8 +216,8 @@ def _check_step(step: dict[str, Json], client: httpx.Client, known: dict[str, Js
 
 
 def run(
-    client: httpx.Client, strict: httpx.Client | None, model: str, *, needs: set[str]
-) -> Iterator[tuple[dict, str]]:
+    client: httpx.Client, strict: httpx.Client | None, model: str, *, context: int, needs: set[str]
+) -> Iterator[tuple[dict[str, Json], str]]:
     """Yield each case with "" where it passed, "skipped", or how it failed."""
     for case in load():
         target = strict if case.get("strict") else client
@@ -220,7 +225,7 @@ def run(
             yield case, "skipped"
             continue
         try:
-            check(case, target, model)
+            check(case, target, model, context)
         except (Mismatch, httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield case, f"{error}" if isinstance(error, Mismatch) else f"{type(error).__name__}: {error}"
         else:
@@ -233,6 +238,7 @@ def main() -> int:
     parser.add_argument("url", help="of a server, with or without /v1")
     parser.add_argument("--strict-url", help="of one that refuses what the official API refuses")
     parser.add_argument("--model", help="the name to ask for (default: the first of /v1/models)")
+    parser.add_argument("--context", type=int, help="tokens of its context (default: what /v1/models says, or 1048576)")
     parser.add_argument("--key", help="sent as a bearer token")
     parser.add_argument("--any-model", action="store_true", help="the server does not follow script.json: shapes only")
     asked = parser.parse_args()
@@ -240,9 +246,11 @@ def main() -> int:
     urls = [url and url.rstrip("/").removesuffix("/v1") for url in (asked.url, asked.strict_url)]
     clients = [httpx.Client(base_url=url, timeout=120, headers=headers) if url else None for url in urls]
     assert clients[0] is not None
-    model = asked.model or clients[0].get("/v1/models").json()["data"][0]["id"]
+    listed = clients[0].get("/v1/models").json()["data"][0]
+    model, context = asked.model or listed["id"], asked.context or listed.get("context_length") or 1 << 20
     scores: dict[str, Counter[str]] = {}
-    for case, verdict in run(clients[0], clients[1], model, needs=set() if asked.any_model else {"script"}):
+    needs = set() if asked.any_model else {"script"}
+    for case, verdict in run(clients[0], clients[1], model, context=context, needs=needs):
         kind = {"": "passed", "skipped": "skipped"}.get(verdict, "failed")
         scores.setdefault(case["area"], Counter())[kind] += 1
         if kind == "failed":

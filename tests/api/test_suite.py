@@ -17,6 +17,7 @@ from pelagos.engine import LLM
 from pelagos.serve import Card, create_app
 from pelagos.serve.scripted import scripted_llm
 
+CONTEXT = 65_536
 SCRIPT = Path(__file__).parent / "script.json"
 AREAS = (
     "chat completions count_tokens errors_lenient errors_strict fim json limits messages prompts responses sse stop "
@@ -45,15 +46,21 @@ def serving(llm: LLM, card: Card) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def clients() -> Iterator[tuple[httpx.Client, httpx.Client]]:
     with (
-        serving(scripted_llm("nano", SCRIPT), Card(model="nano")) as lenient,
-        serving(scripted_llm("nano", SCRIPT), Card(model="nano", strict=True)) as strict,
+        serving(scripted_llm("nano", SCRIPT), Card(model="nano", context_length=CONTEXT)) as lenient,
+        serving(scripted_llm("nano", SCRIPT), Card(model="nano", context_length=CONTEXT, strict=True)) as strict,
     ):
         yield lenient, strict
 
 
 @pytest.mark.parametrize("case", suite.load(), ids=lambda case: case["id"])
 def test_case(case: dict, clients: tuple[httpx.Client, httpx.Client]) -> None:
-    suite.check(case, clients[bool(case.get("strict"))], "nano")
+    suite.check(case, clients[bool(case.get("strict"))], "nano", CONTEXT)
+
+
+def test_the_script_is_for_any_server(clients: tuple[httpx.Client, httpx.Client]) -> None:
+    verdicts = Counter(verdict for _, verdict in suite.run(clients[0], None, "nano", context=CONTEXT, needs=set()))
+    assert set(verdicts) == {"", "skipped"}
+    assert verdicts[""] > 150
 
 
 def test_the_suite_is_whole() -> None:
