@@ -149,6 +149,13 @@ def send(page: Page, text: str, *, wait: bool = True) -> None:
         finished(page)
 
 
+def send_in_place(page: Page, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+    until(page, "text => [...document.querySelectorAll('.bubble')].at(-1).innerText === text", text)
+    finished(page)
+
+
 def finished(page: Page) -> None:
     page.wait_for_selector(".answer:last-child:not(.busy) > footer")
 
@@ -197,19 +204,18 @@ def test_regenerate_and_edit_lose_nothing(page: Page) -> None:
     page.get_by_role("button", name="Version before").click()
     assert page.locator(".answer").count() == 2, "the branch that was left is whole"
     page.press("#input", "ArrowUp")
-    field = page.get_by_label("Edit your message")
-    assert field.input_value() == "will it be sunny?"
-    field.fill("something else")
-    field.press("Enter")
-    finished(page)
+    assert page.input_value("#input") == "will it be sunny?"
+    send_in_place(page, "something else")
     assert last_text(page).startswith("Hello, you!")
     assert page.locator(".user").last.locator(".bubble").inner_text() == "something else"
     page.locator(".user").last.hover()
     page.locator(".user").last.get_by_role("button", name="Version before").click()
     assert last_text(page) == "It is sunny in Lisbon."
-    page.press("#input", "ArrowUp")
+    page.locator(".user").first.hover()
+    page.locator(".user").first.get_by_role("button", name="Edit").click()
+    assert page.input_value("#input") == "hi"
     page.keyboard.press("Escape")
-    assert page.locator("textarea.bubble").count() == 0
+    assert (page.input_value("#input"), page.is_visible("#editing")) == ("", False)
 
 
 def test_reload_keeps_the_conversation(page: Page) -> None:
@@ -239,7 +245,7 @@ def test_a_tool_call_is_a_card_that_takes_a_result(page: Page) -> None:
     assert "\n" in page.inner_text(".tool code")
     with page.expect_request("**/chat/completions") as asked:
         page.get_by_label("Result of get_weather").fill("sunny all day")
-        page.get_by_role("button", name="Send result").click()
+        page.get_by_role("button", name="Send results").click()
     messages = asked.value.post_data_json["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
     assert messages[2]["tool_call_id"] == messages[1]["tool_calls"][0]["id"]
@@ -308,9 +314,6 @@ def test_keyboard_alone_is_enough(open_page: Callable[..., Page]) -> None:
     page.keyboard.press("Escape")
     assert not page.is_visible("#settings")
     assert page.evaluate(focus) == "input"
-    page.keyboard.press("Control+/")
-    assert page.is_visible("#help")
-    page.keyboard.press("Escape")
     seen = []
     for _ in range(40):  # Shift+Tab walks back over the answer's buttons, all of them visible when focused
         page.keyboard.press("Shift+Tab")
@@ -331,7 +334,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session(open_page: Callable[..., Pa
 
     page = open_page(route=("**/v1/chat/completions", guard))
     send(page, "hi", wait=False)
-    page.wait_for_selector("#key-dialog[open]")
+    page.wait_for_selector("#key:focus")
     page.fill("#key", "sesame")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('.answer > .text')?.innerText.startsWith('Hello')")
@@ -355,6 +358,7 @@ def test_errors_are_told_and_can_be_tried_again(open_page: Callable[..., Page]) 
     until(page, "document.querySelector('.problem p')?.innerText.startsWith('The server cannot be reached')")
     page.get_by_role("button", name="Try again").click()
     until(page, "document.querySelector('.answer > .text')?.innerText.startsWith('Hello')")
+    finished(page)
     send(page, "break please")
     assert last_text(page) == "Half an ans"
     assert "the engine broke" in page.inner_text(".problem p")
@@ -390,10 +394,9 @@ def test_conversations_are_renamed_deleted_and_come_back(page: Page, tmp_path: P
         page.click("#new")
     titles = "[...document.querySelectorAll('#chats .open')].map(node => node.innerText)"
     assert page.evaluate(titles) == ["second", "first"]
+    page.on("dialog", lambda dialog: dialog.accept("renamed"))
     page.hover("#chats li:last-child")
     page.get_by_role("button", name="Rename first").click()
-    page.keyboard.type("renamed")
-    page.keyboard.press("Enter")
     assert sorted(page.evaluate(titles)) == ["renamed", "second"]
     with page.expect_download() as download:
         page.click("#export")
@@ -402,8 +405,6 @@ def test_conversations_are_renamed_deleted_and_come_back(page: Page, tmp_path: P
     page.hover("#chats li:has-text('second')")
     page.get_by_role("button", name="Delete second").click()
     assert page.evaluate(titles) == ["renamed"]
-    page.get_by_role("button", name="Undo").click()
-    assert page.inner_text(".bubble") == "second"
     page.evaluate("localStorage.clear()")
     page.goto("/")
     page.reload()
@@ -442,8 +443,7 @@ MARKDOWN = {
     "a **b** ***c*** ~~d~~ `e<f` _g_ snake_case_name": "<p>a <strong>b</strong> <strong><em>c</em></strong> "
     "<del>d</del> <code>e&lt;f</code> <em>g</em> snake_case_name</p>",
     "*a **b** c* and 2 * 3 * 4 and \\*not\\*": "<p><em>a <strong>b</strong> c</em> and 2 * 3 * 4 and *not*</p>",
-    "- a\n  - b\n    1. c\n- [x] d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li>'
-    "<li>\u2611 d</li></ul>",
+    "- a\n  - b\n    1. c\n- d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li><li>d</li></ul>',
     "3. a\n\n   more\n4. b": '<ol start="3"><li><p>a</p><p>more</p></li><li>b</li></ol>',
     "> a\n> > b": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>",
     "a\n---\nb": "<p>a</p><hr><p>b</p>",
@@ -469,8 +469,9 @@ def test_markdown_becomes_these_nodes(page: Page) -> None:
     assert "<span class=\"s\">'# no'</span>" in code
     assert '<span class="c"># yes</span>\n\ny</code>' in code
     assert code.endswith("<code>open</code></pre></figure>")
-    link = page.evaluate(render, "see https://a.example/x_(y), or [b](https://b.example).")
-    assert re.findall('href="([^"]+)"', link) == ["https://a.example/x_(y)", "https://b.example"]
+    link = page.evaluate(render, "see https://a.example/x_(y), (https://c.example/z?) or [b](https://b.example).")
+    wanted = ["https://a.example/x_(y)", "https://c.example/z", "https://b.example"]
+    assert re.findall('href="([^"]+)"', link) == wanted
 
 
 TAGS = set(
@@ -543,7 +544,7 @@ def test_the_dashboard_draws_what_changes_and_pauses(open_page: Callable[..., Pa
     page = open_page("/dashboard", route=("**/stats", lambda route: route.fulfill(json=counters(next(ticks)))))
     panel = page.locator(".panel", has=page.get_by_role("heading", name="Generated"))
     until(page, "document.querySelector('.spark').getAttribute('aria-label').endsWith('in 3 s')")
-    assert 40 < float(panel.locator(".value span").inner_text()) < 90
+    assert 40 < float(panel.locator(".value").inner_text().split("tok")[0]) < 90
     assert panel.locator(".curve").get_attribute("d").count("L") == 2
     text = page.inner_text("main")
     for part in ("66.7 %", "75.0 %", "130of 400", "Queue", "2.0 MiB", "24.0 MiB", "1 preempted"):
@@ -561,7 +562,7 @@ def test_the_dashboard_draws_what_changes_and_pauses(open_page: Callable[..., Pa
     page.wait_for_selector("#status.ready")
 
 
-def test_the_dashboard_asks_for_a_key(open_page: Callable[..., Page]) -> None:
+def test_the_dashboard_takes_the_key_of_the_chat(open_page: Callable[..., Page]) -> None:
     def guard(route: Route) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.fulfill(json=counters(1))
@@ -570,11 +571,16 @@ def test_the_dashboard_asks_for_a_key(open_page: Callable[..., Page]) -> None:
 
     page = open_page("/")
     page.context.route("**/stats", guard)
-    page.goto("/dashboard")
+    with page.expect_popup() as popup:
+        page.get_by_role("link", name="Dashboard").click()
+    popup.value.wait_for_selector("#status.lost")
+    assert "wants an API key" in popup.value.inner_text("#status")
+    page.click("#settings-open")
     page.fill("#key", "sesame")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#status.ready")
-    assert not page.is_visible("#key-form")
+    with page.expect_popup() as popup:
+        page.get_by_role("link", name="Dashboard").click()
+    popup.value.wait_for_selector("#status.ready")
 
 
 def test_narrow_screens_need_no_sideways_scrolling(open_page: Callable[..., Page]) -> None:
@@ -622,8 +628,6 @@ def test_axe_finds_nothing(open_page: Callable[..., Page], axe: str, scheme: str
     send(page, "evil")
     page.locator(".thinking summary").last.click()
     send(page, "the weather")
-    assert violations(page, axe) == []
-    page.click("#help-open")
     assert violations(page, axe) == []
     narrow = open_page(width=360, color_scheme=scheme)
     narrow.click("#side-open")

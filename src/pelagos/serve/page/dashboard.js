@@ -1,95 +1,68 @@
 // The dashboard: asks /stats each second while it is looked at, and draws what changed between two answers.
-import { get, setKey } from "./api.js";
+import { get } from "./api.js";
 import { element } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
 const POINTS = 120; // seconds in a chart
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-const rate = (value) => (value < 10 ? value.toFixed(1) : whole.format(value));
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format;
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format;
+const rate = (value) => (value < 10 ? value.toFixed(1) : whole(value));
+const share = (value) => `${value.toFixed(1)} %`;
 const percent = (part, all) => (all > 0 ? (100 * part) / all : null);
-const share = (value) => (value === null ? "\u2013" : `${value.toFixed(value < 99.95 && value > 0 ? 1 : 0)} %`);
-const words = (name) => name.replaceAll("_", " ");
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+const bytes = (value) => `${(value / 2 ** 20).toFixed(1)} MiB`;
 
-function bytes(value) {
-  let unit = 0;
-  for (; value >= 1024 && unit < UNITS.length - 1; unit += 1) value /= 1024;
-  return `${unit ? value.toFixed(1) : value} ${UNITS[unit]}`;
-}
-
-// Title -> {now(stats, per), show(value), more(stats)}; `per(name)` is a counter's change a second.
-const CHARTS = {
-  "Generated": { unit: "tok/s", now: (_, per) => per("generated_tokens"), show: rate, more: (s) => `${short.format(s.generated_tokens)} tokens in all` },
-  "Prompts computed": { unit: "tok/s", now: (_, per) => per("computed_tokens"), show: rate, more: (s) => `${short.format(s.computed_tokens)} of ${short.format(s.prompt_tokens)} tokens` },
-  "Steps": { unit: "per s", now: (_, per) => per("steps"), show: rate, more: (s) => (s.steps ? `${(s.generated_tokens / s.steps).toFixed(2)} tokens a step` : "none yet") },
-  "Requests running": { now: (s) => s.requests_running, show: whole.format, more: (s) => `${whole.format(s.requests_done)} done` },
-  "Queue": { unit: "waiting", now: (s) => s.requests_waiting, show: whole.format, more: (s) => `${whole.format(s.preemptions)} preempted, ${whole.format(s.swaps)} of them swapped` },
-  "Prefix hits": { now: (_, per) => percent(per("cached_tokens"), per("prompt_tokens")), holds: true, all: (s) => percent(s.cached_tokens, s.prompt_tokens), show: share, more: (s) => `${short.format(s.cached_tokens)} prompt tokens reused` },
-  "Accepted drafts": { now: (_, per) => percent(per("accepted_drafts"), per("drafted_tokens")), holds: true, all: (s) => percent(s.accepted_drafts, s.drafted_tokens), show: share, more: (s) => (s.drafted_tokens ? `${short.format(s.accepted_drafts)} of ${short.format(s.drafted_tokens)} tokens` : "no drafts") },
-};
-const POOLS = {
-  "Pages": (s) => [s.pages_in_use, s.pages_total, `${whole.format(s.pages_cached)} more keep prefixes, ${whole.format(s.evicted_pages)} evicted`],
-  "Slots": (s) => [s.slots_in_use, s.slots_total, "sequences that can run side by side"],
-  "Kept states": (s) => [s.states_cached, null, `${bytes(s.state_bytes_cached)}, ${whole.format(s.evicted_states)} evicted`],
-};
-
-class Chart {
-  constructor(title, { unit = "" }) {
-    this.node = $("chart").content.cloneNode(true).firstElementChild;
-    [this.heading, this.value, this.svg, this.hint] = this.node.children;
-    this.heading.textContent = this.title = title;
-    this.number = element("span");
-    this.value.append(this.number, element("small", "", unit));
-    this.points = [];
-    $("charts").append(this.node);
-  }
-
-  add(point, text, more) {
-    this.points = [...this.points, point].slice(-POINTS);
-    this.number.textContent = text;
-    this.hint.textContent = more;
-    const top = Math.max(...this.points, 1e-9) * 1.1, left = POINTS - this.points.length;
-    const curve = this.points.map((value, at) => `${left + at} ${(39 - (38 * value) / top).toFixed(2)}`).join("L");
-    this.svg.querySelector(".curve").setAttribute("d", `M${curve}`);
-    this.svg.querySelector(".area").setAttribute("d", `M${left} 40L${curve}L${POINTS - 1} 40Z`);
-    this.svg.setAttribute("aria-label", `${this.title}: now ${text}, highest ${rate(Math.max(...this.points))} in ${this.points.length} s`);
-  }
-}
-
-const charts = Object.entries(CHARTS).map(([title, spec]) => [new Chart(title, spec), spec]);
+// Title, point, its format, unit, small print. `s` are the statistics, `per(name)` is a counter's change a second; a
+// point of null draws nothing.
+const CHARTS = [
+  ["Generated", (s, per) => per("generated_tokens"), rate, () => "tok/s", (s) => `${short(s.generated_tokens)} tokens in all`],
+  ["Prompts", (s, per) => per("computed_tokens"), rate, () => "tok/s", (s) => `${short(s.prompt_tokens)} tokens in all`],
+  ["Steps", (s, per) => per("steps"), rate, () => "per s", (s) => `${rate(s.generated_tokens / (s.steps || 1))} tokens a step`],
+  ["Running", (s) => s.requests_running, whole, () => "requests", (s) => `${whole(s.requests_done)} done`],
+  ["Queue", (s) => s.requests_waiting, whole, () => "waiting", (s) => `${whole(s.preemptions)} preempted, ${whole(s.swaps)} swapped`],
+  ["Prefix hits", (s, per) => percent(per("cached_tokens"), per("prompt_tokens")), share, () => "",
+    (s) => `${share(percent(s.cached_tokens, s.prompt_tokens) ?? 0)} since the start`],
+  ["Accepted drafts", (s, per) => percent(per("accepted_drafts"), per("drafted_tokens")), share, () => "",
+    (s) => `${share(percent(s.accepted_drafts, s.drafted_tokens) ?? 0)} since the start`],
+  ["Pages", (s) => s.pages_in_use, whole, (s) => `of ${whole(s.pages_total)}`,
+    (s) => `${whole(s.pages_cached)} keep prefixes, ${whole(s.evicted_pages)} evicted`],
+  ["Slots", (s) => s.slots_in_use, whole, (s) => `of ${whole(s.slots_total)}`, () => "sequences side by side"],
+  ["Kept states", (s) => s.states_cached, whole, (s) => bytes(s.state_bytes_cached), (s) => `${whole(s.evicted_states)} evicted`],
+].map(([title, ...spec]) => {
+  const node = $("chart").content.cloneNode(true).firstElementChild, label = (text) => node.children[2].setAttribute("aria-label", text);
+  node.firstElementChild.textContent = title;
+  label(title);
+  $("panels").append(node);
+  return { title, spec, node, label, points: [] };
+});
+const TABLES = [["Disk cache", "disk", whole], ["Memory planned", "bytes_planned", bytes]].map(([title, name, format]) => {
+  const rows = element("table"), node = element("article", "panel", element("h2", "", title), rows);
+  $("panels").append(node);
+  return { node, rows, name, format };
+});
 let last = null; // {stats, at}
 let timer = 0;
 
-function draw(stats, at) {
-  const span = last && stats.uptime_seconds >= last.stats.uptime_seconds ? (at - last.at) / 1000 : 0;
-  const per = (name) => (span ? (stats[name] - last.stats[name]) / span : 0);
-  for (const [chart, { now, all, holds, show, more }] of charts) {
-    const value = now(stats, per) ?? (holds ? chart.points.at(-1) : null) ?? 0;
-    chart.add(value, show(all ? all(stats) : value), more(stats));
-  }
-  $("pools").replaceChildren(...Object.entries(POOLS).flatMap(([title, pool]) => {
-    const [used, total, more] = pool(stats);
-    if (total === 0) return [];
-    const parts = [element("h2", "", title), element("p", "value", whole.format(used))];
-    if (total) {
-      const meter = element("meter");
-      Object.assign(meter, { max: total, high: total * 0.9, value: used, ariaLabel: `${title} in use` });
-      parts[1].append(element("small", "", `of ${whole.format(total)}`));
-      parts.push(meter);
-    }
-    return [element("article", "panel", ...parts, element("p", "hint", more))];
+function drawChart({ title, spec: [now, format, unit, more], node, label, points }, stats, per) {
+  const [, value, svg, hint] = node.children, point = now(stats, per);
+  value.replaceChildren(point === null ? "\u2013" : format(point), element("small", "", unit(stats)));
+  hint.textContent = more(stats);
+  if (point === null) return;
+  points.splice(0, points.push(point) - POINTS);
+  const top = Math.max(...points, 1e-9) * 1.1, left = POINTS - points.length;
+  const curve = points.map((at, index) => `${left + index} ${(39 - (38 * at) / top).toFixed(2)}`).join("L");
+  svg.querySelector(".curve").setAttribute("d", `M${curve}`);
+  svg.querySelector(".area").setAttribute("d", `M${left} 40L${curve}L${POINTS - 1} 40Z`);
+  label(`${title}: now ${format(point)}, highest ${format(Math.max(...points))} in ${points.length} s`);
+}
+
+function drawTable({ node, rows, name, format }, stats) {
+  const entries = Object.entries(stats[name] ?? {});
+  node.hidden = !entries.length;
+  rows.replaceChildren(...entries.map(([counter, value]) => {
+    const head = element("th", "", counter.replaceAll("_", " "));
+    head.scope = "row";
+    return element("tr", "", head, element("td", "", (counter === "bytes" ? bytes : format)(value)));
   }));
-  const table = (title, values, format) => {
-    const rows = Object.entries(values ?? {}).map(([name, value]) => {
-      const head = element("th", "", words(name));
-      head.scope = "row";
-      return element("tr", "", head, element("td", "", (format ?? (/bytes/.test(name) ? bytes : whole.format))(value)));
-    });
-    return rows.length ? [element("article", "panel", element("h2", "", title), element("table", "", element("tbody", "", ...rows)))] : [];
-  };
-  $("tables").replaceChildren(...table("Disk cache", stats.disk), ...table("Memory planned", stats.bytes_planned, bytes));
-  last = { stats, at };
 }
 
 function say(state, text) {
@@ -103,25 +76,19 @@ async function tick() {
     last = null;
     return say("", "paused");
   }
-  const begun = performance.now();
   try {
-    const stats = await get("stats");
-    draw(stats, performance.now());
-    const minutes = Math.floor(stats.uptime_seconds / 60);
-    say(stats.status ?? "ready", `${stats.model}, up ${minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`}`);
-    $("key-form").hidden = true;
+    const stats = await get("stats"), at = performance.now(), before = last;
+    const per = (name) => before && (Math.max(0, stats[name] - before.stats[name]) / (at - before.at)) * 1000;
+    for (const chart of CHARTS) drawChart(chart, stats, per);
+    for (const table of TABLES) drawTable(table, stats);
+    last = { stats, at };
+    say("ready", `${stats.model}, up ${Math.floor(stats.uptime_seconds / 60)} min`);
   } catch (problem) {
     last = null;
-    say("lost", problem.message);
-    if (problem.status === 401) $("key-form").hidden = false;
+    say("lost", problem.status === 401 ? `${problem.message} Give it in the settings of the chat.` : problem.message);
   }
-  timer = setTimeout(tick, Math.max(200, 1000 - (performance.now() - begun)));
+  timer = setTimeout(tick, 1000);
 }
 
-$("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  setKey($("key").value);
-  tick();
-});
 document.addEventListener("visibilitychange", tick);
 tick();

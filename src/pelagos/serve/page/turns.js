@@ -1,62 +1,43 @@
 // How one message looks: the user's bubble, and an answer with its thinking, its text and its tool calls.
 import { Markdown, button, codeFigure, copyButton, element } from "./markdown.js";
 
-const count = new Intl.NumberFormat("en");
-const seconds = (value) => (value < 60 ? `${value < 10 ? value.toFixed(1) : value.toFixed(0)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`);
+const count = new Intl.NumberFormat("en").format;
+const rounded = (value) => value.toFixed(value < 10 ? 1 : 0);
+const seconds = (value) => (value < 60 ? `${rounded(value)} s` : `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`);
 
-// The small row under a message; `versions` are the messages beside this one, {at, all}.
-function actionRow(buttons, versions, onChoose) {
-  const row = element("div", "actions", ...buttons);
-  if (versions.all.length < 2) return row;
-  const here = versions.all.indexOf(versions.at);
-  const step = (label, sign, name) => {
-    const node = button(sign, () => onChoose(versions.all[here + name]));
+function article(className, label) {
+  const node = element("article", className);
+  node.setAttribute("aria-label", label);
+  return node;
+}
+
+// The small row under a message; `versions` are the messages beside it: {at, all, choose}.
+function actionRow(buttons, { at, all, choose }) {
+  const here = all.indexOf(at);
+  const step = (label, sign, other) => {
+    const node = button(sign, () => choose(other));
     node.setAttribute("aria-label", label);
-    node.disabled = versions.all[here + name] === undefined;
+    node.disabled = other === undefined;
     return node;
   };
-  const place = element("span", "", `${here + 1} of ${versions.all.length}`);
-  row.append(element("span", "versions", step("Version before", "\u2039", -1), place, step("Next version", "\u203a", 1)));
-  return row;
+  const place = [step("Version before", "\u2039", all[here - 1]), element("span", "", `${here + 1} of ${all.length}`),
+    step("Next version", "\u203a", all[here + 1])];
+  return element("div", "actions", ...buttons, ...(all.length > 1 ? [element("span", "versions", ...place)] : []));
 }
 
-export function userTurn(node, versions, { onEdit, onChoose }) {
-  const bubble = element("div", "bubble", node.content), turn = element("article", "user", bubble);
-  turn.setAttribute("aria-label", "You");
-  const edit = () => {
-    const field = element("textarea", "bubble");
-    field.value = node.content;
-    field.setAttribute("aria-label", "Edit your message");
-    const close = () => turn.replaceChildren(bubble, actions);
-    const send = () => {
-      if (field.value.trim()) onEdit(field.value);
-    };
-    field.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        close();
-        actions.firstChild.focus();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        send();
-      }
-    });
-    turn.replaceChildren(field, element("div", "actions shown", button("Send", send), button("Cancel", close)));
-    field.rows = Math.min(12, node.content.split("\n").length + 1);
-    field.focus();
-  };
-  const actions = actionRow([button("Edit", edit), copyButton(() => node.content)], versions, onChoose);
-  turn.append(actions);
-  return { turn, edit };
+export function userTurn(node, versions, onEdit) {
+  const turn = article("user", "You"), buttons = [button("Edit", onEdit), copyButton(() => node.content)];
+  turn.append(element("div", "bubble", node.content), actionRow(buttons, versions));
+  return turn;
 }
 
-// An answer on show. `draw` brings the document up to the message, as often as it likes.
+// An answer on show. `draw` brings the document up to the message, as often as it likes; `results` are those of its
+// calls by id, and where `onResults` is given the user can type what is missing.
 export class AnswerTurn {
-  constructor(node, versions, { onAgain, onChoose, onResults }) {
-    Object.assign(this, { node, versions, onAgain, onChoose, onResults, cards: [], results: new Map() });
-    this.turn = element("article", "answer");
-    this.turn.setAttribute("aria-label", "Answer");
+  constructor(node, versions, { onAgain, onResults }) {
+    Object.assign(this, { node, versions, onAgain, onResults, cards: [], results: new Map(), fields: new Map() });
     this.text = new Markdown("text");
+    this.turn = article("answer", "Answer");
     this.turn.append(this.text.node);
   }
 
@@ -64,102 +45,75 @@ export class AnswerTurn {
   draw(since) {
     const { content, meta, tool_calls: calls = [] } = this.node, isLive = since !== undefined;
     this.turn.classList.toggle("busy", isLive);
-    this.turn.classList.toggle("writing", isLive && !calls.length && Boolean(content || !this.node.reasoning_content));
-    if (this.node.reasoning_content) this.drawThinking(isLive, since);
+    if (this.node.reasoning_content) this.drawThinking(isLive && !content && !calls.length, since);
     this.text.show(content);
-    calls.forEach((call, at) => this.drawCall(call, at, isLive));
+    calls.forEach((call, at) => this.drawCall(call, at, isLive && at === calls.length - 1));
     if (isLive) return;
-    this.foot?.remove();
-    this.foot = element("footer");
-    if (calls.length) this.drawResults(calls);
+    const foot = element("footer"), again = button("Regenerate", this.onAgain);
+    for (const [at, { id, function: { name } }] of calls.entries()) this.drawResult(this.cards[at], id, name);
+    if (this.fields.size) foot.append(button("Send results", () => this.onResults(this.typed()), "primary"));
     if (meta.error) {
-      const problem = element("div", "problem", element("p", "", meta.error), button("Try again", this.onAgain, "quiet"));
-      problem.setAttribute("role", "alert");
-      this.foot.append(problem);
+      foot.append(element("div", "problem", element("p", "", meta.error), button("Try again", this.onAgain, "quiet")));
     }
-    const again = button("Regenerate", this.onAgain);
-    const actions = actionRow([copyButton(() => content || this.node.reasoning_content || ""), again], this.versions, this.onChoose);
+    const actions = actionRow([copyButton(() => content || this.node.reasoning_content), again], this.versions);
     actions.append(element("span", "note", this.note()));
-    this.foot.append(actions);
-    this.turn.append(this.foot);
+    foot.append(actions);
+    this.turn.append(foot);
   }
 
   drawThinking(isLive, since) {
-    const { content, meta, reasoning_content: thinking, tool_calls: calls } = this.node;
-    const isOver = !isLive || Boolean(content || calls?.length);
     if (!this.fold) {
-      this.label = element("summary");
       this.thought = new Markdown("thought");
-      this.fold = element("details", "thinking", this.label, this.thought.node);
-      this.fold.open = !isOver;
-      this.label.addEventListener("click", () => { this.folded = true; }); // from now on as the reader has it
-      this.fold.addEventListener("toggle", () => this.fold.open && this.thought.show(this.node.reasoning_content));
+      this.fold = element("details", "thinking", element("summary"), this.thought.node);
       this.turn.prepend(this.fold);
     }
-    const time = isOver ? meta.thought : (performance.now() - since) / 1000;
-    this.label.textContent = isOver ? (time ? `Thought for ${seconds(time)}` : "Thought") : `Thinking\u2026 ${Math.floor(time)} s`;
-    this.fold.classList.toggle("live", !isOver);
-    if (isOver && !this.wasOver && !this.folded) this.fold.open = false;
-    this.wasOver = isOver;
-    if (!this.fold.open) return;
-    const box = this.thought.node, isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-    this.thought.show(thinking);
-    if (!isOver && isAtEnd) box.scrollTop = box.scrollHeight;
+    const { thought } = this.node.meta, box = this.thought.node;
+    const over = thought ? `Thought for ${seconds(thought)}` : "Thought";
+    this.fold.firstChild.textContent = isLive ? `Thinking\u2026 ${Math.floor((performance.now() - since) / 1000)} s` : over;
+    if (isLive !== this.wasLive) this.fold.open = isLive; // once each; else as the reader has it
+    this.wasLive = isLive;
+    const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+    this.thought.show(this.node.reasoning_content);
+    if (isLive && isAtEnd) box.scrollTop = box.scrollHeight;
   }
 
   drawCall({ id, function: { name, arguments: written } }, at, isLive) {
-    const card = this.cards[at] ??= this.newCard(name);
-    const isDone = !isLive || at < this.node.tool_calls.length - 1, result = this.results.get(id);
-    card.state.textContent = result !== undefined ? "answered" : isDone ? "wants a result" : "writing\u2026";
-    if (card.shown === written + isDone) return;
-    card.shown = written + isDone;
+    if (!this.cards[at]) {
+      const summary = element("summary", "", element("span", "name", name), element("span", "state"));
+      this.cards[at] = element("details", "tool", summary, element("div"));
+      this.cards[at].open = true;
+      this.turn.append(this.cards[at]);
+    }
     let pretty = written;
     try {
       pretty = JSON.stringify(JSON.parse(written), null, 2);
     } catch { /* not whole yet, or cut: as it is */ }
-    card.body.replaceChildren(codeFigure(pretty, "json"));
+    const [summary, body] = this.cards[at].children;
+    summary.lastChild.textContent = this.results.has(id) ? "answered" : isLive ? "writing\u2026" : "wants a result";
+    body.replaceChildren(codeFigure(pretty, "json"));
   }
 
-  newCard(name) {
-    const state = element("span", "state"), body = element("div");
-    const card = element("details", "tool", element("summary", "", element("span", "name", name), state), body);
-    card.open = true;
-    this.turn.append(card);
-    return { card, state, body };
-  }
-
-  // The results of calls: those that are there, or fields to type them in.
-  drawResults(calls) {
-    this.fields = new Map();
-    calls.forEach(({ id, function: { name } }, at) => {
-      const { card } = this.cards[at], result = this.results.get(id);
-      card.querySelector(".result")?.remove();
-      const body = result === undefined ? element("textarea") : element("pre", "", result);
-      body.tabIndex = 0;
-      if (result === undefined) Object.assign(body, { rows: 2, placeholder: "What the tool gives back" });
-      if (result === undefined && this.onResults) this.fields.set(id, body);
-      if (result === undefined && !this.onResults) return;
-      card.append(element(result === undefined ? "label" : "div", "result", element("span", "", `Result of ${name}`), body));
-    });
-    if (!this.fields.size) return;
-    const label = this.fields.size > 1 ? "Send results" : "Send result";
-    this.foot.append(button(label, () => this.onResults(this.typed()), "primary"));
+  drawResult(card, id, name) {
+    const result = this.results.get(id), field = result === undefined ? element("textarea") : element("pre", "", result);
+    if (result === undefined && !this.onResults) return;
+    if (result === undefined) this.fields.set(id, field);
+    field.tabIndex = 0;
+    card.append(element(result === undefined ? "label" : "div", "result", `Result of ${name}`, field));
   }
 
   // [id, text] of each result typed so far.
   typed() {
-    return [...(this.fields ?? [])].map(([id, field]) => [id, field.value || "(no output)"]);
+    return [...this.fields].map(([id, field]) => [id, field.value || "(no output)"]);
   }
 
   note() {
-    const { usage, speed, first, finish, wasCut } = this.node.meta, parts = [];
-    if (wasCut) parts.push("cut off when the page closed");
-    if (finish === "stopped") parts.push("stopped");
+    const { usage, speed, first, finish } = this.node.meta, parts = [];
+    if (["stopped", "cut off when the page closed"].includes(finish)) parts.push(finish);
     if (finish === "length") parts.push("cut at the longest answer");
-    if (usage) parts.push(`${count.format(usage.completion_tokens)} tokens`);
-    if (speed) parts.push(`${speed < 10 ? speed.toFixed(1) : speed.toFixed(0)} tok/s`);
+    if (usage) parts.push(`${count(usage.completion_tokens)} tokens`);
+    if (speed) parts.push(`${rounded(speed)} tok/s`);
     if (first) parts.push(`first after ${seconds(first)}`);
-    if (usage) parts.push(`prompt ${count.format(usage.prompt_tokens)}, ${count.format(usage.prompt_cache_hit_tokens || 0)} from cache`);
+    if (usage) parts.push(`prompt ${count(usage.prompt_tokens)}, ${count(usage.prompt_cache_hit_tokens || 0)} from cache`);
     return parts.join(" \u00b7 ");
   }
 }
