@@ -1,6 +1,6 @@
 """Containers: bubblewrap over read-only layers and an overlay, entered from outside for each command.
 
-Nothing of ours runs inside but a shell that waits on a pipe. Mounts are made in a private namespace of an unprivileged
+Nothing of ours runs inside but a `cat` that waits on a pipe. Mounts are made in a private namespace of an unprivileged
 user, so they end with the processes. Refuses to start where user namespaces, overlay or bubblewrap are missing.
 """
 
@@ -27,8 +27,6 @@ from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 SANDBOX_UID = 2_000_739_100
 INSIDE_UID = 1000
 START_S = 20.0
-# The first process: none inside can kill it, it leaves no zombies, it ends when the keeper's end of the pipe does.
-WAIT = "trap '' CHLD; echo ready; exec >/dev/null 2>&1; read wait"
 NS_GET_USERNS = 0xB701
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "TERM": "dumb"}
@@ -82,7 +80,7 @@ class Container:
         self._filter = linux.seccomp_program()
         self._joins: list[int] = []
         self._ns: dict[str, int] = {}
-        self._pid = self._hold = -1
+        self._pid = self._hold = self._said = self._first = -1
         self.upper_fd = -1
 
     def start(self) -> None:
@@ -95,19 +93,19 @@ class Container:
         self._joins = self._group.open_joins() if self._group else []
         self._prepare()
         info, info_w = os.pipe()
-        said, said_w = os.pipe()
+        self._said, said_w = os.pipe()
         hold = self._stdin()
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                self._launch(tool, info_w, said_w, hold)
+                self._launch(tool, info_w, said_w, hold, self._first_process())
             except BaseException as error:
                 os.write(said_w, f"{type(error).__name__}: {error}".encode())
             os._exit(1)
         for fd in (info_w, said_w, hold):
             os.close(fd)
         try:
-            text = _until_ready(said)
+            text = _until_ready(self._said)
             if text != b"ready\n":
                 raise SandboxError(
                     f"container {self._spec.id} did not start: {text.decode('utf-8', 'replace').strip()}"
@@ -118,7 +116,6 @@ class Container:
             raise
         finally:
             os.close(info)
-            os.close(said)
 
     def _stdin(self) -> int:
         """Make what the first process waits on and return its end."""
@@ -126,7 +123,10 @@ class Container:
         return hold
 
     def _first_process(self) -> list[str]:
-        return ["/bin/sh", "-c", WAIT]
+        # It says `ready` because the keeper tells it to, and then waits. None inside can kill the first process of
+        # their pid namespace, and as it ignores SIGCHLD it leaves no zombies.
+        os.write(self._hold, b"ready\n")
+        return ["cat"]
 
     def _prepare(self) -> None:
         uid, gid = host_ids()
@@ -138,7 +138,7 @@ class Container:
         (self._box / "layers").mkdir(exist_ok=True)
         self.upper_fd = os.open(self._box / "upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def _launch(self, tool: str, info: int, said: int, hold: int) -> None:
+    def _launch(self, tool: str, info: int, said: int, hold: int, first: list[str]) -> None:
         """In the child: private mounts, then bubblewrap on top of them; only an exec returns from here."""
         uid, gid = host_ids()
         self._join()
@@ -152,6 +152,7 @@ class Container:
             root, layers = "/tmp", "/tmp/layers"
         linux.become(uid, gid)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         linux.unshare("user", "mnt")
         linux.map_user(INSIDE_UID, uid, gid)
         linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
@@ -174,7 +175,7 @@ class Container:
         if self.nested:
             os.close(rules)
         os.chdir("/")
-        os.execve(tool, [tool, *self._arguments(info, rules)], {"PATH": PATH})
+        os.execve(tool, [tool, *self._arguments(info, rules), *first], {"PATH": PATH})
 
     def _arguments(self, info: int, rules: int) -> list[str]:
         words = ["--unshare-user --uid", INSIDE_UID, "--gid", INSIDE_UID, "--unshare-pid",
@@ -186,10 +187,11 @@ class Container:
         shared = int(self._spec.limits.memory_mb * 1024 * 1024) // 2
         words += [f"--proc /proc --dev /dev --size {shared} --tmpfs /dev/shm --remount-ro /dev --chdir /",
                   f"--info-fd {info}", "--" if self.nested else f"--disable-userns --seccomp {rules} --"]  # fmt: skip
-        return [*" ".join(map(str, words)).split(), *self._first_process()]
+        return " ".join(map(str, words)).split()
 
     def _take_namespaces(self, pid: int) -> None:
         self._ns = {name: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in linux.NAMESPACES}
+        self._first = os.pidfd_open(pid)
         # bubblewrap ends in a user namespace below the one that owns the rest; that one gives the right to enter.
         self._ns["owner"] = fcntl.ioctl(self._ns["mnt"], NS_GET_USERNS)
 
@@ -255,9 +257,8 @@ class Container:
         os.write(status, json.dumps({"exit_code": code}).encode() + b"\n")
 
     def _execute(self, command: Command, stdio: tuple[int, int, int]) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
         self._join()
         self._enter("mnt", "net", "ipc", "uts", "cgroup", "user")
         os.setsid()
@@ -295,10 +296,8 @@ class Container:
         os._exit(1)
 
     def alive(self) -> bool:
-        """Whether bubblewrap still runs."""
-        if self._pid > 0 and os.waitpid(self._pid, os.WNOHANG) != (0, 0):
-            self._pid = -1
-        return self._pid > 0
+        """Whether the first process still runs."""
+        return self._first >= 0 and not select.select([self._first], [], [], 0)[0]
 
     def usage(self) -> dict[str, int]:
         """Return what the control groups say, nothing where there are none."""
@@ -332,10 +331,11 @@ class Container:
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
             self._pid = -1
-        for fd in (*self._ns.values(), *self._joins, self._hold, self.upper_fd):
+        for fd in (*self._ns.values(), *self._joins, self._hold, self._said, self._first, self.upper_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
-        self._ns, self._joins, self._hold, self.upper_fd = {}, [], -1, -1
+        self._ns, self._joins = {}, []
+        self._hold = self._said = self._first = self.upper_fd = -1
         if self._group:
             self._group.remove()
 

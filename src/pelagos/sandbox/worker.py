@@ -141,6 +141,8 @@ def _run(ask: dict[str, Any], fds: list[int], settings: dict[str, Any]) -> int:
     os.chdir(ask["cwd"])
     command = json.loads(source)
     if command["argv"]:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            signal.signal(number, signal.SIG_DFL)
         try:
             os.execvpe(command["argv"][0], command["argv"], command["env"])
         except OSError as error:
