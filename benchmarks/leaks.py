@@ -366,18 +366,14 @@ def sample_batch(llm: Any, shared: Any, batch: int, size: int = 16) -> dict[str,
             pass
         message, ids, tokenizer = answer.message, answer.output_ids, llm.tokenizer
         counts[f"{kind}: {answer.finish_reason}"] += 1
-        # Content is what was written between thinking and the first DSML token, and nothing else.
-        text = ids[ids.index(tokenizer.id(END_THINK)) + 1 :] if tokenizer.id(END_THINK) in ids[:11] else ids
-        if kind == "forced":
-            text = []
-        has_block = tokenizer.id(DSML) in text
-        text = text[: text.index(tokenizer.id(DSML))] if has_block else text
-        spelled = tokenizer.decode(text, skip_special=True)
-        spelled = (spelled.removesuffix("<").rstrip("\n") if has_block else spelled).lstrip("\n")
-        if kind != "thinking" and message["content"] != spelled:
-            wrong.append(f"seed {seed}: content {message['content']!r} for {spelled!r}")
-        if kind != "free" and (message["content"] or answer.finish_reason not in ("tool_calls", "length")):
-            wrong.append(f"seed {seed}: {answer.finish_reason} with content {message['content']!r}")
+        # Content is what was written before the first DSML token, and nothing else; forced calls leave no place for it.
+        has_block = tokenizer.id(DSML) in ids
+        text = tokenizer.decode(ids[: ids.index(tokenizer.id(DSML))] if has_block else ids, skip_special=True)
+        text = (text.removesuffix("<").rstrip("\n") if has_block else text).lstrip("\n")
+        if message["content"] != (text if kind == "free" else ""):
+            wrong.append(f"seed {seed}: content {message['content']!r} for {text!r}")
+        if kind != "free" and answer.finish_reason not in ("tool_calls", "length"):
+            wrong.append(f"seed {seed}: ended with {answer.finish_reason}")
         calls = message.get("tool_calls", [])
         whole = calls if answer.finish_reason == "tool_calls" else calls[:-1]
         for call in whole:

@@ -39,7 +39,7 @@ def sampling_params(body: Mapping[str, Any], *, max_tokens: int = 256) -> Sampli
 class ChatTurn:
     """The answer to one body: checked, tokenised and submitted when made, folded as it is iterated or pushed to.
 
-    `message` grows with the events; `finish_reason` is None until the end: stop, length, tool_calls or cancelled.
+    `finish_reason` is None until the end: stop, length, tool_calls or cancelled.
     """
 
     def __init__(
@@ -55,9 +55,8 @@ class ChatTurn:
         ids, params = (llm.tokenizer.encode_prompt(prompt), params) if prepare is None else prepare(params)
         self.prompt, self.prompt_ids, self.params = prompt, ids, params
         self.thinking = prompt.thinking
-        self.message: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self.thinking:
-            self.message["reasoning_content"] = ""
+        self._texts: dict[tuple[str, int | None], list[str]] = {}  # by kind and call
+        self._calls: list[Event] = []
         self.finish_reason: str | None = None
         self.output_ids: list[int] = []
         self.reasoning_tokens = 0
@@ -71,6 +70,18 @@ class ChatTurn:
         marks = [at + 1 for at, token in enumerate(ids) if token == llm.tokenizer.id(ASSISTANT)][-1:]
         self.stream = llm.submit(ids, unstopped, cuts=marks, **options)
         self._steps = StepReader(self.stream, cancel)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, as far as it has come."""
+        texts = {key: "".join(parts) for key, parts in self._texts.items()}
+        message: dict[str, Any] = {"role": "assistant", "content": texts.get(("content", None), "")}
+        if self.thinking or ("reasoning", None) in texts:
+            message["reasoning_content"] = texts.get(("reasoning", None), "")
+        for call in self._calls:
+            function = {"name": call.name, "arguments": texts.get(("arguments", call.index), "")}
+            message.setdefault("tool_calls", []).append({"id": call.id, "type": "function", "function": function})
+        return message
 
     @property
     def completion_tokens(self) -> int:
@@ -112,16 +123,10 @@ class ChatTurn:
 
     def _fold(self, event: Event) -> Event:
         self._reasons &= event.kind == "reasoning"
-        if event.kind == "reasoning":
-            self.message["reasoning_content"] = self.message.get("reasoning_content", "") + event.text
-        elif event.kind == "content":
-            self.message["content"] += event.text
-        elif event.kind == "tool_call":
-            function = {"name": event.name, "arguments": ""}
-            call = {"id": event.id, "type": "function", "function": function}
-            self.message.setdefault("tool_calls", []).append(call)
-        elif event.kind == "arguments":
-            self.message["tool_calls"][event.index]["function"]["arguments"] += event.text
-        else:
+        if event.kind == "finish":
             self.finish_reason = event.text
+        elif event.kind == "tool_call":
+            self._calls.append(event)
+        else:
+            self._texts.setdefault((event.kind, event.index), []).append(event.text)
         return event
