@@ -12,6 +12,9 @@ import pytest
 from tests.clients.program import HERE, serving
 from tests.engine.scripted import scripted_llm
 
+from pelagos.serve import Settings
+from pelagos.serve.scripted import Reply
+
 CAPTURES = sorted((HERE / "captures").glob("*.json"))
 LAST_EVENTS = {
     "messages": "event: message_stop",
@@ -94,3 +97,17 @@ def test_claude_code_is_told_how_long_its_prompt_is(replay: Replay) -> None:
         "usage"
     ]
     assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"] > 1000
+
+
+def test_codex_sees_that_a_slow_server_lives() -> None:
+    """It gives up on a stream without events; comments are none to it."""
+    [request, *_] = load("codex")
+    llm = scripted_llm(lambda _: Reply("Short.</think>Done.", first_s=1.0), max_position_embeddings=1 << 20)
+    with serving(llm, settings=Settings(keep_alive_s=0.1)) as (url, _):
+        text = httpx.post(url + request["path"], json=request["body"], trust_env=False, timeout=20).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds.index("keepalive") == 2
+    assert kinds.count("response.created") == 1
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))

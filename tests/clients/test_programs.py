@@ -61,7 +61,7 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
     def shown(title: str) -> str:
         return block(program.name, title).replace(DOC_URL, url).replace(DOC_KEY, secret)
 
-    with serving(scripted_llm(MODEL, HERE / f"{program.name}.json"), keys) as (url, recorded):
+    with serving(scripted_llm(MODEL, HERE / f"{program.name}.json"), keys=keys) as (url, recorded):
         for title in program.files:
             path = home / title.removeprefix("~/") if title.startswith("~/") else project / title
             path.parent.mkdir(parents=True, exist_ok=True)

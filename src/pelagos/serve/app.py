@@ -45,7 +45,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-KEEP_ALIVE = ": keep-alive\n\n"
 STATUSES: tuple[tuple[type[PelagosError], int, str | None], ...] = (
     (ContextLengthError, 400, "context_length_exceeded"),
     (FormError, 422, None),
@@ -207,7 +206,7 @@ class App:
             async for events in answer.events(keep_alive=self.settings.keep_alive_s):
                 if events is None:
                     self._check_wait(exchange)
-                    await exchange.write(KEEP_ALIVE)
+                    await exchange.write("".join(writer.keep_alive()))
                     continue
                 frames: list[str] = []
                 if exchange.first is None:

@@ -59,6 +59,10 @@ class Writer(Protocol):
         """Frames that end the stream, usage included, once the answer has finished."""
         ...
 
+    def keep_alive(self) -> list[str]:
+        """Frames that show a waiting client that the server lives, before `open` or after it."""
+        ...
+
     def fail(self, status: int, message: str) -> list[str]:
         """Frames that end a stream which an error broke off."""
         ...

@@ -148,6 +148,10 @@ class ChatWriter:
         end = self._chunk(self._text(""), "reasoning", "content", reason=FINISH_REASONS.get(reason, reason))
         return [end, "data: [DONE]\n\n"]
 
+    def keep_alive(self) -> list[str]:
+        """A comment."""
+        return [wire.KEEP_ALIVE]
+
     def fail(self, status: int, message: str) -> list[str]:
         """An error object in the stream, and the end mark."""
         return [wire.frame(wire.openai_error(status, message, None, None)), "data: [DONE]\n\n"]

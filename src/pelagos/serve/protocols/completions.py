@@ -128,6 +128,10 @@ class CompletionsWriter:
             frames.append(wire.frame(self._frame | {"choices": [], "usage": wire.usage(self._answer)}))
         return [*frames, "data: [DONE]\n\n"]
 
+    def keep_alive(self) -> list[str]:
+        """A comment."""
+        return [wire.KEEP_ALIVE]
+
     def fail(self, status: int, message: str) -> list[str]:
         """An error object in the stream, and the end mark."""
         return [wire.frame(wire.openai_error(status, message, None, None)), "data: [DONE]\n\n"]

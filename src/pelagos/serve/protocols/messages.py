@@ -223,6 +223,10 @@ class MessagesWriter:
         ended = {"type": "message_delta", "delta": ends, "usage": self._message["usage"]}
         return [*frames, wire.frame(ended, named=True), wire.frame({"type": "message_stop"}, named=True)]
 
+    def keep_alive(self) -> list[str]:
+        """A comment."""
+        return [wire.KEEP_ALIVE]
+
     def fail(self, status: int, message: str) -> list[str]:
         """An error event."""
         return [wire.frame(Messages().error(status, message), named=True)]

@@ -254,7 +254,9 @@ class ResponsesWriter:
         self._arguments, self._shown = "", 0  # of the open call; how much of them the input deltas have given
 
     def open(self) -> list[str]:
-        """The response as it begins."""
+        """The response as it begins, unless a sign of life has shown it already."""
+        if self._sequence:
+            return []
         begun = {**self._response, "output": []}
         return [self._event("created", response=begun), self._event("in_progress", response=begun)]
 
@@ -294,6 +296,13 @@ class ResponsesWriter:
             },
         }  # fmt: skip
         return [*frames, self._event(status, response=self._response)]
+
+    def keep_alive(self) -> list[str]:
+        """The response as it begins, then events of their own kind: Codex does not count comments as life."""
+        if frames := self.open():
+            return frames
+        self._sequence += 1
+        return [wire.frame({"type": "keepalive", "sequence_number": self._sequence - 1}, named=True)]
 
     def fail(self, status: int, message: str) -> list[str]:
         """The response as failed."""

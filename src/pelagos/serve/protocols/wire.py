@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 393_216
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+KEEP_ALIVE = ": keep-alive\n\n"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 _RANGES = {
     "temperature": (0, 2, "[0, 2]"),
