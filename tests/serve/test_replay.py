@@ -28,7 +28,8 @@ from pelagos.serve.replay import Replay, replayed_ids
 
 TOKENIZER = small_tokenizer()
 ASK = {"role": "user", "content": "Hi"}
-TOOLS = [tool("f", {"type": "object", "properties": {"s": {"type": "string"}, "o": {}}})]
+PROPERTIES = {"s": {"type": "string"}, "o": {}, "all": {"type": "boolean", "default": False}}
+TOOLS = [tool("f", {"type": "object", "properties": PROPERTIES})]
 # Spelled as no renderer spells it: other blanks in the JSON, keys in another order.
 CALL = (
     f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n'
@@ -141,6 +142,16 @@ def test_ids_may_lose_their_punctuation_but_not_their_user() -> None:
     ids = second_prompt(message, shared=shared, user_id="ann")
     assert ids[: len(written(answer))] == written(answer)
     assert second_prompt(message, shared=shared, user_id="bob") == second_prompt(message, shared=Shared())
+
+
+def test_clients_may_fill_in_declared_defaults() -> None:
+    shared = Shared()
+    answer, message = first_turn(shared=shared)
+    call = message["tool_calls"][0]["function"]
+    call["arguments"] = json.dumps({"all": False, **ARGUMENTS})
+    assert second_prompt(message, shared=shared)[: len(written(answer))] == written(answer)
+    call["arguments"] = json.dumps({"all": True, **ARGUMENTS})
+    assert second_prompt(message, shared=shared) == second_prompt(message, shared=Shared())
 
 
 def test_whole_numbers_may_change_their_spelling() -> None:

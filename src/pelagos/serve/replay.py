@@ -16,7 +16,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,7 @@ _INVOKE = re.compile(f'<{_D}invoke name="([^"{_D}]*)">\n((?:{_PARAMETER.pattern}
 _BLOCK = re.compile(f"{_D}tool_calls>\n((?:{_INVOKE.pattern})+)</{_D}tool_calls>")
 _log = logging.getLogger(__name__)
 _Piece = tuple[str, bool]
+_Values = dict[str, tuple[str, str]]  # of one call: whether the value is a string ("true", "false"), and the value
 _T = TypeVar("_T")
 
 
@@ -174,10 +175,11 @@ def replayed_ids(
     if len(turns) != len(calls) or not turns:
         return tokenizer.encode_prompt(prompt)
     names = [[str(call.get("id")) if isinstance(call, dict) else "" for call in each] for each in calls]
+    usual = {tool["name"]: _defaults(tool["parameters"]) for tool in prompt.tools or ()}
     ids: list[int] = []
     done = 0
     for (begin, end), record in zip(turns, replay.recall(user_id, names), strict=True):
-        kept = None if record is None else _fit(record, pieces[begin:end], tokenizer)
+        kept = None if record is None else _fit(record, pieces[begin:end], tokenizer, usual)
         if kept is not None:
             ids += _encode(pieces[done : begin + kept[0]], tokenizer) + kept[1]
             done = end
@@ -207,19 +209,37 @@ def _turns(pieces: Sequence[_Piece]) -> list[tuple[int, int]]:
     return turns
 
 
-def _fit(record: list[int], pieces: Sequence[_Piece], tokenizer: Tokenizer) -> tuple[int, list[int]] | None:
-    """Return how many pieces of a turn to keep, and recorded tokens for the rest; None where they say another thing."""
+def _fit(
+    record: list[int], pieces: Sequence[_Piece], tokenizer: Tokenizer, usual: Mapping[str, _Values]
+) -> tuple[int, list[int]] | None:
+    """Return how many pieces of a turn to keep, and recorded tokens for the rest; None where they say another thing.
+
+    `usual` are the declared defaults of each function: clients fill them in.
+    """
     mark = tokenizer.id(DSML)
     if mark not in record or max(record) >= tokenizer.vocab_size:
         return None
     own = _split(record, tokenizer)
     start, own_start = pieces.index((DSML, True)), own.index((DSML, True))
-    calls = _calls(own[own_start:])
-    if calls is None or calls != _calls(pieces[start:]):
+    said, shown = _calls(own[own_start:]), _calls(pieces[start:])
+    if said is None or shown is None or [name for name, _ in said] != [name for name, _ in shown]:
         return None
+    for (name, values), (_, others) in zip(said, shown, strict=True):
+        if {**usual.get(name, {}), **values} != {**usual.get(name, {}), **others}:
+            return None
     if _head(own[:own_start]) == _head(pieces[:start]):
         return 0, record
     return start, record[record.index(mark) :]
+
+
+def _defaults(schema: Any) -> _Values:
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    given = properties.items() if isinstance(properties, dict) else ()
+    values = {key: each["default"] for key, each in given if isinstance(each, dict) and "default" in each}
+    return {
+        key: ("true", value) if isinstance(value, str) else ("false", _canonical(json.dumps(value)))
+        for key, value in values.items()
+    }
 
 
 def _split(ids: Sequence[int], tokenizer: Tokenizer) -> list[_Piece]:
@@ -243,14 +263,14 @@ def _head(pieces: Sequence[_Piece]) -> list[_Piece]:
     return [piece for piece in kept if piece[0]]
 
 
-def _calls(pieces: Sequence[_Piece]) -> list[tuple[str, dict[str, tuple[str, str]]]] | None:
+def _calls(pieces: Sequence[_Piece]) -> list[tuple[str, _Values]] | None:
     """Read a block from its first DSML token on; None for anything but the form that the model was taught."""
     if any(special and text != DSML for text, special in pieces):
         return None
     block = _BLOCK.fullmatch("".join(_D if special else text for text, special in pieces))
     if block is None:
         return None
-    calls: list[tuple[str, dict[str, tuple[str, str]]]] = []
+    calls: list[tuple[str, _Values]] = []
     for invoke in _INVOKE.finditer(block[1]):
         given = _PARAMETER.findall(invoke[2])
         values = {key: (kind, value if kind == "true" else _canonical(value)) for key, kind, value in given}
