@@ -34,6 +34,7 @@ def test_a_key_is_stored_as_a_hash_that_only_its_owner_can_read(tmp_path: Path) 
     keys = KeyFile(tmp_path / "deep" / "keys.json")
     assert keys.read() == ()
     secret = keys.add("alice", concurrency=2, per_minute=60)
+    assert keys.is_needed()
     assert len(secret) >= 43  # 256 bits
     assert stat.S_IMODE(os.stat(keys.path).st_mode) == 0o600
     assert secret not in keys.path.read_text(encoding="utf-8")
@@ -47,8 +48,10 @@ def test_a_key_is_stored_as_a_hash_that_only_its_owner_can_read(tmp_path: Path) 
     with pytest.raises(ConfigError, match="no key named 'bob'; it has alice"):
         keys.revoke("bob")
     keys.revoke("alice")
+    assert keys.is_needed()
     assert keys.find(secret) is None
-    assert keys.is_needed()  # a file that was emptied does not open the server
+    keys.path.unlink()
+    assert keys.is_needed()  # a file that is gone does not open the server
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,9 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path, capsys: pytest.Capt
     file = ["--file", str(tmp_path / "keys.json")]
     assert main(["keys", *file, "add", "alice", "--per-minute", "5"]) == 0
     secret = capsys.readouterr().out.strip()
-    found = KeyFile(tmp_path / "keys.json").find(secret)
+    keys = KeyFile(tmp_path / "keys.json")
+    assert keys.is_needed()
+    found = keys.find(secret)
     assert found is not None
     assert main(["keys", *file, "list"]) == 0
     assert json.loads(capsys.readouterr().out) == found.about

@@ -41,8 +41,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     [
         ("[server]\nprot = 1", r"\[server\] has no setting 'prot'; did you mean port in \[server\]\?"),
         ("[server]\nmax_queued = 1", r"did you mean max_queued in \[limits\]\?"),
-        ("[sever]\nport = 1", r"'sever' is no table of settings, those are \[server\], \[engine\], \[limits\]"),
-        ("port = 1", r"'port' is no table .*; it belongs in \[server\]"),
+        ("[sever]\nport = 1", r"\[sever\] has no setting 'port'; did you mean port in \[server\]\?"),
+        ("port = 1", r"did you mean port in \[server\]\?"),
         ("[server\n", "not readable as TOML"),
         ('[server]\nport = "80"', "port='80': expected a whole number"),
         ("[server]\nport = 70000", "port=70000"),

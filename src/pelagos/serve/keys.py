@@ -63,11 +63,12 @@ class KeyFile:
         self._were_there = False
 
     def is_needed(self) -> bool:
-        """Whether a request needs a key: there are keys, were some, or cannot be read."""
+        """Whether a request needs a key: there are keys, were some, or cannot be read (which is logged)."""
         try:
-            self.read()
-        except (ConfigError, OSError):
-            self._were_there = True
+            self._were_there |= bool(self.read())
+        except (ConfigError, OSError) as error:
+            self._were_there, self._keys, self._seen = True, (), None
+            _log.error("%s", error)
         return self._were_there
 
     def read(self) -> tuple[Key, ...]:
@@ -79,22 +80,14 @@ class KeyFile:
             return ()
         seen = (state.st_mtime_ns, state.st_size, state.st_ino)
         if seen != self._seen:
-            self._keys, self._seen = self._read(), seen
-            self._were_there |= bool(self._keys)
+            self._keys, self._seen = self._parse(), seen
         return self._keys
 
     def find(self, secret: str) -> Key | None:
-        """Return whose key `secret` is; a file that has become unreadable admits nobody and is logged."""
-        digest, found = _digest(secret), None
-        try:
-            keys = self.read()
-        except (ConfigError, OSError) as error:
-            _log.error("%s", error)
-            return None
-        for key in keys:  # all of them, whichever fits: how long it takes says nothing
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+        """Return whose key `secret` is, by what `is_needed` last read; all are compared, so time tells nothing."""
+        digest = _digest(secret)
+        found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
+        return found[0] if found else None
 
     def add(self, name: str, *, concurrency: int | None = None, per_minute: int | None = None) -> str:
         """Make and store a key; returns the secret, which is kept nowhere. Raises ConfigError for a taken name."""
@@ -126,7 +119,7 @@ class KeyFile:
         finally:
             os.close(directory)
 
-    def _read(self) -> tuple[Key, ...]:
+    def _parse(self) -> tuple[Key, ...]:
         try:
             raw: Any = json.loads(self.path.read_bytes())
             if raw["version"] != VERSION:

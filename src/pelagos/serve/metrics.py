@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -9,10 +10,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pelagos.engine import EngineStats
 
@@ -29,8 +30,9 @@ RATE_SECONDS = 10.0
 # What the engine has at a moment; all else in its statistics only grows.
 _GAUGES = (
     "requests_running requests_waiting pages_total pages_in_use pages_cached slots_total slots_in_use states_cached "
-    "state_bytes_cached"
+    "state_bytes_cached disk bytes_planned"
 ).split()
+M = TypeVar("M", Counter, Gauge, Histogram)
 _log = logging.getLogger("pelagos.access")
 
 
@@ -39,111 +41,88 @@ class Metrics:
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         """`stats` returns the engine's statistics, zeros while there is no engine."""
-        self._stats, self.began = stats, time.monotonic()
+        self._stats, self._began = stats, time.monotonic()
         self._samples: deque[tuple[float, EngineStats]] = deque()
-        self.registry = registry = CollectorRegistry()
-        kinds = (("prompt", "of prompts"), ("cached", "of prompts not computed again"), ("completion", "of answers"))
+        self._totals: collections.Counter[str] = collections.Counter()
+        self.registry = CollectorRegistry()
+
+        def make(kind: type[M], name: str, about: str, *labels: str, **more: Any) -> M:
+            return kind(f"pelagos_{name}", about, labels, registry=self.registry, **more)
+
         self._tokens = {
-            kind: Counter(f"pelagos_{kind}_tokens", f"Tokens {what}, by protocol.", ["api"], registry=registry)
-            for kind, what in kinds
+            "prompt": make(Counter, "prompt_tokens", "Tokens of prompts.", "api"),
+            "cached": make(Counter, "cached_tokens", "Tokens of prompts that were not computed again.", "api"),
+            "completion": make(Counter, "completion_tokens", "Tokens of answers.", "api"),
         }
-        self._requests = Counter("pelagos_requests", "Requests that ended.", ["api", "status"], registry=registry)
-        self._rejected = Counter("pelagos_rejected", "Requests refused with 429 or 503.", ["status"], registry=registry)
-        self._gone = Counter("pelagos_disconnects", "Clients that left first.", ["phase"], registry=registry)
-        self._in_flight = Gauge("pelagos_requests_in_flight", "Requests under way.", registry=registry)
+        self._requests = make(Counter, "requests", "Requests that ended.", "api", "status")
+        self._rejected = make(Counter, "rejected", "Requests refused with 429 or 503.", "status")
+        self._gone = make(Counter, "disconnects", "Clients that left first.", "phase")
+        self._in_flight = make(Gauge, "requests_in_flight", "Requests under way.")
         about = "Seconds from a request to its first token."
-        self._first = Histogram("pelagos_first_token_seconds", about, ["api"], buckets=WAIT_SECONDS, registry=registry)
+        self._first = make(Histogram, "first_token_seconds", about, "api", buckets=WAIT_SECONDS)
         about = "Seconds a token after the first, mean of an answer."
-        self._each = Histogram("pelagos_token_seconds", about, ["api"], buckets=TOKEN_SECONDS, registry=registry)
+        self._each = make(Histogram, "token_seconds", about, "api", buckets=TOKEN_SECONDS)
         about = "Seconds from a request to its end."
-        self._whole = Histogram("pelagos_request_seconds", about, ["api"], buckets=WAIT_SECONDS, registry=registry)
-        ProcessCollector("pelagos", registry=registry)
-        registry.register(_EngineCollector(stats))
+        self._whole = make(Histogram, "request_seconds", about, "api", buckets=WAIT_SECONDS)
+        ProcessCollector("pelagos", registry=self.registry)
+        self.registry.register(self)
 
     def finish(self, exchange: Exchange) -> None:
         """Count an exchange that has ended and log it, without a word of what was said."""
         now, api, status = time.perf_counter(), exchange.kind, str(exchange.status)
-        self._requests.labels(api, status).inc()
-        if status in ("429", "503"):
-            self._rejected.labels(status).inc()
-        if exchange.is_gone:
-            self._gone.labels(exchange.phase).inc()
         fields: dict[str, Any] = {
             "request_id": exchange.id, "api": api, "method": exchange.method, "status": exchange.status,
             "ms": round((now - exchange.began) * 1e3, 1), "key": exchange.key and exchange.key.name,
         }  # fmt: skip
+        self._requests.labels(api, status).inc()
+        if status in ("429", "503"):
+            self._rejected.labels(status).inc()
+            self._totals["rejected"] += 1
         if exchange.is_gone:
+            self._gone.labels(exchange.phase).inc()
+            self._totals["disconnects"] += 1
             fields["gone"] = exchange.phase
         if (answer := exchange.answer) is not None:
-            tokens = {
-                "prompt": answer.prompt_tokens,
-                "cached": answer.cached_tokens,
-                "completion": answer.completion_tokens,
-            }
-            for kind, count in tokens.items():
-                self._tokens[kind].labels(api).inc(count)
-            self._whole.labels(api).observe(now - exchange.began)
-            fields |= {f"{kind}_tokens": count for kind, count in tokens.items()}
             fields |= {"model": exchange.model, "stream": exchange.streams, "finish_reason": answer.finish_reason}
+            for kind, counter in self._tokens.items():
+                count = fields[f"{kind}_tokens"] = getattr(answer, f"{kind}_tokens")
+                counter.labels(api).inc(count)
+            self._whole.labels(api).observe(now - exchange.began)
             if exchange.first is not None:
                 fields["first_token_ms"] = round((exchange.first - exchange.began) * 1e3, 1)
                 self._first.labels(api).observe(exchange.first - exchange.began)
-                if tokens["completion"] > 1:
-                    self._each.labels(api).observe((now - exchange.first) / (tokens["completion"] - 1))
+                self._each.labels(api).observe((now - exchange.first) / max(1, answer.completion_tokens - 1))
         level = logging.DEBUG if api in ("read", "page") and exchange.status < 400 else logging.INFO
-        if _log.isEnabledFor(level):
-            _log.log(level, "request", extra={"fields": fields})
+        _log.log(level, "request", extra={"fields": fields})
 
     def text(self, in_flight: int) -> bytes:
         """Everything in the Prometheus text format."""
         self._in_flight.set(in_flight)
         return generate_latest(self.registry)
 
+    def collect(self) -> Iterator[Metric]:
+        """The engine's part of it, `pelagos_engine_*`, read when asked for."""
+        for name, value in dataclasses.asdict(self._stats()).items():
+            parts = {(key,): each for key, each in value.items()} if isinstance(value, dict) else {(): value}
+            kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
+            about, labels = f"Engine: {name.replace('_', ' ')}.", ["part"] if isinstance(value, dict) else []
+            family = kind(f"pelagos_engine_{name}", about, labels=labels)
+            for part, each in parts.items():
+                family.add_metric(part, each)
+            yield family
+
     def report(self, in_flight: int) -> dict[str, Any]:
         """The engine's statistics and how fast they grow, a second, over the last seconds that were asked about."""
-        now, stats = time.monotonic(), self._stats()
-        while len(self._samples) > 1 and self._samples[1][0] < now - RATE_SECONDS:
-            self._samples.popleft()
-        if not self._samples or self._samples[-1][0] < now - 0.5:
-            self._samples.append((now, stats))
-        then, old = self._samples[0]
-        past = now - then
+        now, stats, samples = time.monotonic(), self._stats(), self._samples
+        while len(samples) > 1 and samples[1][0] < now - RATE_SECONDS:
+            samples.popleft()
+        if not samples or samples[-1][0] < now - 0.5:
+            samples.append((now, stats))
+        past, old = now - samples[0][0], samples[0][1]
         rates = {name: (getattr(stats, of) - getattr(old, of)) / past if past else 0.0 for name, of in RATES.items()}
-        counts = {"rejected": self._rejected, "disconnects": self._gone}
-        return {
-            "uptime_seconds": now - self.began, "in_flight": in_flight, "rates": rates,
-            **{name: _total(counter) for name, counter in counts.items()}, **dataclasses.asdict(stats),
-        }  # fmt: skip
-
-
-def _total(counter: Counter) -> int:
-    [family] = counter.collect()
-    return int(sum(sample.value for sample in family.samples if sample.name.endswith("_total")))
-
-
-class _EngineCollector:
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """`pelagos_engine_*`, read when asked for."""
-        stats = self._stats()
-        for field in dataclasses.fields(EngineStats):
-            value, name, words = (
-                getattr(stats, field.name),
-                f"pelagos_engine_{field.name}",
-                field.name.replace("_", " "),
-            )
-            if isinstance(value, dict):
-                label = "counter" if field.name == "disk" else "part"
-                family = GaugeMetricFamily(name, f"Engine: {words}.", labels=[label])
-                for key, each in value.items():
-                    family.add_metric([key], each)
-                yield family
-            elif field.name in _GAUGES:
-                yield GaugeMetricFamily(name, f"Engine: {words}.", value=value)
-            else:
-                yield CounterMetricFamily(name, f"Engine: {words}.", value=value)
+        counts = {name: self._totals[name] for name in ("rejected", "disconnects")}
+        now_here = {"uptime_seconds": now - self._began, "in_flight": in_flight, "rates": rates}
+        return now_here | counts | dataclasses.asdict(stats)
 
 
 class JsonLines(logging.Formatter):
