@@ -338,7 +338,9 @@ def test_a_key_is_asked_for_and_kept_for_the_session(open_page: Callable[..., Pa
     page.fill("#key", "sesame")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('.answer > .text')?.innerText.startsWith('Hello')")
-    assert page.evaluate("[sessionStorage['pelagos.key'], JSON.stringify(localStorage).includes('sesame')]") == [
+    assert page.evaluate(
+        "[JSON.parse(sessionStorage['pelagos.key']), JSON.stringify(localStorage).includes('sesame')]"
+    ) == [
         "sesame",
         False,
     ]

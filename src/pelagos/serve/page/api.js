@@ -1,7 +1,6 @@
 // Talking to the server: the key, what is asked for, and the chunks of a streamed chat completion.
-import { storage } from "./store.js";
+import { held, hold } from "./store.js";
 
-const session = storage("sessionStorage");
 const KIND = {
   0: "The server cannot be reached. Is it still running?",
   401: "This server wants an API key.",
@@ -10,8 +9,8 @@ const KIND = {
   503: "The model is still loading.",
 };
 
-export const key = () => session.getItem("pelagos.key") ?? "";
-export const setKey = (value) => session.setItem("pelagos.key", value);
+export const key = () => held("pelagos.key", "sessionStorage") ?? "";
+export const setKey = (value) => hold("pelagos.key", value, "sessionStorage");
 
 export class Refusal extends Error {
   constructor(status, said, wait) {

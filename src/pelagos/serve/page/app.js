@@ -13,7 +13,7 @@ const runs = new Map(); // id of a conversation -> its answer under way: {contro
 let chat = store.newChat(); // on show
 let last = null; // answer on show
 let editing = null; // message that the message box replaces, as an index
-let settings = { ...DEFAULTS };
+const settings = { ...DEFAULTS, ...store.held("pelagos.settings") };
 let server = { model: null, context: 0 };
 let toldUntil = 0; // timer of the toast
 let isLeaving = false;
@@ -260,23 +260,18 @@ function fitInput() {
 
 const stop = () => runs.get(chat.id)?.controller.abort();
 
-function changeSetting(name, value) {
-  $(name).value = value;
-  if ($(name).checkValidity()) settings[name] = value;
-  store.hold("pelagos.settings", settings);
-}
-
 const CLICKS = {
   "new": startChat, "side-open": () => showSide(true), "side-close": () => showSide(false), "down": toEnd, "stop": stop,
   "settings-open": () => openSettings(), "tools-chip": () => openSettings("tools"), "editing": () => edit(null),
   "export": exportChats, "import": () => $("file").click(),
-  "reset": () => Object.entries(DEFAULTS).forEach(([name, value]) => changeSetting(name, value)),
 };
 for (const [id, act] of Object.entries(CLICKS)) $(id).addEventListener("click", act);
-for (const example of document.querySelectorAll("#examples button")) {
-  example.addEventListener("click", () => say(example.textContent));
+for (const name of Object.keys(DEFAULTS)) {
+  $(name).addEventListener("change", () => {
+    if ($(name).checkValidity()) settings[name] = $(name).value;
+    store.hold("pelagos.settings", settings);
+  });
 }
-for (const name of Object.keys(DEFAULTS)) $(name).addEventListener("change", () => changeSetting(name, $(name).value));
 $("system").addEventListener("input", () => { chat.system = $("system").value; });
 $("tools").addEventListener("input", () => {
   chat.tools = $("tools").value;
@@ -313,9 +308,6 @@ addEventListener("pagehide", () => {
 addEventListener("pageshow", (event) => event.persisted && location.reload()); // its streams are gone
 
 store.load();
-try {
-  settings = { ...DEFAULTS, ...JSON.parse(store.storage("localStorage").getItem("pelagos.settings")) };
-} catch { /* damaged: the defaults */ }
 $("effort").value = settings.effort;
 show(store.chats.get(location.hash.slice(1)));
 toEnd();

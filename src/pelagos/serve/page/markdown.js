@@ -76,28 +76,25 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(at)].filter(Boolean);
 }
 
-// How a comment looks, by the language's name.
-const COMMENTS = {
-  "(?!)": /^(|text|txt|plain(text)?|markdown|md|json)$/,
-  "#[^\\n]*": /^(py|python|(ba|z)?sh|shell|console|rb|ruby|ya?ml|toml|r|perl|make(file)?|dockerfile|ini|conf|julia)$/,
-  "--[^\\n]*": /^(sql|lua|haskell|hs)$/,
-  "\\/\\/[^\\n]*|\\/\\*[^]*?(?:\\*\\/|$)|<!--[^]*?(?:-->|$)": /./,
-};
-const STRINGS = String.raw`"""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?|\x60(?:[^\x60\\]|\\[^])*\x60?`;
+// Comments, strings, numbers and words of most languages, well enough to colour by.
+const TOKENS = new RegExp([
+  String.raw`((?<!\S)(?:#|\/\/|--)(?:\s[^\n]*|$)|\/\*[^]*?(?:\*\/|$)|<!--[^]*?(?:-->|$))`,
+  String.raw`("""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.)*"?|(?<!\w)'(?:[^'\\\n]|\\.)*'?|\x60(?:[^\x60\\]|\\[^])*\x60?)`,
+  String.raw`\b(\d[\w.]*)`,
+  String.raw`\b[A-Za-z_]\w*`,
+].join("|"), "g");
 const KEYWORDS = new Set((
-  "abstract and as assert async await begin bool break case catch char class const continue create def default defer " +
-  "del delete do double elif else end enum except export extends false final finally float fn for from func function " +
-  "global go group if impl implements import in insert instanceof int interface into is join lambda let local long " +
-  "loop match module mut namespace new nil none nonlocal not null nullptr of or order package pass private protected " +
-  "pub public raise return select self set static string struct super switch table then this throw throws trait true " +
-  "try type typedef typeof union unsafe until update use using values var virtual void when where while with yield"
+  "and as async await bool break case catch char class const continue def default delete do double elif else enum except " +
+  "export extends false finally float fn for from func function global go if impl import in int interface is lambda let " +
+  "local long loop match module mut new nil none not null or package pass private protected pub public raise return select " +
+  "self static string struct super switch then this throw true try type typeof until use var void where while with yield"
 ).split(" "));
 
 function coloured(code, language) {
-  if (!language || code.length > 30000) return [code];
-  const comment = Object.keys(COMMENTS).find((family) => COMMENTS[family].test(language.toLowerCase())), nodes = [];
+  if (/^(|te?xt|plaintext|markdown|md)$/i.test(language) || code.length > 30000) return [code];
+  const nodes = [];
   let at = 0;
-  for (const found of code.matchAll(new RegExp(`(${comment})|(${STRINGS})|\\b(\\d[\\w.]*)|\\b[A-Za-z_]\\w*`, "g"))) {
+  for (const found of code.matchAll(TOKENS)) {
     const kind = ["c", "s", "n"].find((_, group) => found[group + 1]) ?? (KEYWORDS.has(found[0].toLowerCase()) && "k");
     if (!kind) continue;
     nodes.push(code.slice(at, found.index), element("span", kind, found[0]));

@@ -6,25 +6,20 @@ const text = (value) => (typeof value === "string" ? value : "");
 
 export const chats = new Map(); // by id
 
-// A browser that forbids storage gets one that forgets.
-export function storage(name) {
+// The result, or null where storage is forbidden or full, or what is in it damaged.
+function allowed(act) {
   try {
-    return window[name];
+    return act();
   } catch {
-    return { getItem: () => null, setItem() {}, removeItem() {} };
+    return null;
   }
 }
-const local = storage("localStorage");
+
+export const held = (name, area = "localStorage") => allowed(() => JSON.parse(window[area].getItem(name)));
 
 // Whether there was room for it.
-export function hold(name, value) {
-  try {
-    local.setItem(name, JSON.stringify(value));
-    return true;
-  } catch {
-    return false;
-  }
-}
+export const hold = (name, value, area = "localStorage") =>
+  allowed(() => [window[area].setItem(name, JSON.stringify(value))]) !== null;
 
 export function newChat({ system = "", tools = "" } = {}) {
   const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
@@ -49,12 +44,9 @@ function clean(chat) {
 }
 
 export function load() {
-  for (const name of Object.keys(local).filter((key) => key.startsWith(PREFIX))) {
-    try {
-      chats.set(name.slice(PREFIX.length), clean(JSON.parse(local.getItem(name))));
-    } catch (problem) {
-      console.warn(`${name} is no conversation of this page and is left alone`, problem);
-    }
+  for (const name of allowed(() => Object.keys(localStorage)) ?? []) {
+    const found = name.startsWith(PREFIX) && allowed(() => clean(held(name)));
+    if (found) chats.set(found.id, found); // what is no conversation of this page is left alone
   }
 }
 
@@ -67,7 +59,7 @@ export function save(chat) {
 
 export function remove(id) {
   chats.delete(id);
-  local.removeItem(PREFIX + id);
+  allowed(() => localStorage.removeItem(PREFIX + id));
 }
 
 export const newestFirst = () => [...chats.values()].sort((a, b) => b.updated - a.updated);
