@@ -24,7 +24,7 @@ from pelagos.chat.tokens import ASSISTANT, DSML, EOS, THINK, USER
 from pelagos.errors import CacheError
 from pelagos.serve.answer import Shared
 from pelagos.serve.ask import Ask
-from pelagos.serve.replay import Replay, replayed_ids
+from pelagos.serve.replay import Replay, _key, replayed_ids
 
 TOKENIZER = small_tokenizer()
 ASK = {"role": "user", "content": "Hi"}
@@ -223,21 +223,27 @@ def test_cut_calls_are_not_remembered() -> None:
     )
     assert answer.finish_reason == "length"
     assert shared.replay.recall("", [["a"]]) == [None]
-    assert shared.replay._turns == 0
+    assert shared.replay._database.execute("SELECT count(*) FROM turns").fetchone() == (0,)
 
 
 def test_the_table_is_bounded_and_keeps_what_is_used() -> None:
-    replay = Replay(max_turns=10, max_bytes=400)
-    for index in range(100):
+    replay = Replay(max_turns=30, max_bytes=4000)
+    for index in range(200):
         replay.remember("u", [f"c{index}"], [index] * 5)
         assert replay.recall("u", [["c0"]]) == [[0] * 5]
-    kept = [index for index in range(100) if replay.recall("u", [[f"c{index}"]]) != [None]]
-    assert len(kept) <= 10
-    assert {0, 98, 99} <= set(kept)
-    replay.remember("u", ["big"], range(1000))
-    assert replay.recall("u", [["big"], ["c99"]]) == [None, [99] * 5]
+        kept = [each for each in range(index + 1) if each >= index - 99 and replay._database.execute(
+            "SELECT 1 FROM turns WHERE key = ?", (_key("u", [f"c{each}"]),)).fetchone()]  # fmt: skip
+        assert len(kept) <= 30 + 3
+    assert {190, 199} <= set(kept)
+    assert replay.recall("u", [["c1"], ["c150"]]) == [None, None]
+    for index in range(40):
+        replay.remember("u", [f"big{index}"], range(300))
+    [count, size] = replay._database.execute("SELECT count(*), sum(length(ids)) FROM turns").fetchone()
+    assert count <= 4
+    assert size <= 4000 + 1200
     replay.remember("u", ["c99"], [7])
-    assert replay.recall("u", [["c99"]]) == [[7]]
+    replay.remember("u", ["c99"], [8])
+    assert replay.recall("u", [["c99"]]) == [[8]]
 
 
 def test_a_file_is_private_and_read_again(tmp_path: Path) -> None:

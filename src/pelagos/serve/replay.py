@@ -16,6 +16,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,13 @@ _D = MARKS[DSML]
 _PARAMETER = re.compile(f'<{_D}parameter name="([^"{_D}]*)" string="(true|false)">([^{_D}]*)</{_D}parameter>\n')
 _INVOKE = re.compile(f'<{_D}invoke name="([^"{_D}]*)">\n((?:{_PARAMETER.pattern})*)</{_D}invoke>\n')
 _BLOCK = re.compile(f"{_D}tool_calls>\n((?:{_INVOKE.pattern})+)</{_D}tool_calls>")
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS turns (key BLOB PRIMARY KEY, ids BLOB NOT NULL, used INTEGER NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS by_use ON turns (used, length(ids))",
+)
+_PRUNE = """DELETE FROM turns WHERE used <= (SELECT used FROM (
+    SELECT used, row_number() OVER by_use AS turns, sum(length(ids)) OVER by_use AS bytes FROM turns
+    WINDOW by_use AS (ORDER BY used DESC)) WHERE turns > ? OR bytes > ? ORDER BY used DESC LIMIT 1)"""
 _log = logging.getLogger(__name__)
 _Piece = tuple[str, bool]
 _Values = dict[str, tuple[str, str]]  # of one call: whether the value is a string ("true", "false"), and the value
@@ -44,40 +52,36 @@ class Replay:
     A file that is found broken is set aside and counted in `damaged`.
     """
 
-    def __init__(self, path: Path | None = None, *, max_turns: int = 100_000, max_bytes: int = 256 << 20) -> None:
-        """Open or create; `max_bytes` bounds the token ids. Raises CacheError where no file can be made."""
+    def __init__(self, path: Path | None = None, *, max_turns: int = 20_000, max_bytes: int = 256 << 20) -> None:
+        """Open or create; what was not used for longest goes first. Raises CacheError where no file can be made."""
         self.damaged = 0
-        self._path, self._max_turns, self._max_bytes = path, max_turns, max_bytes
+        self._path, self._bounds = path, (max_turns, max_bytes)
+        self._written = 0  # bytes since rows were last dropped; a small row counts as one of mean size
         self._lock = threading.Lock()
-        self._reopen()
+        self._open()
 
     def remember(self, user_id: str, call_ids: Sequence[str], ids: Sequence[int]) -> None:
         """Keep the tokens of a turn, from the one behind the assistant's mark up to its end, under its call ids."""
-        blob = array.array("I", ids).tobytes()
+        row = _key(user_id, call_ids), array.array("I", ids).tobytes(), time.time_ns()
 
         def write() -> None:
-            self._database.execute("REPLACE INTO turns VALUES (?, ?, ?)", (_key(user_id, call_ids), blob, self._next))
-            self._next += 1
-            self._turns, self._bytes = self._turns + 1, self._bytes + len(blob)
-            if self._turns > self._max_turns or self._bytes > self._max_bytes:
-                self._evict()
+            self._database.execute("REPLACE INTO turns VALUES (?, ?, ?)", row)
+            turns, size = self._bounds
+            self._written += max(len(row[1]), size // turns)
+            if self._written * 16 > size:  # now and then: it reads the whole index
+                self._database.execute(_PRUNE, self._bounds)
+                self._written = 0
 
-        if len(blob) <= self._max_bytes:
-            self._try(write, None)
+        self._try(write, None)
 
     def recall(self, user_id: str, turns: Sequence[Sequence[str]]) -> list[list[int] | None]:
         """Return the tokens of each turn by its call ids, None for what is not there."""
         keys = [_key(user_id, call_ids) for call_ids in turns]
 
         def read() -> list[list[int] | None]:
-            found: list[list[int] | None] = []
-            for key in keys:
-                row = self._database.execute("SELECT ids FROM turns WHERE key = ?", (key,)).fetchone()
-                found.append(None if row is None or len(row[0]) % 4 else array.array("I", row[0]).tolist())
-                if row is not None:
-                    self._database.execute("UPDATE turns SET used = ? WHERE key = ?", (self._next, key))
-                    self._next += 1
-            return found
+            self._database.executemany("UPDATE turns SET used = ? WHERE key = ?", ((time.time_ns(), k) for k in keys))
+            rows = [self._database.execute("SELECT ids FROM turns WHERE key = ?", (key,)).fetchone() for key in keys]
+            return [None if not row or len(row[0]) % 4 else array.array("I", row[0]).tolist() for row in rows]
 
         return self._try(read, [None] * len(keys))
 
@@ -94,53 +98,27 @@ class Replay:
             except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:  # locked, full, closed
                 _log.warning("turns for replay: %s", error)
             except sqlite3.DatabaseError as error:
-                _log.warning("%s is damaged and set aside: %s", self._path, error)
-                self._set_aside()
+                self._set_aside(error)
         return otherwise
 
-    def _reopen(self) -> None:
+    def _open(self) -> None:
         try:
             if self._path is not None:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
             self._database = sqlite3.connect(self._path or ":memory:", timeout=1.0, check_same_thread=False)
-            try:
-                self._prepare()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                _log.warning("%s is damaged and set aside: %s", self._path, error)
-                self._set_aside()
+            # Without waiting for the disk: what is lost with the machine's power is only speed.
+            for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = OFF", *_TABLE):
+                self._database.execute(statement)
+            if self._database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("the quick check failed")
         except (OSError, sqlite3.OperationalError) as error:
             raise CacheError(f"{self._path}: cannot keep turns for replay there ({error})") from None
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
 
-    def _prepare(self) -> None:
-        # Without waiting for the disk: what is lost with the machine's power is only speed.
-        for pragma in ("journal_mode = WAL", "synchronous = OFF"):
-            self._database.execute(f"PRAGMA {pragma}")
-        if self._database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("the quick check failed")
-        with self._database:
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS turns (key BLOB PRIMARY KEY, ids BLOB NOT NULL, used INTEGER NOT NULL)"
-            )
-            self._database.execute("CREATE INDEX IF NOT EXISTS by_use ON turns (used)")
-            self._count()
-
-    def _count(self) -> None:
-        row = self._database.execute("SELECT count(*), total(length(ids)), max(used) FROM turns").fetchone()
-        self._turns, self._bytes, self._next = row[0], int(row[1]), 1 + (row[2] or 0)
-
-    def _evict(self) -> None:
-        """Drop the turns that were not used for longest, with a tenth of the room more than must be."""
-        self._count()  # replaced rows were counted twice
-        rows = self._database.execute("SELECT key, length(ids) FROM turns ORDER BY used")
-        while self._turns > self._max_turns * 0.9 or self._bytes > self._max_bytes * 0.9:
-            key, size = rows.fetchone()
-            self._database.execute("DELETE FROM turns WHERE key = ?", (key,))
-            self._turns, self._bytes = self._turns - 1, self._bytes - size
-
-    def _set_aside(self) -> None:
+    def _set_aside(self, error: Exception) -> None:
+        _log.warning("%s is damaged and set aside: %s", self._path, error)
         self.damaged += 1
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
@@ -148,7 +126,7 @@ class Replay:
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(f"{self._path}{suffix}", f"{self._path}{suffix}.damaged")
-        self._reopen()
+        self._open()
 
 
 def _key(user_id: str, call_ids: Sequence[str]) -> bytes:
