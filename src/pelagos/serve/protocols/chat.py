@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from pelagos.errors import RequestError
+from pelagos.errors import FormError, RequestError
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
 
@@ -16,100 +16,94 @@ if TYPE_CHECKING:
 
 # What the end of an answer is called when it was not the model's.
 FINISH_REASONS = {"cancelled": "aborted", "deadline": "insufficient_system_resource"}
-_PARTS = {"image_url": "[Unsupported Image]", "file": "[Unsupported Document]", "thinking": "", "reasoning": ""}
 _THINKING = ("thinking", "enable_thinking", "think")
+_ONE = "Invalid n value (currently only n = 1 is supported)"
+_NEEDS_LOGPROBS = "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used."
 
 
-class Chat:
+class Chat(wire.Base):
     """`POST /v1/chat/completions`."""
 
     summary = "Chat completion"
     paths: tuple[str, ...] = ("/v1/chat/completions",)
-    count_paths: tuple[str, ...] = ()
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """See `Api.schema`."""
-        return {
-            "type": "object",
-            "required": ["messages"],
-            "properties": {
-                "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}},
-                "thinking": {"type": ["object", "boolean", "null"]},
-                "reasoning_effort": {"enum": [*wire.EFFORTS, None]},
-                "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-                "stop": {"type": ["string", "array", "null"], "items": {"type": "string", "minLength": 1}},
-                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
-                "tool_choice": {"type": ["string", "object", "null"]},
-                "response_format": {"type": ["object", "null"]},
-                "logprobs": {"type": ["boolean", "null"]},
-                "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": wire.MAX_LOGPROBS},
-                "n": {"enum": [1, None]},
-                **wire.SAMPLING_SCHEMA,
-            },
-        }
+    required = ("messages",)
+    fields = {  # noqa: RUF012
+        "messages": wire.OBJECTS,
+        "thinking": {"type": ["object", "boolean"]},
+        "reasoning_effort": wire.TEXT,
+        "max_tokens": wire.TOKENS,
+        "max_completion_tokens": wire.TOKENS,
+        "stop": {"type": ["string", "array"]},
+        "tools": wire.OBJECTS,
+        "tool_choice": {"type": ["string", "object"]},
+        "parallel_tool_calls": wire.BOOLEAN,
+        "response_format": wire.OBJECT,
+        "logprobs": wire.BOOLEAN,
+        "top_logprobs": wire.LOGPROBS,
+        "n": {"type": "integer"},
+        "stream_options": wire.OBJECT,
+        "continue_final_message": wire.BOOLEAN,
+        "chat_template_kwargs": wire.OBJECT,
+        **wire.COMMON,
+    }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`; Ask.options has `usage`: whether every chunk of a stream has the key."""
+        wire.check(body, wire.COMMON if card.strict else self.fields)
         if card.strict:
-            wire.refuse_as_official("ChatCompletionRequest", body, card)
-        wire.model_name(body, card)
+            wire.converted("ChatCompletionRequest", body, card, official=True)
         extra = wire.mapping(body, "chat_template_kwargs")
-        given = {**body, "tools": wire.functions(body.get("tools"))}
-        thinking = given["thinking"] = wire.first(*(place.get(name) for place in (body, extra) for name in _THINKING))
-        given["reasoning_effort"] = wire.first(body.get("reasoning_effort"), extra.get("reasoning_effort"))
-        given["max_tokens"] = wire.first(body.get("max_tokens"), body.get("max_completion_tokens"))
+        thinking = wire.first(*(place.get(name) for place in (body, extra) for name in _THINKING))
+        given = {
+            **body,
+            "tools": _functions(body.get("tools") or []),
+            "thinking": thinking,
+            "reasoning_effort": wire.first(body.get("reasoning_effort"), extra.get("reasoning_effort")),
+            "max_tokens": wire.first(body.get("max_tokens"), body.get("max_completion_tokens")),
+        }
         if body.get("n") not in (None, 1):
-            raise RequestError("Invalid n value (currently only n = 1 is supported)")
-        messages = [_message(index, each) for index, each in enumerate(wire.objects("messages", body.get("messages")))]
+            raise RequestError(_ONE)
+        if body.get("top_logprobs") and not body.get("logprobs"):
+            raise RequestError(_NEEDS_LOGPROBS)
+        messages = [_message(each) for each in body.get("messages") or ()]
         if not messages:
             raise RequestError("Empty input messages")
-        if wire.flag(body, "continue_final_message") and messages[-1]["role"] == "assistant":
+        if body.get("continue_final_message") and messages[-1].get("role") == "assistant":
             messages[-1]["prefix"] = True
-        budget = wire.first(body.get("thinking_budget"), extra.get("thinking_budget"))
+        if not card.strict:
+            messages = wire.move_reminders(messages, lambda message: message.get("role") == "tool")
+        named = wire.first(body.get("thinking_budget"), extra.get("thinking_budget"))
         return Ask(
-            body=wire.canonical(messages if card.strict else wire.move_reminders(messages), given, card),
-            stream=wire.flag(body, "stream"),
+            body=wire.canonical(messages, given, card),
+            stream=bool(body.get("stream")),
             user_id=wire.isolation(wire.first(body.get("user_id"), body.get("user"))),
-            logprobs=_logprobs(body),
-            thinking_budget=wire.budget(thinking, budget, card),
+            logprobs=(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
+            thinking_budget=wire.budget(thinking, named, card),
             clamp=not (card.strict and given["max_tokens"]),
-            options={"usage": wire.flag(wire.mapping(body, "stream_options"), "include_usage")},
+            options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},
         )
 
     def writer(self, ask: Ask, answer: Answer, card: Card) -> ChatWriter:
         """Return the writer of one answer."""
         return ChatWriter(ask, answer, card)
 
-    def count(self, tokens: int) -> dict[str, Any]:
-        """See `Api.count`."""
-        return {"input_tokens": tokens}
 
-    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
-        return wire.openai_error(status, message, code, param)
+def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the function tools of a list; tools of other kinds are passed over."""
+    kept = [{"type": "function", **tool} for tool in tools if tool.get("type", "function") == "function"]
+    for tool in kept:
+        wire.check(tool, {"function": wire.OBJECT})
+        if not tool.get("function"):
+            raise FormError("invalid request body: tools: missing field `function`")
+    return kept
 
 
-def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with its content as text and its reasoning by its name here."""
-    place = f"messages[{index}]"
-    if not isinstance(message.get("role"), str):
-        raise wire.malformed(f"{place}.role", message.get("role"), "a role")
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with only parts the library knows, and its reasoning by its name here."""
     kept = {name: value for name, value in message.items() if name != "reasoning"}
-    kept["content"] = wire.joined(message.get("content"), f"{place}.content", _PARTS)
+    kept["content"] = wire.readable(message.get("content"), ("text", "image_url", "file"))
     reasoning = wire.first(message.get("reasoning_content"), message.get("reasoning"))
     return kept | ({} if reasoning is None else {"reasoning_content": reasoning})
-
-
-def _logprobs(body: dict[str, Any]) -> int | None:
-    most = wire.first(body.get("top_logprobs"), 0)
-    if not wire.flag(body, "logprobs"):
-        if most:
-            raise RequestError(
-                "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used."
-            )
-        return None
-    return wire.whole("top_logprobs", most, 0, wire.MAX_LOGPROBS, f"[0, {wire.MAX_LOGPROBS}].")
 
 
 class ChatWriter:
@@ -154,7 +148,7 @@ class ChatWriter:
 
     def fail(self, status: int, message: str) -> list[str]:
         """An error object in the stream, and the end mark."""
-        return [wire.frame(wire.openai_error(status, message, None, None)), "data: [DONE]\n\n"]
+        return [wire.frame(Chat().error(status, message)), "data: [DONE]\n\n"]
 
     def whole(self) -> dict[str, Any]:
         """The chat.completion object."""

@@ -16,77 +16,60 @@ if TYPE_CHECKING:
     from pelagos.serve.answer import Answer
 
 _MAX_TOKENS = 4_096  # of the official API; here the default too
-_EXTRAS = ("top_k", "min_p", "repetition_penalty")
 
 
-class Completions:
+class Completions(wire.Base):
     """`POST /v1/completions`."""
 
     summary = "Completion of raw text, or of the middle between a prompt and a suffix"
     paths: tuple[str, ...] = ("/v1/completions",)
-    count_paths: tuple[str, ...] = ()
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """See `Api.schema`."""
-        return {
-            "type": "object",
-            "required": ["prompt"],
-            "properties": {
-                "prompt": {"type": ["string", "array"]},
-                "suffix": {"type": ["string", "null"]},
-                "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-                "stop": {"type": ["string", "array", "null"], "items": {"type": "string", "minLength": 1}},
-                "echo": {"type": ["boolean", "null"]},
-                "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": wire.MAX_LOGPROBS},
-                "n": {"enum": [1, None]},
-                **wire.SAMPLING_SCHEMA,
-            },
-        }
+    content = "prompt"
+    required = ("prompt",)
+    fields = {  # noqa: RUF012
+        "prompt": {"type": ["string", "array"]},
+        "suffix": wire.TEXT,
+        "max_tokens": wire.TOKENS,
+        "stop": {"type": ["string", "array"]},
+        "echo": wire.BOOLEAN,
+        "logprobs": {**wire.LOGPROBS, "type": ["integer", "boolean"]},  # some clients send chat's form
+        "n": {"type": "integer"},
+        "stream_options": wire.OBJECT,
+        **wire.COMMON,
+    }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`; Ask.options has `usage`: whether a stream ends with a chunk of nothing but usage."""
-        name = wire.model_name(body, card)
-        if card.strict and name != card.model:
-            raise RequestError(f"The supported API model names are {card.model}, but you passed {name}.")
-        suffix, logprobs, most = body.get("suffix"), body.get("logprobs"), wire.MAX_LOGPROBS
-        if not isinstance(suffix, str | None):
-            raise wire.malformed("suffix", suffix, "a string")
-        if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
+        wire.check(body, self.fields)
+        if card.strict:
+            _refuse_as_official(body, card)
+        if body.get("n") not in (None, 1):
             raise RequestError("Invalid n value (currently only n = 1 is supported)")
-        options, streams = wire.mapping(body, "stream_options"), wire.flag(body, "stream")
-        if card.strict and options and not streams:
-            raise RequestError("stream_options should be set along with stream = true")
-        asked, limit = body.get("max_tokens"), _MAX_TOKENS if card.strict else wire.MAX_TOKENS
-        if asked is not None:
-            most_asked = limit if card.strict else 2**63
-            asked = min(wire.whole("max_tokens", asked, 1, most_asked, f"[1, {limit}]"), limit)
-        given = {name: body[name] for name in _EXTRAS if body.get(name) is not None}
-        if type(logprobs) is bool:  # some clients send chat's form
-            logprobs = 0 if logprobs else None
+        logprobs, asked = body.get("logprobs"), body.get("max_tokens")
+        limit = min(asked, wire.MAX_TOKENS) if asked else card.max_tokens or _MAX_TOKENS
         return Ask(
-            body=given | wire.sampling(body) | {"max_tokens": asked or card.max_tokens or _MAX_TOKENS},
+            body=wire.sampling(body) | {"max_tokens": limit},
             prompt=_prompt(body.get("prompt")),
-            suffix=suffix or None,
-            echo=wire.flag(body, "echo"),
-            stream=streams,
+            suffix=body.get("suffix") or None,
+            echo=bool(body.get("echo")),
+            stream=bool(body.get("stream")),
             user_id=wire.isolation(wire.first(body.get("user_id"), body.get("user"))),
-            logprobs=None if logprobs is None else wire.whole("logprobs", logprobs, 0, most, f"[0, {most}]."),
+            logprobs=None if logprobs is None or logprobs is False else int(logprobs) * (logprobs is not True),
             clamp=not (card.strict and asked),
-            options={"usage": wire.flag(options, "include_usage")},
+            options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},
         )
 
     def writer(self, ask: Ask, answer: Answer, card: Card) -> CompletionsWriter:
         """Return the writer of one answer."""
         return CompletionsWriter(ask, answer, card)
 
-    def count(self, tokens: int) -> dict[str, Any]:
-        """See `Api.count`."""
-        return {"input_tokens": tokens}
 
-    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
-        return wire.openai_error(status, message, code, "prompt" if param == "messages" else param)
+def _refuse_as_official(body: dict[str, Any], card: Card) -> None:
+    name = wire.model_name(body, card)
+    if name != card.model:
+        raise RequestError(f"The supported API model names are {card.model}, but you passed {name}.")
+    if body.get("stream_options") and not body.get("stream"):
+        raise RequestError("stream_options should be set along with stream = true")
+    wire.check(body, {"max_tokens": wire.ranged("integer", 1, _MAX_TOKENS, f"[1, {_MAX_TOKENS}]")})
 
 
 def _prompt(prompt: Any) -> str | list[int]:
@@ -134,7 +117,7 @@ class CompletionsWriter:
 
     def fail(self, status: int, message: str) -> list[str]:
         """An error object in the stream, and the end mark."""
-        return [wire.frame(wire.openai_error(status, message, None, None)), "data: [DONE]\n\n"]
+        return [wire.frame(Completions().error(status, message)), "data: [DONE]\n\n"]
 
     def whole(self) -> dict[str, Any]:
         """The text_completion object."""

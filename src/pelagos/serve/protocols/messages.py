@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from pelagos.chat.parser import Event
-from pelagos.errors import RequestError
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
 
 if TYPE_CHECKING:
     from pelagos.serve.answer import Answer
 
-_BILLING = "x-anthropic-billing-header"  # differs in every request of some clients: no prompt would be found cached
-_PARTS = {
-    "image": "[Unsupported Image]", "thinking": "", "redacted_thinking": "", "tool_use": "", "tool_result": "",
-    "server_tool_use": "", "web_search_tool_result": "",
-}  # fmt: skip
+_BLOCKS = ("text", "image", "document", "tool_use", "tool_result", "server_tool_use", "web_search_tool_result")
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _ERRORS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
@@ -26,57 +20,54 @@ _ERRORS = {
 }  # fmt: skip
 
 
-class Messages:
+class Messages(wire.Base):
     """`POST /v1/messages` and `/v1/messages/count_tokens`."""
 
     summary = "Message, as Anthropic's clients ask for it"
     paths: tuple[str, ...] = ("/v1/messages",)
     count_paths: tuple[str, ...] = ("/v1/messages/count_tokens",)
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """See `Api.schema`."""
-        return {
-            "type": "object",
-            "required": ["messages"],
-            "properties": {
-                "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}},
-                "system": {"type": ["string", "array", "null"]},
-                "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-                "stop_sequences": {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}},
-                "thinking": {"type": ["object", "null"]},
-                "output_config": {"type": ["object", "null"]},
-                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
-                "tool_choice": {"type": ["object", "null"]},
-                "metadata": {"type": ["object", "null"]},
-                **wire.SAMPLING_SCHEMA,
-            },
-        }
+    required = ("messages",)
+    fields = {  # noqa: RUF012
+        "messages": wire.OBJECTS,
+        "system": {"type": ["string", "array"]},
+        "max_tokens": wire.TOKENS,
+        "stop_sequences": {"type": "array"},
+        "thinking": wire.OBJECT,
+        "output_config": wire.OBJECT,
+        "tools": wire.OBJECTS,
+        "tool_choice": wire.OBJECT,
+        "metadata": wire.OBJECT,
+        **wire.COMMON,
+    }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`."""
+        wire.check(body, wire.COMMON if card.strict else self.fields)
         name = wire.model_name(body, card)
-        aliases = [name] if name.startswith("claude") else []
         if card.strict:
-            wire.refuse_as_official("MessagesRequest", body, card, aliases=aliases)
-        tools, config = _tools(body.get("tools")), wire.mapping(body, "output_config")
-        form = None if card.strict else wire.mapping(config, "format")
+            aliases = [name] if name.startswith("claude") else []
+            wire.converted("MessagesRequest", body, card, official=True, aliases=aliases)
+        kept = [_tool(each) for each in body.get("tools") or () if _runs_at_client(each)]
+        messages = [_message(each) for each in body.get("messages") or ()]
+        plain = {"messages": messages, "tools": kept} | ({"system": body["system"]} if body.get("system") else {})
+        conversation, _ = wire.converted("MessagesRequest", plain, card)
+        stricts = [each.get("name") for each in body.get("tools") or () if each.get("strict")]
+        messages, tools = wire.as_chat(conversation, stricts)
+        config = wire.mapping(body, "output_config")
         given = {
-            **{key: body.get(key) for key in ("temperature", "top_p", "thinking", "max_tokens")},
+            **{key: body.get(key) for key in ("temperature", "top_p", "seed", "thinking", "max_tokens")},
             "stop": body.get("stop_sequences"),
             "reasoning_effort": config.get("effort"),
             "tools": tools,
             "tool_choice": _choice(wire.mapping(body, "tool_choice"), tools, card),
         }
-        if form and form.get("type") == "json_schema":
+        form = wire.mapping(config, "format")
+        if form.get("type") == "json_schema" and not card.strict:
             schema = {"name": "answer", "schema": form.get("schema")}
             given["response_format"] = {"type": "json_schema", "json_schema": schema}
-        messages = _conversation(body)
-        if not wire.pairs_up(messages):  # in the words clients know
-            wire.refuse_as_official("MessagesRequest", body, card, aliases=[name])
         return Ask(
             body=wire.canonical(messages, given, card),
-            stream=wire.flag(body, "stream"),
+            stream=bool(body.get("stream")),
             user_id=wire.isolation(wire.mapping(body, "metadata").get("user_id")),
             thinking_budget=wire.budget(body.get("thinking"), None, card),
             clamp=not (card.strict and body.get("max_tokens")),
@@ -86,10 +77,6 @@ class Messages:
         """Return the writer of one answer."""
         return MessagesWriter(answer, card)
 
-    def count(self, tokens: int) -> dict[str, Any]:
-        """See `Api.count`."""
-        return {"input_tokens": tokens}
-
     def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
         """`{"type": "error", "error": {type, message}}`; clients know an overflow by "prompt is too long"."""
         kind = _ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
@@ -97,87 +84,41 @@ class Messages:
         return {"type": "error", "error": {"type": kind, "message": said}}
 
 
-def _tools(tools: Any) -> list[dict[str, Any]]:
-    """Return the tools with a schema as chat's; those that run at the server are passed over."""
-    kept = [
-        tool for tool in wire.objects("tools", tools) if tool.get("type") in (None, "custom") or "input_schema" in tool
-    ]
-    names = {"name": "name", "description": "description", "parameters": "input_schema", "strict": "strict"}
-    return [
-        {"type": "function", "function": {ours: tool[theirs] for ours, theirs in names.items() if theirs in tool}}
-        for tool in kept
-    ]
+def _runs_at_client(tool: dict[str, Any]) -> bool:
+    return tool.get("type") in (None, "custom") or "input_schema" in tool
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
+    return kept | {"input_schema": tool.get("input_schema") or {"type": "object"}}
 
 
 def _choice(choice: Any, tools: list[dict[str, Any]], card: Card) -> Any:
     """Return chat's tool choice; a tool that was passed over cannot be forced."""
     kind, name = choice.get("type"), choice.get("name")
-    if kind == "tool" and (name in [tool["function"].get("name") for tool in tools] or card.strict):
+    if kind == "tool" and (name in [tool["function"]["name"] for tool in tools] or card.strict):
         return {"type": "function", "function": {"name": name}}
     forced = "auto" if card.strict else "required"  # the official API does not force it
     return {None: None, "none": "none", "any": forced}.get(kind, "auto")
 
 
-def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
-    system = body.get("system")
-    if isinstance(system, list):
-        system = [part for part in system if not (isinstance(part, dict) and _is_billing(part.get("text")))]
-    text = wire.joined(system, "system", {})
-    messages = [{"role": "system", "content": text}] if text else []
-    given = wire.objects("messages", body.get("messages"))
-    if not given:
-        raise RequestError("messages: at least one message is required")
-    for index, message in enumerate(given):
-        role, content, place = message.get("role"), message.get("content"), f"messages.{index}"
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else wire.objects(place, content)
-        text = wire.joined([_plain(block) for block in blocks if block.get("text") != ""], place, _PARTS)
-        if role == "assistant":
-            messages.append(_assistant(blocks, text))
-        elif role == "user":
-            results = [_result(block, place) for block in blocks if block.get("type") == "tool_result"]
-            messages += results if results and not text else [*results, {"role": "user", "content": text}]
-        elif role != "system":
-            raise wire.malformed(f"{place}.role", role, "user, assistant or system")
-        elif text:
-            messages.append(wire.remind(text))
-    return messages
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with only blocks the library knows, results first."""
+    thinks = message.get("role") == "assistant"
+    blocks = wire.readable(message.get("content"), (*_BLOCKS, *(["thinking"] if thinks else [])))
+    if isinstance(blocks, list):
+        blocks = [_block(block) for block in blocks if isinstance(block, dict)] or ""
+        blocks = sorted(blocks, key=lambda block: block["type"] != "tool_result") if blocks and not thinks else blocks
+    return {**message, "content": blocks}
 
 
-def _is_billing(text: Any) -> bool:
-    return isinstance(text, str) and text.startswith(_BILLING)
-
-
-def _plain(block: Any) -> Any:
-    """Return a block that stands for one of a kind the model cannot read."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "document":
-        source = block.get("source")
-        media = source.get("media_type") if isinstance(source, dict) else None
-        return f"[Unsupported document type: {media or 'unknown'}]"
-    return str(block.get("tool_name", "")) if kind == "tool_reference" else block
-
-
-def _assistant(blocks: list[dict[str, Any]], text: str) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    thoughts = [str(block.get("thinking") or "") for block in blocks if block.get("type") == "thinking"]
-    calls = [block for block in blocks if block.get("type") == "tool_use"]
-    if thoughts:
-        message["reasoning_content"] = "\n\n".join(thoughts)
-    if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-    return message
-
-
-def _call(block: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-    return {"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": arguments}}
-
-
-def _result(block: dict[str, Any], place: str) -> dict[str, Any]:
-    content = block.get("content")
-    parts = [_plain(part) for part in content] if isinstance(content, list) else content
-    text = wire.joined(parts, f"{place}.tool_result", _PARTS)
-    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
+def _block(block: dict[str, Any]) -> dict[str, Any]:
+    if block["type"] == "tool_result":
+        return {
+            **block,
+            "content": wire.readable(block.get("content"), ("text", "image", "document")),
+        }
+    return {**block, "input": block.get("input") or {}} if block["type"] == "tool_use" else block
 
 
 class MessagesWriter:

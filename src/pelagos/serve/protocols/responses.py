@@ -9,17 +9,13 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from pelagos.chat.parser import Event
-from pelagos.errors import RequestError
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
 
 if TYPE_CHECKING:
     from pelagos.serve.answer import Answer
 
-_PARTS = {"input_image": "[Unsupported Image]", "input_file": "[Unsupported Document]"}
-_NO_JSON = (
-    "Response input messages must contain the word 'json' in some form to use 'text.format' of type 'json_object'."
-)
+_PARTS = ("input_text", "output_text", "input_image", "input_file")
 # Escapes whole, and both halves of a surrogate pair together: what may be decoded before the rest has come.
 _STRING = re.compile(
     r'(?:[^"\\]|\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
@@ -27,59 +23,58 @@ _STRING = re.compile(
 _INPUT = '{"input": "'
 
 
-class Responses:
+class Responses(wire.Base):
     """`POST /v1/responses`."""
 
     summary = "Response, as OpenAI's newer clients ask for it"
     paths: tuple[str, ...] = ("/v1/responses",)
-    count_paths: tuple[str, ...] = ()
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """See `Api.schema`."""
-        return {
-            "type": "object",
-            "properties": {
-                "input": {"type": ["string", "array", "null"], "items": {"type": "object"}},
-                "instructions": {"type": ["string", "null"]},
-                "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
-                "reasoning": {"type": ["object", "null"]},
-                "text": {"type": ["object", "null"]},
-                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
-                "tool_choice": {"type": ["string", "object", "null"]},
-                "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": wire.MAX_LOGPROBS},
-                **wire.SAMPLING_SCHEMA,
-            },
-        }
+    content = "input"
+    fields = {  # noqa: RUF012
+        "input": {"type": ["string", "array"]},
+        "instructions": wire.TEXT,
+        "max_output_tokens": {"type": "integer", "minimum": 1},
+        "reasoning": wire.OBJECT,
+        "text": wire.OBJECT,
+        "tools": wire.OBJECTS,
+        "tool_choice": {"type": ["string", "object"]},
+        "parallel_tool_calls": wire.BOOLEAN,
+        "top_logprobs": wire.LOGPROBS,
+        "include": {"type": "array"},
+        **wire.COMMON,
+    }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`; Ask.options: `echo` for the response object, `customs` and `spaces` of tool names."""
+        wire.check({**body, "max_tokens": body.get("max_output_tokens")}, {**self.fields, "max_tokens": wire.TOKENS})
         if card.strict:
-            wire.refuse_as_official("ResponsesRequest", body, card)
-        name = wire.model_name(body, card)
-        functions, customs, spaces = _tools(body.get("tools"))
+            wire.converted("ResponsesRequest", body, card, official=True)
         reasoning, text = wire.mapping(body, "reasoning"), wire.mapping(body, "text")
-        form = wire.mapping(text, "format")
-        messages = _conversation(body)
-        if not wire.pairs_up(messages):  # in the words clients know
-            wire.refuse_as_official("ResponsesRequest", body, card, aliases=[name])
-        if form.get("type") == "json_object" and "json" not in json.dumps(messages).lower():
-            raise RequestError(_NO_JSON)
+        form, listed = wire.mapping(text, "format"), body.get("tools") or []
+        plain = {key: body[key] for key in ("instructions", "input") if body.get(key) is not None}
+        if isinstance(body.get("input"), list):
+            items = [_item(item) for item in body["input"]]
+            plain["input"] = items if card.strict else wire.move_reminders(items, _is_output)
+        if form.get("type") == "json_object":
+            plain["text"] = {"format": form}  # the library wants the word json somewhere
+        plain["tools"] = [_tool(tool) for tool in listed]
+        conversation, spaces = wire.converted("ResponsesRequest", plain, card)
+        messages, tools = wire.as_chat(conversation, [tool.get("name") for tool in listed if tool.get("strict")])
         given = {
-            **{key: body.get(key) for key in ("temperature", "top_p", "parallel_tool_calls")},
+            **{key: body.get(key) for key in ("temperature", "top_p", "seed", "parallel_tool_calls")},
             "max_tokens": body.get("max_output_tokens"),
             "reasoning_effort": reasoning.get("effort"),
-            "tools": functions,
+            "tools": tools,
             "tool_choice": _choice(body.get("tool_choice")),
             "response_format": _format(form),
         }
-        top, include = body.get("top_logprobs"), body.get("include") or ()
-        wants = bool(top) or "message.output_text.logprobs" in include
+        top = body.get("top_logprobs")
+        wants = bool(top) or "message.output_text.logprobs" in (body.get("include") or ())
+        customs = {tool.get("name") for tool in listed if tool.get("type") == "custom"}
         return Ask(
-            body=wire.canonical(messages if card.strict else wire.move_reminders(messages), given, card),
-            stream=wire.flag(body, "stream"),
+            body=wire.canonical(messages, given, card),
+            stream=bool(body.get("stream")),
             user_id=wire.isolation(body.get("user")),
-            logprobs=wire.whole("top_logprobs", top or 0, 0, 20, "[0, 20].") if wants else None,
+            logprobs=(top or 0) if wants else None,
             clamp=not (card.strict and given["max_tokens"]),
             options={"echo": _echo(body, reasoning, text), "customs": customs, "spaces": spaces},
         )
@@ -87,14 +82,6 @@ class Responses:
     def writer(self, ask: Ask, answer: Answer, card: Card) -> ResponsesWriter:
         """Return the writer of one answer."""
         return ResponsesWriter(ask, answer, card)
-
-    def count(self, tokens: int) -> dict[str, Any]:
-        """See `Api.count`."""
-        return {"input_tokens": tokens}
-
-    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
-        return wire.openai_error(status, message, code, "input" if param == "messages" else param)
 
 
 def _format(form: Any) -> dict[str, Any] | None:
@@ -105,48 +92,14 @@ def _format(form: Any) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": kept}
 
 
-def _tools(tools: Any) -> tuple[list[dict[str, Any]], set[str], dict[str, tuple[str, str]]]:
-    """Return chat's tools, which of them are custom, and namespace and name of those in a namespace.
-
-    Tools of other kinds are passed over.
-    """
-    functions: list[dict[str, Any]] = []
-    customs, spaces = set[str](), dict[str, tuple[str, str]]()
-    for tool in wire.objects("tools", tools):
-        kind, name = tool.get("type"), tool.get("name")
-        if kind not in ("function", "namespace", "custom"):
-            continue
-        if not isinstance(name, str):
-            raise wire.malformed("tools.name", name, "a string")
-        if kind == "function":
-            functions.append(_function(tool, name))
-        elif kind == "custom":
-            functions.append(_custom(tool, name))
-            customs.add(name)
-        else:
-            for inner in wire.objects("tools.tools", tool.get("tools")):
-                spaces[f"{name}__{inner.get('name')}"] = (name, str(inner.get("name")))
-                functions.append(_function(inner, f"{name}__{inner.get('name')}"))
-    return functions, customs, spaces
-
-
-def _function(tool: dict[str, Any], name: str) -> dict[str, Any]:
-    kept = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
-    return {"type": "function", "function": {"name": name, **kept, "parameters": tool.get("parameters") or {}}}
-
-
-def _custom(tool: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a tool that takes free text as a function with the one parameter `input`."""
-    if name == "apply_patch":
-        recipe = wire.library()
-        probe = {"model": "DeepSeek-V4-Pro", "input": "", "tools": [{"type": "custom", "name": name}]}
-        [known] = recipe.ResponsesRequest(probe).convert(recipe.ConversionOptions()).conversation.tools
-        function = {"name": name, "description": known.description, "parameters": known.parameters}
-        return {"type": "function", "function": function}
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool the library takes: free text for another tool than `apply_patch` is its parameter `input`."""
+    if tool.get("type") != "custom" or tool.get("name") == "apply_patch":
+        return {key: value for key, value in tool.items() if key != "strict"}
     grammar = wire.mapping(tool, "format").get("definition")
     description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {"type": "function", "name": tool.get("name"), "description": description, "parameters": parameters}
 
 
 def _choice(choice: Any) -> Any:
@@ -164,62 +117,17 @@ def _choice(choice: Any) -> Any:
     }
 
 
-def _conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
-    instructions, items = body.get("instructions"), body.get("input")
-    if not isinstance(instructions, str | None):
-        raise wire.malformed("instructions", instructions, "a string")
-    if instructions is None and items is None:
-        raise RequestError("Either input or instructions must be provided")
-    if items == []:
-        raise RequestError("Input items array must not be empty")
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
-    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
-    turn: dict[str, Any] | None = None  # the assistant message that the items in hand belong to
-    for index, item in enumerate(wire.objects("input", items)):
-        kind, role, place = item.get("type") or "message", item.get("role"), f"input[{index}]"
-        added = _part_of_turn(item, kind, place)
-        if added is not None:
-            # A turn reasons first; what follows calls without a result in between still belongs to them.
-            if turn is None or ("reasoning_content" in added and "content" in turn and "tool_calls" not in turn):
-                turn = {"role": "assistant"}
-                messages.append(turn)
-            _add(turn, added)
-        elif kind in ("function_call_output", "custom_tool_call_output"):
-            text = wire.joined(item.get("output"), f"{place}.output", _PARTS)
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
-            turn = None
-        elif kind == "message":
-            if role not in ("user", "developer", "system"):
-                raise wire.malformed(f"{place}.role", role, "user, assistant, system or developer")
-            text = wire.joined(item.get("content"), f"{place}.content", _PARTS)
-            messages.append({"role": "system" if role == "system" else "user", "content": text})
-            turn = None
-    return [{"content": "", **each} for each in messages]
+def _item(item: Any) -> Any:
+    """Return an input item with only parts the library knows."""
+    if not isinstance(item, dict):
+        return item
+    if item.get("type", "message") == "message":
+        return {**item, "content": wire.readable(item.get("content"), _PARTS, "input_text")}
+    return {**item, "output": wire.readable(item.get("output"), _PARTS, "input_text")} if _is_output(item) else item
 
 
-def _part_of_turn(item: dict[str, Any], kind: str, place: str) -> dict[str, Any] | None:
-    """Return what an item adds to an assistant message, None if it is none of its items."""
-    if kind == "message" and item.get("role") == "assistant":
-        return {"content": wire.joined(item.get("content"), f"{place}.content", _PARTS)}
-    if kind == "reasoning":
-        parts = wire.objects(f"{place}.content", item.get("content"))
-        text = "\n".join(str(part.get("text") or "") for part in parts)
-        return {"reasoning_content": text} if text else None
-    if kind not in ("function_call", "custom_tool_call"):
-        return None
-    name = f"{item['namespace']}__{item.get('name')}" if item.get("namespace") else item.get("name")
-    arguments = item.get("arguments")
-    if kind == "custom_tool_call":
-        arguments = json.dumps({"input": item.get("input")}, ensure_ascii=False)
-    function = {"name": name, "arguments": arguments}
-    return {"tool_calls": [{"id": item.get("call_id"), "type": "function", "function": function}]}
-
-
-def _add(turn: dict[str, Any], added: dict[str, Any]) -> None:
-    seams: dict[str, Any] = {"content": "\n\n", "reasoning_content": "\n", "tool_calls": []}
-    for key, value in added.items():
-        turn[key] = turn[key] + seams[key] + value if turn.get(key) else value
+def _is_output(item: dict[str, Any]) -> bool:
+    return item.get("type") in ("function_call_output", "custom_tool_call_output")
 
 
 def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""What the protocols share: the official words for bad fields, the one body they all become, frames, log-probabilities.
+"""What the protocols share: tables of fields, the library's conversions, the one body all become, and frames.
 
 Without `Card.strict` a request is read for what it means: unknown fields and tools are passed over, what cannot be
 done is done as far as it can. With it, `deepseek-recipe` reads the body first and refuses what the official API does.
+A whole answer is what its stream's events add up to: writers build it by replaying the finished message (`replayed`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pelagos.chat.parser import Event
 from pelagos.errors import FormError, MissingDependency, RequestError
@@ -19,60 +20,74 @@ if TYPE_CHECKING:
     from pelagos.chat.tokenizer import Tokenizer
     from pelagos.serve.answer import Answer, Logprob
 
+Field = Mapping[str, Any]  # a JSON schema, and in `x-range` its bounds as the official API writes them
 MAX_TOKENS = 393_216
 MAX_STOPS = 16
-MAX_LOGPROBS = 20
-KEEP_ALIVE = ": keep-alive\n\n"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
-_RANGES = {
-    "temperature": (0, 2, "[0, 2]"),
-    "top_p": (1e-12, 1, "(0, 1.0]"),
-    "presence_penalty": (-2, 2, "[-2, 2]"),
-    "frequency_penalty": (-2, 2, "[-2, 2]"),
-}
-# JSON schemas of the fields every protocol has by these names.
-SAMPLING_SCHEMA: dict[str, Any] = {
-    "model": {"type": ["string", "null"]},
-    "stream": {"type": ["boolean", "null"]},
-    "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
-    "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
-}
-_KEPT = ("top_k", "min_p", "repetition_penalty")
+KEEP_ALIVE = ": keep-alive\n\n"
+_TYPES = {"boolean": bool, "string": str, "object": dict, "array": list, "integer": int, "number": (int, float)}
 _EMPTY = "empty string. Expected a string with minimum length 1, but got an empty string instead."
 
 
-def library() -> Any:
-    """Return deepseek-recipe, or raise MissingDependency."""
-    try:
-        import deepseek_recipe
-    except ImportError as error:
-        raise MissingDependency(f"this needs deepseek-recipe: `pip install deepseek-recipe==0.2.0` ({error})") from None
-    return deepseek_recipe
+def ranged(kind: str, least: float, most: float, shown: str) -> Field:
+    """A number within bounds."""
+    return {"type": kind, "minimum": least, "maximum": most, "x-range": shown}
 
 
-def refuse_as_official(kind: str, body: Mapping[str, Any], card: Card, *, aliases: Iterable[str] = ()) -> None:
-    """Read a body as deepseek-recipe's request class `kind` and raise what it raises, in its words."""
-    recipe = library()
-    versions = dict.fromkeys((card.model, *aliases), recipe.ModelVersion.DeepseekV4Pro)
-    options = recipe.ConversionOptions().with_model_versions_by_name(versions)
-    options = options.with_reasoning_content_behavior(recipe.ReasoningContentBehavior.Reject)
-    options = options.with_messages_web_search(recipe.WebSearchBehavior.Drop)
-    try:
-        getattr(recipe, kind)({**body, "model": model_name(body, card)}).convert(options)
-    except OverflowError:
-        raise FormError("the request holds a whole number beyond 64 bits: write it as text") from None
-    except recipe.ConversionError as error:
-        raise RequestError(json.loads(error.body)["error"]["message"]) from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FormError(str(error)) from None
+BOOLEAN, TEXT, OBJECT = {"type": "boolean"}, {"type": "string"}, {"type": "object"}
+OBJECTS: Field = {"type": "array", "items": OBJECT}
+TOKENS = ranged("integer", 1, 2**63, f"[1, {MAX_TOKENS}]")
+LOGPROBS = ranged("integer", 0, 20, "[0, 20].")
+# What requests of every protocol may have.
+COMMON: Mapping[str, Field] = {
+    "model": TEXT,
+    "stream": BOOLEAN,
+    "temperature": ranged("number", 0, 2, "[0, 2]"),
+    "top_p": ranged("number", 1e-12, 1, "(0, 1.0]"),
+    "presence_penalty": ranged("number", -2, 2, "[-2, 2]"),
+    "frequency_penalty": ranged("number", -2, 2, "[-2, 2]"),
+    "seed": ranged("integer", 0, 2**63 - 1, "[0, 2^63)"),
+}
 
 
-def model_name(body: Mapping[str, Any], card: Card) -> str:
-    """Return the model a body names, without the `[1m]` some clients append; the served one where it names none."""
-    name = body.get("model") or card.model
-    if not isinstance(name, str):
-        raise malformed("model", name, "a string")
-    return name.removesuffix("[1m]")
+class Base:
+    """What the `Api`s have in common; `fields` are those that are checked before anything else."""
+
+    fields: ClassVar[Mapping[str, Field]]
+    required: ClassVar[tuple[str, ...]] = ()
+    count_paths: tuple[str, ...] = ()
+    content = "messages"  # the field that is too long when the context overflows
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Api.schema`."""
+        fields = {name: {"anyOf": [dict(field), {"type": "null"}]} for name, field in self.fields.items()}
+        return {"type": "object", "required": list(self.required), "properties": fields}
+
+    def count(self, tokens: int) -> dict[str, Any]:
+        """See `Api.count`."""
+        return {"input_tokens": tokens}
+
+    def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+        """`{"error": {message, type, param, code}}`."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = "internal_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+        place = self.content if param == "messages" else param
+        return {"error": {"message": message, "type": kind, "param": place, "code": code or kind}}
+
+
+def check(body: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """Raise FormError for a field of another type and RequestError for one beyond its bounds; null is absent."""
+    for name, field in fields.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        kinds = [field["type"]] if isinstance(field["type"], str) else field["type"]
+        good = any(isinstance(value, _TYPES[kind]) and (kind == "boolean") is isinstance(value, bool) for kind in kinds)
+        if not good or ("items" in field and not all(isinstance(each, dict) for each in value)):
+            raise malformed(name, value, f"{' or '.join(kinds)}{' of objects' if 'items' in field else ''}")
+        if "x-range" in field and not field["minimum"] <= value <= field["maximum"]:
+            raise RequestError(f"Invalid {name} value, the valid range of {name} is {field['x-range']}")
 
 
 def malformed(name: str, value: Any, expected: str) -> FormError:
@@ -81,63 +96,116 @@ def malformed(name: str, value: Any, expected: str) -> FormError:
     return FormError(f"invalid request body: {name}: invalid value {shown[:80]}, expected {expected}")
 
 
+def mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object field, empty where absent or null."""
+    check(body, {name: OBJECT})
+    return body.get(name) or {}
+
+
 def first(*values: Any) -> Any:
     """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """Return a boolean field, false where absent or null."""
-    value = body.get(name)
-    if value is not None and type(value) is not bool:
-        raise malformed(name, value, "a boolean")
-    return bool(value)
+def model_name(body: Mapping[str, Any], card: Card) -> str:
+    """Return the model a body names, without the `[1m]` some clients append; the served one where it names none."""
+    return (body.get("model") or card.model).removesuffix("[1m]")
 
 
-def mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object field, empty where absent or null."""
-    value = body.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise malformed(name, value, "an object")
-    return value or {}
+def converted(
+    kind: str, body: Mapping[str, Any], card: Card, *, official: bool = False, aliases: Iterable[str] = ()
+) -> tuple[Any, dict[str, tuple[str, str]]]:
+    """Return the conversation deepseek-recipe's request class `kind` makes of a body, and its namespaces' tools.
+
+    `official` also refuses unknown models and reasoning that was not sent back. Errors are in the library's words.
+    """
+    try:
+        import deepseek_recipe as recipe
+    except ImportError as error:
+        raise MissingDependency(f"this needs deepseek-recipe: `pip install deepseek-recipe==0.2.0` ({error})") from None
+    model = model_name(body, card) if official else card.model
+    versions = dict.fromkeys((card.model, *aliases), recipe.ModelVersion.DeepseekV4Pro)
+    options = recipe.ConversionOptions().with_model_versions_by_name(versions)
+    options = options.with_messages_web_search(recipe.WebSearchBehavior.Drop)
+    if official:
+        options = options.with_reasoning_content_behavior(recipe.ReasoningContentBehavior.Reject)
+    try:
+        request = getattr(recipe, kind)({**body, "model": model})
+        spaces = request.namespace_tool_map(options) if kind == "ResponsesRequest" else {}
+        return request.convert(options).conversation, spaces
+    except OverflowError:
+        raise FormError("the request holds a whole number beyond 64 bits: write it as text") from None
+    except recipe.ConversionError as error:
+        raise RequestError(json.loads(error.body)["error"]["message"]) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormError(str(error)) from None
 
 
-def whole(name: str, value: Any, least: int, most: int, shown: str) -> int:
-    """Return a whole number within its range; the range is named as the official API names it."""
-    if type(value) is not int:
-        raise malformed(name, value, "a whole number")
-    if not least <= value <= most:
-        raise RequestError(f"Invalid {name} value, the valid range of {name} is {shown}")
-    return value
+def as_chat(conversation: Any, strict_tools: Container[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages and tools of a conversation as a chat-completions body has them."""
+    messages: list[dict[str, Any]] = []
+    for each in conversation.messages:
+        messages.append({"role": each.role, "content": each.content})
+        if each.reasoning_content is not None:
+            messages[-1]["reasoning_content"] = each.reasoning_content
+        if each.tool_call_id is not None:
+            messages[-1]["tool_call_id"] = each.tool_call_id
+        if each.tool_calls:
+            messages[-1]["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in each.tool_calls
+            ]
+    tools: list[dict[str, Any]] = []
+    for tool in conversation.tools:
+        function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters}
+        tools.append(
+            {"type": "function", "function": function | ({"strict": True} if tool.name in strict_tools else {})}
+        )
+    return messages, tools
 
 
-def objects(name: str, value: Any) -> list[dict[str, Any]]:
-    """Return a list of objects; null is an empty one."""
-    if not isinstance(value, list | None) or not all(isinstance(each, dict) for each in value or ()):
-        raise malformed(name, value, "a list of objects")
-    return value or []
+def readable(content: Any, known: Container[str], text: str = "text") -> Any:
+    """Return a content whose parts of other kinds than `known` are replaced by their texts or names."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    parts: list[Any] = []
+    for part in content:
+        part = {"type": text, "text": part} if isinstance(part, str) else part
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
+        if kind in known or not isinstance(part, dict):
+            parts.append(part)
+        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
+            names = (part.get("text"), part.get("refusal"), part.get("tool_name"), f"[Unsupported {kind}]")
+            parts.append({"type": text, "text": first(*names)})
+    return parts
 
 
-def functions(tools: Any) -> list[dict[str, Any]]:
-    """Return the function tools of a list; tools of other kinds are passed over."""
-    kept = [tool for tool in objects("tools", tools) if tool.get("type", "function") == "function"]
-    for tool in kept:
-        if not isinstance(tool.get("function"), dict):
-            raise malformed("tools.function", tool.get("function"), "an object")
-    return [{"type": "function", **tool} for tool in kept]
+def move_reminders(messages: list[dict[str, Any]], is_result: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Turn system messages behind the first other one into reminders in place, never between calls and results.
 
-
-def budget(thinking: Any, named: Any, card: Card) -> int | None:
-    """Return the reasoning tokens a request allows: an extension `named`, or `thinking.budget_tokens`."""
-    tokens = first(named, thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None)
-    return None if card.strict or tokens is None else whole("thinking budget", tokens, 1, 2**31, "[1, 2^31)")
+    The library would move them to the front, where each new one makes the whole prompt new.
+    """
+    moved: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("role") == "system" and any(each.get("role") != "system" for each in moved):
+            content = message.get("content") or ""
+            parts = [content] if isinstance(content, str) else [str(part.get("text") or "") for part in content]
+            text = "\n\n".join(parts)
+            waiting.append({"role": "user", "content": f"<system-reminder>\n{text}\n</system-reminder>"})
+            continue
+        if not is_result(message):
+            moved += waiting
+            waiting = []
+        moved.append(message)
+    return moved + waiting
 
 
 def stops(value: Any) -> list[str]:
     """Return stop texts, at most 16 and none empty."""
     listed = [value] if isinstance(value, str) else value or []
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-        raise malformed("stop", value, "a string or a list")
+        raise malformed("stop", value, "a string or a list of strings")
     if len(listed) > MAX_STOPS:
         raise RequestError(f"Stop string array too long: {len(listed)}")
     if "" in listed:
@@ -147,17 +215,18 @@ def stops(value: Any) -> list[str]:
 
 
 def sampling(given: Mapping[str, Any], *, thinking: bool = False, tools: bool = False) -> dict[str, Any]:
-    """Check the sampling fields and return those that have an effect: thinking has its own temperature and top_p."""
-    for name, (least, most, shown) in _RANGES.items():
-        value = given.get(name)
-        if value is not None and type(value) not in (int, float):
-            raise malformed(name, value, "a number")
-        if value is not None and not least <= value <= most:
-            raise RequestError(f"Invalid {name} value, the valid range of {name} is {shown}")
-    named = {name: given[name] for name in ("temperature", "top_p") if given.get(name) is not None}
-    own = {"temperature": 1.0, "top_p": 0.95 if tools else 1.0} if thinking else named
-    seed = {} if given.get("seed") is None else {"seed": whole("seed", given["seed"], 0, 2**63 - 1, "[0, 2^63)")}
-    return {**own, **seed, "stop": stops(given.get("stop"))}
+    """Return the sampling fields that have an effect: thinking has its own temperature and top_p."""
+    names = ("seed", "top_k", "min_p", "repetition_penalty", *(() if thinking else ("temperature", "top_p")))
+    kept = {name: given[name] for name in names if given.get(name) is not None}
+    own = {"temperature": 1.0, "top_p": 0.95 if tools else 1.0} if thinking else {}
+    return kept | own | {"stop": stops(given.get("stop"))}
+
+
+def budget(thinking: Any, named: Any, card: Card) -> int | None:
+    """Return the reasoning tokens a request allows: an extension `named`, or `thinking.budget_tokens`."""
+    tokens = first(named, thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None)
+    check({"budget_tokens": tokens}, {"budget_tokens": ranged("integer", 1, 2**31, "[1, 2^31]")})
+    return None if card.strict else tokens
 
 
 def canonical(messages: list[dict[str, Any]], given: Mapping[str, Any], card: Card) -> dict[str, Any]:
@@ -172,26 +241,20 @@ def canonical(messages: list[dict[str, Any]], given: Mapping[str, Any], card: Ca
         if thinking.get("type") not in ("enabled", "disabled", "adaptive"):
             raise malformed("thinking", thinking, "a type of enabled, disabled or adaptive")
         thinking = thinking["type"] != "disabled"
-    elif not isinstance(thinking, bool | None):
-        raise malformed("thinking", thinking, "an object or a boolean")
     thinks = effort != "none" if thinking is None else thinking
     tools, form = _unstrict(given.get("tools") or [], given.get("response_format"), card)
     choice = given.get("tool_choice")
     body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
     body["thinking"] = {"type": "enabled" if thinks else "disabled"}
-    body |= {"reasoning_effort": effort} if effort is not None else {}
     if tools:
         body |= {"tools": tools, "tool_choice": _choice(choice, tools)}
-    body |= {} if form is None else {"response_format": form}
-    if given.get("parallel_tool_calls") is not None and not card.strict:
-        body["parallel_tool_calls"] = flag(given, "parallel_tool_calls")
-    body |= {name: given[name] for name in _KEPT if given.get(name) is not None}
+    parallel = None if card.strict else given.get("parallel_tool_calls")
+    more = {"reasoning_effort": effort, "response_format": form, "parallel_tool_calls": parallel}
+    body |= {name: value for name, value in more.items() if value is not None}
     body |= sampling(given, thinking=thinks, tools=bool(tools) and choice != "none")
     usual = 8_192 if not thinks else 131_072 if effort in ("max", "ultra") else 65_536
     asked = given.get("max_tokens")
-    if asked is not None:
-        asked = min(whole("max_tokens", asked, 1, 2**63, f"[1, {MAX_TOKENS}]"), MAX_TOKENS)
-    return body | {"max_tokens": asked or card.max_tokens or usual}
+    return body | {"max_tokens": min(asked, MAX_TOKENS) if asked else card.max_tokens or usual}
 
 
 def _unstrict(tools: list[dict[str, Any]], form: Any, card: Card) -> tuple[list[dict[str, Any]], Any]:
@@ -202,7 +265,7 @@ def _unstrict(tools: list[dict[str, Any]], form: Any, card: Card) -> tuple[list[
         return tools, form
     probe = {"messages": [{"role": "user", "content": "json"}], "tools": tools, "response_format": form}
     try:
-        refuse_as_official("ChatCompletionRequest", probe, card)
+        converted("ChatCompletionRequest", probe, card)
     except RequestError:
         loose = [{name: value for name, value in each.items() if name != "strict"} for each in named]
         form = {**form, "json_schema": loose[-1]} if isinstance(schema, Mapping) else form
@@ -225,67 +288,6 @@ def _choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
             f"Invalid value for 'tool_call': no function named '{name}' was specified in the 'tools' parameter."
         )
     return {"type": "function", "function": {"name": function["name"]}}
-
-
-def joined(content: Any, place: str, names: Mapping[str, str]) -> str:
-    """Return the texts of a content, a string or parts; other parts become their name in `names`, "" to pass over."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise malformed(place, content, "a string or a list of parts")
-    texts: list[str] = []
-    for part in content:
-        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise malformed(place, part, "a part with a type")
-        if kind in ("text", "input_text", "output_text", "refusal"):
-            text = part if isinstance(part, str) else part.get("refusal" if kind == "refusal" else "text")
-            if not isinstance(text, str):
-                raise malformed(f"{place}.text", text, "a string")
-            texts.append(text)
-        elif name := names.get(kind, f"[Unsupported {kind}]"):
-            texts.append(name)
-    return "\n\n".join(texts)
-
-
-def remind(text: str) -> dict[str, Any]:
-    """Return a system message that comes inside a conversation, as the user message the model knows it by."""
-    return {"role": "user", "content": f"<system-reminder>\n{text}\n</system-reminder>"}
-
-
-def move_reminders(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turn system messages behind the first other one into reminders in place, never between calls and results.
-
-    The library would move them to the front, where each new one makes the whole prompt new.
-    """
-    moved: list[dict[str, Any]] = []
-    waiting: list[dict[str, Any]] = []
-    for message in messages:
-        if message.get("role") == "system" and any(each.get("role") != "system" for each in moved):
-            waiting.append(remind(joined(message.get("content"), "content", {})))
-            continue
-        if message.get("role") != "tool":
-            moved += waiting
-            waiting = []
-        moved.append(message)
-    return moved + waiting
-
-
-def pairs_up(messages: list[dict[str, Any]]) -> bool:
-    """Whether every tool call has its one result right behind it, and every result its call."""
-    waiting: list[Any] = []
-    for message in [*messages, {"role": "end"}]:
-        if message["role"] == "tool":
-            if message["tool_call_id"] not in waiting:
-                return False
-            waiting.remove(message["tool_call_id"])
-        elif waiting:
-            return False
-        else:
-            waiting = [call["id"] for call in message.get("tool_calls") or ()]
-            if any(waiting.count(each) > 1 for each in waiting):
-                return False
-    return True
 
 
 def isolation(user: Any) -> str:
@@ -351,10 +353,3 @@ def usage(answer: Answer) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
     }
-
-
-def openai_error(status: int, message: str, code: str | None, param: str | None) -> dict[str, Any]:
-    """Return `{"error": {message, type, param, code}}`."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = "internal_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or kind}}
