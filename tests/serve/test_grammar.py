@@ -328,6 +328,28 @@ def test_malformed_schemas_are_free_or_refused(schema: Any) -> None:
     assert takes(rules, block(call("f"))) or takes(rules, block(call("f", ("a", "true", "x"))))
 
 
+def test_references_start_at_the_root_of_the_parameters() -> None:
+    defs = {"A": {"type": "array", "items": {"$ref": "#/definitions/B"}}, "B": {"type": "boolean"}}
+    properties = {
+        f"p{index}": {"type": "object", "properties": {"a": {"$ref": "#/definitions/A"}}} for index in range(40)
+    }
+    properties["same"] = {"type": "array", "items": {"$ref": "#/properties/last"}}
+    properties["last"] = {"type": "integer"}
+    schema = {"type": "object", "properties": properties, "definitions": defs}
+    rules = grammar(tools=[tool("f", schema)], **OFF)
+    assert takes(rules, block(call("f", ("p7", "false", '{"a": [true]}'), ("same", "false", "[1, 2]"))))
+    assert not takes(rules, block(call("f", ("p7", "false", '{"a": [1]}'))))
+    assert not takes(rules, block(call("f", ("same", "false", "[true]"))))
+    tree = {
+        "type": "object",
+        "properties": {"left": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["left"],
+    }
+    rules = grammar(tools=[tool("f", tree)], **OFF)
+    assert takes(rules, block(call("f", ("left", "false", '{"left": {"left": null}}'))))
+    assert not takes(rules, block(call("f", ("left", "false", '{"left": {}}'))))
+
+
 def test_a_hostile_schema_takes_little_time() -> None:
     wide = {f"p{i}": {"type": "string", "pattern": f"(x|y)*{i}(x|y){{30}}(?=a)"} for i in range(300)}
     deep: Any = {"type": "integer"}

@@ -21,6 +21,7 @@ from tests.serve.answers import OFF, answered, tool
 
 from pelagos.chat.render import render_prompt
 from pelagos.chat.tokens import ASSISTANT, DSML, EOS, THINK, USER
+from pelagos.engine import LLM
 from pelagos.errors import CacheError
 from pelagos.serve.answer import Shared
 from pelagos.serve.ask import Ask
@@ -89,6 +90,22 @@ def test_the_engine_finds_the_turn_in_its_cache() -> None:
     assert again.cached_tokens > len(written(answer)) - 130
     assert answered(scripted_llm(REPLY), later, shared=Shared())[0].cached_tokens == 0
     assert scripted_engine(llm).calls[1]["cuts"] == [len(again.prompt_ids) - 1]
+
+
+def test_the_local_engine_goes_on_where_the_turn_ended() -> None:
+    llm, shared = LLM("nano"), Shared()
+    tools = [tool("add", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})]
+    body = {"messages": [ASK], "tools": tools, "tool_choice": "required", "max_tokens": 200, "seed": 1}
+    try:
+        answer, _ = answered(llm, Ask(body=body, thinking_budget=8), shared=shared)
+        message = json.loads(json.dumps(answer.message))
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "5"} for call in message["tool_calls"]]
+        later = body | {"messages": [ASK, message, *results], "tool_choice": "auto", "max_tokens": 2}
+        again, _ = answered(llm, Ask(body=later), shared=shared)
+    finally:
+        llm.close()
+    assert answer.finish_reason == "tool_calls"
+    assert again.cached_tokens == len(written(answer)) - 1  # all but the end token, which was never computed
 
 
 def test_forced_calls_keep_their_prefilled_opening() -> None:

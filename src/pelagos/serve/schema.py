@@ -38,8 +38,7 @@ _FORMATS = {
 }
 _REGEX_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]|.", re.DOTALL)
 _COUNTS = re.compile(r"\{(\d+)(?:,(\d*))?\}")
-
-
+_REFERENCES = re.compile(r'"\$ref": "#/?([^/"]*)')
 Test = Callable[[str], object]
 
 
@@ -179,8 +178,8 @@ def _forms(schema: Any, root: Mapping[str, Any], strict: bool, depth: int = 0) -
 def _json(schema: dict[str, Any], root: Mapping[str, Any], strict: bool) -> str:
     # A reference starts at the parameters' own root, wherever the value it is about stands.
     if '"$ref"' in json.dumps(schema):
-        schema = {**schema, "$defs": {"root": root}}
-        check(root)
+        used = set(_REFERENCES.findall(json.dumps(root)))  # first steps of all references; "" is the root itself
+        schema = {**schema, "$defs": {"root": root if "" in used else {key: root[key] for key in used & root.keys()}}}
         return json_form(schema, strict=strict).replace('"$ref": "#', '"$ref": "#/$defs/root')
     return json_form(schema, strict=strict)
 
