@@ -96,7 +96,8 @@ def engine() -> list[tuple[str, str, str]]:
         figure = f"{first['ram']['median']:.0f} ms; {first['ssd']['median']:.0f} ms ({cold:.0f} s)"
         rows.append((what, figure, "`python -m benchmarks.engine_speed --only hits`"))
     if found := result("engine_exactness"):
-        sums = [group for groups in found["summary"].values() for group in groups.values()]
+        groups = [each for groups in found["summary"].values() for each in groups.items()]
+        sums = [group for name, group in groups if name.endswith("helper")]
         runs, tokens, tokens_off, bits_off = (
             sum(each[key] for each in sums) for key in ("runs", "tokens", "differing_tokens", "differing_logprobs")
         )
