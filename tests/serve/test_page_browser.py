@@ -536,7 +536,7 @@ def counters(second: int) -> dict[str, Any]:
     }  # fmt: skip
     more = {
         "disk": {"hits": 5, "misses": 2, "bytes": 1 << 21},
-        "bytes_planned": {"weights": 24 << 20, "pages": 90 << 20},
+        "bytes_planned": {"weight_bytes": 24 << 20, "pages": 90},
     }
     return {"model": "nano", "uptime_seconds": 60 + second, "context_length": 4096, **rising, **fixed, **more}
 

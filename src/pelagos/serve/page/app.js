@@ -36,8 +36,7 @@ function turnOf(at) {
     show();
   };
   if (role === "user") return userTurn(node, { at, all, choose }, () => edit(at));
-  const canAnswer = at === chat.leaf && node.meta.finish === "tool_calls";
-  last = new AnswerTurn(node, { at, all, choose }, { onAgain: () => answer(parent), onResults: canAnswer && giveResults });
+  last = new AnswerTurn(node, { at, all, choose }, { onAgain: () => answer(parent), onResults: giveResults });
   return last.turn;
 }
 
@@ -50,9 +49,10 @@ function show(next = chat) {
     else turns.push(turnOf(at));
     if (role === "assistant") answers.push(last);
   }
-  const run = runs.get(chat.id);
+  const run = runs.get(chat.id), hadFocus = $("turns").contains(document.activeElement);
   if (run) run.turn = last;
   $("turns").replaceChildren(...turns);
+  if (hadFocus) $("log").focus();
   for (const view of answers) view.draw(run && view === last ? run.start : undefined);
   $("welcome").hidden = turns.length > 0;
   $("title").textContent = chat.title || "New chat";
@@ -129,8 +129,10 @@ async function answer(parent) {
   if (meta.usage && elapsed() > meta.first + 0.1) meta.speed = (meta.usage.completion_tokens - 1) / (elapsed() - meta.first);
   if (!store.chats.has(asked.id)) return; // deleted meanwhile
   keep(asked);
-  if (chat !== asked) return listChats();
-  inView(show);
+  listChats();
+  if (chat !== asked) return;
+  inView(() => run.turn.draw());
+  showState();
   $("spoken").textContent = (meta.error || node.content || "The answer calls a tool.").slice(0, 4000);
   const [field] = last.fields.values();
   if (isKeyWanted) openSettings("key", () => answer(parent));
@@ -143,7 +145,6 @@ function addResults(results) {
 
 function giveResults(results) {
   addResults(results);
-  $("input").focus();
   answer(chat.leaf);
 }
 

@@ -11,18 +11,18 @@ const share = (value) => `${value.toFixed(1)} %`;
 const percent = (part, all) => (all > 0 ? (100 * part) / all : null);
 const bytes = (value) => `${(value / 2 ** 20).toFixed(1)} MiB`;
 
-// Title, point, its format, unit, small print. `s` are the statistics, `per(name)` is a counter's change a second; a
-// point of null draws nothing.
+// Title, point, its format, unit, small print, and the figure where that is not the point. `s` are the statistics,
+// `per(name)` is a counter's change a second; a point of null draws nothing.
 const CHARTS = [
   ["Generated", (s, per) => per("generated_tokens"), rate, () => "tok/s", (s) => `${short(s.generated_tokens)} tokens in all`],
   ["Prompts", (s, per) => per("computed_tokens"), rate, () => "tok/s", (s) => `${short(s.prompt_tokens)} tokens in all`],
   ["Steps", (s, per) => per("steps"), rate, () => "per s", (s) => `${rate(s.generated_tokens / (s.steps || 1))} tokens a step`],
   ["Running", (s) => s.requests_running, whole, () => "requests", (s) => `${whole(s.requests_done)} done`],
   ["Queue", (s) => s.requests_waiting, whole, () => "waiting", (s) => `${whole(s.preemptions)} preempted, ${whole(s.swaps)} swapped`],
-  ["Prefix hits", (s, per) => percent(per("cached_tokens"), per("prompt_tokens")), share, () => "",
-    (s) => `${share(percent(s.cached_tokens, s.prompt_tokens) ?? 0)} since the start`],
-  ["Accepted drafts", (s, per) => percent(per("accepted_drafts"), per("drafted_tokens")), share, () => "",
-    (s) => `${share(percent(s.accepted_drafts, s.drafted_tokens) ?? 0)} since the start`],
+  ["Prefix hits", (s, per) => percent(per("cached_tokens"), per("prompt_tokens")), share, () => "since the start",
+    (s) => `${short(s.cached_tokens)} prompt tokens reused`, (s) => percent(s.cached_tokens, s.prompt_tokens)],
+  ["Accepted drafts", (s, per) => percent(per("accepted_drafts"), per("drafted_tokens")), share, () => "since the start",
+    (s) => `${short(s.accepted_drafts)} tokens`, (s) => percent(s.accepted_drafts, s.drafted_tokens)],
   ["Pages", (s) => s.pages_in_use, whole, (s) => `of ${whole(s.pages_total)}`,
     (s) => `${whole(s.pages_cached)} keep prefixes, ${whole(s.evicted_pages)} evicted`],
   ["Slots", (s) => s.slots_in_use, whole, (s) => `of ${whole(s.slots_total)}`, () => "sequences side by side"],
@@ -34,17 +34,17 @@ const CHARTS = [
   $("panels").append(node);
   return { title, spec, node, label, points: [] };
 });
-const TABLES = [["Disk cache", "disk", whole], ["Memory planned", "bytes_planned", bytes]].map(([title, name, format]) => {
+const TABLES = [["Disk cache", "disk"], ["Memory planned", "bytes_planned"]].map(([title, name]) => {
   const rows = element("table"), node = element("article", "panel", element("h2", "", title), rows);
   $("panels").append(node);
-  return { node, rows, name, format };
+  return { node, rows, name };
 });
 let last = null; // {stats, at}
 let timer = 0;
 
-function drawChart({ title, spec: [now, format, unit, more], node, label, points }, stats, per) {
-  const [, value, svg, hint] = node.children, point = now(stats, per);
-  value.replaceChildren(point === null ? "\u2013" : format(point), element("small", "", unit(stats)));
+function drawChart({ title, spec: [now, format, unit, more, all], node, label, points }, stats, per) {
+  const [, value, svg, hint] = node.children, point = now(stats, per), figure = all ? all(stats) : point;
+  value.replaceChildren(figure === null ? "\u2013" : format(figure), element("small", "", unit(stats)));
   hint.textContent = more(stats);
   if (point === null) return;
   points.splice(0, points.push(point) - POINTS);
@@ -55,13 +55,13 @@ function drawChart({ title, spec: [now, format, unit, more], node, label, points
   label(`${title}: now ${format(point)}, highest ${format(Math.max(...points))} in ${points.length} s`);
 }
 
-function drawTable({ node, rows, name, format }, stats) {
+function drawTable({ node, rows, name }, stats) {
   const entries = Object.entries(stats[name] ?? {});
   node.hidden = !entries.length;
   rows.replaceChildren(...entries.map(([counter, value]) => {
     const head = element("th", "", counter.replaceAll("_", " "));
     head.scope = "row";
-    return element("tr", "", head, element("td", "", (counter === "bytes" ? bytes : format)(value)));
+    return element("tr", "", head, element("td", "", (/bytes$/.test(counter) ? bytes : whole)(value)));
   }));
 }
 

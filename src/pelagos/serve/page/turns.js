@@ -31,11 +31,11 @@ export function userTurn(node, versions, onEdit) {
   return turn;
 }
 
-// An answer on show. `draw` brings the document up to the message, as often as it likes; `results` are those of its
-// calls by id, and where `onResults` is given the user can type what is missing.
+// An answer on show. `draw` brings the document up to the message, as often as it likes, and once when the answer has
+// ended; `results` are those of its calls by id, and the user can type what is missing.
 export class AnswerTurn {
   constructor(node, versions, { onAgain, onResults }) {
-    Object.assign(this, { node, versions, onAgain, onResults, cards: [], results: new Map(), fields: new Map() });
+    Object.assign(this, { node, versions, onAgain, onResults, cards: [], shown: [], results: new Map(), fields: new Map() });
     this.text = new Markdown("text");
     this.turn = article("answer", "Answer");
     this.turn.append(this.text.node);
@@ -90,12 +90,13 @@ export class AnswerTurn {
     } catch { /* not whole yet, or cut: as it is */ }
     const [summary, body] = this.cards[at].children;
     summary.lastChild.textContent = this.results.has(id) ? "answered" : isLive ? "writing\u2026" : "wants a result";
-    body.replaceChildren(codeFigure(pretty, "json"));
+    if (this.shown[at] !== written) body.replaceChildren(codeFigure(pretty, "json"));
+    this.shown[at] = written;
   }
 
   drawResult(card, id, name) {
     const result = this.results.get(id), field = result === undefined ? element("textarea") : element("pre", "", result);
-    if (result === undefined && !this.onResults) return;
+    if (result === undefined && this.node.meta.finish !== "tool_calls") return; // the call was cut
     if (result === undefined) this.fields.set(id, field);
     field.tabIndex = 0;
     card.append(element(result === undefined ? "label" : "div", "result", `Result of ${name}`, field));
