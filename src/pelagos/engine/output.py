@@ -69,8 +69,8 @@ class StopCut:
 
     def push(self, text: str) -> str:
         """Return what is certain to come before any stop string; nothing more once `is_cut`."""
-        if self.is_cut:
-            return ""
+        if self.is_cut or not self._stops:
+            return "" if self.is_cut else text
         text = self._held + text
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

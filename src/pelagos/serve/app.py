@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from pelagos.chat.parser import Event
 from pelagos.engine import LLM, EngineStats
 from pelagos.errors import CapacityError, ContextLengthError, FormError, MissingDependency, PelagosError, RequestError
 from pelagos.serve.answer import Answer, Shared, prompt_ids
@@ -212,7 +214,7 @@ class App:
                 if exchange.first is None:
                     exchange.first, exchange.phase = time.perf_counter(), "answer"
                     frames += writer.open()
-                for event in events:
+                for event in events if ask.logprobs is not None else merged(events):
                     if event.kind != "finish":
                         frames += writer.push(event)
                 if frames:
@@ -265,6 +267,16 @@ def _explain(exchange: Exchange, error: Exception) -> tuple[int, str, str | None
     _log.error("the server failed", exc_info=error, extra={"fields": {"request_id": exchange.id}})
     said = f"the server failed ({type(error).__name__}); its log says where"
     return 500, str(error) if isinstance(error, PelagosError) else said, None, None
+
+
+def merged(events: Sequence[Event]) -> list[Event]:
+    """Return events with texts that belong together in one: what came while the server was busy is sent at once."""
+    out: list[Event] = []
+    for (kind, index), run in itertools.groupby(events, key=lambda event: (event.kind, event.index)):
+        same = list(run)
+        joined = len(same) > 1 and kind in ("reasoning", "content", "arguments")
+        out += [Event(kind, "".join(event.text for event in same), index)] if joined else same
+    return out
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
