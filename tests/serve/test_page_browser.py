@@ -218,6 +218,39 @@ def test_regenerate_and_edit_lose_nothing(page: Page) -> None:
     assert (page.input_value("#input"), page.is_visible("#editing")) == ("", False)
 
 
+def test_an_answer_goes_on_while_another_is_looked_at(page: Page) -> None:
+    send(page, "hi")
+    page.press("#input", "ArrowUp")
+    page.fill("#input", "slow please")
+    page.press("#input", "Enter")
+    page.wait_for_selector(".answer.busy .thinking")
+    page.locator(".user").last.hover()
+    page.locator(".user").get_by_role("button", name="Version before").click()
+    assert page.locator(".answer.busy").count() == 0
+    assert last_text(page).startswith("Hello, you!")
+    page.locator(".user").last.hover()
+    page.locator(".user").get_by_role("button", name="Next version").click()
+    page.wait_for_selector(".answer.busy .thinking")
+    page.click("#new")
+    page.wait_for_selector("#chats li.busy")
+    page.wait_for_selector("#chats li:not(.busy)")
+    page.click("#chats .open")
+    assert last_text(page) == "Done."
+
+
+def test_code_is_copied(open_page: Callable[..., Page]) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    send(page, "hi")
+    page.locator("figure.code").get_by_role("button", name="Copy").click()
+    page.wait_for_selector("figure.code button:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == "print(1)"
+    page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', {value: undefined})"
+    )  # as on plain http from elsewhere
+    page.locator(".answer .actions").get_by_role("button", name="Copy").click()
+    page.wait_for_selector(".answer .actions button:has-text('Copied')")
+
+
 def test_reload_keeps_the_conversation(page: Page) -> None:
     send(page, "hi")
     page.reload()

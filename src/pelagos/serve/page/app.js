@@ -9,7 +9,7 @@ const icon = (name) => $("icons").content.querySelector(`[data-icon="${name}"]`)
 const DEFAULTS = { effort: "high", temperature: "1", top_p: "1", max_tokens: "", seed: "" };
 const SAVE_MS = 500; // between copies of a growing answer in storage
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format;
-const runs = new Map(); // id of a conversation -> its answer under way: {controller, start, turn}
+const runs = new Map(); // id of a conversation -> its answer under way: {node, controller, start, turn}
 let chat = store.newChat(); // on show
 let last = null; // answer on show
 let editing = null; // message that the message box replaces, as an index
@@ -50,10 +50,11 @@ function show(next = chat) {
     if (role === "assistant") answers.push(last);
   }
   const run = runs.get(chat.id), hadFocus = $("turns").contains(document.activeElement);
-  if (run) run.turn = last;
+  const live = run && answers.find((view) => view.node === run.node); // its branch may be off show
+  if (live) run.turn = live;
   $("turns").replaceChildren(...turns);
   if (hadFocus) $("log").focus();
-  for (const view of answers) view.draw(run && view === last ? run.start : undefined);
+  for (const view of answers) view.draw(view === live ? run.start : undefined);
   $("welcome").hidden = turns.length > 0;
   $("title").textContent = chat.title || "New chat";
   document.title = chat.title ? `${chat.title} \u00b7 Pelagos` : "Pelagos";
@@ -93,7 +94,7 @@ async function answer(parent) {
   if (runs.has(asked.id) || server.model === null) return;
   const body = requestBody(server.model, asked, messages, settings), meta = { finish: "cut off when the page closed" };
   const node = asked.nodes[store.add(asked, { role: "assistant", content: "", reasoning_content: "", meta }, parent)];
-  const run = { controller: new AbortController(), start: performance.now() };
+  const run = { node, controller: new AbortController(), start: performance.now() };
   const draw = () => runs.has(asked.id) && run.turn.turn.isConnected && inView(() => run.turn.draw(run.start));
   const touch = () => { run.frame ??= requestAnimationFrame(() => [delete run.frame, draw()]); };
   const elapsed = () => (performance.now() - run.start) / 1000, ticking = setInterval(touch, 1000);
@@ -134,7 +135,7 @@ async function answer(parent) {
   inView(() => run.turn.draw());
   showState();
   $("spoken").textContent = (meta.error || node.content || "The answer calls a tool.").slice(0, 4000);
-  const [field] = last.fields.values();
+  const [field] = run.turn.fields.values();
   if (isKeyWanted) openSettings("key", () => answer(parent));
   else if (field && document.activeElement === $("input")) field.focus();
 }
@@ -294,7 +295,7 @@ $("input").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   const isCommand = event.ctrlKey || event.metaKey;
-  if (document.querySelector("dialog[open]")) return;
+  if (event.isComposing || document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") [() => showSide(false), () => edit(null), stop].forEach((act) => act());
   else if (isCommand && event.shiftKey && event.key.toLowerCase() === "o") startChat();
   else if (isCommand && event.key === ",") openSettings();
