@@ -249,7 +249,7 @@ def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
         ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "allow-lists"),
         ({"memory_mb": 0}, "number > 0"),
         ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
-        ({"image": Image.empty()}, "at least one layer"),
+        ({"image": Image("none", ())}, "at least one layer"),
         ({"id": "../x"}, "sandbox id"), ({"image": Image("host", ("0" * 64,))}, "is not in"),
     ):  # fmt: skip
         with pytest.raises(SandboxError, match=word):

@@ -102,10 +102,9 @@ def test_links_modes_and_opaque_directories_survive(plain: Store, tmp_path: Path
     assert (tree / "b").stat().st_ino == (tree / "d" / "a").stat().st_ino
     assert stat.S_IMODE((tree / "d").stat().st_mode) == 0o711
     assert os.getxattr(tree / "d", "user.overlay.opaque") == b"y"
-    file = io.BytesIO()
-    plain.export(tree.name, file)
-    assert plain.add_tar(io.BytesIO(file.getvalue())) == tree.name
-    with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
+    data = packed(tree)
+    assert plain.add_tar(io.BytesIO(data)) == tree.name
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert [(i.name, OPAQUE in i.pax_headers, i.islnk()) for i in tar] == [
             ("b", False, False), ("d", True, False), ("d/a", False, True),
         ]  # fmt: skip
@@ -114,7 +113,7 @@ def test_links_modes_and_opaque_directories_survive(plain: Store, tmp_path: Path
 def test_a_layer_is_stored_once_and_named_by_content(plain: Store, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("same")
     before = len(list(plain.layers.iterdir()))
-    image = Image.empty().with_directory(tmp_path, at="/a/b", store=plain)
+    image = Image("none", ()).with_directory(tmp_path, at="/a/b", store=plain)
     assert image.with_directory(tmp_path, at="a//b", store=plain).layers == image.layers * 2
     assert len(list(plain.layers.iterdir())) == before + 1
     assert (plain.layers / image.layers[0] / "a/b/f").read_text() == "same"

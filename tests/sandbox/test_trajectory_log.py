@@ -97,7 +97,8 @@ def test_intent_without_result_is_unknown_until_resolved(small: Path) -> None:
     log.close()
 
 
-def test_every_truncation_keeps_what_was_whole_and_goes_on(small: Path) -> None:
+def test_every_truncation_keeps_what_was_whole_and_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of files: what is on disk is not asked here
     path = small / logs.NAME
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
@@ -123,7 +124,7 @@ def test_every_flipped_bit_is_refused(small: Path) -> None:
     whole = path.read_bytes()
     records = list(logs.read_records(small))
     for place in range(len(whole)):
-        for bit in (0, 3, 5, 7) if place % 7 else range(8):
+        for bit in (place % 8,) if place % 7 else range(8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             with pytest.raises(TrajectoryError):
                 reopened(small)

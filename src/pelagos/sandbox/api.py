@@ -46,10 +46,8 @@ class Capabilities:
         have = dataclasses.asdict(self)
         for name, value in required.items():
             if have.get(name) != value:
-                raise SandboxError(
-                    f"require {name}={value!r}: this host has {have.get(name)!r} "
-                    f"(flags: {', '.join(f'{k}={v}' for k, v in have.items())})"
-                )
+                flags = ", ".join(f"{k}={v}" for k, v in have.items())
+                raise SandboxError(f"require {name}={value!r}: this host has {have.get(name)!r} (flags: {flags})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +62,9 @@ class Spec:
     ttl_s: float = 900.0
     require: Mapping[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of this spec."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Spec:
-        """Read `to_dict`'s object back."""
+        """Read back what `dataclasses.asdict` and JSON made of a spec."""
         return cls(**{**raw, "limits": Limits(**raw["limits"]), "layers": tuple(raw["layers"])})
 
 
@@ -122,11 +116,9 @@ class Child(Protocol):
 
     def kill(self) -> None:
         """Kill the command and its session."""
-        ...
 
     def reap(self) -> None:
         """Free what the finished command still holds on the host."""
-        ...
 
 
 class Substrate(Protocol):
@@ -137,7 +129,6 @@ class Substrate(Protocol):
 
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
-        ...
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command with these three descriptors (the caller closes its own copies)."""
@@ -157,8 +148,6 @@ class Substrate(Protocol):
 
     def pause(self, on: bool) -> None:
         """Stop every process inside, or let them go on."""
-        ...
 
     def stop(self) -> None:
         """Kill everything inside and free what the host holds; files stay."""
-        ...

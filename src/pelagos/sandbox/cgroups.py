@@ -60,21 +60,24 @@ class Group:
         memory, pids = self.directories["memory"], self.directories["pids"]
         kills = _fields(memory / ("memory.events" if self.unified else "memory.oom_control")).get("oom_kill", 0)
         used = memory / ("memory.current" if self.unified else "memory.usage_in_bytes")
-        return {"memory": _number(used), "processes": _number(pids / "pids.current"), "oom_kills": kills}
+        return {
+            "memory": int(used.read_text(encoding="ascii")),
+            "processes": int((pids / "pids.current").read_text(encoding="ascii")),
+            "oom_kills": kills,
+        }
 
     def freeze(self, on: bool) -> None:
         """Stop or thaw every process, and wait until the kernel says so."""
         directory = self.directories["freezer"]
         file = directory / ("cgroup.freeze" if self.unified else "freezer.state")
         file.write_text(("1" if on else "0") if self.unified else ("FROZEN" if on else "THAWED"), encoding="ascii")
-        deadline = time.monotonic() + 2
-        while time.monotonic() < deadline:
-            done = _fields(directory / "cgroup.events").get("frozen") == on if self.unified else (
-                file.read_text(encoding="ascii").strip() == ("FROZEN" if on else "THAWED")
-            )  # fmt: skip
-            if done:
-                return
-            time.sleep(0.001)
+        deadline, frozen = time.monotonic() + 2, not on
+        while frozen != on and time.monotonic() < deadline:
+            time.sleep(0.0005)
+            if self.unified:
+                frozen = bool(_fields(directory / "cgroup.events")["frozen"])
+            else:
+                frozen = file.read_text(encoding="ascii").strip() == "FROZEN"
 
     def remove(self) -> None:
         """Remove the groups; the last processes may take a moment to go."""
@@ -90,23 +93,20 @@ class Group:
                 break
 
 
-_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max", "memory.oom.group")
+_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 
 
 def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str, str]]:
-    memory = str(int(limits.memory_mb * 1024 * 1024))
-    quota = int(limits.cpu * 100_000)
-    if controller == "memory":
-        return (
-            [("memory.max", memory), ("memory.swap.max", "0")]
-            if unified
-            else [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)]
-        )
-    if controller == "pids":
-        return [("pids.max", str(limits.processes + SPARE_PROCESSES))]
-    if controller == "cpu":
-        return [("cpu.max", f"{quota} 100000")] if unified else [("cpu.cfs_quota_us", str(quota))]
-    return []
+    memory, quota = str(int(limits.memory_mb * 1024 * 1024)), int(limits.cpu * 100_000)
+    pids = [("pids.max", str(limits.processes + SPARE_PROCESSES))]
+    if unified:
+        found = {"memory": [("memory.max", memory), ("memory.swap.max", "0")], "cpu": [("cpu.max", f"{quota} 100000")]}
+    else:
+        found = {
+            "memory": [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)],
+            "cpu": [("cpu.cfs_quota_us", str(quota))],
+        }
+    return (found | {"pids": pids}).get(controller, [])
 
 
 def _hierarchies() -> tuple[dict[str, Path], bool]:
@@ -139,10 +139,6 @@ def _sweep(parent: Path) -> None:
         with contextlib.suppress(OSError):  # busy, or another keeper was quicker
             if directory.is_dir() and time.time() - directory.stat().st_mtime > STALE_S:
                 directory.rmdir()
-
-
-def _number(path: Path) -> int:
-    return int(path.read_text(encoding="ascii"))
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -5,7 +5,6 @@ Stateless: nothing of a call is there for the next one, so there are no file cal
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -57,13 +56,12 @@ class Function(Container):
     def __init__(self, box: Path, layers: Path, spec: Spec) -> None:
         super().__init__(box, layers, spec)
         self.capabilities = capabilities_here(self._group, files="none")
-        self._control: socket.socket | None = None
 
     def _first_process(self) -> list[str]:
         return ["/usr/bin/env", "python3", "-I", "-c", _BOOT]
 
     def _stdin(self) -> int:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         limits = self._spec.limits
         disk = int(limits.disk_mb * 1024 * 1024)
         address = None if self._group else int(limits.memory_mb * 1024 * 1024)
@@ -77,7 +75,8 @@ class Function(Container):
         with tempfile.TemporaryFile() as program:
             program.write(f"TEXTS, SETTINGS = {texts!r}, {settings!r}\n{_PROGRAM}".encode())
             program.flush()
-            socket.send_fds(self._control, [b"program"], [program.fileno()])
+            socket.send_fds(control, [b"program"], [program.fileno()])
+        self._hold = control.detach()
         return theirs.detach()
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
@@ -86,13 +85,12 @@ class Function(Container):
         ask = {"argv": command.argv, "env": environment, "source": command.call, "arguments": command.arguments}
         status, status_w = os.pipe()
         leash_r, leash = os.pipe()
-        with tempfile.TemporaryFile() as text:
+        with tempfile.TemporaryFile() as text, socket.socket(fileno=os.dup(self._hold)) as control:
             text.write(json.dumps(ask).encode())
             text.flush()
             try:
-                assert self._control is not None
-                facts = [json.dumps({"cwd": command.cwd}).encode()]
-                socket.send_fds(self._control, facts, [text.fileno(), *stdio, status_w, leash_r])
+                facts = json.dumps({"cwd": command.cwd}).encode()
+                socket.send_fds(control, [facts], [text.fileno(), *stdio, status_w, leash_r])
             except OSError as error:
                 os.close(status)
                 os.close(leash)
@@ -101,11 +99,3 @@ class Function(Container):
                 os.close(status_w)
                 os.close(leash_r)
         return Call(status, leash)
-
-    def stop(self) -> None:
-        """Kill the warm interpreter, and with it every call."""
-        super().stop()
-        if self._control is not None:
-            with contextlib.suppress(OSError):
-                self._control.close()
-            self._control = None

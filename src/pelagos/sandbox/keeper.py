@@ -15,8 +15,6 @@ import os
 import signal
 import socket
 import stat
-import struct
-import sys
 import tempfile
 import time
 import traceback
@@ -26,12 +24,13 @@ from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox.api import Command, Spec, Substrate
+from pelagos.sandbox.container import Container
+from pelagos.sandbox.function import Function
 from pelagos.sandbox.layers import Store, pack
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
-from pelagos.sandbox.substrates import make
 
 SOCKET = "s"
-SPEC, FLAGS = "spec.json", "capabilities.json"
+SPEC = "spec.json"
 FILE_BYTES = 64 << 20  # one file through the control channel; more travels as an image
 WATCH_S = 0.2
 DRAIN_BYTES = 1 << 16
@@ -40,8 +39,24 @@ PURE = frozenset(
 )  # change nothing that stays, as nothing stateless does: no intent, may be asked again
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
+# The substrates that exist; each takes (the sandbox's directory, the directory of layers, spec).
+SUBSTRATES: dict[str, Callable[[Path, Path, Spec], Substrate]] = {"container": Container, "function": Function}
+
 Emit = Callable[[str, bytes], None]
 Outcome = tuple[dict[str, Any], dict[str, bytes]]
+
+
+def _make(box: Path, layers: Path, spec: Spec) -> Substrate:
+    """Return the substrate of a spec, not yet started, once it has every flag the spec requires."""
+    if spec.substrate not in SUBSTRATES:
+        raise SandboxError(f"substrate {spec.substrate!r}: expected one of {', '.join(SUBSTRATES)}")
+    substrate = SUBSTRATES[spec.substrate](box, layers, spec)
+    try:
+        substrate.capabilities.check(spec.require)
+    except SandboxError:
+        substrate.stop()
+        raise
+    return substrate
 
 
 class Keeper:
@@ -50,12 +65,12 @@ class Keeper:
     def __init__(self, box: Path, store: Store, spec: Spec) -> None:
         self._box, self._store, self._spec = box, store, spec
         exists = (box / "log.jsonl").exists()
-        self._log = TrajectoryLog.open(box) if exists else TrajectoryLog.create(box, {"spec": spec.to_dict()})
-        if self._log.header["spec"] != json.loads(json.dumps(spec.to_dict())):
+        self._log = TrajectoryLog.open(box) if exists else TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
+        if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
             raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
         if exists:
             self._log.event("start")
-        self._substrate: Substrate = make(box, store.layers, spec)
+        self._substrate: Substrate = _make(box, store.layers, spec)
         self._running: dict[str, tuple[str, dict[str, Any], asyncio.Future[dict[str, Any]]]] = {}
         self._active, self._last, self._paused = 0, time.monotonic(), False
         self._over_disk, self._most_disk = False, 0
@@ -74,9 +89,7 @@ class Keeper:
         except BaseException:
             self._substrate.stop()
             raise
-        flags = dataclasses.asdict(self._substrate.capabilities)
-        (self._box / FLAGS).write_text(json.dumps(flags), encoding="utf-8")
-        os.write(ready, json.dumps({"capabilities": flags}).encode())
+        os.write(ready, json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode())
         os.close(ready)
         watch = asyncio.create_task(self._watch())
         try:
@@ -100,11 +113,10 @@ class Keeper:
                 self._done.set()
             if self._substrate.capabilities.files == "none" or not self._substrate.alive():
                 continue
-            used = int(
-                await self._task(
-                    lambda out: os.write(out, b"%d" % _disk_usage(self._substrate.upper_fd)), as_owner=True
-                )
-            )
+            try:
+                used = int(await self._task(lambda out: _tell_disk(self._substrate.upper_fd, out), as_owner=True))
+            except SandboxError:
+                continue  # it ended meanwhile
             # What lay there when the sandbox came back over its limit may stay, so that it can be deleted.
             if used > max(limit, self._most_disk):
                 self._over_disk, self._most_disk = True, used
@@ -112,11 +124,8 @@ class Keeper:
             pause = max(WATCH_S, 10 * (time.monotonic() - began))
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         self._active += 1
         try:
-            if struct.unpack("iII", peer)[1] != os.geteuid():
-                return
             ask = json.loads(await reader.readline())
             payload = await reader.readexactly(ask["size"]) if ask.get("size") is not None else None
 
@@ -147,6 +156,7 @@ class Keeper:
                 args = args | {"data": payload}
             if (known := self._running.get(request)) and known[:2] == (op, args):
                 return dict(await asyncio.shield(known[2]))
+            self._revive()
             stateless = self._substrate.capabilities.files == "none"
             begun = self._log.begin(request, op, args, pure=stateless or op in PURE)
             if isinstance(begun, Stored):
@@ -158,15 +168,18 @@ class Keeper:
             kind = next(k for k, c in {**KINDS, "sandbox": PelagosError}.items() if isinstance(error, c))
             return {"status": "refused", "value": {"kind": kind, "message": str(error)}, "blobs": {}}
 
+    def _revive(self) -> None:
+        """Start the sandbox again where it ended; a request that cannot have one is refused before it is logged."""
+        if not self._substrate.alive():
+            self._substrate.stop()
+            self._over_disk = False
+            self._substrate = _make(self._box, self._store.layers, self._spec)
+            self._substrate.start()
+            self._log.event("start")
+
     async def _run(self, begun: Begun, op: str, args: dict[str, Any], emit: Emit) -> dict[str, Any]:
         try:
             try:
-                if not self._substrate.alive():
-                    self._substrate.stop()
-                    self._over_disk = False
-                    self._substrate = make(self._box, self._store.layers, self._spec)
-                    self._substrate.start()
-                    self._log.event("start")
                 if self._paused and op not in ("pause", "resume"):
                     self._substrate.pause(False)
                     self._paused = False
@@ -194,6 +207,7 @@ class Keeper:
         return {
             "usage": self._substrate.usage(), "head": self._log.head, "unknown": self._log.unknown(),
             "active": self._active - 1, "pid": os.getpid(),
+            "capabilities": dataclasses.asdict(self._substrate.capabilities),
         }  # fmt: skip
 
     async def _op_exec(self, *, emit: Emit, argv: list[str], env: dict[str, str], cwd: str, timeout: float | None,
@@ -216,10 +230,12 @@ class Keeper:
         try:
             for stream in streams:
                 stream.listen()
-            report = asyncio.ensure_future(_line(child.status_fd))
+            report = asyncio.ensure_future(until_end(child.status_fd, close=False))
             timed_out = not (await asyncio.wait([report], timeout=timeout))[0]
             if timed_out:
                 child.kill()
+                if self._paused:
+                    await self._op_resume(emit=emit)  # what is frozen does not die
             line = await report
             wall_ms = round((time.perf_counter() - began) * 1e3, 3)
         finally:
@@ -231,19 +247,19 @@ class Keeper:
             killed_by = "disk"
         elif self._substrate.alive() and self._substrate.usage().get("oom_kills", 0) > kills:
             killed_by = "memory"
-        told = json.loads(line or b"{}")
+        told, returned = json.loads(line or b"{}"), None
+        with contextlib.suppress(ValueError):  # the inside wrote this text, so it may be anything
+            returned = json.loads(told.get("value") or "null")
         value = {
             "exit_code": told.get("exit_code", -signal.SIGKILL), "truncated": any(s.truncated for s in streams),
             "wall_ms": wall_ms, "timed_out": timed_out, "killed_by": killed_by,
-            "value": _json_or_none(told.get("value")),
+            "value": returned,
         }  # fmt: skip
         return value, {stream.name: bytes(stream.kept) for stream in streams}
 
     async def _op_read(self, *, emit: Emit, path: str) -> Outcome:
         def task(out: int) -> None:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(f"{path}: not a regular file")
+            fd = _open_regular(path, os.O_RDONLY)
             if os.fstat(fd).st_size > FILE_BYTES:
                 raise OSError(f"{path}: more than {FILE_BYTES} bytes; use pack_diff")
             while piece := os.read(fd, 1 << 20):
@@ -255,9 +271,7 @@ class Keeper:
         def task(out: int) -> None:
             os.umask(0o022)
             os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY, mode)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(f"{path}: not a regular file")
+            fd = _open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
             _write_all(fd, data)
             os.fchmod(fd, mode)
 
@@ -292,8 +306,6 @@ class Keeper:
 
     async def _pack_into(self, file: Any) -> None:
         """Pack the upper directory while everything inside stands still."""
-        if self._substrate.capabilities.files == "none":
-            raise SandboxError(f"{self._spec.substrate}: stateless, there are no files to keep (files=none)")
         most = int(self._spec.limits.disk_mb * 1024 * 1024)
 
         def task(out: int) -> None:
@@ -307,15 +319,13 @@ class Keeper:
             finally:
                 self._substrate.pause(False)
 
-    async def _op_pause(self, *, emit: Emit) -> Outcome:
-        self._substrate.pause(True)
-        self._paused = True
+    async def _op_pause(self, *, emit: Emit, on: bool = True) -> Outcome:
+        self._substrate.pause(on)
+        self._paused = on
         return {}, {}
 
     async def _op_resume(self, *, emit: Emit) -> Outcome:
-        self._substrate.pause(False)
-        self._paused = False
-        return {}, {}
+        return await self._op_pause(emit=emit, on=False)
 
     async def _task(self, task: Callable[[int], Any], *, as_owner: bool = False) -> bytes:
         """Run a task among the sandbox's files and return what it wrote; SandboxError with its complaint."""
@@ -324,16 +334,11 @@ class Keeper:
         out, out_w = os.pipe()
         pid = self._substrate.inside(task, out_w, as_owner=as_owner)
         os.close(out_w)
-        data = bytearray()
-        try:
-            await until_end(out, data)
-        finally:
-            os.close(out)
-            failed = os.waitpid(pid, 0)[1] != 0
-        if failed:
+        data = await until_end(out)
+        if os.waitpid(pid, 0)[1] != 0:
             at = data.rfind(b'{"error": ')
             raise SandboxError(json.loads(data[at:])["error"] if at >= 0 else "killed while it read the files")
-        return bytes(data)
+        return data
 
 
 class _Stream:
@@ -341,12 +346,10 @@ class _Stream:
 
     def __init__(self, name: str, most: int, emit: Emit) -> None:
         self.name, self.kept, self.truncated = name, bytearray(), False
-        self._most, self._emit = most, emit
+        self._most, self._emit, self._closing = most, emit, False
         self._fd, self.write_fd = os.pipe()
         os.set_blocking(self._fd, False)
-        self._loop = asyncio.get_running_loop()
-        self._again: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._loop, self._again = asyncio.get_running_loop(), None
 
     def listen(self) -> None:
         """Let go of the write end, which the command has now, and take what comes."""
@@ -359,20 +362,17 @@ class _Stream:
             data = os.read(self._fd, DRAIN_BYTES)
         except BlockingIOError:
             return False
-        if not data:
-            self._loop.remove_reader(self._fd)
-            return False
         new = data[: self._most - len(self.kept)]
         self.kept += new
+        self.truncated |= len(new) < len(data)
         if new:
             self._emit(self.name, new)
-        if len(new) < len(data):
-            self.truncated = True
-        if self.truncated and not self._closing:
-            # A flood is read at some 60 MB/s, so that it costs the host little and the command still ends.
+        if not data or (self.truncated and not self._closing):
             self._loop.remove_reader(self._fd)
+        if data and self.truncated and not self._closing:
+            # A flood is read at some 60 MB/s, so that it costs the host little and the command still ends.
             self._again = self._loop.call_later(0.001, self._loop.add_reader, self._fd, self._take)
-        return True
+        return bool(data)
 
     def close(self) -> None:
         """Take what is in the pipe, wait for nobody, and close."""
@@ -382,45 +382,39 @@ class _Stream:
             self._again.cancel()
         if self.write_fd >= 0:
             os.close(self.write_fd)
-        for _ in range(64):
-            if not self._take():
-                break
+        while self._take() and not self.truncated:
+            pass
         os.close(self._fd)
 
 
-def _json_or_none(text: str | None) -> Any:
-    """What a call returned; the inside wrote this text, so it may be anything."""
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        return None
-
-
-async def _line(fd: int) -> bytes:
-    data = bytearray()
-    await until_end(fd, data)
-    return bytes(data)
-
-
-async def until_end(fd: int, data: bytearray) -> None:
+async def until_end(fd: int, *, close: bool = True) -> bytes:
     """Read a pipe to its end without a thread."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
+    loop, ended, data = asyncio.get_running_loop(), asyncio.Event(), bytearray()
     os.set_blocking(fd, False)
 
     def take() -> None:
         with contextlib.suppress(BlockingIOError):
             piece = os.read(fd, 1 << 20)
             data.extend(piece)
-            if not piece and not ended.done():
+            if not piece:
                 loop.remove_reader(fd)
-                ended.set_result(None)
+                ended.set()
 
     loop.add_reader(fd, take)
     try:
-        await ended
+        await ended.wait()
+        return bytes(data)
     finally:
         loop.remove_reader(fd)
+        if close:
+            os.close(fd)
+
+
+def _open_regular(path: str, flags: int, mode: int = 0) -> int:
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, mode)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(f"{path}: not a regular file")
+    return fd
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -429,8 +423,8 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _disk_usage(directory: int) -> int:
-    """Bytes on disk under a descriptor's directory, each file once however many names it has."""
+def _tell_disk(directory: int, out: int) -> None:
+    """Write the bytes on disk under a descriptor's directory, each file once however many names it has."""
     total, seen = 0, set()
     for _, _, files, fd in os.fwalk(".", dir_fd=directory, onerror=None):
         for name in files:
@@ -439,7 +433,7 @@ def _disk_usage(directory: int) -> int:
                 if facts.st_nlink == 1 or facts.st_ino not in seen:
                     seen.add(facts.st_ino)
                     total += facts.st_blocks * 512 + 256
-    return total
+    os.write(out, b"%d" % total)
 
 
 @contextlib.contextmanager
@@ -487,17 +481,10 @@ def _keep(box: Path, ready: int) -> int:
 
     try:
         asyncio.run(run())
-    except PelagosError as error:
-        _complain(ready, str(error))
-        return 1
     except BaseException as error:
-        traceback.print_exc()
-        _complain(ready, f"keeper: {type(error).__name__}: {error}")
+        if not isinstance(error, PelagosError):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # the client is gone, or this comes after `ready` was told
+            os.write(ready, json.dumps({"error": f"{error}" or type(error).__name__}).encode())
         return 1
-    sys.stderr.flush()
     return 0
-
-
-def _complain(ready: int, message: str) -> None:
-    with contextlib.suppress(OSError):  # the client is gone, or the complaint comes after `ready` was told
-        os.write(ready, json.dumps({"error": message}).encode())

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -45,7 +46,7 @@ _ETC = {
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What a sandbox starts from: base "host" (the host's /usr, read-only) or "none", and layers from the bottom up."""
+    """What a sandbox starts from: base "host" (its /usr, read-only) or "none", and layers from the bottom up."""
 
     base: str
     layers: tuple[str, ...]
@@ -55,11 +56,6 @@ class Image:
         """Return the image of the host's own programs, with home, /workspace and an /etc without secrets."""
         return cls("host", ((store or default_store()).host_layer,))
 
-    @classmethod
-    def empty(cls) -> Image:
-        """Return the image of nothing, to put a whole root file system on with `with_tar` or `with_directory`."""
-        return cls("none", ())
-
     def with_directory(self, path: Path | str, *, at: str = "/", store: Store | None = None) -> Image:
         """Return this image with a copy of a host directory on top."""
         return Image(self.base, (*self.layers, (store or default_store()).add_directory(Path(path), at=at)))
@@ -68,10 +64,6 @@ class Image:
         """Return this image with a tar on top (a root file system, or what `pack_diff` gave)."""
         with Path(path).open("rb") as file:
             return Image(self.base, (*self.layers, (store or default_store()).add_tar(file)))
-
-    def with_layer(self, digest: str) -> Image:
-        """Return this image with a stored layer on top."""
-        return Image(self.base, (*self.layers, digest))
 
 
 class Store:
@@ -127,20 +119,10 @@ class Store:
                 return self._place(draft, digest)
         return digest
 
-    def export(self, digest: str, file: IO[bytes]) -> None:
-        """Write a stored layer as its canonical tar."""
-        fd = os.open(self.layers / digest, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            pack(fd, file)
-        finally:
-            os.close(fd)
-
     def box(self, name: str) -> Path:
         """Return the directory of a sandbox; raises SandboxError for an id that is no plain name."""
-        if not name or len(name) > 64 or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name.lstrip(".")):
-            raise SandboxError(f"sandbox id {name!r}: expected up to 64 letters, digits, '-', '_' or '.'")
-        if name.startswith("."):
-            raise SandboxError(f"sandbox id {name!r}: must not start with '.'")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", name):
+            raise SandboxError(f"sandbox id {name!r}: expected up to 64 letters, digits, '-', '_' or '.', no '.' first")
         return self.boxes / name
 
     @contextlib.contextmanager
@@ -186,8 +168,9 @@ def pack(directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = F
             kind = stat.S_IFMT(entry.st_mode)
             if kind == stat.S_IFDIR:
                 info.type = tarfile.DIRTYPE
-                if _is_opaque(fd):
-                    headers[OPAQUE] = "1"
+                with contextlib.suppress(OSError):
+                    if os.getxattr(fd, _OPAQUE_ATTRIBUTE) == b"y":
+                        headers[OPAQUE] = "1"
             elif kind == stat.S_IFCHR and entry.st_rdev == 0:
                 headers, info.mode = {WHITEOUT: "1"}, 0
             elif kind == stat.S_IFLNK:
@@ -338,13 +321,6 @@ def _nanoseconds(exact: str | None, rough: float) -> int:
 def _digest(file: IO[bytes]) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _is_opaque(fd: int) -> bool:
-    try:
-        return os.getxattr(fd, _OPAQUE_ATTRIBUTE) == b"y"
-    except OSError:
-        return False
 
 
 def remove_tree(path: Path) -> None:

@@ -318,11 +318,6 @@ def provenance(directory: Path, *, blob: str | None = None, path: str | None = N
     return found
 
 
-def digest(data: bytes) -> str:
-    """Return the name a blob has in records."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def _named_blobs(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [v["$blob"] for v in args.values() if isinstance(v, dict) and "$blob" in v]
 

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import secrets
@@ -21,14 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from pelagos.errors import SandboxError, TrajectoryError
+from pelagos.errors import SandboxError
 from pelagos.sandbox import keeper, log
 from pelagos.sandbox.api import Capabilities, ExecResult, FileInfo, Limits, Spec
 from pelagos.sandbox.layers import Image, Store, default_store, remove_tree
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Sink = Callable[[bytes], None]
 CLOSE_S = 10.0
 
@@ -40,7 +42,7 @@ class AsyncSandbox:
         self.spec, self.store = spec, store
         self.id, self.directory = spec.id, store.box(spec.id)
         self.files = AsyncFiles(self)
-        self._capabilities: Capabilities | None = None
+        self.capabilities: Capabilities  # how strong each promise is here; known when `create` or `open` returns
         self._session, self._count = session, 0
 
     @classmethod
@@ -68,9 +70,9 @@ class AsyncSandbox:
         except FileExistsError:
             raise SandboxError(f"sandbox {spec.id!r} exists; open it, or choose another id") from None
         box.directory.chmod(0o711)
-        (box.directory / keeper.SPEC).write_text(json.dumps(spec.to_dict()), encoding="utf-8")
+        (box.directory / keeper.SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
         try:
-            await box._start_keeper()
+            box.capabilities = Capabilities(**await box._start_keeper())
         except BaseException:
             remove_tree(box.directory)
             raise
@@ -86,16 +88,8 @@ class AsyncSandbox:
         except OSError as error:
             raise SandboxError(f"{path}: {error.strerror}; is {id!r} a sandbox of this store?") from None
         box = cls(store, spec, "" if replay else f"{secrets.token_hex(4)}.")
-        await box.info()
+        box.capabilities = Capabilities(**(await box.info())["capabilities"])
         return box
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """How strong each promise is here."""
-        if self._capabilities is None:
-            flags = json.loads((self.directory / keeper.FLAGS).read_text(encoding="utf-8"))
-            self._capabilities = Capabilities(**flags)
-        return self._capabilities
 
     async def exec(
         self, command: str | Sequence[str], *, timeout: float | None = 60.0, env: Mapping[str, str] | None = None,
@@ -225,25 +219,22 @@ class AsyncSandbox:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _start_keeper(self) -> None:
+    async def _start_keeper(self) -> dict[str, str]:
+        """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
         read, write = os.pipe()
         try:
             with socket.socket(fileno=os.dup(_nursery())) as sock:
                 socket.send_fds(sock, [os.fsencode(self.directory)], [write])
         finally:
             os.close(write)
-        said = bytearray()
-        try:
-            await keeper.until_end(read, said)
-        finally:
-            os.close(read)
+        said = await keeper.until_end(read)
         told = json.loads(said or b'{"error": "the keeper ended without a word"}')
         if "error" in told:
             if "another process writes" in told["error"]:
                 await asyncio.sleep(0.05)  # another client was quicker, or the old keeper is about to end
-                return
-            raise (TrajectoryError if told.get("kind") == "trajectory" else SandboxError)(told["error"])
-        self._capabilities = Capabilities(**told["capabilities"])
+                return {}
+            raise SandboxError(told["error"])
+        return told
 
 
 class AsyncFiles:
@@ -267,86 +258,63 @@ class AsyncFiles:
         return [FileInfo(name=n, kind=k, size=s, mode=m) for n, k, s, m in json.loads(entries)]
 
 
+def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
+    """Turn a method of the async face into one that waits, with its signature and its words."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.runner.run(method(self.wrapped, *args, **kwargs))
+
+    return run
+
+
+class Files:
+    """`AsyncFiles`, waiting."""
+
+    def __init__(self, files: AsyncFiles, runner: asyncio.Runner) -> None:
+        self.wrapped, self.runner = files, runner
+
+    read, write, list = (_waiting(AsyncFiles.read), _waiting(AsyncFiles.write), _waiting(AsyncFiles.list))
+
+
 class Sandbox:
     """`AsyncSandbox` for programs without an event loop: the same methods, waiting."""
 
-    def __init__(self, box: AsyncSandbox, runner: asyncio.Runner) -> None:
-        self.wrapped, self._runner, self._closed = box, runner, False
-        self.id, self.spec, self.directory = box.id, box.spec, box.directory
-        self.files = Files(box.files, runner)
+    def __init__(self, box: AsyncSandbox | Coroutine[Any, Any, AsyncSandbox]) -> None:
+        self.runner, self._closed = asyncio.Runner(), False
+        try:
+            self.wrapped = box if isinstance(box, AsyncSandbox) else self.runner.run(box)
+        except BaseException:
+            self.runner.close()
+            raise
+        self.id, self.spec, self.directory = self.wrapped.id, self.wrapped.spec, self.wrapped.directory
+        self.capabilities = self.wrapped.capabilities
+        self.files = Files(self.wrapped.files, self.runner)
+
+    exec, call = _waiting(AsyncSandbox.exec), _waiting(AsyncSandbox.call)
+    snapshot, pack_diff = _waiting(AsyncSandbox.snapshot), _waiting(AsyncSandbox.pack_diff)
+    pause, resume = _waiting(AsyncSandbox.pause), _waiting(AsyncSandbox.resume)
+    info, resolve = _waiting(AsyncSandbox.info), _waiting(AsyncSandbox.resolve)
 
     @classmethod
     def create(cls, **options: Any) -> Sandbox:
         """Start a sandbox; options as for `AsyncSandbox.create`."""
-        return cls._made(AsyncSandbox.create(**options))
+        return cls(AsyncSandbox.create(**options))
 
     @classmethod
     def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Sandbox:
         """Come back to a sandbox; see `AsyncSandbox.open`."""
-        return cls._made(AsyncSandbox.open(id, replay=replay, store=store))
-
-    @classmethod
-    def _made(cls, making: Coroutine[Any, Any, AsyncSandbox]) -> Sandbox:
-        runner = asyncio.Runner()
-        try:
-            return cls(runner.run(making), runner)
-        except BaseException:
-            runner.close()
-            raise
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """How strong each promise is here."""
-        return self.wrapped.capabilities
-
-    def exec(
-        self, command: str | Sequence[str], *, timeout: float | None = 60.0, env: Mapping[str, str] | None = None,
-        cwd: str = "/workspace", stdin: bytes = b"", on_stdout: Sink | None = None, on_stderr: Sink | None = None,
-        request_id: str | None = None,
-    ) -> ExecResult:  # fmt: skip
-        """Run a command and return what came of it; see `AsyncSandbox.exec`."""
-        return self._runner.run(self.wrapped.exec(command, timeout=timeout, env=env, cwd=cwd, stdin=stdin,
-                                on_stdout=on_stdout, on_stderr=on_stderr, request_id=request_id))  # fmt: skip
-
-    def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
-             ) -> ExecResult:  # fmt: skip
-        """Run `main(*arguments)` of Python source in a warm worker; see `AsyncSandbox.call`."""
-        return self._runner.run(self.wrapped.call(source, *arguments, timeout=timeout, request_id=request_id))
-
-    def snapshot(self, *, request_id: str | None = None) -> Image:
-        """Keep the files as an image of one more layer."""
-        return self._runner.run(self.wrapped.snapshot(request_id=request_id))
-
-    def pack_diff(self, *, request_id: str | None = None) -> bytes:
-        """Return what differs from the image as a tar."""
-        return self._runner.run(self.wrapped.pack_diff(request_id=request_id))
-
-    def pause(self, *, request_id: str | None = None) -> None:
-        """Stop every process; the next request lets them go on."""
-        self._runner.run(self.wrapped.pause(request_id=request_id))
-
-    def resume(self, *, request_id: str | None = None) -> None:
-        """Let a paused sandbox go on."""
-        self._runner.run(self.wrapped.resume(request_id=request_id))
+        return cls(AsyncSandbox.open(id, replay=replay, store=store))
 
     def fork(self, n: int, *, request_id: str | None = None) -> list[Sandbox]:
         """Return n new sandboxes that start from this one's files."""
-        forks = self._runner.run(self.wrapped.fork(n, request_id=request_id))
-        return [Sandbox(box, asyncio.Runner()) for box in forks]
-
-    def resolve(self, request_id: str, how: str) -> None:
-        """Decide a request of unknown outcome: "rerun" or "abandon"."""
-        self._runner.run(self.wrapped.resolve(request_id, how))
-
-    def info(self) -> dict[str, Any]:
-        """Return usage, the log's head, requests of unknown outcome and the keeper's pid."""
-        return self._runner.run(self.wrapped.info())
+        return [Sandbox(box) for box in self.runner.run(self.wrapped.fork(n, request_id=request_id))]
 
     def close(self, *, keep: bool = False) -> None:
         """End the sandbox; files and log are deleted unless `keep`."""
         if not self._closed:
-            self._runner.run(self.wrapped.close(keep=keep))
-            self._runner.close()
+            self.runner.run(self.wrapped.close(keep=keep))
+            self.runner.close()
             self._closed = True
 
     def __enter__(self) -> Sandbox:
@@ -354,25 +322,6 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Files:
-    """`AsyncFiles`, waiting."""
-
-    def __init__(self, files: AsyncFiles, runner: asyncio.Runner) -> None:
-        self._files, self._runner = files, runner
-
-    def read(self, path: str, *, request_id: str | None = None) -> bytes:
-        """Return a regular file's bytes."""
-        return self._runner.run(self._files.read(path, request_id=request_id))
-
-    def write(self, path: str, data: bytes | str, *, mode: int = 0o644, request_id: str | None = None) -> None:
-        """Write a file, making its directories."""
-        self._runner.run(self._files.write(path, data, mode=mode, request_id=request_id))
-
-    def list(self, path: str = "/workspace", *, request_id: str | None = None) -> list[FileInfo]:
-        """Return a directory's entries by name."""
-        return self._runner.run(self._files.list(path, request_id=request_id))
 
 
 async def replay(directory: Path, *, store: Store | None = None) -> list[dict[str, Any]]:
@@ -395,7 +344,7 @@ async def replay(directory: Path, *, store: Store | None = None) -> list[dict[st
                 got: dict[str, Any] = {"status": "ok", "value": value}
             except SandboxError as error:
                 got, blobs = {"status": "error", "value": {"message": str(error)}}, {}
-            got["blobs"] = {name: log.digest(data) for name, data in blobs.items()}
+            got["blobs"] = {name: hashlib.sha256(data).hexdigest() for name, data in blobs.items()}
             want = {k: record[k] for k in ("status", "value")} | {
                 "blobs": {k: b["sha"] for k, b in record["blobs"].items()}
             }
@@ -412,8 +361,6 @@ def _result(answer: tuple[dict[str, Any], dict[str, bytes], bool]) -> ExecResult
 
 
 def _absolute(path: str) -> str:
-    if "\0" in path:
-        raise SandboxError(f"path {path!r}: expected no NUL")
     return path if path.startswith("/") else f"/workspace/{path}"
 
 

@@ -1,0 +1,65 @@
+"""`python -m pelagos.sandbox`: doctor, and what one asks of a trajectory log. Data on stdout, complaints on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pelagos.errors import PelagosError
+from pelagos.sandbox import log
+from pelagos.sandbox.doctor import examine, table
+from pelagos.sandbox.sdk import replay
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit status: 1 where something does not work, verify or repeat."""
+    parser = argparse.ArgumentParser(prog="python -m pelagos.sandbox", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {
+        "doctor": "start every substrate here and say what is missing",
+        "verify": "check a sandbox directory's log and blobs",
+        "provenance": "list what was asked and what came of it, one JSON object a line",
+        "export": "write a log and its blobs as one tar",
+        "replay": "run a log again in a new sandbox and list what comes out differently",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == "doctor":
+            command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+        else:
+            command.add_argument("directory", type=Path)
+        if name == "verify":
+            command.add_argument("--head", help="a head that must be in the chain")
+        if name == "provenance":
+            command.add_argument("--blob", help="only what made or took this sha256")
+            command.add_argument("--path", help="only what names this path")
+        if name == "export":
+            command.add_argument("target", type=Path)
+    asked = parser.parse_args(arguments)
+    lines: list[dict[str, Any]] = []
+    try:
+        if asked.command == "doctor":
+            report = examine()
+            print(json.dumps(report) if asked.json else table(report))
+            return 0 if all(found["works"] for found in report["substrates"].values()) else 1
+        if asked.command == "verify":
+            count, head = log.verify(asked.directory, head=asked.head)
+            lines = [{"records": count, "head": head}]
+        elif asked.command == "export":
+            lines = [{"file": str(asked.target), "head": log.export(asked.directory, asked.target)}]
+        elif asked.command == "provenance":
+            lines = log.provenance(asked.directory, blob=asked.blob, path=asked.path)
+        else:
+            lines = asyncio.run(replay(asked.directory))
+        print("".join(json.dumps(line) + "\n" for line in lines), end="")
+    except (PelagosError, OSError) as error:
+        print(f"{parser.prog} {asked.command}: {error}", file=sys.stderr)
+        return 1
+    return 1 if asked.command == "replay" and lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
