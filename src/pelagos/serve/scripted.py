@@ -8,6 +8,7 @@ error in place of the end).
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import json
@@ -87,43 +88,42 @@ class ScriptedEngine:
         self.fail: Exception | None = None
         self.calls: list[dict[str, Any]] = []
         self._tokenizer, self._reply = tokenizer, reply
-        self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens.values())))
+        self._cuts = re.compile(f"({'|'.join(map(re.escape, tokenizer.special_tokens.values()))})")
         self._names = itertools.count(1)
         self._due: list[tuple[float, int, _Running]] = []
         self._running: dict[str, _Running] = {}
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="script", daemon=True)
         self._seen: set[int] = set()
         self._stats = EngineStats()
         self._closed = False
 
-    @property
-    def steps(self) -> int:
-        """Tokens written so far."""
-        return self._stats.generated_tokens
-
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, user_id: str = "", priority: int = 0,
-        timeout_s: float | None = None, cuts: Sequence[int] = (), on_step: Callable[[], None] | None = None,
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, on_step: Callable[[], None] | None = None,
+        user_id: str = "", **options: Any,
     ) -> Stream:  # fmt: skip
-        """See `Engine.submit`; deadlines and priorities are ignored."""
+        """See `Engine.submit`; deadlines and priorities are only noted in `calls`."""
         check_context(self.config.max_position_embeddings, len(prompt_ids), params.max_tokens)
-        reply = self._reply(self._tokenizer.decode(prompt_ids))
+        reply, eos = self._reply(self._tokenizer.decode(prompt_ids)), self.config.eos_token_id
         reply = Reply(reply, self.delay) if isinstance(reply, str) else reply
-        tokens = iter((*self._spell(reply.text), self.config.eos_token_id))
-        text = TextStream(self._tokenizer.stream_decoder(), params, self.config.eos_token_id)
+        text, tokens = TextStream(self._tokenizer.stream_decoder(), params, eos), [*self._spell(reply.text), eos]
+        keys = _page_keys(prompt_ids[:-1], user_id)
         with self._changed:
             if self._closed:
                 raise CapacityError("the engine is closed and takes no more requests")
-            self.calls.append({"user_id": user_id, "priority": priority, "timeout_s": timeout_s, "cuts": list(cuts)})
+            self.calls.append({"user_id": user_id, **options})
             number = next(self._names)
             stream = Stream(f"req-{number}", on_step=on_step)
-            stream.cached_tokens = self._count_cached(list(prompt_ids), user_id)
-            running = _Running(stream, tokens, text, reply, list(prompt_ids), user_id)
+            running = _Running(stream, iter(tokens), text, reply, list(prompt_ids), user_id)
+            stream.cached_tokens = PAGE_TOKENS * next(
+                (n for n, key in enumerate(keys) if key not in self._seen), len(keys)
+            )
+            self._seen.update(keys)
+            self._stats.prompt_tokens += len(prompt_ids)
+            self._stats.cached_tokens += stream.cached_tokens
             self._running[stream.request_id] = running
             heapq.heappush(self._due, (time.monotonic() + reply.first_s + reply.token_s, number, running))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="script", daemon=True)
+            if number == 1:
                 self._thread.start()
             self._changed.notify()
         return stream
@@ -136,8 +136,7 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         """Return the counters; there are no pages."""
         with self._changed:
-            self._stats.requests_running = len(self._running)
-            return EngineStats(**{name: getattr(self._stats, name) for name in EngineStats.__slots__})
+            return dataclasses.replace(self._stats, requests_running=len(self._running))
 
     def close(self) -> None:
         """Cancel everything and end the thread."""
@@ -146,23 +145,12 @@ class ScriptedEngine:
             for running in self._running.values():
                 running.stream.cancel()
             self._changed.notify()
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join()
 
-    def _spell(self, text: str) -> list[int]:
-        ids, at = [], 0
-        for special in self._special.finditer(text):
-            ids += [*self._tokenizer.encode(text[at : special.start()]), self._tokenizer.id(special[0])]
-            at = special.end()
-        return ids + self._tokenizer.encode(text[at:])
-
-    def _count_cached(self, ids: list[int], user_id: str) -> int:
-        keys = _page_keys(ids[:-1], user_id)
-        found = next((count for count, key in enumerate(keys) if key not in self._seen), len(keys))
-        self._seen.update(keys)
-        self._stats.prompt_tokens += len(ids)
-        self._stats.cached_tokens += found * PAGE_TOKENS
-        return found * PAGE_TOKENS
+    def _spell(self, text: str) -> Iterator[int]:
+        for at, part in enumerate(self._cuts.split(text)):
+            yield from [self._tokenizer.id(part)] if at % 2 else self._tokenizer.encode(part)
 
     def _run(self) -> None:
         while True:
@@ -182,36 +170,34 @@ class ScriptedEngine:
 
     def _write(self, running: _Running) -> bool:
         """Write a stream's next token; whether more follow."""
-        stream = running.stream
-        error = self.fail
+        stream, text, error = running.stream, running.text, self.fail
         if error is None and not stream.is_cancelled:
-            token = next(running.tokens)
-            if token != self.config.eos_token_id or running.reply.fail is None:
+            running.ids.append(next(running.tokens))
+            if running.ids[-1] == self.config.eos_token_id and running.reply.fail is not None:
+                error = PelagosError(running.reply.fail)
+            else:
                 self._stats.generated_tokens += 1
-                running.ids.append(token)
-                steps = running.text.push([Pick(token, 0.0)])
-                if running.text.finish_reason is not None:
+                steps = text.push([Pick(running.ids[-1], 0.0)])
+                if text.finish_reason is not None:
                     with self._changed:
                         self._seen.update(_page_keys(running.ids, running.user_id))
                 for step in steps:
                     stream.put(step)
-                if running.text.finish_reason is None:
+                if text.finish_reason is None:
                     return True
-            else:
-                error = PelagosError(running.reply.fail)
         with self._changed:
             self._stats.requests_done += 1
             del self._running[stream.request_id]
-        stream.close(None if error else running.text.finish_reason or "cancelled", error)
+        stream.close(None if error else text.finish_reason or "cancelled", error)
         return False
 
 
-def _page_keys(ids: list[int], user_id: str) -> list[int]:
+def _page_keys(ids: Sequence[int], user_id: str) -> list[int]:
     """Return a key for each whole page of a user's token ids, which all before it go into."""
-    keys = [hash(user_id)]
-    for end in range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS):
-        keys.append(hash((keys[-1], *ids[end - PAGE_TOKENS : end])))
-    return keys[1:]
+    ends = range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS)
+    return list(
+        itertools.accumulate(ends, lambda key, end: hash((key, *ids[end - PAGE_TOKENS : end])), initial=hash(user_id))
+    )[1:]
 
 
 def scripted_llm(model: str, script: Path, *, generation: str | None = None) -> LLM:
