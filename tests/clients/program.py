@@ -45,10 +45,25 @@ class Exchange:
         return self.answer.decode("utf-8")
 
     @property
+    def usage(self) -> dict[str, Any]:
+        """The last usage in the stream, in whichever protocol."""
+        lines = (line.removeprefix("data: ") for line in self.text.splitlines() if line.startswith("data: {"))
+        events = [json.loads(line) for line in lines]
+        return [use for event in events if (use := event.get("usage") or event.get("response", {}).get("usage"))][-1]
+
+    @property
     def cached_tokens(self) -> int:
-        """The cached tokens of the last usage in the answer, in whichever protocol."""
-        counts = re.findall(r'"(?:cached_tokens|cache_read_input_tokens)": ?(\d+)', self.text)
-        return int(counts[-1]) if counts else 0
+        """Tokens of the prompt that were found cached."""
+        usage = self.usage
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+        return details["cached_tokens"] if details else usage["cache_read_input_tokens"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer."""
+        usage = self.usage
+        apart = usage.get("cache_read_input_tokens", 0)
+        return usage.get("total_tokens") or apart + usage["input_tokens"] + usage["output_tokens"]
 
 
 @dataclass

@@ -10,13 +10,14 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tests.clients.program import DOC_KEY, DOC_URL, HERE, MODEL, block, serving
 
 from pelagos.serve.keys import KeyFile
-from pelagos.serve.scripted import scripted_llm
+from pelagos.serve.scripted import PAGE_TOKENS, scripted_llm
 
 BROKEN = 'def add(a, b):\n    return a - b  # 你好 & "<b>"\n'
 FIXED = 'def add(a, b):\n    """1 < 2 && "x\\n" > \'y\' 你好"""\n    return a + b  # 你好 & "<b>"\n'
@@ -33,6 +34,7 @@ class Program:
     name: str
     command: str
     files: tuple[str, ...] = ()  # titles of blocks that are files: a path below the home (~/) or the project
+    keeps_prefix: bool = True
     thinking_in: str = "history"  # where thinking shows: the next request of the program, or its output
 
 
@@ -40,7 +42,7 @@ PROGRAMS = (
     Program("claude-code", "claude", thinking_in="output"),
     Program("codex", "codex", ("~/.codex/config.toml", "~/.codex/models.json"), thinking_in="output"),
     Program("opencode", "opencode", ("~/.config/opencode/opencode.json",), thinking_in="output"),
-    Program("openclaw", "openclaw", ("~/.openclaw/openclaw.json",)),
+    Program("openclaw", "openclaw", ("~/.openclaw/openclaw.json",), keeps_prefix=False),
     Program("codebuddy", "codebuddy", ("~/.codebuddy/models.json",)),
 )
 
@@ -83,6 +85,9 @@ def test_program_fixes_the_bug(program: Program, tmp_path: Path) -> None:
     assert len(turns) == 3, told
     assert all(one.status == 200 for one in recorded.generations), told
     assert turns[0].cached_tokens == 0 < turns[1].cached_tokens < turns[2].cached_tokens, told
+    if program.keeps_prefix:  # what the model wrote is found too, however the program spells it when it sends it back
+        pages = [(one.cached_tokens, one.tokens - 1) for one in turns]
+        assert all(after[0] >= before[1] // PAGE_TOKENS * PAGE_TOKENS for before, after in pairwise(pages)), pages
     for text in (output, *(one.text for one in recorded.exchanges)):
         assert "｜DSML｜" not in text
         assert "</think>" not in text
