@@ -14,7 +14,8 @@ export const setKey = (value) => hold("pelagos.key", value, "sessionStorage");
 
 export class Refusal extends Error {
   constructor(status, said, wait) {
-    super([KIND[status], said, wait && `Try again in ${wait} s.`].filter(Boolean).join(" ") || `The server answered ${status}.`);
+    const parts = [KIND[status], status !== 401 && said, wait && `Try again in ${wait} s.`].filter(Boolean);
+    super(parts.join(" ") || `The server answered ${status}.`);
     this.status = status;
   }
 }

@@ -181,12 +181,9 @@ function listChats() {
   const focused = document.activeElement.closest("#chats li")?.dataset.id;
   $("chats").replaceChildren(...store.newestFirst().map((other) => {
     const row = element("li", runs.has(other.id) ? "busy" : ""), open = button(other.title, () => go(other), "open");
-    if (other.id === chat.id) open.setAttribute("aria-current", "page");
-    const act = (name, shape, onClick) => {
-      const node = button(icon(shape), onClick, "icon");
-      node.setAttribute("aria-label", `${name} ${other.title}`);
-      return node;
-    };
+    const act = (name, shape, onClick) =>
+      Object.assign(button(icon(shape), onClick, "icon"), { ariaLabel: `${name} ${other.title}` });
+    if (other.id === chat.id) open.ariaCurrent = "page";
     row.dataset.id = other.id;
     row.append(open, act("Rename", "pen", () => rename(other)), act("Delete", "bin", () => drop(other)));
     return row;
@@ -236,7 +233,7 @@ async function importChats({ target }) {
 
 function showSide(isOpen) {
   document.body.classList.toggle("side-open", isOpen);
-  $("side-open").setAttribute("aria-expanded", String(isOpen));
+  $("side-open").ariaExpanded = String(isOpen);
   if (isOpen) $("new").focus();
 }
 
@@ -244,6 +241,7 @@ function showSide(isOpen) {
 function openSettings(focus = "system", onKey = null) {
   const values = { ...settings, system: chat.system, tools: chat.tools, key: key() };
   for (const [name, value] of Object.entries(values)) $(name).value = value;
+  $("settings").className = focus === "key" ? "key-only" : "";
   $("settings").showModal();
   $(focus).focus();
   $("settings").onclose = () => {

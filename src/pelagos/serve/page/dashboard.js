@@ -28,11 +28,10 @@ const CHARTS = [
   ["Slots", (s) => s.slots_in_use, whole, (s) => `of ${whole(s.slots_total)}`, () => "sequences side by side"],
   ["Kept states", (s) => s.states_cached, whole, (s) => bytes(s.state_bytes_cached), (s) => `${whole(s.evicted_states)} evicted`],
 ].map(([title, ...spec]) => {
-  const node = $("chart").content.cloneNode(true).firstElementChild, label = (text) => node.children[2].setAttribute("aria-label", text);
-  node.firstElementChild.textContent = title;
-  label(title);
+  const node = $("chart").content.cloneNode(true).firstElementChild;
+  node.firstElementChild.textContent = node.querySelector("svg").ariaLabel = title;
   $("panels").append(node);
-  return { title, spec, node, label, points: [] };
+  return { title, spec, node, points: [] };
 });
 const TABLES = [["Disk cache", "disk"], ["Memory planned", "bytes_planned"]].map(([title, name]) => {
   const rows = element("table"), node = element("article", "panel", element("h2", "", title), rows);
@@ -42,7 +41,7 @@ const TABLES = [["Disk cache", "disk"], ["Memory planned", "bytes_planned"]].map
 let last = null; // {stats, at}
 let timer = 0;
 
-function drawChart({ title, spec: [now, format, unit, more, all], node, label, points }, stats, per) {
+function drawChart({ title, spec: [now, format, unit, more, all], node, points }, stats, per) {
   const [, value, svg, hint] = node.children, point = now(stats, per), figure = all ? all(stats) : point;
   value.replaceChildren(figure === null ? "\u2013" : format(figure), element("small", "", unit(stats)));
   hint.textContent = more(stats);
@@ -52,7 +51,7 @@ function drawChart({ title, spec: [now, format, unit, more, all], node, label, p
   const curve = points.map((at, index) => `${left + index} ${(39 - (38 * at) / top).toFixed(2)}`).join("L");
   svg.querySelector(".curve").setAttribute("d", `M${curve}`);
   svg.querySelector(".area").setAttribute("d", `M${left} 40L${curve}L${POINTS - 1} 40Z`);
-  label(`${title}: now ${format(point)}, highest ${format(Math.max(...points))} in ${points.length} s`);
+  svg.ariaLabel = `${title}: now ${format(point)}, highest ${format(Math.max(...points))} in ${points.length} s`;
 }
 
 function drawTable({ node, rows, name }, stats) {

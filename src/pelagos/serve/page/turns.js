@@ -5,30 +5,19 @@ const count = new Intl.NumberFormat("en").format;
 const rounded = (value) => value.toFixed(value < 10 ? 1 : 0);
 const seconds = (value) => (value < 60 ? `${rounded(value)} s` : `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`);
 
-function article(className, label) {
-  const node = element("article", className);
-  node.setAttribute("aria-label", label);
-  return node;
-}
-
 // The small row under a message; `versions` are the messages beside it: {at, all, choose}.
 function actionRow(buttons, { at, all, choose }) {
   const here = all.indexOf(at);
-  const step = (label, sign, other) => {
-    const node = button(sign, () => choose(other));
-    node.setAttribute("aria-label", label);
-    node.disabled = other === undefined;
-    return node;
-  };
+  const step = (ariaLabel, sign, other) =>
+    Object.assign(button(sign, () => choose(other)), { ariaLabel, disabled: other === undefined });
   const place = [step("Version before", "\u2039", all[here - 1]), element("span", "", `${here + 1} of ${all.length}`),
     step("Next version", "\u203a", all[here + 1])];
   return element("div", "actions", ...buttons, ...(all.length > 1 ? [element("span", "versions", ...place)] : []));
 }
 
 export function userTurn(node, versions, onEdit) {
-  const turn = article("user", "You"), buttons = [button("Edit", onEdit), copyButton(() => node.content)];
-  turn.append(element("div", "bubble", node.content), actionRow(buttons, versions));
-  return turn;
+  const actions = actionRow([button("Edit", onEdit), copyButton(() => node.content)], versions);
+  return Object.assign(element("article", "user", element("div", "bubble", node.content), actions), { ariaLabel: "You" });
 }
 
 // An answer on show. `draw` brings the document up to the message, as often as it likes, and once when the answer has
@@ -37,8 +26,7 @@ export class AnswerTurn {
   constructor(node, versions, { onAgain, onResults }) {
     Object.assign(this, { node, versions, onAgain, onResults, cards: [], shown: [], results: new Map(), fields: new Map() });
     this.text = new Markdown("text");
-    this.turn = article("answer", "Answer");
-    this.turn.append(this.text.node);
+    this.turn = Object.assign(element("article", "answer", this.text.node), { ariaLabel: "Answer" });
   }
 
   // `since` is when the answer under way was asked for (performance.now); without it the answer has ended.
