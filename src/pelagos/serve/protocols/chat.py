@@ -12,10 +12,10 @@ from pelagos.serve.protocols import wire
 
 if TYPE_CHECKING:
     from pelagos.chat.parser import Event
-    from pelagos.serve.answer import Answer
+    from pelagos.serve.answer import Answer, Logprob
 
 # What the end of an answer is called when it was not the model's.
-FINISH_REASONS = {"cancelled": "aborted", "deadline": "insufficient_system_resource"}
+_FINISH_REASONS = {"cancelled": "aborted", "deadline": "insufficient_system_resource"}
 _THINKING = ("thinking", "enable_thinking", "think")
 _ONE = "Invalid n value (currently only n = 1 is supported)"
 _NEEDS_LOGPROBS = "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used."
@@ -106,17 +106,54 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return kept | ({} if reasoning is None else {"reasoning_content": reasoning})
 
 
-class ChatWriter:
-    """Chunks for a stream, or the whole object at the end."""
+class ChoiceWriter:
+    """What chat and raw completions share of writing: objects with one choice, and an end mark."""
 
     def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
-        self._answer, self._wants_usage, self._logs = answer, ask.options.get("usage"), ask.logprobs is not None
+        self._ask, self._answer, self._wants_usage = ask, answer, ask.options.get("usage")
         self._told = 0  # log-probabilities that have been written
-        self._waiting: dict[str, list[dict[str, Any]]] = {"reasoning": [], "content": [], "markup": []}
         self._frame = {
             "id": str(uuid.uuid4()), "created": int(time.time()), "model": card.model,
             "system_fingerprint": card.fingerprint,
         }  # fmt: skip
+
+    @property
+    def _reason(self) -> str:
+        reason = self._answer.finish_reason or "stop"
+        return _FINISH_REASONS.get(reason, reason)
+
+    def keep_alive(self) -> list[str]:
+        """A comment."""
+        return [wire.KEEP_ALIVE]
+
+    def fail(self, status: int, message: str) -> list[str]:
+        """An error object in the stream, and the end mark."""
+        return [wire.frame(Chat().error(status, message)), wire.DONE]
+
+    def _usage(self) -> dict[str, Any]:
+        answer = self._answer
+        return {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+            "prompt_cache_hit_tokens": answer.cached_tokens,
+            "prompt_cache_miss_tokens": answer.prompt_tokens - answer.cached_tokens,
+            "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
+        }
+
+    def _new_logprobs(self) -> list[Logprob]:
+        new = self._answer.logprobs[self._told :]
+        self._told += len(new)
+        return new
+
+
+class ChatWriter(ChoiceWriter):
+    """Chunks for a stream, or the whole object at the end."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        super().__init__(ask, answer, card)
+        self._waiting: list[Logprob] = []  # log-probabilities of text that has not come yet
 
     def open(self) -> list[str]:
         """The chunk that opens the message."""
@@ -138,28 +175,15 @@ class ChatWriter:
 
     def close(self) -> list[str]:
         """The chunk with finish_reason and usage, and the end mark."""
-        reason = self._answer.finish_reason or "stop"
-        end = self._chunk(self._text(""), "reasoning", "content", reason=FINISH_REASONS.get(reason, reason))
-        return [end, "data: [DONE]\n\n"]
-
-    def keep_alive(self) -> list[str]:
-        """A comment."""
-        return [wire.KEEP_ALIVE]
-
-    def fail(self, status: int, message: str) -> list[str]:
-        """An error object in the stream, and the end mark."""
-        return [wire.frame(Chat().error(status, message)), "data: [DONE]\n\n"]
+        return [self._chunk(self._text(""), "reasoning", "content", reason=self._reason), wire.DONE]
 
     def whole(self) -> dict[str, Any]:
         """The chat.completion object."""
-        reason = self._answer.finish_reason or "stop"
         choice = {
-            "index": 0, "message": self._answer.message, "finish_reason": FINISH_REASONS.get(reason, reason),
+            "index": 0, "message": self._answer.message, "finish_reason": self._reason,
             "logprobs": self._logprobs("reasoning", "content"),
         }  # fmt: skip
-        return self._frame | {
-            "object": "chat.completion", "choices": [choice], "usage": wire.usage(self._answer),
-        }  # fmt: skip
+        return self._frame | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     def _text(self, text: str) -> dict[str, Any]:
         return {"content": text} | ({"reasoning_content": None} if self._answer.thinking else {})
@@ -168,17 +192,15 @@ class ChatWriter:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": self._logprobs(*kinds)}
         chunk = self._frame | {"object": "chat.completion.chunk", "choices": [choice]}
         if reason is not None or self._wants_usage:
-            chunk["usage"] = None if reason is None else wire.usage(self._answer)
+            chunk["usage"] = None if reason is None else self._usage()
         return wire.frame(chunk)
 
     def _logprobs(self, *kinds: str) -> dict[str, Any] | None:
         """Log-probabilities of the tokens since the last call for these kinds; markup's are nobody's."""
-        if not self._logs:
+        if self._ask.logprobs is None:
             return None
-        for pick in self._answer.logprobs[self._told :]:
-            self._waiting[pick.kind] += wire.spelled(self._answer.tokenizer, [pick])
-        self._told = len(self._answer.logprobs)
+        self._waiting += self._new_logprobs()
         names = {"reasoning": "reasoning_content", "content": "content"}
-        taken = {names[kind]: self._waiting[kind] for kind in kinds if self._waiting[kind]}
-        self._waiting |= {kind: [] for kind in kinds}
-        return taken or None
+        taken = {names[kind]: [pick[1:] for pick in self._waiting if pick.kind == kind] for kind in kinds}
+        self._waiting = [pick for pick in self._waiting if pick.kind not in (*kinds, "markup")]
+        return {name: wire.spelled(self._answer.tokenizer, picks) for name, picks in taken.items() if picks} or None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-import uuid
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from pelagos.errors import RequestError
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
-from pelagos.serve.protocols.chat import FINISH_REASONS
+from pelagos.serve.protocols.chat import ChoiceWriter
 
 if TYPE_CHECKING:
     from pelagos.chat.parser import Event
@@ -84,16 +83,13 @@ def _prompt(prompt: Any) -> str | list[int]:
     return prompt
 
 
-class CompletionsWriter:
+class CompletionsWriter(ChoiceWriter):
     """text_completion objects, one at the end or one for each piece of text."""
 
     def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
-        self._ask, self._answer, self._wants_usage = ask, answer, ask.options.get("usage")
-        self._told, self._offset, self._repeats = 0, 0, ask.echo and not ask.suffix
-        self._frame = {
-            "id": str(uuid.uuid4()), "object": "text_completion", "created": int(time.time()), "model": card.model,
-            "system_fingerprint": card.fingerprint,
-        }  # fmt: skip
+        super().__init__(ask, answer, card)
+        self._offset, self._repeats = 0, ask.echo and not ask.suffix
+        self._frame["object"] = "text_completion"
 
     def open(self) -> list[str]:
         """The prompt, if it is to be repeated."""
@@ -105,27 +101,13 @@ class CompletionsWriter:
 
     def close(self) -> list[str]:
         """The chunk with finish_reason, usage and the end mark."""
-        reason = self._answer.finish_reason or "stop"
-        frames = [self._chunk("", FINISH_REASONS.get(reason, reason))]
-        if self._wants_usage:
-            frames.append(wire.frame(self._frame | {"choices": [], "usage": wire.usage(self._answer)}))
-        return [*frames, "data: [DONE]\n\n"]
-
-    def keep_alive(self) -> list[str]:
-        """A comment."""
-        return [wire.KEEP_ALIVE]
-
-    def fail(self, status: int, message: str) -> list[str]:
-        """An error object in the stream, and the end mark."""
-        return [wire.frame(Completions().error(status, message)), "data: [DONE]\n\n"]
+        last = wire.frame(self._frame | {"choices": [], "usage": self._usage()})
+        return [self._chunk("", self._reason), *([last] if self._wants_usage else []), wire.DONE]
 
     def whole(self) -> dict[str, Any]:
         """The text_completion object."""
-        reason = self._answer.finish_reason or "stop"
         text = (self._prompt() if self._ask.echo else "") + self._answer.message["content"]
-        return self._frame | {
-            "choices": [self._choice(text, FINISH_REASONS.get(reason, reason))], "usage": wire.usage(self._answer),
-        }  # fmt: skip
+        return self._frame | {"choices": [self._choice(text, self._reason)], "usage": self._usage()}
 
     def _prompt(self) -> str:
         prompt = self._ask.prompt or ""
@@ -134,7 +116,7 @@ class CompletionsWriter:
     def _chunk(self, text: str, reason: str | None = None) -> str:
         chunk = self._frame | {"choices": [self._choice(text, reason)]}
         if self._wants_usage or reason is not None:
-            chunk["usage"] = wire.usage(self._answer) if reason is not None and not self._wants_usage else None
+            chunk["usage"] = None if reason is None or self._wants_usage else self._usage()
         return wire.frame(chunk)
 
     def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
@@ -144,18 +126,18 @@ class CompletionsWriter:
         """Log-probabilities of the tokens since the last call; at first the prompt's too, if it is repeated."""
         if self._ask.logprobs is None:
             return None
-        answer, picks = self._answer, list[tuple[int, float | None, tuple[tuple[int, float], ...]]]()
+        answer, picks = self._answer, list[tuple[int, float | None, Any]](p[1:] for p in self._new_logprobs())
         if self._repeats:
+            self._repeats = False
             known = list(zip(answer.prompt_ids, answer.prompt_logprobs or (), strict=False))
             skipped = isinstance(self._ask.prompt, str) and known and known[0][0] in answer.tokenizer.special_tokens
-            picks += [(token, logprob, ()) for token, logprob in known[1 if skipped else 0 :]]
-        picks += [(pick.token_id, pick.logprob, pick.top) for pick in answer.logprobs[self._told :]]
-        self._told, self._repeats = len(answer.logprobs), False
-        logs: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, logprob, top in picks:
-            text = answer.tokenizer.spell(token).decode("utf-8", "backslashreplace")
-            likely = {answer.tokenizer.spell(each).decode("utf-8", "backslashreplace"): at for each, at in top}
-            for name, value in zip(logs, (text, logprob, likely or None, self._offset), strict=True):
-                logs[name].append(value)
-            self._offset += len(text)
-        return logs
+            picks = [*((*each, ()) for each in known[1 if skipped else 0 :]), *picks]
+        told = wire.spelled(answer.tokenizer, picks)
+        ends = list(accumulate((len(each["token"]) for each in told), initial=self._offset))
+        self._offset = ends[-1]
+        return {
+            "tokens": [each["token"] for each in told],
+            "token_logprobs": [each["logprob"] for each in told],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} or None for each in told],
+            "text_offset": ends[:-1],
+        }

@@ -52,6 +52,7 @@ class Responses(wire.Base):
         form, listed = wire.mapping(text, "format"), body.get("tools") or []
         plain = {key: body[key] for key in ("instructions", "input") if body.get(key) is not None}
         if isinstance(body.get("input"), list):
+            wire.check(body, {"input": wire.OBJECTS})
             items = [_item(item) for item in body["input"]]
             plain["input"] = items if card.strict else wire.move_reminders(items, _is_output)
         if form.get("type") == "json_object":
@@ -117,10 +118,8 @@ def _choice(choice: Any) -> Any:
     }
 
 
-def _item(item: Any) -> Any:
+def _item(item: dict[str, Any]) -> dict[str, Any]:
     """Return an input item with only parts the library knows."""
-    if not isinstance(item, dict):
-        return item
     if item.get("type", "message") == "message":
         return {**item, "content": wire.readable(item.get("content"), _PARTS, "input_text")}
     return {**item, "output": wire.readable(item.get("output"), _PARTS, "input_text")} if _is_output(item) else item
@@ -308,6 +307,6 @@ class ResponsesWriter:
     def _logprobs(self) -> list[dict[str, Any]]:
         if self._ask.logprobs is None:
             return []
-        new = [pick for pick in self._answer.logprobs[self._told :] if pick.kind == "content"]
+        new = [pick[1:] for pick in self._answer.logprobs[self._told :] if pick.kind == "content"]
         self._told = len(self._answer.logprobs)
         return wire.spelled(self._answer.tokenizer, new)

@@ -18,13 +18,13 @@ from pelagos.serve.ask import Card
 
 if TYPE_CHECKING:
     from pelagos.chat.tokenizer import Tokenizer
-    from pelagos.serve.answer import Answer, Logprob
+    from pelagos.serve.answer import Answer
 
 Field = Mapping[str, Any]  # a JSON schema, and in `x-range` its bounds as the official API writes them
 MAX_TOKENS = 393_216
 MAX_STOPS = 16
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
-KEEP_ALIVE = ": keep-alive\n\n"
+KEEP_ALIVE, DONE = ": keep-alive\n\n", "data: [DONE]\n\n"
 _TYPES = {"boolean": bool, "string": str, "object": dict, "array": list, "integer": int, "number": (int, float)}
 _EMPTY = "empty string. Expected a string with minimum length 1, but got an empty string instead."
 
@@ -190,8 +190,8 @@ def move_reminders(messages: list[dict[str, Any]], is_result: Callable[[dict[str
     for message in messages:
         if message.get("role") == "system" and any(each.get("role") != "system" for each in moved):
             content = message.get("content") or ""
-            parts = [content] if isinstance(content, str) else [str(part.get("text") or "") for part in content]
-            text = "\n\n".join(parts)
+            parts = content if isinstance(content, list) else [content]
+            text = "\n\n".join(str(part.get("text") or "" if isinstance(part, dict) else part) for part in parts)
             waiting.append({"role": "user", "content": f"<system-reminder>\n{text}\n</system-reminder>"})
             continue
         if not is_result(message):
@@ -308,17 +308,15 @@ def frame(data: Mapping[str, Any], *, named: bool = False) -> str:
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def spelled(tokenizer: Tokenizer, picks: Iterable[Logprob]) -> list[dict[str, Any]]:
-    """Return log-probabilities as clients read them; bytes that are no text by themselves are escaped."""
+def spelled(tokenizer: Tokenizer, picks: Iterable[tuple[int, float | None, Any]]) -> list[dict[str, Any]]:
+    """Return (token, log-probability, likeliest) as clients read them; bytes that are no text alone are escaped."""
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
         raw = tokenizer.spell(token)
-        text = raw.decode("utf-8", "backslashreplace")
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        known = None if logprob is None else max(logprob, -9999.0)
+        return {"token": raw.decode("utf-8", "backslashreplace"), "logprob": known, "bytes": list(raw)}
 
-    return [
-        entry(pick.token_id, pick.logprob) | {"top_logprobs": [entry(*each) for each in pick.top]} for pick in picks
-    ]
+    return [entry(token, logprob) | {"top_logprobs": [entry(*each) for each in top]} for token, logprob, top in picks]
 
 
 def parsed(arguments: str) -> dict[str, Any]:
@@ -340,16 +338,3 @@ def replayed(answer: Answer) -> Iterator[Event]:
     for index, call in enumerate(message.get("tool_calls") or ()):
         yield Event("tool_call", index=index, id=call["id"], name=call["function"]["name"])
         yield Event("arguments", call["function"]["arguments"], index=index)
-
-
-def usage(answer: Answer) -> dict[str, Any]:
-    """Return the token counts of an answer as chat and raw completions give them."""
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "prompt_cache_hit_tokens": answer.cached_tokens,
-        "prompt_cache_miss_tokens": answer.prompt_tokens - answer.cached_tokens,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
-    }
