@@ -2,7 +2,7 @@
 
 python -m benchmarks.serve_load [--streams 256] [--drops N] [--rounds 3] [--json FILE]
 
-Both servers run in a process of their own, on the same uvicorn, and send the same chunks: ours reads the request,
+Both servers run in a process of their own, on the same uvicorn, and send as many tokens: ours reads the request,
 renders, tokenises, runs the scripted engine, parses its tokens and writes chat completion chunks, several tokens in one
 where they come faster than they go; the bare one sends prepared text through a StreamingResponse, a chunk a token.
 `requests_s` is measured with tokens that take no time, `overhead_ms` (what a token takes beyond its pace, as a client
@@ -36,8 +36,7 @@ from starlette.routing import Route
 
 from pelagos.evals.engine_bench import stamp
 from pelagos.serve import Settings, create_app
-from pelagos.serve.loading import load_llm
-from pelagos.serve.run import Server
+from pelagos.serve.run import Server, load_llm
 
 WORDS = "the sea is wide and the ship goes on "
 PATH = "/v1/chat/completions"

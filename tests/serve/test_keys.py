@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import given
+from hypothesis import settings as bounds
 from hypothesis import strategies as st
 from tests.engine.scripted import scripted_engine, scripted_llm
 from tests.serve.served import serve, wait_until
@@ -69,6 +70,7 @@ def test_a_damaged_file_admits_nobody_and_says_so(tmp_path: Path, text: str, cap
         keys.add("bob")
 
 
+@bounds(deadline=None)
 @given(st.text(max_size=70))
 def test_names_are_safe_everywhere(name: str) -> None:
     try:
@@ -110,7 +112,7 @@ def test_who_is_let_in(tmp_path: Path) -> None:
     llm = scripted_llm("Hello")
     with serve(llm, keys=keys) as served:
         client = served.client
-        for path in ("/", "/health", "/ready", "/docs", "/openapi.json", "/page/app.js"):
+        for path in ("/", "/health", "/ready", "/openapi.json", "/page/app.js"):
             assert client.get(path).status_code == 200, path
         for path in ("/v1/models", "/metrics", "/stats", "/v1/models/nano", "/nothing"):
             assert client.get(path).status_code == 401, path

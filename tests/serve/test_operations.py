@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import given
+from hypothesis import settings as bounds
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tests.engine.scripted import scripted_engine, scripted_llm
@@ -68,6 +69,7 @@ def test_every_base_url_leads_to_every_route(served: Served, prefix: str) -> Non
     assert served.client.get(f"{prefix}/models/nano").json()["id"] == "nano"
 
 
+@bounds(deadline=None)
 @given(st.text("/v1betanhropic.%", max_size=20))
 def test_canonical_paths_are_stable(path: str) -> None:
     once = canonical("/" + path)
@@ -146,7 +148,7 @@ def test_a_request_that_never_begins_is_given_up(served: Served) -> None:
     assert "no token came within 0.8 s" in ask(served, "never", stream=True).text
     late = ask(served, "never")
     assert (late.status_code, late.json()["error"]["type"]) == (200, "internal_error")  # the head was out
-    wait_until(lambda: scripted_engine(served.app.loading.llm).stats().requests_running == 0)  # type: ignore[arg-type]
+    wait_until(lambda: scripted_engine(served.app.llm).stats().requests_running == 0)  # type: ignore[arg-type]
 
 
 def test_bodies_have_bounds(served: Served) -> None:
@@ -173,6 +175,7 @@ def test_what_is_no_json_text_is_refused(raw: bytes) -> None:
         parse_body(raw)
 
 
+@bounds(deadline=None)
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8")),
@@ -203,7 +206,7 @@ def test_too_many_requests() -> None:
 def test_a_deadline_ends_an_answer() -> None:
     with serve(scripted_llm(reply), settings=Settings(deadline_s=5.0)) as served:
         assert ask(served).status_code == 200
-        assert [call["timeout_s"] for call in scripted_engine(served.app.loading.llm).calls] == [5.0]  # type: ignore[arg-type]
+        assert [call["timeout_s"] for call in scripted_engine(served.app.llm).calls] == [5.0]  # type: ignore[arg-type]
 
 
 def families(served: Served) -> dict[str, float]:

@@ -37,7 +37,7 @@ def served() -> Iterator[Served]:
 
 
 def is_quiet(served: Served) -> bool:
-    llm = served.app.loading.llm
+    llm = served.app.llm
     assert llm is not None
     return served.app.traffic.in_flight == 0 and llm.stats().requests_running == 0 and not served.app._answers
 
@@ -49,7 +49,7 @@ SCHEMA = schemathesis.openapi.from_dict(document())
 @given(st.data())
 def test_no_request_of_the_document_is_a_5xx(served: Served, data: st.DataObject) -> None:
     operations = [result.ok() for result in SCHEMA.get_all_operations()]
-    assert len(operations) >= 12
+    assert len(operations) >= 11
     for operation in operations:
         case = data.draw(operation.as_strategy())
         body = case.body if isinstance(case.body, dict) else {}
@@ -132,7 +132,7 @@ def test_garbage_is_refused_or_cut(served: Served, garbage: bytes) -> None:
         try:
             raw.sendall(garbage)
             raw.shutdown(socket.SHUT_WR)
-        except ConnectionError:
+        except OSError:
             pass
         answer = read_all(raw)
     assert time.monotonic() - began < 5
@@ -158,7 +158,7 @@ def test_random_bytes_break_nothing(served: Served, parts: list[bytes]) -> None:
         try:
             raw.sendall(b"".join(parts))
             raw.shutdown(socket.SHUT_WR)
-        except ConnectionError:
+        except OSError:
             pass
         assert not re_5xx(read_all(raw))
 
@@ -188,7 +188,7 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(("127.0.0.1", served.port))
         body = json.dumps(
-            {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 390_000}
+            {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "logprobs": True, "max_tokens": 390_000}
         ).encode()
         raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: served.app.traffic.in_flight == 1)
@@ -204,7 +204,7 @@ def test_a_client_that_reads_slowly_but_does_is_not() -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(("127.0.0.1", served.port))
         body = json.dumps(
-            {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 9000}
+            {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "logprobs": True, "max_tokens": 9000}
         ).encode()
         raw.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         end, size = b"", 0

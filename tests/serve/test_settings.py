@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
 from pelagos.engine import LLM
@@ -68,6 +69,7 @@ NAMES = st.sampled_from([field.name for field in dataclasses.fields(Settings)]) 
 VALUES = st.integers() | st.booleans() | st.text(max_size=5) | st.floats() | st.lists(st.text(max_size=3), max_size=2)
 
 
+@bounds(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["server", "engine", "limits", "x"]), st.dictionaries(NAMES, VALUES, max_size=4))
 )

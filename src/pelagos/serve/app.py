@@ -30,7 +30,6 @@ from pelagos.serve.ask import Api, Ask, Card
 from pelagos.serve.exchange import ClientGone, Exchange
 from pelagos.serve.keys import KeyFile
 from pelagos.serve.limits import Traffic, check_origin, find_key, refusal
-from pelagos.serve.loading import Loading
 from pelagos.serve.metrics import Metrics
 from pelagos.serve.protocols import APIS
 from pelagos.serve.reads import find_read
@@ -38,7 +37,7 @@ from pelagos.serve.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
 PAGES = {"/": "/index.html", "/dashboard": "/dashboard.html"}
-OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # to clients without a key, as the page is
+OPEN = ("/health", "/ready", "/openapi.json")  # to clients without a key, as the page is
 # The page needs nothing from elsewhere, and no text of a model may ever run as a script. It is asked about each time,
 # so that modules of two versions are never mixed.
 PAGE_HEADERS = {
@@ -78,9 +77,10 @@ class App:
     ) -> None:  # fmt: skip
         """`card` None takes the settings'; without `keys` nobody needs one."""
         self.settings = settings or Settings()
-        self.loading = Loading(llm if not isinstance(llm, LLM) else lambda: llm)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")  # the event loop stays free meanwhile
+        self.loading = self._loader.submit(llm if not isinstance(llm, LLM) else lambda: llm)
         self.traffic = Traffic(self.settings.max_requests + self.settings.max_queued)
-        self.metrics = Metrics(lambda: EngineStats() if self.loading.llm is None else self.loading.llm.stats())
+        self.metrics = Metrics(lambda: EngineStats() if self.llm is None else self.llm.stats())
         self._card, self._keys = card or self.settings.card, keys
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
         self._shared = Shared(self.settings.disk_dir)
@@ -90,9 +90,15 @@ class App:
         self._files = StaticFiles(directory=PAGE)
 
     @property
+    def llm(self) -> LLM | None:
+        """The model once it is loaded; None before that and after a failed load."""
+        done = self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+        return self.loading.result() if done else None
+
+    @property
     def card(self) -> Card:
         """What the server says of itself; the model's own bounds once it is there."""
-        if (llm := self.loading.llm) is None:
+        if (llm := self.llm) is None:
             return self._card
         length = min(self._card.context_length, llm.config.max_position_embeddings)
         return dataclasses.replace(self._card, generation=llm.generation, context_length=length)
@@ -100,7 +106,9 @@ class App:
     @property
     def status(self) -> str:
         """loading, ready, failed or draining."""
-        return "draining" if self.traffic.draining else self.loading.status
+        if self.traffic.draining:
+            return "draining"
+        return "ready" if self.llm is not None else "failed" if self.loading.done() else "loading"
 
     def cancel_answers(self) -> None:
         """End all answers that still run; their clients are told."""
@@ -113,8 +121,10 @@ class App:
             await receive()
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            self._threads.shutdown(cancel_futures=True)
-            self.loading.close()
+            for threads in (self._threads, self._loader):  # a load that has begun is waited for
+                threads.shutdown(cancel_futures=True)
+            if self.llm is not None:
+                self.llm.close()
             self._shared.close()
             await send({"type": "lifespan.shutdown.complete"})
             return
@@ -140,14 +150,14 @@ class App:
         if not is_page and path not in OPEN:
             exchange.key = find_key(exchange, self._keys)
         if not (exchange.api or read or is_page):
-            raise HTTPException(404, f"nothing is at {path}; /docs lists what is")
+            raise HTTPException(404, f"nothing is at {path}; /openapi.json lists what is")
         if method not in allowed:
             raise HTTPException(405, f"{method} is not served here: {allowed}", {"Allow": allowed})
         if exchange.api:
             await self._answer(exchange, exchange.api)
         elif read:
             status, body = read(self)
-            kind = {"/metrics": "text/plain; version=0.0.4", "/docs": "text/html"}.get(path, "application/json")
+            kind = "text/plain; version=0.0.4" if isinstance(body, bytes) else "application/json"
             await exchange.respond(status, body, {"Content-Type": kind, **PAGE_HEADERS})
         else:
             exchange.more_headers += [(name.lower().encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
@@ -155,7 +165,7 @@ class App:
             await self._files({**scope, "path": file, "root_path": ""}, exchange.receive, exchange.send)
 
     async def _answer(self, exchange: Exchange, api: Api) -> None:
-        if (llm := self.loading.llm) is None:
+        if (llm := self.llm) is None:
             raise refusal(503, "the model is still loading; ask /ready until it answers 200")
         with self.traffic.admitted(exchange.key):
             raw = await exchange.read(self.settings.body_bytes, self.settings.body_s)

@@ -131,16 +131,13 @@ class KeyFile:
     def _write(self, keys: list[Key]) -> None:
         """Replace the file as a whole; only its owner may read it."""
         text = json.dumps({"version": VERSION, "keys": [dataclasses.asdict(key) for key in keys]}, indent=1)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.path.parent, delete=False, encoding="utf-8"
+        ) as file:  # mode 0600
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.path)
 
 
 def _digest(secret: str) -> str:

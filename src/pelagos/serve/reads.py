@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
@@ -58,16 +56,6 @@ def document() -> dict[str, Any]:
     }
 
 
-def _listing() -> bytes:
-    """The document as a page without scripts, styles or anything from elsewhere."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Pelagos</title><h1>HTTP interface</h1>"]
-    for path, ((verb, what),) in ((path, verbs.items()) for path, verbs in document()["paths"].items()):
-        parts.append(f"<h2>{verb.upper()} {escape(path)}</h2><p>{escape(what['summary'])}</p>")
-        if "requestBody" in what:
-            parts.append(f"<pre>{escape(json.dumps(what['requestBody']['content'], indent=1))}</pre>")
-    return "".join(parts).encode()
-
-
 READS: dict[str, tuple[str, Callable[[App], tuple[int, Any]]]] = {
     "/health": ("What the server is doing; it lives.", lambda app: (200, _state(app))),
     "/ready": (
@@ -81,5 +69,4 @@ READS: dict[str, tuple[str, Callable[[App], tuple[int, Any]]]] = {
     "/metrics": ("The same in the Prometheus text format.", lambda app: (200, app.metrics.text(app.traffic.in_flight))),
     "/models": ("The models served: one.", lambda app: (200, {"object": "list", "data": [_model(app)]})),
     "/openapi.json": ("This document.", lambda app: (200, document())),
-    "/docs": ("This document as a page.", lambda app: (200, _listing())),
 }

@@ -8,17 +8,19 @@ import socket
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from pelagos.engine import LLM, SamplingParams
 from pelagos.errors import ConfigError
 from pelagos.serve.app import App
 from pelagos.serve.keys import KeyFile
 from pelagos.serve.limits import is_loopback
-from pelagos.serve.loading import load_llm
 from pelagos.serve.metrics import log_to_stderr
+from pelagos.serve.scripted import scripted_llm
 from pelagos.serve.settings import Settings
 
 CANCELLED_SECONDS = 2  # that a cancelled answer has to tell its client
@@ -43,15 +45,28 @@ def run(settings: Settings) -> None:
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{listener.getsockname()[1]}"
 
     def announce(_: object) -> None:
-        if app.loading.llm is None:
+        if app.llm is None:
             server.should_exit = True
         else:
             print(_banner(url, app.card.model, keyed=keys.is_needed()), file=sys.stderr, flush=True)
 
-    app.loading.done.add_done_callback(announce)
+    app.loading.add_done_callback(announce)
     server.run(sockets=[listener])
-    if app.loading.done.done() and not app.loading.done.cancelled():
-        app.loading.done.result()
+    if app.loading.done() and not app.loading.cancelled():
+        app.loading.result()
+
+
+def load_llm(settings: Settings) -> LLM:
+    """Return the model the settings name after it has answered once, so that no client waits for what comes first.
+
+    Raises what `LLM` raises.
+    """
+    if settings.engine != "local":
+        script = Path(settings.engine.removeprefix("scripted:"))
+        return scripted_llm(settings.model, script, generation=settings.generation)
+    llm = LLM(settings.model, **settings.engine_options)
+    llm.generate("Hello", SamplingParams(max_tokens=8))
+    return llm
 
 
 class Server(uvicorn.Server):
