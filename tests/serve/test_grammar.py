@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -363,17 +364,21 @@ def test_a_hostile_schema_takes_little_time() -> None:
         assert time.monotonic() - start < 6
     with pytest.raises(RequestError, match="bytes"):
         grammar(tools=[tool(f"f{i:03}", MANY) for i in range(3000)], **OFF)
+    start = time.monotonic()
+    many = {f"p{i}": {"enum": [f"{i}-{j}" for j in range(9)]} for i in range(3000)}
+    with contextlib.suppress(RequestError):  # a grammar or a refusal, in little time
+        grammar(tools=[tool("f", {"type": "object", "properties": many})], grammars=Grammars(), **OFF)
+    assert time.monotonic() - start < 6
 
 
 def test_results_are_kept_and_bounded() -> None:
     grammars = Grammars(capacity=2)
     for index in (1, 2, 3, 1):
         assert grammar(tools=[tool(f"f{index}", CITY)], grammars=grammars, **OFF) is not None
-        assert len(grammars._compiled) <= 2
-    again = [
-        grammars._cached(TOKENIZER, [{"name": "f", "parameters": {}}], [], True, "content", False, None) for _ in "ab"
-    ]
-    assert again[0][0] is again[1][0]
+        assert grammars._compiled.cache_info().currsize <= 2
+    assert grammars._compiled.cache_info().hits == 0
+    grammar(tools=[tool("f1", CITY)], grammars=grammars, **OFF)
+    assert grammars._compiled.cache_info().hits == 1
 
 
 def test_without_the_library_only_prescribed_forms_are_missing(

@@ -7,12 +7,10 @@ which tokens may come. Structure of a block: released encoder.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,10 +123,8 @@ class Grammars:
     """Compiles what requests prescribe and keeps the last `capacity` results; one serves all threads of a server."""
 
     def __init__(self, *, capacity: int = 64) -> None:
-        self._capacity = capacity
-        self._compiled: OrderedDict[bytes, tuple[Any, Any]] = OrderedDict()  # (block, answer) by what was prescribed
-        self._lock = threading.Lock()
-        self._vocabulary: tuple[Tokenizer, llguidance.LLTokenizer] | None = None
+        self._compiled = functools.lru_cache(capacity)(_compile_turn)
+        self._vocabulary = functools.lru_cache(1)(_vocabulary)
         self._has_warned = False
 
     def turn(
@@ -152,7 +148,10 @@ class Grammars:
             many = body.get("parallel_tool_calls") is not False
             asked = (tools, sorted(strict), many, prompt.start, is_forced, form if has_form else None)
             try:
-                block, answer = self._cached(tokenizer, *asked)
+                vocabulary = self._vocabulary(tokenizer)
+                block, answer = self._compiled(vocabulary, f"<[{tokenizer.id(DSML)}]>", json.dumps(asked))
+            except (RecursionError, Unsupported) as error:
+                raise RequestError(f"the schemas make no grammar: {error}") from None
             except ImportError as error:
                 if is_forced or has_form or strict:
                     raise MissingDependency(
@@ -168,58 +167,31 @@ class Grammars:
         size = tokenizer.vocab_size
         return TurnGrammar(Rules(prompt.start, **ids, vocab_size=size, block=block, answer=answer, budget=budget))
 
-    def _cached(self, tokenizer: Tokenizer, *asked: Any) -> tuple[Any, Any]:
-        key = hashlib.sha256(json.dumps(asked).encode()).digest()
-        with self._lock:
-            if self._vocabulary is None or self._vocabulary[0] is not tokenizer:
-                self._compiled.clear()
-                self._vocabulary = tokenizer, _vocabulary(tokenizer)
-            vocabulary = self._vocabulary[1]
-            if (found := self._compiled.get(key)) is not None:
-                self._compiled.move_to_end(key)
-                return found
-        made = _compile_turn(vocabulary, f"<[{tokenizer.id(DSML)}]>", *asked)
-        with self._lock:
-            self._compiled[key] = made
-            if len(self._compiled) > self._capacity:
-                self._compiled.popitem(last=False)
-        return made
 
-
-def _compile_turn(
-    vocabulary: Any, dsml: str, tools: Sequence[Mapping[str, Any]], strict: list[str], many: bool, start: str,
-    is_forced: bool, form: Mapping[str, Any] | None,
-) -> tuple[Any, Any]:  # fmt: skip
+def _compile_turn(vocabulary: Any, dsml: str, asked: str) -> tuple[Any, Any]:
     """Return the matchers of a tool block and of the whole answer, None for what is not prescribed."""
-    block = answer = None
+    tools, strict, many, start, is_forced, form = json.loads(asked)
     rules = _block_rules(vocabulary, tools, strict, dsml, many) if tools else ""
     opening = f'"\\n\\n<" {dsml} block'
-    try:
-        if tools:
-            block = _compile(vocabulary, f"start: block\n{rules}")
-        if start == "tool_calls":
-            answer = _compile(vocabulary, f"start: calls\n{rules}")
-        elif is_forced:
-            answer = _compile(vocabulary, f"start: {opening}\n{rules}")
-        elif form is not None:
-            ways = f"form | {opening}" if tools else "form"
-            answer = _compile_form(vocabulary, form, lambda text: f"start: {ways}\nform: {text}\n{rules}")
-    except Unsupported as error:
-        raise RequestError(f"{'tools' if form is None else 'response_format'}: {error}") from None
-    return block, answer
-
-
-def _compile_form(vocabulary: Any, form: Mapping[str, Any], lark: Any) -> Any:
-    if form["type"] == "regex":
-        return _compile(vocabulary, lark(regex_form(form.get("regex"))))
+    block = _compile(vocabulary, f"start: block\n{rules}") if tools else None
+    if start == "tool_calls":
+        return block, _compile(vocabulary, f"start: calls\n{rules}")
+    if is_forced:
+        return block, _compile(vocabulary, f"start: {opening}\n{rules}")
+    if form is None:
+        return block, None
+    ways = f"form | {opening}" if tools else "form"
     given = form.get("json_schema") or {}
-    strict, schema = given.get("strict") is True, given.get("schema") or {"type": "object"}
+    is_strict = given.get("strict") is True
     try:
-        return _compile(vocabulary, lark(json_form(schema, strict=strict)))
-    except Unsupported:
-        if strict:
-            raise
-    return _compile(vocabulary, lark(json_form({"type": "object"}, strict=True)))
+        made = (
+            regex_form(form["regex"]) if form["type"] == "regex" else json_form(given.get("schema"), strict=is_strict)
+        )
+        return block, _compile(vocabulary, f"start: {ways}\nform: {made}\n{rules}")
+    except Unsupported as error:
+        if is_strict or form["type"] == "regex":
+            raise RequestError(f"response_format: {error}") from None
+    return block, _compile(vocabulary, f"start: {ways}\nform: {json_form(None, strict=True)}\n{rules}")
 
 
 def _block_rules(vocabulary: Any, tools: Sequence[Mapping[str, Any]], strict: list[str], dsml: str, many: bool) -> str:

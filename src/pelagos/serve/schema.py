@@ -47,9 +47,9 @@ class Unsupported(Exception):
 
 
 def json_form(schema: Any, *, strict: bool) -> str:
-    """Return the Lark expression of JSON text that follows a schema; raises Unsupported."""
+    """Return the Lark expression of JSON text that follows a schema, None for any object; raises Unsupported."""
     check(schema)
-    schema = dict(schema) if isinstance(schema, Mapping) else {}
+    schema = {"type": "object"} if schema is None else dict(schema) if isinstance(schema, Mapping) else {}
     options = {"whitespace_pattern": _SPACE, "lenient": not strict}
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
