@@ -451,6 +451,37 @@ def flops(model: Model, context: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelCost:
+    """What one call of a kernel takes at least: device memory read and written once each, and FLOPs."""
+
+    moved: float
+    flops: float
+
+
+def site_kernel(c: ModelConfig, tokens: int) -> KernelCost:
+    """Cost a hyper-connection site in one call: streams and y in, streams, normed vector and its FP8 copy out."""
+    n, d = c.hc_mult, c.hidden_size
+    rows = n * (n + 2)
+    a_token = 2 * d * (2 * n + 1) + 2 * d + d + d // _FP8_BLOCK + 2 * 4 * (n + n * n)
+    return KernelCost(4 * rows * n * d + 2 * d + tokens * a_token, tokens * 2 * d * (rows * n + 2 * n + n * n))
+
+
+def experts_kernel(c: ModelConfig, tokens: int, distinct: int) -> KernelCost:
+    """Cost a layer's routed experts, `distinct` of which are chosen: their weights, FP8 activations in, FP32 out."""
+    d, elements = c.hidden_size, 3 * c.hidden_size * c.moe_intermediate_size
+    weights = distinct * (elements // 2 + elements // _FP4_BLOCK)
+    activations = tokens * (d + d // _FP8_BLOCK + 4 * d + 8 * c.num_experts_per_tok)
+    return KernelCost(weights + activations, 2 * elements * c.num_experts_per_tok * tokens)
+
+
+def product_kernel(outputs: int, depth: int, tokens: int, groups: int = 1) -> KernelCost:
+    """Cost an FP8 product with weight (outputs, depth), BF16 out; with `groups` a token has as many times depth."""
+    weights = outputs * depth + outputs * depth // _FP8_BLOCK**2
+    activations = tokens * (groups * (depth + depth // _FP8_BLOCK) + 2 * outputs)
+    return KernelCost(weights + activations, 2 * outputs * depth * tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Weighting:
     """What one FLOP counts as: core attention, V4's and V3.2's index scoring, BF16 compressors and head; else 1."""
 

@@ -57,3 +57,7 @@ class TrajectoryError(SandboxError):
 
 class UnknownOutcome(TrajectoryError):
     """A recorded intent without a result: the command may have run, so it is not run again unless told to."""
+
+
+class KernelUnavailable(PelagosError):
+    """A kernel was asked for on a device that cannot run it."""

@@ -13,6 +13,7 @@ from typing import Any
 from pelagos.cli.counts import parse_tokens
 
 _COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
+_KERNEL_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
 _LISTS = ("contexts", "batches")
 
 
@@ -33,19 +34,26 @@ def main(argv: Sequence[str]) -> int:
     engine.add_argument("--no-exact", action="store_true", help="give up bits that do not depend on the batch")
     engine.add_argument("--no-speculation", action="store_true", help="decode without a draft")
     engine.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
+    about = "Each kernel of a decode step on one CUDA device beside its floor, one JSON line a figure; random weights."
+    kernels = benches.add_parser("kernels", help=about, description=about)
+    kernels.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes")
+    kernels.add_argument("--only", help="comma-separated kernels (default: all)")
+    kernels.add_argument("--batch", help="comma-separated tokens a call (default: each kernel's own list)")
+    kernels.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     args = parser.parse_args(argv)
-    if args.tokens < 1:
+    if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    rows = _engine(args)
+    rows = _kernels(args) if args.bench == "kernels" else _engine(args)
+    columns = _KERNEL_COLUMNS if args.bench == "kernels" else _COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
     with out as sink:
-        print("".join(f"{name:>15}" for name in _COLUMNS), file=sys.stderr)
+        print("".join(f"{name:>15}" for name in columns), file=sys.stderr)
         for row in rows:
             print(json.dumps(row), file=sink, flush=True)
-            cells = ("" if row.get(name) is None else row[name] for name in _COLUMNS)
+            cells = ("" if row.get(name) is None else row[name] for name in columns)
             print("".join(f"{cell:>15}" for cell in cells), file=sys.stderr)
     return 0
 
@@ -59,3 +67,10 @@ def _engine(args: argparse.Namespace) -> Any:
     options |= {} if args.chunk_tokens is None else {"chunk_tokens": args.chunk_tokens}
     contexts, batches = ([parse_tokens(each, name) for each in getattr(args, name).split(",")] for name in _LISTS)
     return engine_rows(args.model, contexts=contexts, batches=batches, tokens=args.tokens, **options)
+
+
+def _kernels(args: argparse.Namespace) -> Any:
+    from pelagos.evals.kernel_bench import BENCHES, kernel_rows
+
+    batches = None if args.batch is None else [parse_tokens(each, "batch") for each in args.batch.split(",")]
+    return kernel_rows(args.shape, BENCHES if args.only is None else args.only.split(","), batches)

@@ -1,0 +1,58 @@
+"""The routed experts with weights as released, for decoding: contract, checks and dispatch.
+
+On CUDA four Triton launches without a host synchronisation; elsewhere `ref.fp4_experts`, which defines the meaning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.ref import fp4_experts as ref
+
+BLOCK = 128  # both widths are multiples of it: an activation scale belongs to so many columns
+MAX_SCALE_BYTE = 128  # UE8M0 bytes of weights up to 2.0: see `check_scales`
+
+
+def mixture(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    limit: float,
+) -> Tensor:  # fmt: skip
+    """Return the chosen experts' weighted sum (T, D) float32.
+
+    codes (T, D) E4M3 and scales (T, D/128) UE8M0 are the quantised activations; chosen (T, K) int32, weights (T, K)
+    float32; w13 (E, 2F, D/2) and w2 (E, D, F/2) packed E2M1 with s13 (E, 2F, D/32) and s2 (E, D, F/32) UE8M0. One-byte
+    operands are uint8. Clamped SwiGLU, routing weight and E4M3 quantisation of the hidden vector as released
+    (`ref.experts.mixture`). Raises ConfigError for shapes that do not fit. Source: inference/model.py Expert, MoE.
+    """
+    tokens, width = codes.shape
+    inner = w2.shape[2] * 2
+    expected = {
+        "scales": (scales, (tokens, width // BLOCK)),
+        "weights": (weights, (tokens, chosen.shape[1])),
+        "w13": (w13, (w2.shape[0], 2 * inner, width // 2)),
+        "s13": (s13, (w2.shape[0], 2 * inner, width // 32)),
+        "w2": (w2, (w2.shape[0], width, inner // 2)),
+        "s2": (s2, (w2.shape[0], width, inner // 32)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
+    if width % BLOCK or inner % BLOCK:
+        raise ConfigError(f"fp4_experts: widths {width} and {inner}: expected multiples of {BLOCK}")
+    if not codes.is_cuda:
+        return ref.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
+    from pelagos.kernels.triton import fp4_experts as kernel
+
+    return kernel.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
+
+
+def check_scales(scale: Tensor) -> None:
+    """Raise ConfigError unless all UE8M0 bytes of a weight are 1..128, the range in which the kernels are exact.
+
+    To be called once when weights are loaded: it waits for the device.
+    """
+    low, high = int(scale.view(torch.uint8).min()), int(scale.view(torch.uint8).max())
+    if low < 1 or high > MAX_SCALE_BYTE:
+        raise ConfigError(f"fp4_experts: scale bytes {low}..{high}: expected 1..{MAX_SCALE_BYTE} (weights below 12)")

@@ -1,0 +1,63 @@
+"""What `kernels.fp4_experts` computes: `experts.mixture` on a float32 carrier over decoded operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos import numerics
+from pelagos.kernels.ref.experts import mixture
+
+# (tokens, experts, picks, width, inner): the edges of a tile of rows, hot and idle experts, both ways of listing.
+CASES = (
+    *((tokens, 8, 2, 128, 128) for tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 127, 128, 129)),
+    (1, 256, 6, 256, 128), (7, 256, 6, 256, 256), (40, 256, 6, 128, 384), (64, 256, 6, 256, 128),
+    (3, 4, 4, 512, 128), (16, 1, 1, 128, 256), (130, 2, 1, 128, 128), (9, 16, 6, 640, 384),
+    (1, 256, 6, 4096, 2048), (8, 256, 6, 4096, 2048),
+)  # fmt: skip
+SMALL = 21  # of CASES, from the front, that an interpreter can run
+
+
+def make_inputs(
+    tokens: int, experts: int, picks: int, width: int, inner: int, *, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Return random (codes, scales, chosen, weights, w13, s13, w2, s2) as `kernels.fp4_experts.mixture` takes them.
+
+    Weights are random bytes: every nibble is a value. Tokens choose with a bias, so that some experts are hot.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
+    x = torch.randn(tokens, width, **options) * torch.rand(tokens, 1, **options) * 4
+    codes, scales = numerics.encode_fp8(x, numerics.ACT_BLOCK)
+    heat = torch.rand(experts, **options) * 2
+    chosen = (torch.rand(tokens, experts, **options) + heat).topk(picks, -1).indices.int()
+    weights = torch.rand(tokens, picks, **options) * 1.5
+
+    def weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        packed = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, **options)
+        scale = torch.randint(116, 121, (experts, rows, columns // 32), dtype=torch.uint8, **options)
+        return packed, scale
+
+    return (codes.view(torch.uint8), scales.view(torch.uint8), chosen, weights,
+            *weight(2 * inner, width), *weight(width, inner))  # fmt: skip
+
+
+def decode(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of uint8 FP4 weights (..., C/2) and their UE8M0 bytes (..., C/32)."""
+    return numerics.decode_fp4(packed.view(torch.int8), scale.view(torch.float8_e8m0fnu))
+
+
+def forward(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    limit: float,
+) -> Tensor:  # fmt: skip
+    """Return the chosen experts' weighted sum (T, D) float32; only chosen experts are decoded."""
+    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
+    used, places = chosen.long().unique(return_inverse=True)
+
+    def quantize(values: Tensor) -> Tensor:
+        return numerics.fake_quant_fp8(values, numerics.ACT_BLOCK)
+
+    return mixture(
+        x, places.view(chosen.shape), weights, decode(w13[used], s13[used]), decode(w2[used], s2[used]), limit, quantize
+    )

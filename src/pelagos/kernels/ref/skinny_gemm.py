@@ -1,0 +1,42 @@
+"""What `kernels.skinny_gemm` computes: a float32 product of decoded FP8 operands, group by group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos import numerics
+
+# (tokens, outputs of a group, depth, groups): the edges of a row tile, one tile and many, parts of k, grouped weights.
+CASES = (
+    *((tokens, 256, 512, 1) for tokens in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64)),
+    (1, 128, 128, 1), (3, 128, 2048, 1), (9, 384, 384, 1), (64, 640, 256, 1), (5, 128, 256, 4), (33, 256, 1024, 2),
+    (1, 1536, 4096, 1), (16, 32768, 1024, 1), (31, 4096, 8192, 1), (64, 1024, 4096, 8), (32, 65536, 1536, 1),
+)  # fmt: skip
+SMALL = 18  # of CASES, from the front, that an interpreter can run
+
+
+def make_inputs(
+    tokens: int, outputs: int, depth: int, groups: int, *, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Return random (codes, scales, weight, weight_scales) as `kernels.skinny_gemm.product` takes them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
+    x = torch.randn(tokens, groups * depth, **options) * torch.rand(tokens, 1, **options) * 4
+    codes, scales = numerics.encode_fp8(x, numerics.ACT_BLOCK)
+    # All codes but the two NaNs.
+    weight = torch.randint(0, 127, (groups * outputs, depth), dtype=torch.uint8, **options)
+    weight |= torch.randint(0, 2, weight.shape, dtype=torch.uint8, **options) << 7
+    size = (groups * outputs // 128, depth // 128)
+    weight_scales = torch.randint(112, 116, size, dtype=torch.uint8, **options)
+    return codes.view(torch.uint8), scales.view(torch.uint8), weight, weight_scales
+
+
+def forward(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, groups: int = 1) -> Tensor:
+    """Return the product (T, O) bfloat16; see `kernels.skinny_gemm.product`."""
+    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
+    w = numerics.decode_fp8(
+        weight.view(torch.float8_e4m3fn), weight_scales.view(torch.float8_e8m0fnu), numerics.FP8_BLOCK
+    )
+    parts = zip(x.chunk(groups, 1), w.chunk(groups, 0), strict=True)
+    return torch.cat([a @ b.T for a, b in parts], 1).to(torch.bfloat16)

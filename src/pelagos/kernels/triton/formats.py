@@ -1,0 +1,155 @@
+"""The released number formats inside Triton kernels, exact and in integer arithmetic that every target has.
+
+Source: numerics.py; the bit identities of E2M1 and E4M3 in bfloat16 hold for every finite code.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+PTX, ANY, INTERPRETER = "ptx", "any", "interpreter"  # what a kernel is made for
+
+
+def target() -> str:
+    """Return what kernels of this process are made for: PTX (Hopper and later) may use packed instructions."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    return PTX if torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0) else ANY
+
+
+def launch(made_for: str, **options: int) -> dict[str, int | bool]:
+    """Return launch options; where the target can, a kernel starts while the one before it ends."""
+    return {**options, "launch_pdl": True} if made_for == PTX else options
+
+
+# Four bytes of E2M1 pairs and their groups' scales to bfloat16: even columns in the first two registers. A nibble
+# becomes the bits of value * 2^-126, which one packed multiply by scale * 2^126 turns into the value.
+_SPREAD = tl.constexpr(
+    """{
+    .reg .b32 p, q, a;
+    prmt.b32 p, $4, 0, 0x4140;
+    prmt.b32 q, $4, 0, 0x4342;
+    and.b32 a, p, 0x000F000F; mul.lo.u32 a, a, 0x1040; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $5;
+    and.b32 a, q, 0x000F000F; mul.lo.u32 a, a, 0x1040; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $1, a, $6;
+    and.b32 a, p, 0x00F000F0; mul.lo.u32 a, a, 0x0104; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $2, a, $5;
+    and.b32 a, q, 0x00F000F0; mul.lo.u32 a, a, 0x0104; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $3, a, $6;
+    }"""
+)
+
+
+@triton.jit
+def dot(a, b, total, TARGET: tl.constexpr):
+    """total + a @ b of bfloat16 or E4M3 operands; the interpreter multiplies no bfloat16."""
+    if TARGET == "interpreter":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def let_next_start(TARGET: tl.constexpr):
+    """Allow the next kernel's programs onto the device; they wait for this kernel's results by themselves."""
+    if TARGET == "ptx":
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(TARGET: tl.constexpr):
+    """Wait for all that earlier kernels write; before it only weights may be read, and nothing written."""
+    if TARGET == "ptx":
+        gdc_wait()
+
+
+@triton.jit
+def reciprocal(x, TARGET: tl.constexpr):
+    """1 / x of float32 x in 1e-6..1e6, within one unit in the last place."""
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def pinned(x, TARGET: tl.constexpr):
+    """bfloat16 x as it is, computed once: a matrix operand's layout would else make every warp compute all of it."""
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def power_of_two(byte):
+    """float32 2^(byte - 127) of a UE8M0 byte >= 1."""
+    return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_to_bfloat16(bits):
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def e4m3_to_float(code):
+    """float32 of E4M3 codes (any integer type, 0..255)."""
+    wide = code.to(tl.int32)
+    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def expert_scale(byte):
+    """bfloat16 2^(byte - 1): what `e2m1_pair` multiplies the bits of a code by; byte <= 128."""
+    return bits_to_bfloat16((byte.to(tl.int32) + 126) << 7)
+
+
+@triton.jit
+def e2m1_pair(byte, scale, TARGET: tl.constexpr):
+    """bfloat16 (even, odd) columns of packed E2M1 bytes; scale is `expert_scale` of each byte's group.
+
+    PTX takes four bytes at a time.
+    """
+    if TARGET == "ptx":
+        even, odd = tl.inline_asm_elementwise(
+            _SPREAD, "=r,=r,=r,=r,r,r,r", [byte, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        wide = byte.to(tl.int32)
+        factor = scale.to(tl.float32)
+        even = ((((wide & 0x08) << 28) | ((wide & 0x07) << 22)).to(tl.float32, bitcast=True) * factor).to(tl.bfloat16)
+        odd = ((((wide & 0x80) << 24) | ((wide & 0x70) << 18)).to(tl.float32, bitcast=True) * factor).to(tl.bfloat16)
+    return even, odd
+
+
+@triton.jit
+def fp8_scale_exponent(amax):
+    """int32 UE8M0 byte of the smallest power of two >= max(amax, 1e-4) / 448."""
+    bits = tl.div_rn(tl.maximum(amax, 1e-4), 448.0).to(tl.int32, bitcast=True)
+    return (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+
+
+@triton.jit
+def round_to_e4m3(x):
+    """float32 |x| <= 448 rounded to the nearest E4M3 value, ties to even: one addition far above and back."""
+    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
+    far = (exponent + 20 << 23).to(tl.float32, bitcast=True) * 1.5
+    return (x + far) - far
+
+
+@triton.jit
+def quantise_block(x, exponent):
+    """float32 E4M3 values of x / 2^(exponent - 127), clamped to 448."""
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return round_to_e4m3(tl.minimum(tl.maximum(x * inverse, -448.0), 448.0))
+
+
+@triton.jit
+def e4m3_code(value):
+    """uint8 codes of float32 values that are E4M3 values."""
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(value)
+    normal = ((bits & 0x7FFFFFFF) >> 20) - 960
+    code = tl.where(magnitude >= 0.015625, normal, (magnitude * 512.0).to(tl.int32))
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -1,0 +1,222 @@
+"""Experts with FP4 weights for a few tokens: every chosen expert's weights are streamed once, as released.
+
+Five launches, no host in between: lists of rows by expert and unpacked activations; gate and up; SwiGLU and the
+second quantisation; down; the sum over a token's picks. Rows come in tiles of 16, k is cut by the weights' shape alone
+and parts are added in order, so a token's bits do not depend on the others. Activations lie in two planes, even columns
+before odd ones, as the nibbles of a weight byte do: no lane has to move.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelagos.kernels.triton.formats import (
+    dot,
+    e2m1_pair,
+    e4m3_to_float,
+    expert_scale,
+    fp8_scale_exponent,
+    launch,
+    let_next_start,
+    power_of_two,
+    quantise_block,
+    target,
+    wait_for_inputs,
+)
+
+BLOCK = 128  # columns that share an activation scale
+BYTES = 64  # of a weight row a step
+ROWS = 128  # outputs a program
+LONG = 4096  # from here on k is cut in two
+STAGES = 4  # of the pipeline, the best of 2 to 6 on an H200
+COLUMNS = 1024  # of the elementwise kernels
+
+
+@triton.jit
+def _place(byte):
+    """Where a plane keeps the column of weight byte `byte`: `_turned` moves columns alike."""
+    return byte // 64 * 64 + byte % 16 // 4 * 16 + byte % 4 // 2 * 8 + byte % 64 // 16 * 2 + byte % 2
+
+
+@triton.jit
+def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
+    x = x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2)
+    return tl.permute(x, (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+
+
+@triton.jit
+def _plan_kernel(
+    chosen, codes, scales, table, slot_expert, slot_rows, planes,
+    picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, CAPACITY, COLUMNS: tl.constexpr, CUT: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    at = tl.program_id(0)
+    if at < slots:
+        place = tl.arange(0, PICKS)
+        experts = tl.load(chosen + place, mask=place < picks, other=-1).to(tl.int32)
+        own = tl.load(chosen + at).to(tl.int32) if BY_PICK else at
+        match = (experts == own).to(tl.int32)
+        rank = tl.cumsum(match, 0) - 1
+        rows = tl.sum(match, 0)
+        if BY_PICK:
+            earlier = tl.sum(tl.where(place < at, match, 0), 0)
+            rows = tl.where(earlier > 0, 0, rows)
+        tl.store(slot_expert + at, own)
+        tl.store(slot_rows + at, rows)
+        tl.store(table + at * CAPACITY + rank, place, mask=(match > 0) & (rank < CAPACITY))
+    else:
+        token = (at - slots) // CUT
+        block = (at - slots) % CUT * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        live = block < width // 2
+        pair = tl.load(codes + token * (width // 2) + block, mask=live, other=0).to(tl.int32)
+        scale = power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
+        even = e4m3_to_float(pair & 0xFF) * scale
+        odd = e4m3_to_float((pair >> 8) & 0xFF) * scale
+        tl.store(planes + token * width + _place(block), even.to(tl.bfloat16), mask=live)
+        tl.store(planes + token * width + width // 2 + _place(block), odd.to(tl.bfloat16), mask=live)
+
+
+@triton.jit
+def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Even and odd columns (ROWS, BYTES) bfloat16 of weight rows `row`, bytes from `begin`."""
+    groups: tl.constexpr = BYTES // 16
+    byte = tl.load(weight + row[:, None] * stride + begin + tl.arange(0, BYTES)[None, :])
+    group = tl.load(scale + row[:, None] * (stride // 16) + begin // 16 + tl.arange(0, groups)[None, :])
+    factor = tl.broadcast_to(expert_scale(group)[:, :, None], (ROWS, groups, 16)).reshape(ROWS, BYTES)
+    even, odd = e2m1_pair(byte, factor, TARGET)
+    return _turned(even, ROWS, BYTES), _turned(odd, ROWS, BYTES)
+
+
+@triton.jit
+def _product_kernel(
+    x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    slot, part = tl.program_id(2), tl.program_id(1)
+    at = tl.arange(0, 16)
+    # Loaded together: each would cost a round trip before the weights can be asked for.
+    rows = tl.load(slot_rows + slot)
+    expert = tl.load(slot_expert + slot).to(tl.int64)
+    pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
+    stride: tl.constexpr = DEPTH // 2
+    share: tl.constexpr = stride // PARTS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    weight = w + expert * (OUTPUTS * stride) + part * share
+    scales = scale + expert * (OUTPUTS * (stride // 16)) + part * (share // 16)
+    first = 0
+    while first < rows:  # not range(): the interpreter takes no tensor there
+        live = first + at < rows
+        pick = tl.where(live, pick, 0)
+        source = x + (pick // SHARED)[None, :] * DEPTH + part * share + tl.arange(0, BYTES)[:, None]
+        total = tl.zeros((ROWS, 16), tl.float32)
+        for begin in tl.range(0, share, BYTES):
+            even = tl.load(source + begin, mask=live[None, :], other=0.0)
+            odd = tl.load(source + begin + stride, mask=live[None, :], other=0.0)
+            w_even, w_odd = _weight_pair(weight, scales, row, begin, stride, TARGET, ROWS, BYTES)
+            total = dot(w_even, even, total, TARGET)
+            total = dot(w_odd, odd, total, TARGET)
+        tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
+        first += 16
+        pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
+
+
+@triton.jit
+def _hidden_kernel(
+    partial, weights, hidden, limit, picks, INNER: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr
+):
+    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    pick = tl.program_id(0)
+    lane = tl.arange(0, 128)
+    column = tl.program_id(1) * 128 + lane
+    gate = tl.load(partial + pick * (2 * INNER) + column)
+    up = tl.load(partial + pick * (2 * INNER) + INNER + column)
+    for part in tl.static_range(1, PARTS):
+        gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
+        up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
+    gate = tl.minimum(gate, limit)
+    value = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
+    value *= tl.load(weights + pick)
+    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
+    value = quantise_block(value, exponent) * power_of_two(exponent)
+    place = lane % 2 * (INNER // 2) + tl.program_id(1) * 64 + _place(lane // 2)
+    tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
+
+
+@triton.jit
+def _combine_kernel(
+    partial, out, picks, PICKED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < WIDTH
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for i in tl.static_range(PICKED):
+        own = tl.zeros((COLUMNS,), tl.float32)
+        for part in tl.static_range(PARTS):
+            own += tl.load(partial + (part * picks + token * PICKED + i) * WIDTH + column, mask=live, other=0.0)
+        total += own
+    tl.store(out + token * WIDTH + column, total, mask=live)
+
+
+def parts_of(depth: int) -> int:
+    """Return into how many parts k is cut: two where it is long, so that one token's experts fill the device."""
+    return 2 if depth >= LONG and depth // 2 % (2 * BYTES) == 0 else 1
+
+
+def forward(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    limit: float,
+) -> Tensor:  # fmt: skip
+    """Return (T, D) float32; operands as in `kernels.fp4_experts`."""
+    (tokens, width), picked, experts = codes.shape, chosen.shape[1], w13.shape[0]
+    inner, picks = w2.shape[2] * 2, tokens * picked
+    by_pick = picks <= experts
+    slots = picks if by_pick else experts
+    up_parts, down_parts = parts_of(width), parts_of(inner)
+    new = codes.new_empty
+    lists = (new((slots, tokens), dtype=torch.int32), *new((2, slots), dtype=torch.int32))
+    planes = new((tokens, width), dtype=torch.bfloat16)
+    up = new((up_parts, picks, 2 * inner), dtype=torch.float32)
+    hidden = new((picks, inner), dtype=torch.bfloat16)
+    down = new((down_parts, picks, width), dtype=torch.float32)
+    out = new((tokens, width), dtype=torch.float32)
+    made_for, cut = target(), triton.cdiv(width, COLUMNS)
+    shape = {"ROWS": ROWS, "BYTES": BYTES, "TARGET": made_for}
+    options = launch(made_for, num_stages=STAGES)
+    _plan_kernel[(slots + tokens * cut,)](
+        chosen, codes.view(torch.int16), scales, *lists, planes, picks, slots, width,
+        BY_PICK=by_pick, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=cut,
+        TARGET=made_for, **launch(made_for),
+    )  # fmt: skip
+    _product_kernel[(2 * inner // ROWS, up_parts, slots)](
+        planes, *lists, w13, s13, up, tokens, picks,
+        SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, PARTS=up_parts, **shape, **options,
+    )  # fmt: skip
+    _hidden_kernel[(picks, inner // BLOCK)](
+        up, weights, hidden, limit, picks, INNER=inner, PARTS=up_parts, TARGET=made_for,
+        **launch(made_for, num_warps=1),
+    )  # fmt: skip
+    _product_kernel[(width // ROWS, down_parts, slots)](
+        hidden, *lists, w2, s2, down, tokens, picks,
+        SHARED=1, DEPTH=inner, OUTPUTS=width, PARTS=down_parts, **shape, **options,
+    )  # fmt: skip
+    _combine_kernel[(tokens, cut)](
+        down, out, picks, PICKED=picked, WIDTH=width, PARTS=down_parts, COLUMNS=COLUMNS, TARGET=made_for,
+        **launch(made_for),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,60 @@
+"""All decode kernels compile for the targets we name, without a device: compiled, not run."""
+
+from __future__ import annotations
+
+import pytest
+from triton_cases import run
+
+SCRIPT = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pelagos.kernels.triton import fp4_experts, site, sinkhorn, skinny_gemm
+
+backend, arch, warp = {target}
+target = GPUTarget(backend, arch, warp)
+if backend not in triton.backends.backends and backend + "" not in ("cuda", "hip"):
+    print("no backend"); sys.exit()
+made_for = "ptx" if backend == "cuda" else "any"
+BF16, F32, U8, I32, I16 = "*bf16", "*fp32", "*u8", "*i32", "*i16"
+TYPES = dict(
+    y=BF16, streams=BF16, out=BF16, terms=BF16, norm=BF16, normed=BF16, x=BF16, planes=BF16, hidden=BF16,
+    post=F32, comb=F32, fn=F32, base=F32, scale=F32, parts=F32, weights=F32, partial=F32,
+    codes=U8, scales=U8, weight=U8, weight_scales=U8, w=U8, chosen=I32, table=I32, slot_expert=I32, slot_rows=I32,
+    arrived=I32, eps="fp32", norm_eps="fp32", limit="fp32",
+)
+SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
+FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
+EXPERT = dict(ROWS=128, BYTES=64, PARTS=2, TARGET=made_for)
+KERNELS = [
+    (site._mix_token_kernel, dict(EACH=1, **SITE), dict()),
+    (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),
+    (site._mix_kernel, dict(TILE=64, **SITE), dict(num_warps=8)),
+    (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
+    (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
+    (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
+    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, **EXPERT), dict(scale=U8, num_stages=4)),
+    (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
+    (fp4_experts._combine_kernel, dict(PICKED=6, WIDTH=512, PARTS=2, COLUMNS=1024, TARGET=made_for), dict(out=F32)),
+    (skinny_gemm._kernel, dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, TARGET=made_for), dict()),
+    (skinny_gemm._kernel, dict(DEPTH=512, PART=512, PARTS=1, TALL=128, WIDE=64, TARGET=made_for), dict()),
+    (sinkhorn._forward_kernel, dict(ITERS=20, N=4, BLOCK=128), dict(logits=F32, mixed=F32, normalisers=F32)),
+]
+for kernel, constants, other in KERNELS:
+    options = {{name: other.pop(name) for name in ("num_warps", "num_stages") if name in other}}
+    types = TYPES | other
+    signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
+    places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+    attributes = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}}
+    triton.compile(ASTSource(kernel, signature, places, attributes), target=target, options=options)
+print("compiled", len(KERNELS))
+"""
+
+
+@pytest.mark.parametrize(
+    "target", [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "gfx950", 64)], ids=str
+)
+def test_kernels_compile(target, tmp_path):
+    path = tmp_path / "compile_script.py"
+    path.write_text(SCRIPT.format(target=target), encoding="utf-8")
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 12\n"

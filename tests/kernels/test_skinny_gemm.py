@@ -1,0 +1,81 @@
+"""FP8 products with few rows: the reference against numerics, the cut of k, the Triton kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import error, run
+
+from pelagos import numerics
+from pelagos.errors import ConfigError
+from pelagos.kernels import skinny_gemm
+from pelagos.kernels.ref import skinny_gemm as ref
+
+TOLERANCE = 4e-3  # bfloat16 results, and what the FP8 matrix unit drops within 128 columns
+
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from pelagos.kernels.ref import skinny_gemm as ref
+from pelagos.kernels.triton import skinny_gemm as kernel
+from triton_cases import error
+arrived = torch.zeros(4096, dtype=torch.int32)
+for case in ((1, 128, 128, 1), (3, 256, 512, 1), (17, 128, 256, 2), (33, 128, 384, 1), (2, 128, 2048, 1)):
+    inputs = ref.make_inputs(*case)
+    off = error(kernel.forward(*inputs, arrived, case[3]), ref.forward(*inputs, case[3]))
+    # The interpreter cuts to bfloat16 instead of rounding.
+    assert off < 6e-3, (case, off)
+    assert not arrived.any()
+assert kernel.cut(128, 2048, 1)[1] > 1
+for outputs, depth, groups in ((1536, 4096, 1), (32768, 1024, 1), (1024, 4096, 8), (4096, 8192, 1), (7168, 16384, 1)):
+    tall, parts = kernel.cut(outputs, depth, groups)
+    assert outputs % tall == 0 and depth // 128 % parts == 0 and groups * outputs // tall <= 4096, (tall, parts)
+print("compared")
+"""
+
+
+def inputs_of(*case: int) -> tuple[torch.Tensor, ...]:
+    return (*ref.make_inputs(*case), torch.zeros(skinny_gemm.COUNTERS, dtype=torch.int32))
+
+
+def test_reference_is_the_product_of_decoded_operands():
+    codes, scales, weight, weight_scales, arrived = inputs_of(3, 128, 256, 2)
+    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
+    decoded = (weight.view(torch.float8_e4m3fn), weight_scales.view(torch.float8_e8m0fnu), numerics.FP8_BLOCK)
+    w = numerics.decode_fp8(*decoded).double().view(2, 128, 256)
+    want = torch.einsum("tgi,goi->tgo", x.double().view(3, 2, 256), w).flatten(1)
+    got = skinny_gemm.product(codes, scales, weight, weight_scales, arrived, groups=2)
+    assert got.dtype == torch.bfloat16
+    assert error(got, want) < 3e-3
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "message"),
+    [((65, 128, 128, 1), None, "65 rows"), ((3, 128, 256, 1), 1, "scales"), ((3, 128, 256, 1), 3, "weight_scales"),
+     ((3, 128, 256, 1), 2, "columns of x")],
+)  # fmt: skip
+def test_other_shapes_are_refused(case, place, message):
+    inputs = list(inputs_of(*case))
+    if place is not None:
+        inputs[place] = inputs[place][..., :-1]
+    with pytest.raises(ConfigError, match=message):
+        skinny_gemm.product(*inputs)
+
+
+def test_kernel_in_the_interpreter():
+    assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ref.CASES, ids=str)
+def test_kernel_on_the_device(case):
+    """Within the format's tolerance, the same bits again, and the bits of a row by itself."""
+    inputs = ref.make_inputs(*case, device="cuda")
+    arrived, groups = torch.zeros(skinny_gemm.COUNTERS, dtype=torch.int32, device="cuda"), case[3]
+    got = skinny_gemm.product(*inputs, arrived, groups=groups)
+    assert error(got, ref.forward(*inputs, groups)) < TOLERANCE
+    assert torch.equal(got, skinny_gemm.product(*inputs, arrived, groups=groups))
+    for row in {0, case[0] // 2, case[0] - 1}:
+        alone = (each[row : row + 1] for each in inputs[:2])
+        assert torch.equal(skinny_gemm.product(*alone, *inputs[2:], arrived, groups=groups)[0], got[row])
+    assert not arrived.any()

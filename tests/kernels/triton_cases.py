@@ -1,0 +1,31 @@
+"""What the tests of the Triton kernels share: running a script with the interpreter, errors of results, compiling."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The norm of the difference over the norm of `want`."""
+    return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+
+
+def run(script: str, *, interpret: bool) -> str:
+    """Run a script in a process of its own, the interpreter having to be chosen before triton is imported."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+    environment = {**os.environ, "PYTHONPATH": f"{SRC}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
