@@ -95,13 +95,10 @@ class Container:
         info, info_w = os.pipe()
         self._said, said_w = os.pipe()
         hold = self._stdin()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                self._launch(tool, info_w, said_w, hold, self._first_process())
-            except BaseException as error:
-                os.write(said_w, f"{type(error).__name__}: {error}".encode())
-            os._exit(1)
+        self._pid = linux.fork(
+            lambda: self._launch(tool, info_w, said_w, hold, self._first_process()),
+            lambda error: os.write(said_w, f"{type(error).__name__}: {error}".encode()),
+        )
         for fd in (info_w, said_w, hold):
             os.close(fd)
         try:
@@ -218,14 +215,12 @@ class Container:
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command inside; `stdio` stays the caller's to close."""
         status, status_w = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self._wait_for(command, stdio, status_w)
-            except BaseException as error:
-                os.write(stdio[2], f"sandbox: cannot start the command: {error}\n".encode())
-                os.write(status_w, b'{"exit_code":126}\n')
-            os._exit(0)
+
+        def complain(error: BaseException) -> None:
+            os.write(status_w, b'{"exit_code":126}\n')
+            os.write(stdio[2], f"sandbox: cannot start the command: {error}\n".encode())
+
+        pid = linux.fork(lambda: self._wait_for(command, stdio, status_w), complain)
         os.close(status_w)
         return Waiter(pid, status)
 
@@ -244,13 +239,12 @@ class Container:
                 _kill_session(target)
 
         signal.signal(signal.SIGTERM, end)
-        target = os.fork()
-        if target == 0:
-            try:
-                self._execute(command, stdio)
-            except BaseException as error:
-                os.write(2, f"sandbox: cannot run {command.argv[0]!r} in {command.cwd}: {error}\n".encode())
+
+        def complain(error: BaseException) -> None:
+            os.write(2, f"sandbox: cannot run {command.argv[0]!r} in {command.cwd}: {error}\n".encode())
             os._exit(127)
+
+        target = linux.fork(lambda: self._execute(command, stdio), complain)
         for fd in stdio:
             os.close(fd)
         code = os.waitstatus_to_exitcode(os.waitpid(target, 0)[1])
@@ -270,15 +264,12 @@ class Container:
         self._limit()
         linux.drop_capabilities()
         linux.load_seccomp(self._filter)
-        environment = ENVIRONMENT | dict(command.env)
-        os.execvpe(command.argv[0], list(command.argv), environment)
+        os.execvpe(command.argv[0], list(command.argv), ENVIRONMENT | dict(command.env))
 
     def inside(self, task: Callable[[int], None], pipe_out: int, *, as_owner: bool = False) -> int:
         """Fork `task(pipe_out)` as the inside's user among its files, or outside with rights over what it owns."""
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
+
+        def work() -> None:
             signal.set_wakeup_fd(-1)
             linux.close_all_but([*self._ns.values(), self.upper_fd, pipe_out])
             linux.become(*host_ids())
@@ -290,10 +281,8 @@ class Container:
                 self._limit()
                 linux.drop_capabilities()
             task(pipe_out)
-            os._exit(0)
-        except BaseException as error:
-            os.write(pipe_out, json.dumps({"error": f"{error}"}).encode())
-        os._exit(1)
+
+        return linux.fork(work, lambda error: os.write(pipe_out, json.dumps({"error": f"{error}"}).encode()))
 
     def alive(self) -> bool:
         """Whether the first process still runs."""
@@ -308,18 +297,15 @@ class Container:
         if self._group and "freezer" in self._group.directories:
             self._group.freeze(on)
             return
-        pid = os.fork()
-        if pid == 0:
-            try:
-                linux.become(*host_ids())
-                self._enter("owner", "pid")
-                if os.fork() == 0:
-                    os.kill(-1, signal.SIGSTOP if on else signal.SIGCONT)  # all but the first process and the caller
-                else:
-                    os.wait()
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
+
+        def work() -> None:
+            linux.become(*host_ids())
+            self._enter("owner", "pid")
+            number = signal.SIGSTOP if on else signal.SIGCONT
+            linux.fork(lambda: os.kill(-1, number), print)  # all but the first process and the caller
+            os.wait()
+
+        os.waitpid(linux.fork(work, print), 0)
 
     def stop(self) -> None:
         """Kill bubblewrap, and with it the pid namespace; remove the control groups."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
+from pelagos.sandbox import linux
 from pelagos.sandbox.api import Command, Spec, Substrate
 from pelagos.sandbox.container import Container
 from pelagos.sandbox.function import Function
@@ -456,17 +457,11 @@ def nursery() -> None:
             data, fds, _, _ = socket.recv_fds(sock, 65536, 1)
             if not data:
                 return
-            if os.fork() == 0:
-                sock.close()
-                code = 1
-                try:
-                    code = _keep(Path(os.fsdecode(data)), fds[0])
-                finally:
-                    os._exit(code)
+            linux.fork(lambda: (sock.close(), _keep(Path(os.fsdecode(data)), fds[0])), traceback.print_exception)  # noqa: B023
             os.close(fds[0])
 
 
-def _keep(box: Path, ready: int) -> int:
+def _keep(box: Path, ready: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -486,5 +481,3 @@ def _keep(box: Path, ready: int) -> int:
             traceback.print_exc()
         with contextlib.suppress(OSError):  # the client is gone, or this comes after `ready` was told
             os.write(ready, json.dumps({"error": f"{error}" or type(error).__name__}).encode())
-        return 1
-    return 0

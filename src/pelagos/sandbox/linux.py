@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 NAMESPACES = {  # in the order in which they are entered: the user namespace gives the right to the others
     "user": 0x10000000, "mnt": 0x00020000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000,
@@ -43,6 +43,7 @@ _REFUSED: dict[str, tuple[int | None, int]] = {
 _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), 435, (41, 198), (16, 29)
 _FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock and others are not bound to the network namespace
 _IOCTLS = (0x5412, 0x541C, 0xC028660F, 0xC0C0586D)  # TIOCSTI, TIOCLINUX, ext4 and xfs extent swaps
+_CLOSE_RANGE = 436
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +55,20 @@ def _call(name: str, *arguments: object) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
     return result
+
+
+def fork(work: Callable[[], object], complain: Callable[[BaseException], object]) -> int:
+    """Return the pid of a child that does `work` and ends, with 1 after a complaint; it never comes back from here."""
+    pid, code = os.fork(), 1
+    if pid:
+        return pid
+    try:
+        work()
+        code = 0
+    except BaseException as error:
+        complain(error)
+    finally:
+        os._exit(code)  # whatever happened, the complaint's own failure too: two of us must not go on
 
 
 def unshare(*names: str) -> None:
@@ -164,12 +179,12 @@ def load_seccomp(program: bytes) -> None:
 
 
 def close_all_but(keep: Sequence[int]) -> None:
-    """Close every descriptor from 3 up that is not in `keep`."""
+    """Close every descriptor from 3 up that is not in `keep`, in one call per gap: there may be a million numbers."""
     start = 3
-    for fd in sorted({fd for fd in keep if fd >= 3}):
-        os.closerange(start, fd)
+    for fd in [*sorted({fd for fd in keep if fd >= 3}), 0xFFFFFFFF]:
+        if fd > start:
+            _call("syscall", _CLOSE_RANGE, start, ctypes.c_uint(min(fd - 1, 0xFFFFFFFE)), 0)
         start = fd + 1
-    os.closerange(start, os.sysconf("SC_OPEN_MAX") if start < 65536 else start)
 
 
 def sync_filesystem(path: os.PathLike[str]) -> None:

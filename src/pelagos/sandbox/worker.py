@@ -45,14 +45,13 @@ def serve(control: socket.socket, settings: dict[str, Any]) -> None:
 
 def _prepare(control: socket.socket, settings: dict[str, Any]) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
-        try:
-            linux.close_all_but([theirs.fileno()])
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _wait(theirs, settings)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(0)
+
+    def work() -> None:
+        linux.close_all_but([theirs.fileno()])
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _wait(theirs, settings)
+
+    linux.fork(work, traceback.print_exception)
     theirs.close()
     return ours
 
@@ -62,14 +61,12 @@ def _wait(requests: socket.socket, settings: dict[str, Any]) -> None:
     linux.unshare("user", "pid", "mnt", "ipc", "net", "uts")
     linux.map_user(settings["uid"], settings["uid"], settings["uid"])
     inner, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    first = os.fork()
-    if first == 0:
-        try:
-            linux.close_all_but([theirs.fileno()])
-            _first(theirs, settings)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(0)
+
+    def work() -> None:
+        linux.close_all_but([theirs.fileno()])
+        _first(theirs, settings)
+
+    first = linux.fork(work, traceback.print_exception)
     theirs.close()
     data, fds, _, _ = socket.recv_fds(requests, PACKET, 8)
     if not data:
@@ -102,8 +99,8 @@ def _first(requests: socket.socket, settings: dict[str, Any]) -> None:
     data, fds, _, _ = socket.recv_fds(requests, PACKET, 8)
     if not data:
         return
-    target = os.fork()
-    if target == 0:
+
+    def work() -> None:
         code = 1
         try:
             code = _run(json.loads(data), fds, settings)
@@ -115,6 +112,8 @@ def _first(requests: socket.socket, settings: dict[str, Any]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code & 0xFF)
+
+    target = linux.fork(work, traceback.print_exception)
     for fd in fds:
         os.close(fd)
     while True:
