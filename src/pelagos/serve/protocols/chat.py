@@ -21,7 +21,7 @@ _ONE = "Invalid n value (currently only n = 1 is supported)"
 _NEEDS_LOGPROBS = "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used."
 
 
-class Chat(wire.Base):
+class Chat(wire.JsonApi):
     """`POST /v1/chat/completions`."""
 
     summary = "Chat completion"

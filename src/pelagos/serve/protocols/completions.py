@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MAX_TOKENS = 4_096  # of the official API; here the default too
 
 
-class Completions(wire.Base):
+class Completions(wire.JsonApi):
     """`POST /v1/completions`."""
 
     summary = "Completion of raw text, or of the middle between a prompt and a suffix"

@@ -20,7 +20,7 @@ _ERRORS = {
 }  # fmt: skip
 
 
-class Messages(wire.Base):
+class Messages(wire.JsonApi):
     """`POST /v1/messages` and `/v1/messages/count_tokens`."""
 
     summary = "Message, as Anthropic's clients ask for it"

@@ -23,7 +23,7 @@ _STRING = re.compile(
 _INPUT = '{"input": "'
 
 
-class Responses(wire.Base):
+class Responses(wire.JsonApi):
     """`POST /v1/responses`."""
 
     summary = "Response, as OpenAI's newer clients ask for it"

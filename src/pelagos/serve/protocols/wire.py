@@ -50,7 +50,7 @@ COMMON: Mapping[str, Field] = {
 }
 
 
-class Base:
+class JsonApi:
     """What the `Api`s have in common; `fields` are those that are checked before anything else."""
 
     fields: ClassVar[Mapping[str, Field]]
