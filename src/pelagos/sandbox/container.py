@@ -254,6 +254,7 @@ class Container:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         self._join()
+        linux.forbid_imports()
         self._enter("mnt", "net", "ipc", "uts", "cgroup", "user")
         os.setsid()
         for number, fd in enumerate(stdio):
@@ -277,6 +278,7 @@ class Container:
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
             self._enter("owner")
             if not as_owner:
+                linux.forbid_imports()
                 self._enter("mnt", "user")
                 self._limit()
                 linux.drop_capabilities()
