@@ -267,7 +267,7 @@ def test_log_lines_say_much_and_quote_nothing(caplog: pytest.LogCaptureFixture) 
 
 def test_the_address_is_guarded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"can be reached by others .* `pelagos keys add NAME`"):
-        run(Settings(host="0.0.0.0", keys_file=tmp_path / "keys.json"))
+        run(Settings(host="0.0.0.0", port=0, keys_file=tmp_path / "keys.json"))
 
 
 @pytest.mark.parametrize("drain_s", [20, 0.3])

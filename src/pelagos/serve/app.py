@@ -209,46 +209,40 @@ class App:
             return
         exchange.answer, exchange.streams = answer, ask.stream
         self._answers.add(answer)
-        await (self._stream if ask.stream else self._whole)(exchange, api, ask, answer, card)
+        await self._send(exchange, api, ask, answer, card)
 
-    async def _stream(self, exchange: Exchange, api: Api, ask: Ask, answer: Answer, card: Card) -> None:
-        """Send the server-sent events of one answer; what breaks it off once it has begun becomes its last one."""
+    async def _send(self, exchange: Exchange, api: Api, ask: Ask, answer: Answer, card: Card) -> None:
+        """Send one answer as events or as one object; what breaks it off once it has begun becomes the end of it.
+
+        While a client waits, comments or blank lines before the object show that the server lives.
+        """
         writer = api.writer(ask, answer, card)
         try:
             async for events in answer.events(keep_alive=self.settings.keep_alive_s):
                 if events is None:
                     self._check_wait(exchange)
-                    await exchange.write("".join(writer.keep_alive()))
+                    await exchange.write("".join(writer.keep_alive()) if ask.stream else "\n")
                     continue
                 frames: list[str] = []
                 if exchange.first is None:
                     exchange.first, exchange.phase = time.perf_counter(), "answer"
-                    frames += writer.open()
-                for event in events if ask.logprobs is not None else merged(events):
+                    frames += writer.open() if ask.stream else []
+                for event in (events if ask.logprobs is not None else merged(events)) if ask.stream else ():
                     if event.kind != "finish":
                         frames += writer.push(event)
                 if frames:
                     await exchange.write("".join(frames))
-            await exchange.write("".join(writer.close()), more=False)
+            if ask.stream:
+                await exchange.write("".join(writer.close()), more=False)
+            elif exchange.status:
+                await exchange.write(json.dumps(writer.whole(), ensure_ascii=False), more=False)
+            else:
+                await exchange.respond(200, writer.whole())
         except Exception as error:
-            if not exchange.status:
+            if not (exchange.status and ask.stream):
                 raise
             status, message, *_ = _explain(exchange, error)
             await exchange.write("".join(writer.fail(status, message)), more=False)
-
-    async def _whole(self, exchange: Exchange, api: Api, ask: Ask, answer: Answer, card: Card) -> None:
-        """Send one answer as one object; blank lines before it show a waiting client that the server lives."""
-        async for events in answer.events(keep_alive=self.settings.keep_alive_s):
-            if events is None:
-                self._check_wait(exchange)
-                await exchange.write("\n")
-            elif exchange.first is None:
-                exchange.first, exchange.phase = time.perf_counter(), "answer"
-        done = api.writer(ask, answer, card).whole()
-        if exchange.status:
-            await exchange.write(json.dumps(done, ensure_ascii=False), more=False)
-        else:
-            await exchange.respond(200, done)
 
     def _check_wait(self, exchange: Exchange) -> None:
         if exchange.first is None and time.perf_counter() - exchange.began > self.settings.queue_s:

@@ -32,13 +32,13 @@ def run(settings: Settings) -> None:
     SIGTERM or SIGINT lets running answers finish for `drain_s` seconds; a second one ends at once. Raises ConfigError
     when the address is taken, wrong, or open to others without keys, and whatever loading the model raises.
     """
-    keys = KeyFile(settings.keys_file)
-    if not (is_loopback(settings.host) or settings.allow_open or keys.read()):
+    listener, keys = _bind(settings.host, settings.port), KeyFile(settings.keys_file)
+    if not (is_loopback(listener.getsockname()[0]) or settings.allow_open or keys.read()):
+        listener.close()
         raise ConfigError(
             f"--host {settings.host} can be reached by others and {keys.path} holds no keys: make one with "
             "`pelagos keys add NAME`, or let everybody in with --allow-open"
         )
-    listener = _bind(settings.host, settings.port)
     log_to_stderr(settings.log_level)
     app = App(lambda: load_llm(settings), settings=settings, keys=keys)
     server = Server(app)
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         settings = app.settings
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, http="h11", ws="none", server_header=False,
+                app, log_config=None, access_log=False, http="h11", ws="none", server_header=False, proxy_headers=False,
                 timeout_keep_alive=int(settings.idle_s) or 1, timeout_graceful_shutdown=CANCELLED_SECONDS,
             )
         )  # fmt: skip
