@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # What the end of an answer is called when it was not the model's.
 _FINISH_REASONS = {"cancelled": "aborted", "deadline": "insufficient_system_resource"}
 _THINKING = ("thinking", "enable_thinking", "think")
-_ONE = "Invalid n value (currently only n = 1 is supported)"
-_NEEDS_LOGPROBS = "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used."
 
 
 class Chat(wire.JsonApi):
@@ -28,23 +26,14 @@ class Chat(wire.JsonApi):
     paths: tuple[str, ...] = ("/v1/chat/completions",)
     required = ("messages",)
     fields = {  # noqa: RUF012
-        "messages": wire.OBJECTS,
-        "thinking": {"type": ["object", "boolean"]},
-        "reasoning_effort": wire.TEXT,
-        "max_tokens": wire.TOKENS,
-        "max_completion_tokens": wire.TOKENS,
-        "stop": {"type": ["string", "array"]},
-        "tools": wire.OBJECTS,
-        "tool_choice": {"type": ["string", "object"]},
-        "parallel_tool_calls": wire.BOOLEAN,
-        "response_format": wire.OBJECT,
-        "logprobs": wire.BOOLEAN,
-        "top_logprobs": wire.LOGPROBS,
-        "n": {"type": "integer"},
-        "stream_options": wire.OBJECT,
-        "continue_final_message": wire.BOOLEAN,
-        "chat_template_kwargs": wire.OBJECT,
         **wire.COMMON,
+        **dict.fromkeys(("messages", "tools"), wire.OBJECTS),
+        **dict.fromkeys(("response_format", "stream_options", "chat_template_kwargs"), wire.OBJECT),
+        **dict.fromkeys(("parallel_tool_calls", "logprobs", "continue_final_message"), wire.BOOLEAN),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), wire.TOKENS),
+        **{"top_logprobs": wire.LOGPROBS, "n": {"type": "integer"}, "reasoning_effort": wire.TEXT},
+        **{"thinking": {"type": ["object", "boolean"]}, "tool_choice": {"type": ["string", "object"]}},
+        "stop": {"type": ["string", "array"]},
     }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
@@ -61,10 +50,6 @@ class Chat(wire.JsonApi):
             "reasoning_effort": wire.first(body.get("reasoning_effort"), extra.get("reasoning_effort")),
             "max_tokens": wire.first(body.get("max_tokens"), body.get("max_completion_tokens")),
         }
-        if body.get("n") not in (None, 1):
-            raise RequestError(_ONE)
-        if body.get("top_logprobs") and not body.get("logprobs"):
-            raise RequestError(_NEEDS_LOGPROBS)
         messages = [_message(each) for each in body.get("messages") or ()]
         if not messages:
             raise RequestError("Empty input messages")

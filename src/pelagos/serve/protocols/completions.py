@@ -39,11 +39,15 @@ class Completions(wire.JsonApi):
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`; Ask.options has `usage`: whether a stream ends with a chunk of nothing but usage."""
         wire.check(body, self.fields)
-        if card.strict:
-            _refuse_as_official(body, card)
-        if body.get("n") not in (None, 1):
-            raise RequestError("Invalid n value (currently only n = 1 is supported)")
         logprobs, asked = body.get("logprobs"), body.get("max_tokens")
+        named = {} if type(logprobs) is not int else {"logprobs": True, "top_logprobs": logprobs}
+        wire.check_settings({**body, "logprobs": None} | named, card)
+        if card.strict:
+            probe = {key: body[key] for key in ("model", "stream", "stream_options") if key in body}
+            message = {"role": "user", "content": ""}
+            wire.converted("ChatCompletionRequest", probe | {"messages": [message]}, card, official=True)
+        if card.strict and asked and asked > _MAX_TOKENS:
+            raise RequestError(f"Invalid max_tokens value, the valid range of max_tokens is [1, {_MAX_TOKENS}]")
         limit = min(asked, wire.MAX_TOKENS) if asked else card.max_tokens or _MAX_TOKENS
         return Ask(
             body=wire.sampling(body) | {"max_tokens": limit},
@@ -60,15 +64,6 @@ class Completions(wire.JsonApi):
     def writer(self, ask: Ask, answer: Answer, card: Card) -> CompletionsWriter:
         """Return the writer of one answer."""
         return CompletionsWriter(ask, answer, card)
-
-
-def _refuse_as_official(body: dict[str, Any], card: Card) -> None:
-    name = wire.model_name(body, card)
-    if name != card.model:
-        raise RequestError(f"The supported API model names are {card.model}, but you passed {name}.")
-    if body.get("stream_options") and not body.get("stream"):
-        raise RequestError("stream_options should be set along with stream = true")
-    wire.check(body, {"max_tokens": wire.ranged("integer", 1, _MAX_TOKENS, f"[1, {_MAX_TOKENS}]")})
 
 
 def _prompt(prompt: Any) -> str | list[int]:

@@ -28,16 +28,12 @@ class Messages(wire.JsonApi):
     count_paths: tuple[str, ...] = ("/v1/messages/count_tokens",)
     required = ("messages",)
     fields = {  # noqa: RUF012
-        "messages": wire.OBJECTS,
-        "system": {"type": ["string", "array"]},
-        "max_tokens": wire.TOKENS,
-        "stop_sequences": {"type": "array"},
-        "thinking": wire.OBJECT,
-        "output_config": wire.OBJECT,
-        "tools": wire.OBJECTS,
-        "tool_choice": wire.OBJECT,
-        "metadata": wire.OBJECT,
         **wire.COMMON,
+        **dict.fromkeys(("messages", "tools"), wire.OBJECTS),
+        **dict.fromkeys(("thinking", "output_config", "tool_choice", "metadata"), wire.OBJECT),
+        "max_tokens": wire.TOKENS,
+        "system": {"type": ["string", "array"]},
+        "stop_sequences": {"type": "array"},
     }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:

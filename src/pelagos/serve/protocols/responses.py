@@ -32,7 +32,7 @@ class Responses(wire.JsonApi):
     fields = {  # noqa: RUF012
         "input": {"type": ["string", "array"]},
         "instructions": wire.TEXT,
-        "max_output_tokens": {"type": "integer", "minimum": 1},
+        "max_output_tokens": wire.TOKENS,
         "reasoning": wire.OBJECT,
         "text": wire.OBJECT,
         "tools": wire.OBJECTS,
@@ -45,7 +45,7 @@ class Responses(wire.JsonApi):
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
         """See `Api.read`; Ask.options: `echo` for the response object, `customs` and `spaces` of tool names."""
-        wire.check({**body, "max_tokens": body.get("max_output_tokens")}, {**self.fields, "max_tokens": wire.TOKENS})
+        wire.check(body, self.fields)
         if card.strict:
             wire.converted("ResponsesRequest", body, card, official=True)
         reasoning, text = wire.mapping(body, "reasoning"), wire.mapping(body, "text")
@@ -69,6 +69,7 @@ class Responses(wire.JsonApi):
             "response_format": _format(form),
         }
         top = body.get("top_logprobs")
+        given |= {"logprobs": True, "top_logprobs": top} if top is not None else {}
         wants = bool(top) or "message.output_text.logprobs" in (body.get("include") or ())
         customs = {tool.get("name") for tool in listed if tool.get("type") == "custom"}
         return Ask(
@@ -240,13 +241,12 @@ class ResponsesWriter:
         return [*frames, self._event("output_item.added", output_index=len(output) - 1, item=self._item)]
 
     def _start_text(self, kind: str) -> list[str]:
-        if kind == "reasoning":
-            secret = f"{self._key}-{len(self._response['output'])}"  # opaque; the text stands in the open
-            item = {"type": kind, "id": "rs", "summary": [], "encrypted_content": secret, "content": []}
-            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
-        else:
-            item = {"type": kind, "id": "msg", "role": "assistant", "phase": "final_answer", "content": []}
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item: dict[str, Any] = {"type": kind, "id": "msg", "content": [], "role": "assistant", "phase": "final_answer"}
+        part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        if kind == "reasoning":  # what is encrypted is nothing: the text stands in the open
+            secret = f"{self._key}-{len(self._response['output'])}"
+            item = {"type": kind, "id": "rs", "content": [], "summary": [], "encrypted_content": secret}
+            part = {"type": "reasoning_text", "text": ""}
         frames = self._start(item)
         assert self._item is not None
         self._item["content"].append(part)
