@@ -52,8 +52,7 @@ class Responses(wire.JsonApi):
         form, listed = wire.mapping(text, "format"), body.get("tools") or []
         plain = {key: body[key] for key in ("instructions", "input") if body.get(key) is not None}
         if isinstance(body.get("input"), list):
-            wire.check(body, {"input": wire.OBJECTS})
-            items = [_item(item) for item in body["input"]]
+            items = [_item(item) for item in wire.objects(body, "input")]
             plain["input"] = items if card.strict else wire.move_reminders(items, _is_output)
         if form.get("type") == "json_object":
             plain["text"] = {"format": form}  # the library wants the word json somewhere
@@ -97,7 +96,8 @@ def _format(form: Any) -> dict[str, Any] | None:
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a tool the library takes: free text for another tool than `apply_patch` is its parameter `input`."""
     if tool.get("type") != "custom" or tool.get("name") == "apply_patch":
-        return {key: value for key, value in tool.items() if key != "strict"}
+        inner = {"tools": [_tool(each) for each in wire.objects(tool, "tools")]} if "tools" in tool else {}
+        return {key: value for key, value in tool.items() if key != "strict"} | inner
     grammar = wire.mapping(tool, "format").get("definition")
     description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
@@ -113,10 +113,8 @@ def _choice(choice: Any) -> Any:
         return choice.get("mode") or "auto"
     if kind not in ("function", "custom"):
         return "auto"
-    return {
-        "type": "function",
-        "function": {"name": f"{choice['namespace']}__{name}" if "namespace" in choice else name},
-    }
+    name = f"{choice['namespace']}__{name}" if "namespace" in choice else name
+    return {"type": "function", "function": {"name": name}}
 
 
 def _item(item: dict[str, Any]) -> dict[str, Any]:

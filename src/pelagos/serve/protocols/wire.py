@@ -101,6 +101,12 @@ def mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return body.get(name) or {}
 
 
+def objects(body: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return a field that is a list of objects, empty where absent or null."""
+    check(body, {name: OBJECTS})
+    return body.get(name) or []
+
+
 def first(*values: Any) -> Any:
     """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)
