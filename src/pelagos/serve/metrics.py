@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -139,9 +140,15 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def log_to_stderr(level: str) -> None:
+@contextlib.contextmanager
+def logging_to_stderr(level: str) -> Iterator[None]:
     """Send this process's log there as JSON lines: ours from `level` on, of libraries warnings only."""
-    handler = logging.StreamHandler()
+    handler, ours = logging.StreamHandler(), logging.getLogger("pelagos")
     handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("pelagos").setLevel(level.upper())
+    logging.getLogger().addHandler(handler)
+    ours.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        ours.setLevel(logging.NOTSET)

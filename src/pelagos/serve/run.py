@@ -19,7 +19,7 @@ from pelagos.errors import ConfigError
 from pelagos.serve.app import App
 from pelagos.serve.keys import KeyFile
 from pelagos.serve.limits import is_loopback
-from pelagos.serve.metrics import log_to_stderr
+from pelagos.serve.metrics import logging_to_stderr
 from pelagos.serve.scripted import scripted_llm
 from pelagos.serve.settings import Settings
 
@@ -39,7 +39,6 @@ def run(settings: Settings) -> None:
             f"--host {settings.host} can be reached by others and {keys.path} holds no keys: make one with "
             "`pelagos keys add NAME`, or let everybody in with --allow-open"
         )
-    log_to_stderr(settings.log_level)
     app = App(lambda: load_llm(settings), settings=settings, keys=keys)
     server = Server(app)
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{listener.getsockname()[1]}"
@@ -51,7 +50,8 @@ def run(settings: Settings) -> None:
             print(_banner(url, app.card.model, keyed=keys.is_needed()), file=sys.stderr, flush=True)
 
     app.loading.add_done_callback(announce)
-    server.run(sockets=[listener])
+    with logging_to_stderr(settings.log_level):
+        server.run(sockets=[listener])
     if app.loading.done() and not app.loading.cancelled():
         app.loading.result()
 
