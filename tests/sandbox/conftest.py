@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pelagos.sandbox import Sandbox, Store
+from pelagos.sandbox import Sandbox, Store, doctor
 from pelagos.sandbox.layers import remove_tree
 
 
@@ -17,6 +17,8 @@ from pelagos.sandbox.layers import remove_tree
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     if shutil.which("bwrap") is None:
         pytest.skip("bwrap (Debian package bubblewrap) is not installed")
+    if (namespaces := doctor.host_facts()["user_namespaces"]) is not True:
+        pytest.skip(f"this host gives no user namespaces: {namespaces}")
     root: Path = tmp_path_factory.mktemp("store")
     yield Store(root)
     left = [path.name for path in (root / "boxes").iterdir()]

@@ -39,6 +39,12 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "box"
 
 
+def rewrite(path: Path, data: bytes) -> None:
+    """As a new file: some file systems flush one that is cut and written again, and there are thousands of cases."""
+    path.unlink()
+    path.write_bytes(data)
+
+
 def reopened(directory: Path) -> TrajectoryLog:
     log = TrajectoryLog.open(directory)
     log.close()
@@ -103,7 +109,7 @@ def test_every_truncation_keeps_what_was_whole_and_goes_on(small: Path, monkeypa
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     for cut in range(ends[0], len(whole) + 1):
-        path.write_bytes(whole[:cut])
+        rewrite(path, whole[:cut])
         log = TrajectoryLog.open(small)
         kept = sum(end <= cut for end in ends)
         assert path.read_bytes() == whole[: ends[kept - 1]]
@@ -114,7 +120,7 @@ def test_every_truncation_keeps_what_was_whole_and_goes_on(small: Path, monkeypa
             assert logs.verify(small)[0] == 5
         log.close()
     for cut in range(ends[0]):
-        path.write_bytes(whole[:cut])
+        rewrite(path, whole[:cut])
         with pytest.raises(TrajectoryError, match="no header"):
             TrajectoryLog.open(small)
 
@@ -125,9 +131,9 @@ def test_every_flipped_bit_is_refused(small: Path) -> None:
     records = list(logs.read_records(small))
     for place in range(len(whole)):
         for bit in (place % 8,) if place % 7 else range(8):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            rewrite(path, whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             with pytest.raises(TrajectoryError):
-                reopened(small)
+                reopened(small) if place % 7 == 0 else list(logs.read_records(small))
     path.write_bytes(whole)
     assert list(logs.read_records(small)) == records
 

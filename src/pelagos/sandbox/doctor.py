@@ -29,7 +29,7 @@ _RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-par
 def examine(root: Path | None = None) -> dict[str, Any]:
     """Return `{"host", "missing", "substrates"}`; a substrate that does not start says why under `error`."""
     missing = {name: package for name, package in PACKAGES.items() if shutil.which(name) is None}
-    report: dict[str, Any] = {"host": _host(), "missing": missing, "substrates": {}}
+    report: dict[str, Any] = {"host": host_facts(), "missing": missing, "substrates": {}}
     if "bwrap" not in missing:
         report["host"]["raw_bwrap_ms"] = _median(lambda: subprocess.run(_RAW.split(), check=True, capture_output=True))
     with tempfile.TemporaryDirectory(prefix="pelagos-doctor-", dir=root) as directory:
@@ -57,7 +57,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _host() -> dict[str, Any]:
+def host_facts() -> dict[str, Any]:
+    """Return what the kernel is and whether it lets this user make user namespaces (else what it said)."""
     facts: dict[str, Any] = {
         "kernel": platform.release(), "machine": platform.machine(), "uid": os.geteuid(),
         "overlayfs": "\toverlay\n" in Path("/proc/filesystems").read_text(encoding="ascii"),
