@@ -148,7 +148,8 @@ def test_bounds_of_a_key(tmp_path: Path) -> None:
             "POST", CHAT, headers={"x-api-key": slow},
             json={"messages": [{"role": "user", "content": "Hi"}], "stream": True},
         ) as answer:  # fmt: skip
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: its end would close the connection
+            next(lines)
             refused = ask(served.client, slow)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
             assert "1 requests at a time" in refused.json()["error"]["message"]
