@@ -25,7 +25,7 @@ TYPES = dict(
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
-EXPERT = dict(ROWS=128, BYTES=64, PARTS=2, TARGET=made_for)
+EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, TARGET=made_for)
 KERNELS = [
     (site._mix_token_kernel, dict(EACH=1, **SITE), dict()),
     (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),

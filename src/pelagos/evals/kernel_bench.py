@@ -166,7 +166,7 @@ def _products(config: ModelConfig, tokens: int) -> Iterator[Case]:
         least = cost.product_kernel(groups * outputs, depth, tokens, groups)
         sets = _sets(least.moved, functools.partial(_product_inputs, tokens, shape))
         calls = [functools.partial(skinny_gemm.product, *each, arrived, groups=groups) for each in sets]
-        peer = {} if groups > 1 else {"scaled_mm": [_block_scaled(*each) for each in sets]}
+        peer = {} if groups > 1 or depth % 512 else {"scaled_mm": [_block_scaled(*each) for each in sets]}
         yield name, calls, least, 1, peer
 
 

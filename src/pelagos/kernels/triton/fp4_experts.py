@@ -28,10 +28,9 @@ from pelagos.kernels.triton.formats import (
 )
 
 BLOCK = 128  # columns that share an activation scale
-BYTES = 64  # of a weight row a step
-ROWS = 128  # outputs a program
+ROWS = 64  # outputs a program
 LONG = 4096  # from here on k is cut in two
-STAGES = 4  # of the pipeline, the best of 2 to 6 on an H200
+STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
 
 
@@ -173,9 +172,10 @@ def _combine_kernel(
     tl.store(out + token * WIDTH + column, total, mask=live)
 
 
-def parts_of(depth: int) -> int:
-    """Return into how many parts k is cut: two where it is long, so that one token's experts fill the device."""
-    return 2 if depth >= LONG and depth // 2 % (2 * BYTES) == 0 else 1
+def cut(depth: int) -> dict[str, int]:
+    """Return into how many parts k is cut and how many bytes of a weight row make a step, from its length alone."""
+    parts = 2 if depth >= LONG and depth % 512 == 0 else 1
+    return {"DEPTH": depth, "PARTS": parts, "BYTES": 128 if depth // 2 // parts % 128 == 0 else 64}
 
 
 def forward(
@@ -187,7 +187,8 @@ def forward(
     inner, picks = w2.shape[2] * 2, tokens * picked
     by_pick = picks <= experts
     slots = picks if by_pick else experts
-    up_parts, down_parts = parts_of(width), parts_of(inner)
+    first, second = cut(width), cut(inner)
+    up_parts, down_parts = first["PARTS"], second["PARTS"]
     new = codes.new_empty
     lists = (new((slots, tokens), dtype=torch.int32), *new((2, slots), dtype=torch.int32))
     planes = new((tokens, width), dtype=torch.bfloat16)
@@ -195,17 +196,17 @@ def forward(
     hidden = new((picks, inner), dtype=torch.bfloat16)
     down = new((down_parts, picks, width), dtype=torch.float32)
     out = new((tokens, width), dtype=torch.float32)
-    made_for, cut = target(), triton.cdiv(width, COLUMNS)
-    shape = {"ROWS": ROWS, "BYTES": BYTES, "TARGET": made_for}
+    made_for, columns = target(), triton.cdiv(width, COLUMNS)
+    shape = {"ROWS": ROWS, "TARGET": made_for}
     options = launch(made_for, num_stages=STAGES)
-    _plan_kernel[(slots + tokens * cut,)](
+    _plan_kernel[(slots + tokens * columns,)](
         chosen, codes.view(torch.int16), scales, *lists, planes, picks, slots, width,
-        BY_PICK=by_pick, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=cut,
+        BY_PICK=by_pick, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=columns,
         TARGET=made_for, **launch(made_for),
     )  # fmt: skip
     _product_kernel[(2 * inner // ROWS, up_parts, slots)](
         planes, *lists, w13, s13, up, tokens, picks,
-        SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, PARTS=up_parts, **shape, **options,
+        SHARED=picked, OUTPUTS=2 * inner, **first, **shape, **options,
     )  # fmt: skip
     _hidden_kernel[(picks, inner // BLOCK)](
         up, weights, hidden, limit, picks, INNER=inner, PARTS=up_parts, TARGET=made_for,
@@ -213,9 +214,9 @@ def forward(
     )  # fmt: skip
     _product_kernel[(width // ROWS, down_parts, slots)](
         hidden, *lists, w2, s2, down, tokens, picks,
-        SHARED=1, DEPTH=inner, OUTPUTS=width, PARTS=down_parts, **shape, **options,
+        SHARED=1, OUTPUTS=width, **second, **shape, **options,
     )  # fmt: skip
-    _combine_kernel[(tokens, cut)](
+    _combine_kernel[(tokens, columns)](
         down, out, picks, PICKED=picked, WIDTH=width, PARTS=down_parts, COLUMNS=COLUMNS, TARGET=made_for,
         **launch(made_for),
     )  # fmt: skip

@@ -9,6 +9,8 @@ Which of the two is taken shows in the last bits of the parts, and nothing else 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -403,8 +405,8 @@ def forward(
     _mix_kernel[(blocks, triton.cdiv(tokens, WIDE_TILE))](
         *inputs, tokens, TILE=WIDE_TILE, **options, **launch(made_for, num_warps=8)
     )
-    tiles = triton.cdiv(tokens, TILE)
-    _finish_kernel[(2 * tiles,)](
-        *outputs, tokens, tiles, eps, norm_eps, TILE=TILE, RUN=blocks, **finish, **launch(made_for)
+    tiles, run = triton.cdiv(tokens, TILE), math.gcd(blocks, 4)
+    _finish_kernel[(tiles * (1 + blocks // run),)](
+        *outputs, tokens, tiles, eps, norm_eps, TILE=TILE, RUN=run, **finish, **launch(made_for, num_warps=8)
     )
     return results

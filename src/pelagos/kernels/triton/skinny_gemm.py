@@ -15,16 +15,13 @@ from torch import Tensor
 from pelagos.kernels.triton.formats import (
     dot,
     e4m3_to_float,
-    launch,
-    let_next_start,
     power_of_two,
     target,
-    wait_for_inputs,
 )
 
 BLOCK = 128
 STAGES = 4  # of the pipeline, the best of 3 to 8 on an H200
-TILES = 256  # programs that a weight should at least be cut into
+TILES = 128  # programs that a weight should at least be cut into
 
 
 @triton.jit
@@ -50,7 +47,6 @@ def _kernel(
     DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(TARGET)
     tile, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     output = tile * TALL + tl.arange(0, TALL)
     row = tl.arange(0, WIDE)
@@ -62,7 +58,6 @@ def _kernel(
     x = codes + (row * stride + group * DEPTH)[:, None] + begin + lane[None, :]
     ws = weight_scales + (group * outputs + tile * TALL) // 128 * blocks + begin // 128
     xs = scales + row * (stride // 128) + group * blocks + begin // 128
-    wait_for_inputs(TARGET)
     total = tl.zeros((TALL, WIDE), tl.float32)
     # One step ahead: bytes are too narrow for the asynchronous copies that bring the rest.
     factor = _factor(ws, xs, 0, live, PART)
@@ -94,7 +89,7 @@ def _kernel(
 
 def cut(outputs: int, depth: int, groups: int) -> tuple[int, int]:
     """Return (outputs a program, parts of k) of a weight's shape."""
-    tall = 128 if outputs % 128 == 0 and groups * outputs // 128 >= TILES // 8 else 64
+    tall = 128 if groups * outputs >= 32 * 128 else 64
     programs, parts = groups * outputs // tall, 1
     while programs * parts < TILES and depth // 128 % (2 * parts) == 0 and depth // parts > 512:
         parts *= 2
@@ -107,13 +102,12 @@ def forward(
     """Return (T, O) bfloat16; operands as in `kernels.skinny_gemm`. `arrived` is int32 zeros, left as it was."""
     rows, (outputs, depth) = codes.shape[0], weight.shape
     outputs //= groups
-    made_for = target()
     tall, parts = cut(outputs, depth, groups)
     out = torch.empty((rows, groups * outputs), dtype=torch.bfloat16, device=codes.device)
     partial = torch.empty(parts * rows * groups * outputs if parts > 1 else 1, dtype=torch.float32, device=codes.device)
     _kernel[(outputs // tall, parts, groups)](
         codes, scales, weight, weight_scales, out, partial, arrived, rows, outputs, codes.shape[1],
         DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=tall, WIDE=max(16, triton.next_power_of_2(rows)),
-        TARGET=made_for, **launch(made_for, num_stages=STAGES),
+        TARGET=target(), num_stages=STAGES,
     )  # fmt: skip
     return out
