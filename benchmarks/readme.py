@@ -111,6 +111,11 @@ def engine() -> list[tuple[str, str, str]]:
     if found := result("disk_faults"):
         what = "wrong results after kills, bit flips, full disks and the like while the disk cache is written"
         rows.append((what, f"{found['failed']} of {found['done']}", "`python -m benchmarks.disk_faults`"))
+    if found := result("leaks"):
+        done, calls = found["chunkings"]["done"], found["calls"]["counts"]["calls"]
+        wrong = len(found["chunkings"]["wrong"]) + len(found["calls"]["wrong"])
+        what = "leaks of tool-call markup, or calls of no valid JSON: outputs cut at random; calls sampled from nano"
+        rows.append((what, f"{wrong} of {done:,}; {calls:,}", "`python -m benchmarks.leaks`"))
     return rows
 
 

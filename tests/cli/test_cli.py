@@ -91,7 +91,8 @@ def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_train_runs_without_typer_and_rich() -> None:
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('typer', 'rich', 'starlette', 'tokenizers', 'deepseek_recipe')));"
+        "import sys; gone = ('typer', 'rich', 'starlette', 'tokenizers', 'deepseek_recipe');"
+        "sys.modules.update(dict.fromkeys(gone));"
         "from pelagos.cli import main; sys.exit(main(sys.argv[1:]))"
     )
 

@@ -38,7 +38,7 @@ OFF = {"thinking": {"type": "disabled"}}
 
 def reply(prompt: str) -> Reply:
     if "late" in prompt:
-        return Reply("Hello", first_s=0.4)
+        return Reply("Hello", first_s=0.6)
     if "never" in prompt:
         return Reply("Hello", first_s=60)
     return Reply("word " * 300, token_s=0.01) if "long" in prompt else Reply("Hello")

@@ -70,6 +70,7 @@ class Parser:
     continues: bool = False  # the prompt ends inside the message: leading newlines belong to it
     json_output: bool = False  # prose around JSON becomes spaces
     stop: Sequence[str] = ()  # texts that end the answer, looked for in content only
+    mute: bool = False  # none of the tools that were spoken of may be called: calls are dropped
     mirror_reasoning: bool = False  # an answer that never left its reasoning is given as content too
     max_block_tokens: int | None = None  # a tool block longer than this ends the answer
     rng: random.Random | None = None  # source of tool-call ids
@@ -77,6 +78,7 @@ class Parser:
     def __post_init__(self) -> None:
         functions = [tool.get("function", tool) for tool in self.tools or ()]
         self._schemas = {function["name"]: function.get("parameters") for function in functions}
+        self._marks = self.mute or bool(self._schemas)  # whether markup of calls is known
         starts = {"reasoning": self._reasoning, "content": self._content, "tool_calls": self._block}
         # A state takes what it can from the buffer and returns whether to go on.
         self._state: Callable[[], bool] = starts[self.start or ("reasoning" if self.thinking else "content")]
@@ -112,7 +114,7 @@ class Parser:
         text = text.removesuffix(name)
         self._buffer += text if text.isascii() else _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
         if name == DSML:
-            self._buffer += _DSML if self._schemas else DSML
+            self._buffer += _DSML if self._marks else DSML
         elif name == END_THINK:
             self._buffer += _END_THINK
         self.done = name == EOS
@@ -140,11 +142,12 @@ class Parser:
             self._add("content", self._json.push("", closing=True))
         if self.mirror_reasoning and self._state == self._reasoning and reason == "stop":
             self._add("content", "".join(self._reasoned))
-        return [*self._take(), Event("finish", "tool_calls" if reason == "stop" and self._calls else reason)]
+        is_call = reason == "stop" and self._calls and not self.mute
+        return [*self._take(), Event("finish", "tool_calls" if is_call else reason)]
 
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
-        return events
+        return [each for each in events if each.kind not in ("tool_call", "arguments")] if self.mute else events
 
     def _add(self, kind: Literal["reasoning", "content", "arguments"], text: str) -> None:
         index = self._calls - 1 if kind == "arguments" else None
@@ -166,8 +169,8 @@ class Parser:
         """Count the characters in the buffer that no later token can make part of markup or of a stop text."""
         if self._closing:
             return len(self._buffer)
-        stem = _without_opening(self._buffer) if self._schemas else self._buffer
-        unheld = len(stem.rstrip("\n")) if self._schemas or self._state == self._reasoning else len(stem)
+        stem = _without_opening(self._buffer) if self._marks else self._buffer
+        unheld = len(stem.rstrip("\n")) if self._marks or self._state == self._reasoning else len(stem)
         for stop in stops:
             lengths = range(min(len(stop) - 1, len(self._buffer)), 0, -1)
             held = next((length for length in lengths if self._buffer.endswith(stop[:length])), 0)

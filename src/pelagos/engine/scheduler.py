@@ -130,19 +130,25 @@ class Scheduler:
         self._make_way_for_priority(plan)
         decoding = sum(1 + len(each.drafts) for each in self.running if each.pending == 1)
         budget = max(self._chunk_tokens - decoding, min(self._page_tokens, self._chunk_tokens))
-        prefills = sum(each.pending > 1 for each in self.running)
+        # Prompts share the budget, those that can begin now as well: a short one does not wait for a long one's end.
+        sharers = sum(each.pending > 1 for each in self.running) + min(len(self.waiting), len(self._slots))
         for request in sorted(self.running, key=lambda each: each.rank):
             if request.slot < 0:
                 continue  # gave way to one before it
             if request.pending == 1:
                 count = 1 + len(request.drafts)
             else:
-                count = self._chunk(request, -(-budget // prefills))
-                prefills -= 1
+                count = self._chunk(request, -(-budget // sharers))
+                sharers -= 1
                 budget -= count
             if count and self._make_room(request, count, plan):
                 plan.works.append(Work(request, 1 if request.pending == 1 and not request.drafts else count))
-        self._admit(plan, budget)
+        budget = self._admit(plan, budget)
+        for at, (request, count) in enumerate(plan.works):
+            more = self._chunk(request, count + budget) - count if request.pending > 1 else 0
+            if more > 0 and self._grow(request, count + more):  # of what nobody took
+                plan.works[at] = Work(request, count + more)
+                budget -= more
         return plan
 
     def _chunk(self, request: Request, share: int) -> int:
@@ -191,12 +197,15 @@ class Scheduler:
             if victim.priority < self.waiting[0].priority:
                 self._preempt(victim, plan)
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        """Start waiting requests in rank order while slots, pages and budget last; none overtakes for want of pages."""
+    def _admit(self, plan: Plan, budget: int) -> int:
+        """Start waiting requests in rank order while slots, pages and budget last, and return what is left of it.
+
+        None overtakes for want of pages.
+        """
         gone = {each.request for each in plan.preempted}
         for request in list(self.waiting):
             if not self._slots or budget <= 0:
-                return
+                return budget
             if request in gone:
                 continue  # its state is not even saved yet
             match = None
@@ -212,10 +221,11 @@ class Scheduler:
             if not self._grow(request, count):
                 self._pool.release(request.pages[::-1])
                 request.pages, request.computed = [], 0
-                return
+                return budget
             request.slot = self._slots.pop()
             self.waiting.remove(request)
             self.running.append(request)
             plan.admitted.append(Admitted(request, match))
             plan.works.append(Work(request, count))
             budget -= count
+        return budget

@@ -65,7 +65,9 @@ class ChatTurn:
         # The parser looks for stop strings, in the answer alone; the answer may take what room the prompt leaves.
         room = max(1, llm.config.max_position_embeddings - len(ids))
         unstopped = dataclasses.replace(params, max_tokens=min(params.max_tokens, room), stop=())
-        self.parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop)
+        told = [body, *(each for each in body.get("messages") or () if isinstance(each, Mapping))]
+        mute = prompt.tools is None and any(each.get("tools") or each.get("tool_calls") for each in told)
+        self.parser = Parser.for_prompt(prompt, llm.tokenizer, stop=params.stop, mute=mute)
         # The next turn renders what follows the last assistant mark differently: state is kept up to there.
         marks = [at + 1 for at, token in enumerate(ids) if token == llm.tokenizer.id(ASSISTANT)][-1:]
         self.stream = llm.submit(ids, unstopped, cuts=marks, **options)

@@ -183,6 +183,9 @@ class Answer(ChatTurn):
         events: list[Event] = []
         while self.finish_reason is None and (step := self.stream.wait(0)) is not None:
             events += self.push(step)
+            if events and self._ask.logprobs is not None:  # a writer finds the log-probabilities of these and no more
+                self._wake.set()
+                return events
         if self.stream.is_ended:
             events += self.finish(self.stream.finish_reason or "cancelled")
         return events

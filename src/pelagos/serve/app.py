@@ -29,7 +29,7 @@ from pelagos.serve.answer import Answer, Shared, prompt_ids
 from pelagos.serve.ask import Api, Ask, Card
 from pelagos.serve.exchange import ClientGone, Exchange
 from pelagos.serve.keys import KeyFile
-from pelagos.serve.limits import Traffic, check_origin, find_key, refusal
+from pelagos.serve.limits import READING, Traffic, check_origin, find_key, refusal
 from pelagos.serve.metrics import Metrics
 from pelagos.serve.protocols import APIS
 from pelagos.serve.reads import find_read
@@ -37,7 +37,7 @@ from pelagos.serve.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
 PAGES = {"/": "/index.html", "/dashboard": "/dashboard.html"}
-OPEN = ("/health", "/ready", "/openapi.json")  # to clients without a key, as the page is
+OPEN = ("/health", "/ready", "/openapi.json", "/docs")  # to clients without a key, as the page is
 # The page needs nothing from elsewhere, and no text of a model may ever run as a script. It is asked about each time,
 # so that modules of two versions are never mixed.
 PAGE_HEADERS = {
@@ -53,7 +53,8 @@ STATUSES: tuple[tuple[type[PelagosError], int, str | None], ...] = (
     (CapacityError, 413, "context_length_exceeded"),
     (MissingDependency, 501, None),
 )
-_PREPARING_THREADS = 4
+_PREPARING_THREADS = 2
+LONG_BODY_BYTES = 64 << 10
 _log = logging.getLogger(__name__)
 
 
@@ -83,6 +84,7 @@ class App:
         self.metrics = Metrics(lambda: EngineStats() if self.llm is None else self.llm.stats())
         self._card, self._keys = card or self.settings.card, keys
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        self._long = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare-long")
         self._shared = Shared(self.settings.disk_dir)
         self._answers: set[Answer] = set()
         self._apis = {canonical(path): api for api in APIS for path in (*api.paths, *api.count_paths)}
@@ -121,7 +123,7 @@ class App:
             await receive()
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            for threads in (self._threads, self._loader):  # a load that has begun is waited for
+            for threads in (self._threads, self._long, self._loader):  # a load that has begun is waited for
                 threads.shutdown(cancel_futures=True)
             if self.llm is not None:
                 self.llm.close()
@@ -142,22 +144,24 @@ class App:
         path, method, read = exchange.path, exchange.method, find_read(exchange.path)
         exchange.api, is_page = self._apis.get(path), path in PAGES or path.startswith("/page/")
         exchange.kind = type(exchange.api).__name__.lower() if exchange.api else "page" if is_page else "read"
-        allowed = "POST, OPTIONS" if exchange.api else "GET, HEAD, OPTIONS"
+        allowed = ("POST", "OPTIONS") if exchange.api else READING
         check_origin(exchange, self.settings)
         if method == "OPTIONS":
-            await exchange.respond(204, b"", {"Allow": allowed})
+            await exchange.respond(204, b"", {"Allow": ", ".join(allowed)})
             return
         if not is_page and path not in OPEN:
             exchange.key = find_key(exchange, self._keys)
         if not (exchange.api or read or is_page):
             raise HTTPException(404, f"nothing is at {path}; /openapi.json lists what is")
         if method not in allowed:
-            raise HTTPException(405, f"{method} is not served here: {allowed}", {"Allow": allowed})
+            served = ", ".join(allowed)
+            raise HTTPException(405, f"{method} is not served here: {served}", {"Allow": served})
         if exchange.api:
             await self._answer(exchange, exchange.api)
         elif read:
             status, body = read(self)
-            kind = "text/plain; version=0.0.4" if isinstance(body, bytes) else "application/json"
+            kinds = {"/docs": "text/html; charset=utf-8", "/metrics": "text/plain; version=0.0.4"}
+            kind = kinds.get(path, "application/json")
             await exchange.respond(status, body, {"Content-Type": kind, **PAGE_HEADERS})
         else:
             exchange.more_headers += [(name.lower().encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
@@ -192,13 +196,14 @@ class App:
 
         def prepare() -> tuple[Ask, Answer | int]:
             ask = api.read(parse_body(raw), card)
-            if exchange.path in self._counts:
-                return ask, len(prompt_ids(llm, ask))
             user = ask.user_id if exchange.key is None else f"{exchange.key.name}\0{ask.user_id}"
             ask = dataclasses.replace(ask, user_id=user, timeout_s=self.settings.deadline_s)
+            if exchange.path in self._counts:
+                return ask, len(prompt_ids(llm, ask, shared=self._shared))
             return ask, Answer(llm, ask, card, loop, self._shared)
 
-        prepared = loop.run_in_executor(self._threads, prepare)
+        # Long bodies take seconds: they wait for one another, not short ones for them.
+        prepared = loop.run_in_executor(self._long if len(raw) > LONG_BODY_BYTES else self._threads, prepare)
         try:
             ask, answer = await asyncio.shield(prepared)
         except asyncio.CancelledError:
@@ -208,6 +213,7 @@ class App:
             await exchange.respond(200, api.count(answer))
             return
         exchange.answer, exchange.streams = answer, ask.stream
+        exchange.more_headers += [(b"x-pelagos-warning", warning.encode("ascii")) for warning in answer.warnings]
         self._answers.add(answer)
         await self._send(exchange, api, ask, answer, card)
 

@@ -58,8 +58,9 @@ class Exchange:
     async def respond(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         """Send a whole response: text as it is, anything else as JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        head = {"content-length": str(len(content)), "content-type": "application/json"} | dict(headers or {})
-        pairs = [(name.lower().encode(), value.encode()) for name, value in head.items()]
+        given = {name.lower(): value for name, value in (headers or {}).items()}
+        head = {"content-length": str(len(content)), "content-type": "application/json"} | given
+        pairs = [(name.encode(), value.encode()) for name, value in head.items()]
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
         await self.send({"type": "http.response.body", "body": content})
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pelagos.serve.keys import Key, KeyFile
     from pelagos.serve.settings import Settings
 
+READING = ("GET", "HEAD", "OPTIONS")
 RETRY_SECONDS = 2  # after which a client may ask again where nothing says when there is room
 
 
@@ -47,9 +48,9 @@ def check_origin(exchange: Exchange, settings: Settings) -> None:
         exchange.more_headers += [
             (b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"), (b"access-control-allow-headers", asked),
-            (b"access-control-expose-headers", b"x-request-id, retry-after"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, x-pelagos-warning"),
         ]  # fmt: skip
-    elif origin and exchange.method == "POST" and origin.rpartition("://")[2].lower() != host.lower():
+    elif origin and exchange.method not in READING and origin.rpartition("://")[2].lower() != host.lower():
         raise HTTPException(403, f"origin {origin!r} may not call; cors_origins in the settings adds some")
 
 

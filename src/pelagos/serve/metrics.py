@@ -85,6 +85,7 @@ class Metrics:
             fields["gone"] = exchange.phase
         if (answer := exchange.answer) is not None:
             fields |= {"model": exchange.model, "stream": exchange.streams, "finish_reason": answer.finish_reason}
+            fields |= {"warnings": answer.warnings} if answer.warnings else {}
             for kind, counter in self._tokens.items():
                 count = fields[f"{kind}_tokens"] = getattr(answer, f"{kind}_tokens")
                 counter.labels(api).inc(count)

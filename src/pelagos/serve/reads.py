@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,9 @@ def document() -> dict[str, Any]:
     paths: dict[str, Any] = {
         path: {"get": {"summary": about, "responses": answers}} for path, (about, _) in READS.items()
     }
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    found = {"summary": "The model of that name.", "parameters": [name], "responses": answers}
+    paths["/models/{name}"] = {"get": found}
     for api in APIS:
         for path in (*api.paths, *api.count_paths):
             body = {"required": True, "content": {"application/json": {"schema": api.schema}}}
@@ -51,9 +55,27 @@ def document() -> dict[str, Any]:
             "description": "Every path answers with /v1 in front and without.",
         },
         "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"key": []}],
+        "components": {
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            }
+        },
+        "security": [{}, {"key": []}, {"header": []}],
     }
+
+
+def listing() -> bytes:
+    """Return the document as a page to read: each path, what it is for, and the fields of its body."""
+    rows = []
+    for path, ways in document()["paths"].items():
+        for method, about in ways.items():
+            content = about.get("requestBody", {}).get("content", {}).get("application/json", {})
+            fields = ", ".join(content.get("schema", {}).get("properties", ()))
+            cells = (f"{method.upper()} {path}", about["summary"], fields)
+            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<!doctype html><html lang=en><meta charset=utf-8><title>Pelagos API</title><h1>Pelagos API</h1>"
+    return f'{head}<p><a href="/openapi.json">openapi.json</a></p><table>{"".join(rows)}</table></html>'.encode()
 
 
 READS: dict[str, tuple[str, Callable[[App], tuple[int, Any]]]] = {
@@ -69,4 +91,5 @@ READS: dict[str, tuple[str, Callable[[App], tuple[int, Any]]]] = {
     "/metrics": ("The same in the Prometheus text format.", lambda app: (200, app.metrics.text(app.traffic.in_flight))),
     "/models": ("The models served: one.", lambda app: (200, {"object": "list", "data": [_model(app)]})),
     "/openapi.json": ("This document.", lambda app: (200, document())),
+    "/docs": ("This document as a page.", lambda app: (200, listing())),
 }

@@ -26,12 +26,18 @@ export function newChat({ system = "", tools = "" } = {}) {
   return { id, title: "", updated: Date.now(), system, tools, nodes: [], leaf: -1 };
 }
 
+// Numbers and texts of a figure list, one level deep.
+const figures = (given) => Object.fromEntries(Object.entries({ ...given }).flatMap(([name, value]) => (
+  Number.isFinite(value) || (typeof value === "string" && ["finish", "error"].includes(name)) ? [[name, value]]
+    : name === "usage" && Number.isFinite(value?.prompt_tokens) && Number.isFinite(value.completion_tokens) ? [[name, figures(value)]]
+      : [])));
+
 // A conversation from storage or an import, with nothing in it but what the page knows; throws for what is none.
 function clean(chat) {
   const nodes = chat.nodes.map(({ parent, role, content, reasoning_content, tool_call_id, tool_calls, meta }, at) => {
     const isKnown = ["user", "assistant", "tool"].includes(role) && Number.isInteger(parent) && parent >= -1 && parent < at;
     if (!isKnown) throw new TypeError("not a message");
-    const node = { parent, role, content: text(content), meta: { ...meta } };
+    const node = { parent, role, content: text(content), meta: figures(meta) };
     if (role === "tool") node.tool_call_id = text(tool_call_id);
     if (role === "assistant") node.reasoning_content = text(reasoning_content);
     if (role === "assistant" && tool_calls) node.tool_calls = tool_calls.map(({ id, function: { name, arguments: given } }) => (

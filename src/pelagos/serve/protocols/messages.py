@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +66,7 @@ class Messages(wire.JsonApi):
         return Ask(
             body=wire.canonical(messages, given, card),
             stream=bool(body.get("stream")),
-            user_id=wire.isolation(wire.mapping(body, "metadata").get("user_id")),
+            user_id=_user(wire.isolation(wire.mapping(body, "metadata").get("user_id"))),
             thinking_budget=wire.budget(body.get("thinking"), None, card),
             clamp=not (card.strict and body.get("max_tokens")),
         )
@@ -95,7 +97,18 @@ def _choice(choice: Any, tools: list[dict[str, Any]], card: Card) -> Any:
     if kind == "tool" and (name in [tool["function"]["name"] for tool in tools] or card.strict):
         return {"type": "function", "function": {"name": name}}
     forced = "auto" if card.strict else "required"  # the official API does not force it
-    return {None: None, "none": "none", "any": forced}.get(kind, "auto")
+    return None if kind is None else {"none": "none", "any": forced}.get(str(kind), "auto")
+
+
+def _user(text: str) -> str:
+    """Return a user without the session that Claude Code writes into the name: sessions share what is cached."""
+    if text.startswith("{"):
+        try:
+            parsed = json.loads(text)
+            return json.dumps({name: value for name, value in parsed.items() if name != "session_id"})
+        except (ValueError, RecursionError):
+            return text
+    return re.sub(r"_session_[0-9a-f-]+$", "", text)
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +166,8 @@ class MessagesWriter:
     def close(self) -> list[str]:
         """The end of the open block and of the message, usage included."""
         reason, stop = self._answer.finish_reason or "stop", self._answer.stopped_by
+        if reason in ("cancelled", "deadline") and self._is_pinged:
+            return [*self._stop(), *self.fail(503, f"the answer ended early: {reason}")]
         kind = "stop_sequence" if reason == "stop" and stop else _STOP_REASONS.get(reason, "max_tokens")
         ends = {"stop_reason": kind, "stop_sequence": stop if kind == "stop_sequence" else None}
         frames = self._stop()

@@ -98,7 +98,9 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "custom" or tool.get("name") == "apply_patch":
         inner = {"tools": [_tool(each) for each in wire.objects(tool, "tools")]} if "tools" in tool else {}
         return {key: value for key, value in tool.items() if key != "strict"} | inner
-    grammar = wire.mapping(tool, "format").get("definition")
+    wire.check(tool, {"description": wire.TEXT})
+    wire.check(form := wire.mapping(tool, "format"), {"definition": wire.TEXT})
+    grammar = form.get("definition")
     description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
     return {"type": "function", "name": tool.get("name"), "description": description, "parameters": parameters}

@@ -8,7 +8,6 @@ A whole answer is what its stream's events add up to: writers build it by replay
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -290,15 +289,8 @@ def _choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
 
 
 def isolation(user: Any) -> str:
-    """Return the name that caches are kept apart by: a client's session is not a user of its own."""
-    text = "" if user is None else str(user)
-    if text.startswith("{"):
-        try:
-            parsed = json.loads(text)
-            return json.dumps({name: value for name, value in parsed.items() if name != "session_id"})
-        except ValueError:
-            return text
-    return re.sub(r"_session_[0-9a-f-]+$", "", text)
+    """Return the name that caches are kept apart by."""
+    return "" if user is None else str(user)
 
 
 def frame(data: Mapping[str, Any], *, named: bool = False) -> str:
