@@ -35,7 +35,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from pelagos.evals.engine_bench import stamp
-from pelagos.serve import Settings, create_app
+from pelagos.serve import App, Settings
 from pelagos.serve.run import Server, load_llm
 
 WORDS = "the sea is wide and the ship goes on "
@@ -83,7 +83,7 @@ def _serve(args: argparse.Namespace) -> int:
             script.flush()
             settings = Settings(engine=f"scripted:{script.name}", log_level="warning", max_queued=1 << 20)
             llm = load_llm(settings)
-        server: uvicorn.Server = Server(create_app(llm, settings=settings))
+        server: uvicorn.Server = Server(App(llm, settings=settings))
     else:
         server = uvicorn.Server(
             uvicorn.Config(_bare(args), log_level="warning", access_log=False, http="h11", ws="none")

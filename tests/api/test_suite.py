@@ -14,7 +14,7 @@ import uvicorn
 from tests.api import run as suite
 
 from pelagos.engine import LLM
-from pelagos.serve import Card, create_app
+from pelagos.serve import App, Card
 from pelagos.serve.scripted import scripted_llm
 
 CONTEXT = 65_536
@@ -27,7 +27,7 @@ AREAS = (
 
 @contextmanager
 def serving(llm: LLM, card: Card) -> Iterator[httpx.Client]:
-    server = uvicorn.Server(uvicorn.Config(create_app(llm, card=card), port=0, log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(App(llm, card=card), port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 
 from pelagos.engine import LLM
-from pelagos.serve import Card, Settings, create_app
+from pelagos.serve import App, Card, Settings
 from pelagos.serve.keys import KeyFile
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def serving(
     llm: LLM, *, keys: KeyFile | None = None, settings: Settings | None = None
 ) -> Iterator[tuple[str, Recorded]]:
     """Yield the URL and the record of a server."""
-    recorded = Recorded(create_app(llm, card=Card(model=MODEL), settings=settings, keys=keys))
+    recorded = Recorded(App(llm, card=Card(model=MODEL), settings=settings, keys=keys))
     server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import httpx
 
 from pelagos.engine import LLM
-from pelagos.serve import Card, Settings, create_app
-from pelagos.serve.app import App
+from pelagos.serve import App, Card, Settings
 from pelagos.serve.keys import KeyFile
 from pelagos.serve.run import Server
 
@@ -32,7 +31,7 @@ def serve(
     llm: LLM | Callable[[], LLM], *, card: Card | None = None, settings: Settings | None = None,
     keys: KeyFile | None = None, ready: bool = True,
 ) -> Iterator[Served]:  # fmt: skip
-    app = create_app(llm, card=card or Card(model="nano"), settings=settings, keys=keys)
+    app = App(llm, card=card or Card(model="nano"), settings=settings, keys=keys)
     server = Server(app)
     server.config.port = 0
     thread = threading.Thread(target=server.run)

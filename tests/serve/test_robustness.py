@@ -91,7 +91,7 @@ def test_files_beside_the_page_are_not_served(served: Served) -> None:
     ):
         with socket.create_connection(("127.0.0.1", served.port)) as raw:
             raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            assert b"create_app" not in read_all(raw), path
+            assert b"class App" not in read_all(raw), path
 
 
 def read_all(raw: socket.socket) -> bytes:

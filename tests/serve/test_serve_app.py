@@ -20,7 +20,7 @@ from tests.engine.test_turn import CALL, TOOL
 
 from pelagos.engine import LLM
 from pelagos.errors import CheckpointError
-from pelagos.serve import Card, create_app
+from pelagos.serve import App, Card
 from pelagos.serve.app import PAGE
 from pelagos.serve.scripted import Reply
 
@@ -39,7 +39,7 @@ def reply(prompt: str) -> str:
 
 @contextmanager
 def serving(llm: LLM | Callable[[], LLM]) -> Iterator[httpx.Client]:
-    app = create_app(llm, card=Card(model="nano"))
+    app = App(llm, card=Card(model="nano"))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from pelagos.engine.build import MAX_DRAFT
 from pelagos.engine.llm import LLM
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import ConfigError
+from pelagos.evals.commit import commit
 
 PREFILL_TOKENS = 2048  # measured at each frontier
 TAIL_TOKENS = 16  # each sequence of a batch has its own, behind the shared context
@@ -177,14 +177,12 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def stamp(command: str) -> dict[str, Any]:
     """Return what every recorded figure carries: device, commit, command, torch, threads, load and date."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     names = Path("/proc/cpuinfo")
     lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
     device = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "device": f"{device or platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "command": command,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn import functional
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
 from pelagos.errors import ConfigError, KernelUnavailable
+from pelagos.evals.commit import commit
 from pelagos.kernels import fp4_experts, site, skinny_gemm
 from pelagos.kernels.ref import fp4_experts as experts_ref
 from pelagos.kernels.ref import site as site_ref
@@ -91,16 +90,14 @@ def measure_ceilings() -> Ceilings:
 def kernel_rows(
     shape: str, benches: Sequence[str] = BENCHES, tokens: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a figure for the preset `shape`; raises KernelUnavailable without a CUDA device,
-    ConfigError for an unknown kernel.
-    """
+    """Yield one row a figure for the preset `shape`; KernelUnavailable without CUDA, ConfigError for bad names."""
     if not torch.cuda.is_available():
         raise KernelUnavailable("bench kernels: no CUDA device here; kernels are only timed where they run")
     for bench in benches:
         if bench not in _MAKERS:
             raise ConfigError(f"bench kernels: no kernel {bench!r}; known: {', '.join(_MAKERS)}")
     ceilings = measure_ceilings()
-    head = {"device": torch.cuda.get_device_name(), "commit": _commit(), "torch": torch.__version__}
+    head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
     yield {
         "bench": "ceilings", "case": "measured", **head, "us": round(ceilings.launch * 1e6, 3),
         "copy_gbps": round(ceilings.copy / 1e9), "gbps": round(ceilings.read / 1e9),
@@ -194,17 +191,3 @@ def _sets(size: float, make: Callable[[int], tuple[Tensor, ...]]) -> list[tuple[
 
 
 _MAKERS = {"site": _site, "fp4_experts": _experts, "skinny_gemm": _products}
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            timeout=10,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

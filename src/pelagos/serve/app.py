@@ -264,9 +264,6 @@ class App:
             await exchange.write(json.dumps(body, ensure_ascii=False), more=False)
 
 
-create_app = App
-
-
 def _explain(exchange: Exchange, error: Exception) -> tuple[int, str, str | None, dict[str, str] | None]:
     """Status, message, code and headers of an error; what is our fault is logged."""
     if isinstance(error, HTTPException):
