@@ -12,12 +12,15 @@ from tests.engine.test_turn import CALL, TOOL
 from tests.serve.served import Served, serve
 
 from pelagos.serve import Card
+from pelagos.serve.scripted import Reply
 
 OFF = {"thinking": {"type": "disabled"}}
 NAMES = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 
 
-def reply(prompt: str) -> str:
+def reply(prompt: str) -> str | Reply:
+    if "break" in prompt:
+        return Reply("one two three", fail="the engine broke")
     return f"Sunny.{CALL}" if "weather" in prompt else "one two three four five six seven"
 
 
@@ -128,3 +131,12 @@ def test_maximal_effort_in_a_short_context_is_warned_of(served: Served) -> None:
     assert "maximal effort" in served.client.post("/v1/chat/completions", json=body).headers["x-pelagos-warning"]
     low = served.client.post("/v1/chat/completions", json={**body, "reasoning_effort": "low"})
     assert "x-pelagos-warning" not in low.headers
+
+
+def test_what_came_before_an_error_is_not_lost(served: Served) -> None:
+    body = {"messages": [{"role": "user", "content": "break"}], "stream": True, **OFF}
+    for _ in range(20):
+        found = frames(served.client.post("/v1/chat/completions", json=body).text)
+        texts = [frame["choices"][0]["delta"].get("content") or "" for frame in found if "choices" in frame]
+        assert "".join(texts) == "one two three"
+        assert found[-1]["error"]["message"] == "the engine broke"

@@ -99,6 +99,7 @@ class Answer(ChatTurn):
         self.tokenizer = llm.tokenizer
         self.logprobs: list[Logprob] = []
         self.warnings: list[str] = []
+        self._broken: Exception | None = None  # what ended the request, once events before it wait to be read
         self._unplaced: list[Step] = []  # whose text is held back: where it belongs is not known yet
         context, prompt = min(card.context_length, llm.config.max_position_embeddings), render_ask(llm, ask)
         is_max = prompt.thinking and prompt.effort == ("high" if llm.generation == "preview" else "max")
@@ -180,15 +181,28 @@ class Answer(ChatTurn):
 
     def drain(self) -> list[Event]:
         """Return the events of the steps that are there, without waiting; raises the error that ended the request."""
+        if self._broken is not None:
+            raise self._broken
         events: list[Event] = []
-        while self.finish_reason is None and (step := self.stream.wait(0)) is not None:
+        while self.finish_reason is None and (step := self._next(events)) is not None:
             events += self.push(step)
             if events and self._ask.logprobs is not None:  # a writer finds the log-probabilities of these and no more
                 self._wake.set()
                 return events
-        if self.stream.is_ended:
+        if self.stream.is_ended and self._broken is None:
             events += self.finish(self.stream.finish_reason or "cancelled")
         return events
+
+    def _next(self, events: list[Event]) -> Step | None:
+        """Return the next step that is there; an error waits until the events before it have been given out."""
+        try:
+            return self.stream.wait(0)
+        except Exception as error:
+            if not events:
+                raise
+            self._broken = error
+            self._wake.set()
+            return None
 
     def push(self, step: Step) -> list[Event]:
         """See `ChatTurn.push`; notes log-probabilities where they were asked for."""

@@ -61,7 +61,7 @@ class Chat(wire.JsonApi):
         return Ask(
             body=wire.canonical(messages, given, card),
             stream=bool(body.get("stream")),
-            user_id=wire.isolation(wire.first(body.get("user_id"), body.get("user"))),
+            user_id=str(wire.first(body.get("user_id"), body.get("user"), "")),
             logprobs=(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
             thinking_budget=wire.budget(thinking, named, card),
             clamp=not (card.strict and given["max_tokens"]),

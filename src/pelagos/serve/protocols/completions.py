@@ -55,7 +55,7 @@ class Completions(wire.JsonApi):
             suffix=body.get("suffix") or None,
             echo=bool(body.get("echo")),
             stream=bool(body.get("stream")),
-            user_id=wire.isolation(wire.first(body.get("user_id"), body.get("user"))),
+            user_id=str(wire.first(body.get("user_id"), body.get("user"), "")),
             logprobs=None if logprobs is None or logprobs is False else int(logprobs) * (logprobs is not True),
             clamp=not (card.strict and asked),
             options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},

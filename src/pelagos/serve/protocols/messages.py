@@ -66,7 +66,7 @@ class Messages(wire.JsonApi):
         return Ask(
             body=wire.canonical(messages, given, card),
             stream=bool(body.get("stream")),
-            user_id=_user(wire.isolation(wire.mapping(body, "metadata").get("user_id"))),
+            user_id=_user(str(wire.first(wire.mapping(body, "metadata").get("user_id"), ""))),
             thinking_budget=wire.budget(body.get("thinking"), None, card),
             clamp=not (card.strict and body.get("max_tokens")),
         )

@@ -74,7 +74,7 @@ class Responses(wire.JsonApi):
         return Ask(
             body=wire.canonical(messages, given, card),
             stream=bool(body.get("stream")),
-            user_id=wire.isolation(body.get("user")),
+            user_id=str(wire.first(body.get("user"), "")),
             logprobs=(top or 0) if wants else None,
             clamp=not (card.strict and given["max_tokens"]),
             options={"echo": _echo(body, reasoning, text), "customs": customs, "spaces": spaces},

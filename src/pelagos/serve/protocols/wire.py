@@ -288,11 +288,6 @@ def _choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
     return {"type": "function", "function": {"name": function["name"]}}
 
 
-def isolation(user: Any) -> str:
-    """Return the name that caches are kept apart by."""
-    return "" if user is None else str(user)
-
-
 def frame(data: Mapping[str, Any], *, named: bool = False) -> str:
     """Return a server-sent event; a named one has its `type` in the event line."""
     head = f"event: {data['type']}\n" if named else ""
