@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import Image, Store
-from pelagos.sandbox.layers import OPAQUE, WHITEOUT, pack, remove_tree, unpack
+from pelagos.sandbox.inside import OPAQUE, WHITEOUT, pack_tree
+from pelagos.sandbox.layers import remove_tree, unpack
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def packed(directory: Path, **options: Any) -> bytes:
     file = io.BytesIO()
     fd = os.open(directory, os.O_RDONLY)
     try:
-        pack(fd, file, **options)
+        pack_tree(fd, file, **options)
     finally:
         os.close(fd)
     return file.getvalue()
@@ -124,7 +125,7 @@ def test_a_layer_is_stored_once_and_named_by_content(plain: Store, tmp_path: Pat
 def test_too_much_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sparse").touch()
     os.truncate(tmp_path / "sparse", 1 << 30)
-    with pytest.raises(SandboxError, match="raise disk_mb"):
+    with pytest.raises(ValueError, match="raise disk_mb"):
         packed(tmp_path, most=1 << 20)
 
 

@@ -35,7 +35,7 @@ class Capabilities:
     memory_limit: str  # "cgroup" (the whole sandbox) or "per_process" (RLIMIT_AS)
     process_limit: str  # "cgroup" or "per_user_namespace" (RLIMIT_NPROC counted in the sandbox's namespace)
     cpu_limit: str  # "cgroup" or "none"
-    disk_limit: str  # "watched" (files hard, sum polled) or "memory" (no disk: tmpfs, charged as memory)
+    disk_limit: str  # "hard", "watched" (files hard, sum polled) or "memory" (tmpfs, charged as memory)
     pause: str  # "freezer", "signals" (SIGSTOP, which the inside can undo) or "none"
     files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
     host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
@@ -125,7 +125,6 @@ class Substrate(Protocol):
     """One way to isolate; the keeper drives it and owns log, pipes, caps and timeouts."""
 
     capabilities: Capabilities
-    upper_fd: int  # the directory that holds what the inside wrote, -1 where there is none
 
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
@@ -134,8 +133,8 @@ class Substrate(Protocol):
         """Start a command with these three descriptors (the caller closes its own copies)."""
         ...
 
-    def inside(self, task: Callable[[int], None], pipe_out: int, *, as_owner: bool = False) -> int:
-        """Fork `task(pipe_out)` among the sandbox's files and return its pid; it exits 1 with `{"error": ...}` last."""
+    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
+        """Begin a task of `inside.py`: a descriptor to read to its end, and what then says whether it went well."""
         ...
 
     def alive(self) -> bool:

@@ -11,15 +11,15 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import linux
+from pelagos.sandbox import inside, linux
 from pelagos.sandbox.api import Capabilities, Child, Command, Spec
 from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 
@@ -85,7 +85,7 @@ class Container:
 
     def start(self) -> None:
         """Bring bubblewrap up and take hold of its namespaces; raises SandboxError with what it said."""
-        tool = shutil.which("bwrap")
+        tool = linux.which("bwrap")
         if tool is None:
             raise SandboxError("container: bwrap not found; install bubblewrap (Debian: apt-get install bubblewrap)")
         if not self._spec.layers:
@@ -267,12 +267,14 @@ class Container:
         linux.load_seccomp(self._filter)
         os.execvpe(command.argv[0], list(command.argv), ENVIRONMENT | dict(command.env))
 
-    def inside(self, task: Callable[[int], None], pipe_out: int, *, as_owner: bool = False) -> int:
-        """Fork `task(pipe_out)` as the inside's user among its files, or outside with rights over what it owns."""
+    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
+        """Do a task of `inside.py` in a fork: as the inside's user, or outside with rights over what it owns."""
+        out, out_w = os.pipe()
+        as_owner = task in ("disk", "pack")
 
         def work() -> None:
             signal.set_wakeup_fd(-1)
-            linux.close_all_but([*self._ns.values(), self.upper_fd, pipe_out])
+            linux.close_all_but([*self._ns.values(), self.upper_fd, out_w])
             linux.become(*host_ids())
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
@@ -282,9 +284,11 @@ class Container:
                 self._enter("mnt", "user")
                 self._limit()
                 linux.drop_capabilities()
-            task(pipe_out)
+            inside.TASKS[task](out_w, **arguments, **({"upper": self.upper_fd} if as_owner else {}))
 
-        return linux.fork(work, lambda error: os.write(pipe_out, json.dumps({"error": f"{error}"}).encode()))
+        pid = linux.fork(work, lambda error: inside.write_all(out_w, json.dumps({"error": f"{error}"}).encode()))
+        os.close(out_w)
+        return out, lambda: os.waitpid(pid, 0)[1] == 0
 
     def alive(self) -> bool:
         """Whether the first process still runs."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 from pathlib import Path
 
 from pelagos.errors import SandboxError
@@ -72,10 +71,9 @@ class Function(Container):
         }  # fmt: skip
         # The inside has no Pelagos: two modules travel as text, under the names they import each other by.
         texts = {m.__name__: Path(str(m.__file__)).read_text(encoding="utf-8") for m in (linux, worker)}
-        with tempfile.TemporaryFile() as program:
-            program.write(f"TEXTS, SETTINGS = {texts!r}, {settings!r}\n{_PROGRAM}".encode())
-            program.flush()
-            socket.send_fds(control, [b"program"], [program.fileno()])
+        program = linux.file_of(f"TEXTS, SETTINGS = {texts!r}, {settings!r}\n{_PROGRAM}".encode())
+        socket.send_fds(control, [b"program"], [program])
+        os.close(program)
         self._hold = control.detach()
         return theirs.detach()
 
@@ -85,17 +83,16 @@ class Function(Container):
         ask = {"argv": command.argv, "env": environment, "source": command.call, "arguments": command.arguments}
         status, status_w = os.pipe()
         leash_r, leash = os.pipe()
-        with tempfile.TemporaryFile() as text, socket.socket(fileno=os.dup(self._hold)) as control:
-            text.write(json.dumps(ask).encode())
-            text.flush()
+        text = linux.file_of(json.dumps(ask).encode())
+        with socket.socket(fileno=os.dup(self._hold)) as control:
             try:
                 facts = json.dumps({"cwd": command.cwd}).encode()
-                socket.send_fds(control, [facts], [text.fileno(), *stdio, status_w, leash_r])
+                socket.send_fds(control, [facts], [text, *stdio, status_w, leash_r])
             except OSError as error:
                 os.close(status)
                 os.close(leash)
                 raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error})") from None
             finally:
-                os.close(status_w)
-                os.close(leash_r)
+                for fd in (text, status_w, leash_r):
+                    os.close(fd)
         return Call(status, leash)

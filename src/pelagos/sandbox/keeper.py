@@ -6,7 +6,6 @@ starting Python costs more than starting a sandbox. A request is one connection:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -14,8 +13,6 @@ import json
 import os
 import signal
 import socket
-import stat
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -27,12 +24,13 @@ from pelagos.sandbox import linux
 from pelagos.sandbox.api import Command, Spec, Substrate
 from pelagos.sandbox.container import Container
 from pelagos.sandbox.function import Function
-from pelagos.sandbox.layers import Store, pack
+from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
+from pelagos.sandbox.loop import Connection, Loop, Promise
 
 SOCKET = "s"
+LAYERS = "layers"  # beside the directory of sandboxes
 SPEC = "spec.json"
-FILE_BYTES = 64 << 20  # one file through the control channel; more travels as an image
 WATCH_S = 0.2
 DRAIN_BYTES = 1 << 16
 PURE = frozenset(
@@ -63,20 +61,20 @@ def _make(box: Path, layers: Path, spec: Spec) -> Substrate:
 class Keeper:
     """One sandbox's state machine; runs in a process of its own."""
 
-    def __init__(self, box: Path, store: Store, spec: Spec) -> None:
-        self._box, self._store, self._spec = box, store, spec
+    def __init__(self, loop: Loop, box: Path, spec: Spec) -> None:
+        self._loop, self._box, self._root, self._spec = loop, box, box.parents[1], spec
         exists = (box / "log.jsonl").exists()
         self._log = TrajectoryLog.open(box) if exists else TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
         if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
             raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
         if exists:
             self._log.event("start")
-        self._substrate: Substrate = _make(box, store.layers, spec)
-        self._running: dict[str, tuple[str, dict[str, Any], asyncio.Future[dict[str, Any]]]] = {}
+        self._substrate: Substrate = _make(box, self._root / LAYERS, spec)
+        self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
         self._active, self._last, self._paused = 0, time.monotonic(), False
         self._over_disk, self._most_disk = False, 0
-        self._still = asyncio.Lock()  # what needs the files to stand still: one at a time
-        self._done = asyncio.Event()
+        self._still, self._done = Promise(loop), Promise(loop)  # nobody needs the files to stand still; it ends
+        self._still.settle()
 
     async def serve(self, ready: int) -> None:
         """Start the sandbox, say so on `ready`, and answer until closed or idle."""
@@ -84,19 +82,22 @@ class Keeper:
         try:
             self._substrate.start()
             path.unlink(missing_ok=True)
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             with short_name(self._box) as short:
-                server = await asyncio.start_unix_server(self._answer, f"{short}/{SOCKET}", limit=1 << 24)
+                server.bind(f"{short}/{SOCKET}")
             path.chmod(0o600)
+            server.listen(64)
         except BaseException:
             self._substrate.stop()
             raise
+        self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
         os.write(ready, json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode())
         os.close(ready)
-        watch = asyncio.create_task(self._watch())
+        self._loop.start(self._watch()).then(self._done.settle)
         try:
-            await self._done.wait()
+            await self._done
         finally:
-            watch.cancel()
+            self._loop.watch(server.fileno(), None)
             server.close()
             path.unlink(missing_ok=True)
             self._substrate.stop()
@@ -108,14 +109,17 @@ class Keeper:
         pause = WATCH_S
         while True:
             busy = self._active > 0
-            await asyncio.sleep(pause if busy else min(1.0, self._spec.ttl_s / 4))
+            await self._loop.sleep(pause if busy else min(1.0, self._spec.ttl_s / 4))
             began = time.monotonic()
             if not self._active and began - self._last > self._spec.ttl_s:
-                self._done.set()
-            if self._substrate.capabilities.files == "none" or not self._substrate.alive():
+                return
+            flags = self._substrate.capabilities
+            if flags.files == "none" or flags.disk_limit == "hard" or not self._substrate.alive():
                 continue
+            if not busy and self._substrate.usage().get("processes", 3) <= 2:
+                continue  # nobody inside could write
             try:
-                used = int(await self._task(lambda out: _tell_disk(self._substrate.upper_fd, out), as_owner=True))
+                used = int(await self._task("disk"))
             except SandboxError:
                 continue  # it ended meanwhile
             # What lay there when the sandbox came back over its limit may stay, so that it can be deleted.
@@ -124,28 +128,33 @@ class Keeper:
                 self._substrate.stop()
             pause = max(WATCH_S, 10 * (time.monotonic() - began))
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._active += 1
+    async def _answer(self, server: socket.socket) -> None:
+        """Answer one connection's requests, one after another."""
         try:
-            ask = json.loads(await reader.readline())
-            payload = await reader.readexactly(ask["size"]) if ask.get("size") is not None else None
+            link = Connection(self._loop, server.accept()[0])
+        except OSError:
+            return  # gone before it was met
+        try:
+            while True:
+                ask = json.loads(await link.line())
+                self._active += 1
+                try:
+                    payload = await link.exactly(ask["size"]) if ask.get("size") is not None else None
 
-            def emit(name: str, data: bytes) -> None:
-                if not writer.is_closing():
-                    writer.write(json.dumps({"event": name, "size": len(data)}).encode() + b"\n" + data)
+                    def emit(name: str, data: bytes) -> None:
+                        link.write(json.dumps({"event": name, "size": len(data)}).encode() + b"\n" + data)
 
-            done = await self._request(ask, payload, emit)
-            blobs = done.pop("blobs")
-            done["blobs"] = {name: len(data) for name, data in blobs.items()}
-            writer.write(json.dumps({"done": done}).encode() + b"\n" + b"".join(blobs.values()))
-            await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client went away; what it asked for goes on and is logged
+                    done = await self._request(ask, payload, emit)
+                    blobs = done.pop("blobs")
+                    done["blobs"] = {name: len(data) for name, data in blobs.items()}
+                    link.write(json.dumps({"done": done}).encode() + b"\n" + b"".join(blobs.values()))
+                finally:
+                    self._active -= 1
+                    self._last = time.monotonic()
+        except (ConnectionError, ValueError):
+            pass  # the client went away, or is none; what it asked for goes on and is logged
         finally:
-            self._active -= 1
-            self._last = time.monotonic()
-            with contextlib.suppress(ConnectionError):
-                writer.close()
+            link.close()
 
     async def _request(self, ask: dict[str, Any], payload: bytes | None, emit: Emit) -> dict[str, Any]:
         """Return `{"status", "value", "blobs", "replayed"}`; errors are statuses too."""
@@ -156,15 +165,16 @@ class Keeper:
             if payload is not None:
                 args = args | {"data": payload}
             if (known := self._running.get(request)) and known[:2] == (op, args):
-                return dict(await asyncio.shield(known[2]))
+                return dict(await known[2])
             self._revive()
             stateless = self._substrate.capabilities.files == "none"
             begun = self._log.begin(request, op, args, pure=stateless or op in PURE)
             if isinstance(begun, Stored):
                 return {"status": begun.status, "value": begun.value, "blobs": begun.blobs, "replayed": True}
-            future: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(self._run(begun, op, args, emit))
-            self._running[request] = (op, args, future)
-            return dict(await asyncio.shield(future))
+            # A task of its own, which a client that goes away does not take with it.
+            running = self._loop.start(self._run(begun, op, args, emit))
+            self._running[request] = (op, args, running)
+            return dict(await running)
         except PelagosError as error:
             kind = next(k for k, c in {**KINDS, "sandbox": PelagosError}.items() if isinstance(error, c))
             return {"status": "refused", "value": {"kind": kind, "message": str(error)}, "blobs": {}}
@@ -174,7 +184,7 @@ class Keeper:
         if not self._substrate.alive():
             self._substrate.stop()
             self._over_disk = False
-            self._substrate = _make(self._box, self._store.layers, self._spec)
+            self._substrate = _make(self._box, self._root / LAYERS, self._spec)
             self._substrate.start()
             self._log.event("start")
 
@@ -200,7 +210,7 @@ class Keeper:
 
     def _control(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         if op == "close":
-            self._done.set()
+            self._done.settle()
             return {}
         if op == "resolve":
             self._log.resolve(args["request_id"], args["how"])
@@ -222,21 +232,29 @@ class Keeper:
 
     async def _command(self, command: Command, timeout: float | None, data: bytes, emit: Emit) -> Outcome:
         kills = self._substrate.usage().get("oom_kills", 0)
-        streams = [_Stream(name, self._spec.limits.output_bytes, emit) for name in ("stdout", "stderr")]
+        streams = [_Stream(self._loop, name, self._spec.limits.output_bytes, emit) for name in ("stdout", "stderr")]
         began = time.perf_counter()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(data)
-            stdin.seek(0)
-            child = self._substrate.spawn(command, (stdin.fileno(), streams[0].write_fd, streams[1].write_fd))
+        stdin = linux.file_of(data)
+        timed_out = False
+        try:
+            child = self._substrate.spawn(command, (stdin, streams[0].write_fd, streams[1].write_fd))
+        finally:
+            os.close(stdin)
+
+        def expire() -> None:
+            nonlocal timed_out
+            if not report.settled:
+                timed_out = True
+                child.kill()
+                if self._paused:
+                    self._loop.start(self._op_resume(emit=emit))  # what is frozen does not die
+
         try:
             for stream in streams:
                 stream.listen()
-            report = asyncio.ensure_future(until_end(child.status_fd, close=False))
-            timed_out = not (await asyncio.wait([report], timeout=timeout))[0]
-            if timed_out:
-                child.kill()
-                if self._paused:
-                    await self._op_resume(emit=emit)  # what is frozen does not die
+            report = self._loop.start(self._loop.until_end(child.status_fd, line=True))
+            if timeout is not None:
+                self._loop.later(timeout, expire)
             line = await report
             wall_ms = round((time.perf_counter() - began) * 1e3, 3)
         finally:
@@ -259,66 +277,42 @@ class Keeper:
         return value, {stream.name: bytes(stream.kept) for stream in streams}
 
     async def _op_read(self, *, emit: Emit, path: str) -> Outcome:
-        def task(out: int) -> None:
-            fd = _open_regular(path, os.O_RDONLY)
-            if os.fstat(fd).st_size > FILE_BYTES:
-                raise OSError(f"{path}: more than {FILE_BYTES} bytes; use pack_diff")
-            while piece := os.read(fd, 1 << 20):
-                _write_all(out, piece)
-
-        return {}, {"data": await self._task(task)}
+        return {}, {"data": await self._task("read", path=path)}
 
     async def _op_write(self, *, emit: Emit, path: str, data: bytes, mode: int) -> Outcome:
-        def task(out: int) -> None:
-            os.umask(0o022)
-            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
-            fd = _open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            _write_all(fd, data)
-            os.fchmod(fd, mode)
-
         if len(data) > FILE_BYTES:
             raise SandboxError(f"{path}: {len(data)} bytes, at most {FILE_BYTES} in one write; use an image")
-        await self._task(task)
+        await self._task("write", path=path, data=data, mode=mode)
         return {"size": len(data)}, {}
 
     async def _op_list(self, *, emit: Emit, path: str) -> Outcome:
-        def task(out: int) -> None:
-            found = []
-            for entry in sorted(os.scandir(path), key=lambda e: e.name):
-                facts = entry.stat(follow_symlinks=False)
-                kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
-                found.append([entry.name, kind.get(stat.S_IFMT(facts.st_mode), "other"), facts.st_size,
-                              stat.S_IMODE(facts.st_mode)])  # fmt: skip
-            _write_all(out, json.dumps(found).encode())
-
-        return {}, {"entries": await self._task(task)}
+        return {}, {"entries": await self._task("list", path=path)}
 
     async def _op_snapshot(self, *, emit: Emit) -> Outcome:
-        with tempfile.TemporaryFile(dir=self._store.root) as file:
-            await self._pack_into(file)
-            digest = self._store.add_canonical(file)
+        from pelagos.sandbox.layers import Store
+
+        with os.fdopen(os.open(self._root, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b") as file:
+            file.write(await self._pack())
+            digest = Store(self._root).add_canonical(file)
         return {"layer": digest, "base": self._spec.base, "layers": [*self._spec.layers, digest]}, {}
 
     async def _op_pack_diff(self, *, emit: Emit) -> Outcome:
-        with tempfile.TemporaryFile(dir=self._store.root) as file:
-            await self._pack_into(file)
-            file.seek(0)
-            return {}, {"diff": file.read()}
+        return {}, {"diff": await self._pack()}
 
-    async def _pack_into(self, file: Any) -> None:
+    async def _pack(self) -> bytes:
         """Pack the upper directory while everything inside stands still."""
-        most = int(self._spec.limits.disk_mb * 1024 * 1024)
+        import tarfile  # noqa: F401  the fork that packs may not read Python's files any more
 
-        def task(out: int) -> None:
-            with os.fdopen(out, "wb", closefd=False) as pipe:
-                pack(self._substrate.upper_fd, pipe, most=most)
-
-        async with self._still:
+        before, self._still = self._still, Promise(self._loop)
+        try:
+            await before
             self._substrate.pause(True)
             try:
-                file.write(await self._task(task, as_owner=True))
+                return await self._task("pack", most=int(self._spec.limits.disk_mb * 1024 * 1024))
             finally:
-                self._substrate.pause(False)
+                self._substrate.pause(self._paused)
+        finally:
+            self._still.settle()
 
     async def _op_pause(self, *, emit: Emit, on: bool = True) -> Outcome:
         self._substrate.pause(on)
@@ -328,15 +322,17 @@ class Keeper:
     async def _op_resume(self, *, emit: Emit) -> Outcome:
         return await self._op_pause(emit=emit, on=False)
 
-    async def _task(self, task: Callable[[int], Any], *, as_owner: bool = False) -> bytes:
-        """Run a task among the sandbox's files and return what it wrote; SandboxError with its complaint."""
+    async def _task(self, name: str, **arguments: Any) -> bytes:
+        """Do a task of `inside.py` among the sandbox's files and return its answer; SandboxError with its complaint."""
         if self._substrate.capabilities.files == "none":
             raise SandboxError(f"{self._spec.substrate}: stateless, it has no files to reach (files=none)")
-        out, out_w = os.pipe()
-        pid = self._substrate.inside(task, out_w, as_owner=as_owner)
-        os.close(out_w)
-        data = await until_end(out)
-        if os.waitpid(pid, 0)[1] != 0:
+        out, ended = self._substrate.inside(name, arguments)
+        try:
+            data = await self._loop.until_end(out)
+        finally:
+            os.close(out)
+            well = ended()
+        if not well:
             at = data.rfind(b'{"error": ')
             raise SandboxError(json.loads(data[at:])["error"] if at >= 0 else "killed while it read the files")
         return data
@@ -345,18 +341,17 @@ class Keeper:
 class _Stream:
     """One output pipe: keeps the first `most` bytes, reads on slowly and drops the rest."""
 
-    def __init__(self, name: str, most: int, emit: Emit) -> None:
+    def __init__(self, loop: Loop, name: str, most: int, emit: Emit) -> None:
         self.name, self.kept, self.truncated = name, bytearray(), False
-        self._most, self._emit, self._closing = most, emit, False
+        self._loop, self._most, self._emit, self._closing = loop, most, emit, False
         self._fd, self.write_fd = os.pipe()
         os.set_blocking(self._fd, False)
-        self._loop, self._again = asyncio.get_running_loop(), None
 
     def listen(self) -> None:
         """Let go of the write end, which the command has now, and take what comes."""
         os.close(self.write_fd)
         self.write_fd = -1
-        self._loop.add_reader(self._fd, self._take)
+        self._loop.watch(self._fd, self._take)
 
     def _take(self) -> bool:
         try:
@@ -369,72 +364,25 @@ class _Stream:
         if new:
             self._emit(self.name, new)
         if not data or (self.truncated and not self._closing):
-            self._loop.remove_reader(self._fd)
+            self._loop.watch(self._fd, None)
         if data and self.truncated and not self._closing:
             # A flood is read at some 60 MB/s, so that it costs the host little and the command still ends.
-            self._again = self._loop.call_later(0.001, self._loop.add_reader, self._fd, self._take)
+            self._loop.later(0.001, self._again)
         return bool(data)
+
+    def _again(self) -> None:
+        if not self._closing:
+            self._loop.watch(self._fd, self._take)
 
     def close(self) -> None:
         """Take what is in the pipe, wait for nobody, and close."""
         self._closing = True
-        self._loop.remove_reader(self._fd)
-        if self._again is not None:
-            self._again.cancel()
+        self._loop.watch(self._fd, None)
         if self.write_fd >= 0:
             os.close(self.write_fd)
         while self._take() and not self.truncated:
             pass
         os.close(self._fd)
-
-
-async def until_end(fd: int, *, close: bool = True) -> bytes:
-    """Read a pipe to its end without a thread."""
-    loop, ended, data = asyncio.get_running_loop(), asyncio.Event(), bytearray()
-    os.set_blocking(fd, False)
-
-    def take() -> None:
-        with contextlib.suppress(BlockingIOError):
-            piece = os.read(fd, 1 << 20)
-            data.extend(piece)
-            if not piece:
-                loop.remove_reader(fd)
-                ended.set()
-
-    loop.add_reader(fd, take)
-    try:
-        await ended.wait()
-        return bytes(data)
-    finally:
-        loop.remove_reader(fd)
-        if close:
-            os.close(fd)
-
-
-def _open_regular(path: str, flags: int, mode: int = 0) -> int:
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, mode)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError(f"{path}: not a regular file")
-    return fd
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _tell_disk(directory: int, out: int) -> None:
-    """Write the bytes on disk under a descriptor's directory, each file once however many names it has."""
-    total, seen = 0, set()
-    for _, _, files, fd in os.fwalk(".", dir_fd=directory, onerror=None):
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                if facts.st_nlink == 1 or facts.st_ino not in seen:
-                    seen.add(facts.st_ino)
-                    total += facts.st_blocks * 512 + 256
-    os.write(out, b"%d" % total)
 
 
 @contextlib.contextmanager
@@ -470,12 +418,9 @@ def _keep(box: Path, ready: int) -> None:
         os.dup2(fd, number)
     os.umask(0o077)
 
-    async def run() -> None:
-        spec = Spec.from_dict(json.loads((box / SPEC).read_text(encoding="utf-8")))
-        await Keeper(box, Store(box.parents[1]), spec).serve(ready)
-
     try:
-        asyncio.run(run())
+        spec, loop = Spec.from_dict(json.loads((box / SPEC).read_text(encoding="utf-8"))), Loop()
+        loop.run(Keeper(loop, box, spec).serve(ready))
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pelagos.config import read_environment
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
 from pelagos.sandbox.container import INSIDE_UID, host_ids
+from pelagos.sandbox.inside import OPAQUE, OPAQUE_ATTRIBUTE, WHITEOUT, pack_tree
 
-WHITEOUT, OPAQUE = "PELAGOS.whiteout", "PELAGOS.opaque"
-_OPAQUE_ATTRIBUTE = "user.overlay.opaque"
 # What programs of /usr need of /etc: links of alternatives, the loader's cache, names of services. No secrets.
 _HOST_ETC = (
     "alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "mime.types", "protocols", "services", "shells",
@@ -91,7 +89,7 @@ class Store:
             raise SandboxError(f"{path}: {error.strerror}; expected a directory to make a layer of") from None
         try:
             with tempfile.TemporaryFile(dir=self.root) as file:
-                pack(fd, file, at=at, fixed_time=fixed_time)
+                pack_tree(fd, file, at=at, fixed_time=fixed_time)
                 file.seek(0)
                 return self.add_canonical(file)
         finally:
@@ -104,7 +102,7 @@ class Store:
             fd = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 with tempfile.TemporaryFile(dir=self.root) as canonical:
-                    pack(fd, canonical)
+                    pack_tree(fd, canonical)
                     return self._place(draft, _digest(canonical))
             finally:
                 os.close(fd)
@@ -146,70 +144,9 @@ class Store:
 @functools.cache
 def default_store() -> Store:
     """Return the store under the user's cache directory."""
+    from pelagos.config import read_environment
+
     return Store(read_environment().cache_home / "pelagos" / "sandbox")
-
-
-def pack(directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None) -> None:
-    """Write the directory of a descriptor as a canonical tar; raises SandboxError beyond `most` bytes of content."""
-    total = 0
-    links: dict[tuple[int, int], str] = {}
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        prefix = [part for part in at.split("/") if part]
-        for depth in range(len(prefix)):
-            frame = tarfile.TarInfo("/".join(prefix[: depth + 1]))
-            frame.type, frame.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(frame)
-        for name, fd, entry in _walk(directory, "/".join(prefix)):
-            info = tarfile.TarInfo(name)
-            info.mode = entry.st_mode & 0o1777
-            seconds, nanoseconds = divmod(entry.st_mtime_ns, 10**9)
-            headers = {} if fixed_time else {"mtime": f"{seconds}.{nanoseconds:09d}"}
-            source = None
-            kind = stat.S_IFMT(entry.st_mode)
-            if kind == stat.S_IFDIR:
-                info.type = tarfile.DIRTYPE
-                with contextlib.suppress(OSError):
-                    if os.getxattr(fd, _OPAQUE_ATTRIBUTE) == b"y":
-                        headers[OPAQUE] = "1"
-            elif kind == stat.S_IFCHR and entry.st_rdev == 0:
-                headers, info.mode = {WHITEOUT: "1"}, 0
-            elif kind == stat.S_IFLNK:
-                info.type, info.mode = tarfile.SYMTYPE, 0o777
-                info.linkname = os.readlink(name.rpartition("/")[2], dir_fd=fd)
-            elif kind == stat.S_IFIFO:
-                info.type = tarfile.FIFOTYPE
-            elif kind != stat.S_IFREG:
-                continue
-            elif (first := links.setdefault((entry.st_dev, entry.st_ino), name)) != name and entry.st_nlink > 1:
-                info.type, info.linkname = tarfile.LNKTYPE, first
-            else:
-                info.size = entry.st_size
-                total += entry.st_size
-                if most is not None and total > most:
-                    raise SandboxError(
-                        f"the files are more than {most} bytes at {name!r}; raise disk_mb, or delete some"
-                    )
-                source = os.fdopen(os.dup(fd), "rb")
-            info.pax_headers = headers
-            with source or contextlib.nullcontext():
-                tar.addfile(info, source)
-
-
-def _walk(directory: int, prefix: str) -> Iterator[tuple[str, int, os.stat_result]]:
-    """(name, descriptor, stat) sorted: of a directory or file its own descriptor, else that of its directory."""
-    for name in sorted(os.listdir(directory), key=os.fsencode):
-        entry = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        path = f"{prefix}/{name}" if prefix else name
-        if not stat.S_ISDIR(entry.st_mode) and not stat.S_ISREG(entry.st_mode):
-            yield path, directory, entry
-            continue
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        try:
-            yield path, fd, entry
-            if stat.S_ISDIR(entry.st_mode):
-                yield from _walk(fd, path)
-        finally:
-            os.close(fd)
 
 
 def unpack(file: IO[bytes], target: Path) -> None:
@@ -251,7 +188,7 @@ def _unpack_one(
                 os.mkdir(name, 0o700, dir_fd=parent)
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
             if OPAQUE in info.pax_headers:
-                os.setxattr(fd, _OPAQUE_ATTRIBUTE, b"y")
+                os.setxattr(fd, OPAQUE_ATTRIBUTE, b"y")
             os.close(fd)
             directories.append((path, mode, nanoseconds))
             os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)

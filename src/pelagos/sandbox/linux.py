@@ -72,6 +72,22 @@ def fork(work: Callable[[], object], complain: Callable[[BaseException], object]
         os._exit(code)  # whatever happened, the complaint's own failure too: two of us must not go on
 
 
+def file_of(data: bytes) -> int:
+    """Return a descriptor of a file in memory that holds `data`, at its start."""
+    fd = os.memfd_create("pelagos")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def which(program: str) -> str | None:
+    """Return where a program lies on the path, None where it is not installed."""
+    found = (f"{directory}/{program}" for directory in os.get_exec_path())
+    return next((path for path in found if os.access(path, os.X_OK)), None)
+
+
 def forbid_imports() -> None:
     """Let this process import nothing any more: in a sandbox's mounts, what it would find is the sandbox's."""
     sys.meta_path.clear()

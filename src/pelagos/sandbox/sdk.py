@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -44,6 +45,8 @@ class AsyncSandbox:
         self.files = AsyncFiles(self)
         self.capabilities: Capabilities  # how strong each promise is here; known when `create` or `open` returns
         self._session, self._count = session, 0
+        self._idle: list[_Link] = []  # connections nobody asks on
+        weakref.finalize(self, _hang_up, self._idle)
 
     @classmethod
     async def create(
@@ -147,10 +150,12 @@ class AsyncSandbox:
 
     async def close(self, *, keep: bool = False) -> None:
         """End the sandbox; files and log are deleted unless `keep`. Closing twice is no error."""
+        if self.directory.exists():
+            with contextlib.suppress(OSError):  # no keeper, nothing to tell
+                await self._exchange({"op": "close", "args": {}, "request": ""}, None, {})
+        _hang_up(self._idle)
         if not self.directory.exists():
             return
-        with contextlib.suppress(OSError):  # no keeper, nothing to tell
-            await self._exchange({"op": "close", "args": {}, "request": ""}, None, {})
         deadline = time.monotonic() + CLOSE_S
         while not _unlocked(self.directory / log.NAME):
             if time.monotonic() > deadline:
@@ -195,29 +200,23 @@ class AsyncSandbox:
     async def _exchange(
         self, ask: dict[str, Any], payload: bytes | None, sinks: Mapping[str, Sink | None]
     ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        with keeper.short_name(self.directory) as short:
-            reader, writer = await asyncio.open_unix_connection(f"{short}/{keeper.SOCKET}", limit=1 << 24)
+        link = self._idle.pop() if self._idle else await _Link.to(self.directory)
         try:
             head = ask | {"size": None if payload is None else len(payload)}
-            writer.write(json.dumps(head).encode() + b"\n" + (payload or b""))
-            await writer.drain()
+            await link.send(json.dumps(head).encode() + b"\n" + (payload or b""))
             while True:
-                line = await reader.readline()
-                if not line:
-                    raise ConnectionResetError("the keeper ended before it answered")
-                frame = json.loads(line)
+                frame = json.loads(await link.take())
                 if "done" in frame:
                     sizes = frame["done"].pop("blobs")
-                    return frame["done"], {name: await reader.readexactly(size) for name, size in sizes.items()}
-                data = await reader.readexactly(frame["size"])
+                    blobs = {name: await link.take(size) for name, size in sizes.items()}
+                    self._idle.append(link)
+                    return frame["done"], blobs
+                data = await link.take(frame["size"])
                 if (sink := sinks.get(frame["event"])) is not None:
                     sink(data)
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionResetError(str(error)) from None
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+        except BaseException:
+            link.sock.close()
+            raise
 
     async def _start_keeper(self) -> dict[str, str]:
         """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
@@ -227,7 +226,7 @@ class AsyncSandbox:
                 socket.send_fds(sock, [os.fsencode(self.directory)], [write])
         finally:
             os.close(write)
-        said = await keeper.until_end(read)
+        said = await _until_end(read)
         told = json.loads(said or b'{"error": "the keeper ended without a word"}')
         if "error" in told:
             if "another process writes" in told["error"]:
@@ -235,6 +234,43 @@ class AsyncSandbox:
                 return {}
             raise SandboxError(told["error"])
         return told
+
+
+class _Link:
+    """One connection to a keeper; it belongs to no event loop between two uses."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self._in = sock, bytearray()
+
+    @classmethod
+    async def to(cls, directory: Path) -> _Link:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with keeper.short_name(directory) as short:
+                await asyncio.get_running_loop().sock_connect(sock, f"{short}/{keeper.SOCKET}")
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def take(self, size: int | None = None) -> bytes:
+        """Return `size` bytes or a line."""
+        while (end := self._in.find(b"\n") + 1 if size is None else size) > len(self._in) or (size is None and not end):
+            piece = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 20)
+            if not piece:
+                raise ConnectionResetError("the keeper ended before it answered")
+            self._in += piece
+        data = bytes(self._in[:end])
+        del self._in[:end]
+        return data
+
+
+def _hang_up(links: list[_Link]) -> None:
+    while links:
+        links.pop().sock.close()
 
 
 class AsyncFiles:
@@ -360,6 +396,28 @@ def _result(answer: tuple[dict[str, Any], dict[str, bytes], bool]) -> ExecResult
     return ExecResult(stdout=blobs["stdout"], stderr=blobs["stderr"], replayed=replayed, **value)
 
 
+async def _until_end(fd: int) -> bytes:
+    """Read a pipe to its end without a thread, and close it."""
+    loop, ended, data = asyncio.get_running_loop(), asyncio.Event(), bytearray()
+    os.set_blocking(fd, False)
+
+    def take() -> None:
+        with contextlib.suppress(BlockingIOError):
+            piece = os.read(fd, 1 << 16)
+            data.extend(piece)
+            if not piece:
+                loop.remove_reader(fd)
+                ended.set()
+
+    loop.add_reader(fd, take)
+    try:
+        await ended.wait()
+        return bytes(data)
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
 def _absolute(path: str) -> str:
     return path if path.startswith("/") else f"/workspace/{path}"
 
@@ -383,6 +441,6 @@ def _nursery() -> int:
     house = str(Path(__file__).resolve().parents[2])
     program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
     with theirs:
-        child = subprocess.Popen([sys.executable, "-c", program], stdin=theirs.fileno(), start_new_session=True)
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno(), start_new_session=True)
     child.returncode = 0  # nobody waits for it: it ends with this process
     return ours.detach()
