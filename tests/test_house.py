@@ -31,8 +31,8 @@ FLOORS = (
     ("__main__",),
 )
 LINE_CEILINGS = {
-    "cli": 1100, "posttrain": 2000, "evals": 1800, "serve": 5000, "agent": 800, "train": 3600, "engine": 4200,
-    "model": 1700, "checkpoint": 800, "tasks": 900, "kernels": 4860, "parallel": 500, "chat": 1010, "cost": 740,
+    "cli": 1160, "posttrain": 2000, "evals": 1800, "serve": 5000, "agent": 800, "train": 3100, "engine": 4200,
+    "model": 1700, "checkpoint": 800, "tasks": 900, "kernels": 5410, "parallel": 500, "chat": 1010, "cost": 740,
     "sandbox": 2900, "config": 500, "errors": 150, "numerics": 500,
 }  # fmt: skip
 HOUSE_CEILING = 31_000

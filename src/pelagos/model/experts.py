@@ -29,13 +29,16 @@ class Router(nn.Module):
         table = torch.zeros(config.vocab_size, self.topk, dtype=torch.int64) if hashed else None
         self.register_buffer("tid2eid", table)
         self.simulate = False
+        self.routes: Tensor | None = None  # (T, K) int64 choices made elsewhere, taken instead of its own
         self.register_buffer("bias", None if hashed else torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return chosen (T, K) int64, weights (T, K) and all scores (T, E) float32 for x (T, D), ids (T,)."""
         product = ordered_linear if self.simulate else linear
         scores = elementwise(functional.softplus, product(x.float(), self.weight)).sqrt()
-        if self.tid2eid is not None:
+        if self.routes is not None:
+            chosen = self.routes
+        elif self.tid2eid is not None:
             chosen = self.tid2eid[ids]
         else:
             assert self.bias is not None
@@ -56,6 +59,8 @@ class Experts(nn.Module):
         self.stored = self.release
         self.simulate = False
         self.master = False
+        self.hits: Tensor | None = None  # training: counters of `ops.swiglu`, and what sees the products' gradients
+        self.leave: ops.Quantizer | None = None
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, multiple: int = 0) -> Tensor:
         """Return the weighted sum (T, D) float32 of the chosen experts for x (T, D); for `multiple` see `mixture`."""
@@ -65,7 +70,7 @@ class Experts(nn.Module):
         quantize = quantize_activations if self.simulate and self.stored in ("fp8", "fp4") else None
         inputs = (x, chosen, weights, w13, w2, self.limit, quantize)
         few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
-        return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple)
+        return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple, self.hits, self.leave)
 
 
 class SharedExpert(nn.Module):
@@ -77,9 +82,10 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe_intermediate_size, "fp8")
         self.w2 = Linear(config.moe_intermediate_size, config.hidden_size, "fp8")
         self.limit = float(config.swiglu_limit)
+        self.hits: Tensor | None = None  # training: counters of `ops.swiglu`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x), self.limit, self.hits).to(x.dtype))
 
 
 class MoE(nn.Module):

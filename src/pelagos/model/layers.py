@@ -6,6 +6,8 @@ official GEMMs do. With `master` weights (training) the weight is quantised on t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,7 @@ class Linear(nn.Module):
         self.simulate_input = simulate_input
         self.simulate = False
         self.master = False
+        self.product: Callable[[Tensor, Tensor], Tensor] | None = None  # training in FP8: x and master weight to x W^T
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight the product uses, in `dtype`."""
@@ -49,6 +52,8 @@ class Linear(nn.Module):
         return self.simulate and self.simulate_input and self.stored in ("fp8", "fp4")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(x, self.weight)
         weight = self.effective_weight(x.dtype)
         if self.quantizes_input:
             return quantized_linear(quantize_activations(x), weight)

@@ -25,8 +25,13 @@ def route(scores: Tensor, chosen: Tensor, scaling: float) -> Tensor:
     return picked / (ordered_sum(picked, -1).unsqueeze(-1) + 1e-20) * scaling
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """Return silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; the gate has an upper clamp only."""
+def swiglu(gate: Tensor, up: Tensor, limit: float, hits: Tensor | None = None) -> Tensor:
+    """Return silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; the gate has an upper clamp only.
+
+    `hits` (3,) int64, if given, grows by how often gate, up above and up below met the clamp.
+    """
+    if hits is not None:
+        hits += torch.stack([(gate > limit).sum(), (up > limit).sum(), (up < -limit).sum()])
     return elementwise(functional.silu, gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
 
 
@@ -65,12 +70,13 @@ def _places(chosen: np.ndarray, experts: int, multiple: int) -> tuple[np.ndarray
 
 def mixture(
     x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, quantize: Quantizer | None,
-    multiple: int = 0,
+    multiple: int = 0, hits: Tensor | None = None, leave: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the routed experts' sum (T, D) float32 for x (T, D), chosen (T, K) int64, weights (T, K) float32.
 
     w13 (E, 2F, D) holds w1 over w3, w2 (E, D, F). `quantize` simulates the activation format before each
-    product; the routing weight enters before w2, as released. A `multiple` pads an expert's rows (`_places`).
+    product; the routing weight enters before w2, as released. A `multiple` pads an expert's rows (`_places`). Training
+    counts clamp `hits` (see `swiglu`) and passes what leaves a product through `leave`.
     """
     tokens, picks = chosen.shape
     flat = chosen.flatten()
@@ -85,9 +91,11 @@ def mixture(
         kept = np.zeros(sum(rows), np.int64)
         kept[places] = np.arange(len(places))
         back, order = (torch.from_numpy(each).to(x.device) for each in (places, kept))
-    gate, up = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized).chunk(2, -1)
-    hidden = (swiglu(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+    both = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized)
+    gate, up = (leave(both) if leave else both).chunk(2, -1)
+    hidden = (swiglu(gate, up, limit, hits) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
     out = grouped_linear(quantize(hidden) if quantize else hidden, w2, rows, quantized=quantized)
+    out = leave(out) if leave else out
     return ordered_sum(out[back].view(tokens, picks, -1).float(), 1)
 
 
