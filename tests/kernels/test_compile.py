@@ -9,7 +9,7 @@ SCRIPT = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pelagos.kernels.triton import fp4_experts, site, sinkhorn, skinny_gemm
+from pelagos.kernels.triton import fp4_experts, router, site, sinkhorn, skinny_gemm
 
 backend, arch, warp = {target}
 target = GPUTarget(backend, arch, warp)
@@ -21,11 +21,16 @@ TYPES = dict(
     y=BF16, streams=BF16, out=BF16, terms=BF16, norm=BF16, normed=BF16, x=BF16, planes=BF16, hidden=BF16,
     post=F32, comb=F32, fn=F32, base=F32, scale=F32, parts=F32, weights=F32, partial=F32,
     codes=U8, scales=U8, weight=U8, weight_scales=U8, w=U8, chosen=I32, table=I32, slot_expert=I32, slot_rows=I32,
-    arrived=I32, eps="fp32", norm_eps="fp32", limit="fp32",
+    arrived=I32, pairs=I16, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
+    shared_scales=U8, shared_w=U8, shared_w_scales=U8, wide_weight=BF16, out_scales=U8, scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32",
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
-EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, TARGET=made_for)
+EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, TARGET=made_for)
+PRODUCT = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, QUANTISE=False, TARGET=made_for)
+CHOICE = dict(PICKS=6, BY_TABLE=False, TARGET=made_for)
+ROUTER = dict(DEPTH=512, GATE_PARTS=1, PARTS=2, PADDED=64, CHOOSE=True, CUT=1, COLUMNS=1024, TALL=64, WIDE=16, **CHOICE)
+ROUTED = dict(table="*i64", shared=U8, shared_scales=U8, out=F32)
 KERNELS = [
     (site._mix_token_kernel, dict(EACH=1, **SITE), dict()),
     (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),
@@ -33,11 +38,16 @@ KERNELS = [
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
-    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, **EXPERT), dict(scale=U8, num_stages=4)),
+    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, FP8_PARTS=0, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=1, DEPTH=512, OUTPUTS=256, FP8_PARTS=2, **EXPERT), dict(scale=U8)),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
-    (fp4_experts._combine_kernel, dict(PICKED=6, WIDTH=512, PARTS=2, COLUMNS=1024, TARGET=made_for), dict(out=F32)),
-    (skinny_gemm._kernel, dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, TARGET=made_for), dict()),
-    (skinny_gemm._kernel, dict(DEPTH=512, PART=512, PARTS=1, TALL=128, WIDE=64, TARGET=made_for), dict()),
+    (fp4_experts._combine_kernel, dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),
+    (skinny_gemm._kernel, PRODUCT, dict()),
+    (skinny_gemm._kernel, PRODUCT | dict(PART=512, PARTS=1, TALL=128, WIDE=64), dict()),
+    (skinny_gemm._kernel, PRODUCT | dict(TALL=128, QUANTISE=True), dict(codes=BF16, out=U8)),
+    (skinny_gemm._merged_kernel, {{k: v for k, v in PRODUCT.items() if k != "QUANTISE"}}, dict(out=F32)),
+    (router._kernel, ROUTER | dict(EXPERTS=64), ROUTED),
+    (router._choose_kernel, dict(PARTS=2, EXPERTS=64, **CHOICE), dict(table="*i64")),
     (sinkhorn._forward_kernel, dict(ITERS=20, N=4, BLOCK=128), dict(logits=F32, mixed=F32, normalisers=F32)),
 ]
 for kernel, constants, other in KERNELS:
@@ -57,4 +67,4 @@ print("compiled", len(KERNELS))
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 12\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 17\n"

@@ -22,9 +22,20 @@ from triton_cases import error
 arrived = torch.zeros(4096, dtype=torch.int32)
 for case in ((1, 128, 128, 1), (3, 256, 512, 1), (17, 128, 256, 2), (33, 128, 384, 1), (2, 128, 2048, 1)):
     inputs = ref.make_inputs(*case)
-    off = error(kernel.forward(*inputs, arrived, case[3]), ref.forward(*inputs, case[3]))
+    off = error(kernel.forward(*inputs, arrived, case[3])[0], ref.forward(*inputs, case[3]))
     # The interpreter cuts to bfloat16 instead of rounding.
     assert off < 6e-3, (case, off)
+    x = ref.decoded(*inputs[:2], (1, 128)).bfloat16()
+    off = error(kernel.forward(x, None, *inputs[2:], arrived, case[3])[0], ref.forward(x, None, *inputs[2:], case[3]))
+    assert off < 6e-3, (case, off)
+    codes = kernel.forward(*inputs, arrived, case[3], quantise=True)
+    off = error(ref.decoded(*codes, (1, 128)), ref.forward(*inputs, case[3]))
+    assert off < 3e-2, (case, off)
+    if case[3] == 1:
+        wide = torch.randn(192, case[2]).bfloat16()
+        for operands in ((*inputs[:2], x, *inputs[2:]), (None, None, x, None, None)):
+            off = error(kernel.merged(*operands, wide, arrived), ref.merged(*operands, wide))
+            assert off < 1e-6, (case, off)
     assert not arrived.any()
 assert kernel.cut(128, 2048, 1)[1] > 1
 for outputs, depth, groups in ((1536, 4096, 1), (32768, 1024, 1), (1024, 4096, 8), (4096, 8192, 1), (7168, 16384, 1)):
@@ -66,6 +77,21 @@ def test_kernel_in_the_interpreter():
     assert run(SCRIPT, interpret=True) == "compared\n"
 
 
+def test_merged_products_need_their_codes():
+    codes, scales, weight, weight_scales, arrived = inputs_of(3, 128, 256, 1)
+    x = ref.decoded(codes, scales, numerics.ACT_BLOCK).bfloat16()
+    wide = torch.randn(64, 256).bfloat16()
+    got = skinny_gemm.merged(codes, scales, x, weight, weight_scales, wide, arrived)
+    assert torch.equal(got[:, 128:], x.float() @ wide.float().T)
+    assert error(got[:, :128], skinny_gemm.product(codes, scales, weight, weight_scales, arrived)) < 3e-3
+    with pytest.raises(ConfigError, match="codes"):
+        skinny_gemm.merged(None, None, x, weight, weight_scales, wide, arrived)
+    with pytest.raises(ConfigError, match="multiples"):
+        skinny_gemm.merged(None, None, x, None, None, wide[:10], arrived)
+    with pytest.raises(ConfigError, match="bfloat16 without"):
+        skinny_gemm.product(codes, None, weight, weight_scales, arrived)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ref.CASES, ids=str)
 def test_kernel_on_the_device(case):
@@ -78,4 +104,18 @@ def test_kernel_on_the_device(case):
     for row in {0, case[0] // 2, case[0] - 1}:
         alone = (each[row : row + 1] for each in inputs[:2])
         assert torch.equal(skinny_gemm.product(*alone, *inputs[2:], arrived, groups=groups)[0], got[row])
+    x = ref.decoded(*inputs[:2], numerics.ACT_BLOCK).bfloat16()
+    plain = skinny_gemm.product(x, None, *inputs[2:], arrived, groups=groups)
+    assert error(plain, ref.forward(x, None, *inputs[2:], groups)) < TOLERANCE
+    codes = skinny_gemm.quantised_product(x, None, *inputs[2:], arrived, groups=groups)
+    assert error(ref.decoded(*codes, numerics.ACT_BLOCK), plain) < 3e-2
+    assert torch.equal(skinny_gemm.product(x[:1], None, *inputs[2:], arrived, groups=groups)[0], plain[0])
+    if groups == 1:
+        wide = torch.randn(192, case[2], device="cuda").bfloat16()
+        merged = skinny_gemm.merged(*inputs[:2], x, *inputs[2:], wide, arrived)
+        assert error(merged, ref.merged(*inputs[:2], x, *inputs[2:], wide)) < 1e-3
+        last = (each[-1:].contiguous() for each in (*inputs[:2], x))
+        assert torch.equal(skinny_gemm.merged(*last, *inputs[2:], wide, arrived)[0], merged[-1])
+        head = skinny_gemm.merged(None, None, x, None, None, wide, arrived)
+        assert error(head, ref.merged(None, None, x, None, None, wide)) < 1e-5
     assert not arrived.any()

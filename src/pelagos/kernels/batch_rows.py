@@ -21,3 +21,13 @@ class Rows(NamedTuple):
     owner: Tensor  # (T,) int32 row of `table`
     table: Tensor  # (B, P) int32 page of every page_tokens positions
     frozen: Tensor  # (T,) int32: entries of windows that end before it are there already and are not written
+
+
+class Routed(NamedTuple):
+    """What `router.route` finds for T tokens, and what the Triton experts take from it."""
+
+    chosen: Tensor  # (T, K) int32
+    weights: Tensor  # (T, K) float32
+    shared: Tensor  # (T, 2F) float32, gate then up of the shared expert
+    planes: Tensor | None = None  # (T, D) bfloat16, even columns then odd ones, in an order of their own
+    lists: tuple[Tensor, ...] | None = None  # rows by expert, None where a pick is a list

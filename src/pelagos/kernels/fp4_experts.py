@@ -1,6 +1,7 @@
-"""The routed experts with weights as released, for decoding: contract, checks and dispatch.
+"""The experts with weights as released, for decoding: contract, checks and dispatch.
 
-On CUDA four Triton launches without a host synchronisation; elsewhere `ref.fp4_experts`, which defines the meaning.
+On CUDA Triton launches (four, and one where the router has not listed rows) without a host synchronisation; elsewhere
+`ref.fp4_experts`, which defines the meaning.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
+from pelagos.kernels.batch_rows import Routed
 from pelagos.kernels.ref import fp4_experts as ref
 
 BLOCK = 128  # both widths are multiples of it: an activation scale belongs to so many columns
@@ -46,6 +48,31 @@ def mixture(
     from pelagos.kernels.triton import fp4_experts as kernel
 
     return kernel.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
+
+
+def site(
+    codes: Tensor, scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor,
+    shared2_scales: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
+    """Return routed and shared experts' sum (T, D) bfloat16 for tokens that `router.route` has routed.
+
+    shared2 (D, F) E4M3 with shared2_scales (D/128, F/128); the rest as `mixture`. The routed experts' sum is float32,
+    in the order of the picks; the shared expert's bfloat16 output joins it last. Raises ConfigError for other shapes.
+    """
+    width, inner = codes.shape[1], w2.shape[2] * 2
+    expected = {"shared": (routed.shared, (codes.shape[0], 2 * inner)), "shared2": (shared2, (width, inner)),
+                "shared2_scales": (shared2_scales, (width // BLOCK, inner // BLOCK))}  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected {shape}")
+    if routed.planes is None:
+        return ref.site(codes, scales, routed, w13, s13, w2, s2, shared2, shared2_scales, limit)
+    from pelagos.kernels.triton import fp4_experts as kernel
+
+    return kernel.site(
+        routed.planes, routed.chosen, routed.weights, routed.lists, routed.shared, w13, s13, w2, s2, shared2,
+        shared2_scales, limit,
+    )  # fmt: skip
 
 
 def check_scales(scale: Tensor) -> None:

@@ -5,41 +5,90 @@ On CUDA one Triton launch; elsewhere `ref.skinny_gemm`, which defines the meanin
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from pelagos import numerics
 from pelagos.errors import ConfigError
 from pelagos.kernels.ref import skinny_gemm as ref
 
 BLOCK = 128
+TALL = 64  # outputs of a merged product are a multiple of it
 MAX_ROWS = 64
 COUNTERS = 4096  # int32 zeros that `arrived` has to hold
 
 
 def product(
-    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, arrived: Tensor, *, groups: int = 1
+    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, arrived: Tensor, *, groups: int = 1
 ) -> Tensor:
-    """Return x W^T (T, O) bfloat16 of quantised rows x and weights W, summed in float32.
+    """Return x W^T (T, O) bfloat16 of rows x and FP8 weights W, summed in float32.
 
     codes (T, G * I) E4M3 with scales (T, G * I / 128) UE8M0, T <= 64; weight (O, I) E4M3 with weight_scales
-    (O/128, I/128) UE8M0, all as uint8. With G `groups` (wo_a) rows O/G of the weight multiply columns I of x. `arrived`
-    (4096,) int32 zeros is scratch, zero again afterwards; calls that may overlap need their own. Raises ConfigError for
-    other shapes. Source: inference/kernel.py fp8_gemm.
+    (O/128, I/128) UE8M0, all as uint8. Without scales x is bfloat16 (T, G * I). With G `groups` (wo_a) rows O/G of the
+    weight multiply columns I of x. `arrived` (4096,) int32 zeros is scratch, zero again afterwards; calls that may
+    overlap need their own. Raises ConfigError for other shapes. Source: inference/kernel.py fp8_gemm.
     """
+    _check(codes, scales, weight, weight_scales, groups)
+    if not codes.is_cuda:
+        return ref.forward(codes, scales, weight, weight_scales, groups)
+    from pelagos.kernels.triton import skinny_gemm as kernel
+
+    return kernel.forward(codes, scales, weight, weight_scales, arrived, groups)[0]
+
+
+def quantised_product(
+    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, arrived: Tensor, *, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return `product` as the next product reads it: E4M3 codes (T, O) and UE8M0 scales (T, O/128), both uint8."""
+    _check(codes, scales, weight, weight_scales, groups)
+    if not codes.is_cuda:
+        found = numerics.encode_fp8(ref.forward(codes, scales, weight, weight_scales, groups), numerics.ACT_BLOCK)
+        return found[0].view(torch.uint8), found[1].view(torch.uint8)
+    from pelagos.kernels.triton import skinny_gemm as kernel
+
+    return kernel.forward(codes, scales, weight, weight_scales, arrived, groups, quantise=True)
+
+
+def _check(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, groups: int) -> None:
     (rows, columns), (outputs, depth) = codes.shape, weight.shape
     if not 1 <= rows <= MAX_ROWS:
         raise ConfigError(f"skinny_gemm: {rows} rows, expected 1..{MAX_ROWS}")
+    if (scales is None) != (codes.dtype == torch.bfloat16):
+        raise ConfigError(f"skinny_gemm: x is {codes.dtype}, expected uint8 codes with scales or bfloat16 without")
     if columns != groups * depth or outputs % (groups * BLOCK) or depth % BLOCK:
         raise ConfigError(
             f"skinny_gemm: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: "
             f"expected columns of x = groups * columns of weight, multiples of {BLOCK}"
         )
-    expected = {"scales": (scales, (rows, columns // BLOCK)),
-                "weight_scales": (weight_scales, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip
+    expected = {"weight_scales": (weight_scales, (outputs // BLOCK, depth // BLOCK))}
+    expected |= {} if scales is None else {"scales": (scales, (rows, columns // BLOCK))}
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"skinny_gemm: {name} is {tuple(tensor.shape)}, expected {shape}")
-    if not codes.is_cuda:
-        return ref.forward(codes, scales, weight, weight_scales, groups)
+
+
+def merged(
+    codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
+    wide_weight: Tensor, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the products (T, O + O') float32 of rows with FP8 weights and, behind them, with bfloat16 ones.
+
+    x (T, I) bfloat16 meets wide_weight (O', I) bfloat16; its FP8 copy `codes` with `scales` meets weight (O, I) with
+    `weight_scales`, all four None where there is no such weight; the rest as `product`, O and O' multiples of 64.
+    Raises ConfigError for other shapes.
+    """
+    (rows, depth), outputs = x.shape, 0 if weight is None else weight.shape[0]
+    if not 1 <= rows <= MAX_ROWS:
+        raise ConfigError(f"skinny_gemm: {rows} rows, expected 1..{MAX_ROWS}")
+    if wide_weight.shape[1] != depth or depth % BLOCK or outputs % BLOCK or wide_weight.shape[0] % TALL:
+        raise ConfigError(
+            f"skinny_gemm: x {tuple(x.shape)}, {outputs} FP8 outputs, wide_weight {tuple(wide_weight.shape)}: expected "
+            f"columns alike, multiples of {BLOCK}, and outputs in multiples of {BLOCK} and {TALL}"
+        )
+    if weight is not None and (codes is None or tuple(codes.shape) != (rows, depth)):
+        raise ConfigError(f"skinny_gemm: codes for x {tuple(x.shape)} have another shape or are missing")
+    if not x.is_cuda:
+        return ref.merged(codes, scales, x, weight, weight_scales, wide_weight)
     from pelagos.kernels.triton import skinny_gemm as kernel
 
-    return kernel.forward(codes, scales, weight, weight_scales, arrived, groups)
+    return kernel.merged(codes, scales, x, weight, weight_scales, wide_weight, arrived)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from pelagos import numerics
-from pelagos.kernels.ref.experts import mixture
+from pelagos.kernels.batch_rows import Routed
+from pelagos.kernels.ref.experts import mixture, swiglu
+from pelagos.kernels.ref.skinny_gemm import decoded
 
 # (tokens, experts, picks, width, inner): the edges of a tile of rows, hot and idle experts, both ways of listing.
 CASES = (
@@ -61,3 +63,16 @@ def forward(
     return mixture(
         x, places.view(chosen.shape), weights, decode(w13[used], s13[used]), decode(w2[used], s2[used]), limit, quantize
     )
+
+
+def site(
+    codes: Tensor, scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor,
+    shared2_scales: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
+    """Return the sum (T, D) bfloat16 of routed and shared experts; see `kernels.fp4_experts.site`."""
+    out = forward(codes, scales, routed.chosen, routed.weights, w13, s13, w2, s2, limit)
+    gate, up = routed.shared.to(torch.bfloat16).chunk(2, 1)
+    hidden = swiglu(gate, up, limit).to(torch.bfloat16)
+    hidden = numerics.fake_quant_fp8(hidden, numerics.ACT_BLOCK).float()
+    shared = hidden @ decoded(shared2, shared2_scales, numerics.FP8_BLOCK).T
+    return (out + shared.to(torch.bfloat16).float()).to(torch.bfloat16)

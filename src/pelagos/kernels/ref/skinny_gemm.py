@@ -32,11 +32,27 @@ def make_inputs(
     return codes.view(torch.uint8), scales.view(torch.uint8), weight, weight_scales
 
 
-def forward(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, groups: int = 1) -> Tensor:
+def decoded(codes: Tensor, scales: Tensor | None, block: tuple[int, int]) -> Tensor:
+    """Return the float32 values of uint8 E4M3 codes with UE8M0 scales, or of bfloat16 without."""
+    if scales is None:
+        return codes.float()
+    return numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), block)
+
+
+def forward(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, groups: int = 1) -> Tensor:
     """Return the product (T, O) bfloat16; see `kernels.skinny_gemm.product`."""
-    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
-    w = numerics.decode_fp8(
-        weight.view(torch.float8_e4m3fn), weight_scales.view(torch.float8_e8m0fnu), numerics.FP8_BLOCK
-    )
+    x, w = decoded(codes, scales, numerics.ACT_BLOCK), decoded(weight, weight_scales, numerics.FP8_BLOCK)
     parts = zip(x.chunk(groups, 1), w.chunk(groups, 0), strict=True)
     return torch.cat([a @ b.T for a, b in parts], 1).to(torch.bfloat16)
+
+
+def merged(
+    codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
+    wide_weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the products (T, O + O') float32; see `kernels.skinny_gemm.merged`."""
+    wide = x.float() @ wide_weight.float().T
+    if codes is None or weight is None:
+        return wide
+    narrow = decoded(codes, scales, numerics.ACT_BLOCK) @ decoded(weight, weight_scales, numerics.FP8_BLOCK).T
+    return torch.cat((narrow, wide), 1)

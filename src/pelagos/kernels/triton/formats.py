@@ -39,6 +39,17 @@ _SPREAD = tl.constexpr(
     }"""
 )
 
+# Four E4M3 bytes to bfloat16: the bits of value * 2^-120, times 2^120 and their scale.
+_WIDEN = tl.constexpr(
+    """{
+    .reg .b32 p, q, a, b;
+    prmt.b32 p, $2, 0, 0x1404;
+    prmt.b32 q, $2, 0, 0x3424;
+    shr.u32 a, p, 4; and.b32 a, a, 0x07F007F0; and.b32 b, p, 0x80008000; or.b32 a, a, b; mul.rn.bf16x2 $0, a, $3;
+    shr.u32 a, q, 4; and.b32 a, a, 0x07F007F0; and.b32 b, q, 0x80008000; or.b32 a, a, b; mul.rn.bf16x2 $1, a, $4;
+    }"""
+)
+
 
 @triton.jit
 def dot(a, b, total, TARGET: tl.constexpr):
@@ -92,11 +103,30 @@ def bits_to_bfloat16(bits):
 
 
 @triton.jit
+def to_bfloat16(x, TARGET: tl.constexpr):
+    """float32 x rounded to the nearest bfloat16, ties to even; the interpreter's own cast cuts."""
+    if TARGET == "interpreter":
+        bits = x.to(tl.int32, bitcast=True)
+        return bits_to_bfloat16(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
 def e4m3_to_float(code):
     """float32 of E4M3 codes (any integer type, 0..255)."""
     wide = code.to(tl.int32)
     bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def e4m3_times(code, byte, TARGET: tl.constexpr):
+    """bfloat16 values of uint8 E4M3 codes times 2^(byte - 127), a scalar UE8M0 byte of 7..134; exact."""
+    factor = bits_to_bfloat16((byte.to(tl.int32) + 120) << 7)
+    if TARGET == "ptx":
+        both = tl.zeros(code.shape, tl.bfloat16) + factor
+        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r,r,r", [code, both], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return (e4m3_to_float(code) * power_of_two(byte)).to(tl.bfloat16)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Experts with FP4 weights for a few tokens: every chosen expert's weights are streamed once, as released.
 
 Five launches, no host in between: lists of rows by expert and unpacked activations; gate and up; SwiGLU and the
-second quantisation; down; the sum over a token's picks. Rows come in tiles of 16, k is cut by the weights' shape alone
+second quantisation; down; the sum over a token's picks. Of a whole expert site the router does the first, and the
+shared expert's second product runs with down. Rows come in tiles of 16, k is cut by the weights' shape alone
 and parts are added in order, so a token's bits do not depend on the others. Activations lie in two planes, even columns
 before odd ones, as the nibbles of a weight byte do: no lane has to move.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from pelagos.kernels.triton.formats import (
     dot,
     e2m1_pair,
+    e4m3_code,
     e4m3_to_float,
     expert_scale,
     fp8_scale_exponent,
@@ -26,12 +28,14 @@ from pelagos.kernels.triton.formats import (
     target,
     wait_for_inputs,
 )
+from pelagos.kernels.triton.skinny_gemm import fp8_tile
 
 BLOCK = 128  # columns that share an activation scale
 ROWS = 64  # outputs a program
 LONG = 4096  # from here on k is cut in two
 STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
+SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed expert's
 
 
 @triton.jit
@@ -45,6 +49,19 @@ def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
     x = x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2)
     return tl.permute(x, (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+
+
+@triton.jit
+def plane_block(pairs, scales, planes, token, cut, width, COLUMNS: tl.constexpr):
+    """Unpack COLUMNS activation codes of a token, read in pairs, into its two bfloat16 planes."""
+    block = cut * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    live = block < width // 2
+    pair = tl.load(pairs + token * (width // 2) + block, mask=live, other=0).to(tl.int32)
+    scale = power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
+    even = e4m3_to_float(pair & 0xFF) * scale
+    odd = e4m3_to_float((pair >> 8) & 0xFF) * scale
+    tl.store(planes + token * width + _place(block), even.to(tl.bfloat16), mask=live)
+    tl.store(planes + token * width + width // 2 + _place(block), odd.to(tl.bfloat16), mask=live)
 
 
 @triton.jit
@@ -70,15 +87,7 @@ def _plan_kernel(
         tl.store(slot_rows + at, rows)
         tl.store(table + at * CAPACITY + rank, place, mask=(match > 0) & (rank < CAPACITY))
     else:
-        token = (at - slots) // CUT
-        block = (at - slots) % CUT * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        live = block < width // 2
-        pair = tl.load(codes + token * (width // 2) + block, mask=live, other=0).to(tl.int32)
-        scale = power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
-        even = e4m3_to_float(pair & 0xFF) * scale
-        odd = e4m3_to_float((pair >> 8) & 0xFF) * scale
-        tl.store(planes + token * width + _place(block), even.to(tl.bfloat16), mask=live)
-        tl.store(planes + token * width + width // 2 + _place(block), odd.to(tl.bfloat16), mask=live)
+        plane_block(codes, scales, planes, (at - slots) // CUT, (at - slots) % CUT, width, COLUMNS)
 
 
 @triton.jit
@@ -95,18 +104,49 @@ def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: 
 @triton.jit
 def _product_kernel(
     x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks,
+    shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
+    SINGLE: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x."""
+    """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x.
+
+    SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first FP8_PARTS slots are the shared expert's.
+    """
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
-    slot, part = tl.program_id(2), tl.program_id(1)
+    slot, part = tl.program_id(2) - FP8_PARTS, tl.program_id(1)
+    if FP8_PARTS > 0 and slot < 0:
+        if part == 0:
+            share: tl.constexpr = DEPTH // max(FP8_PARTS, 1)
+            token = tl.arange(0, WIDE)
+            first = tl.program_id(0) * ROWS
+            total = fp8_tile(
+                shared_codes, shared_scales, shared_w, shared_w_scales, first, (slot + FP8_PARTS) * share,
+                token, token < tokens, DEPTH, DEPTH, share, ROWS, WIDE, TARGET,
+            )  # fmt: skip
+            place = ((slot + FP8_PARTS) * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
+            tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
+    else:
+        _expert_rows(x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks, slot, part,
+                     SHARED, DEPTH, OUTPUTS, PARTS, SINGLE, ROWS, BYTES, TARGET)  # fmt: skip
+
+
+@triton.jit
+def _expert_rows(
+    x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks, slot, part,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
     at = tl.arange(0, 16)
     # Loaded together: each would cost a round trip before the weights can be asked for.
-    rows = tl.load(slot_rows + slot)
     expert = tl.load(slot_expert + slot).to(tl.int64)
-    pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
+    if SINGLE:
+        rows = 1
+        pick = tl.zeros((16,), tl.int32) + slot
+    else:
+        rows = tl.load(slot_rows + slot)
+        pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
     stride: tl.constexpr = DEPTH // 2
     share: tl.constexpr = stride // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -126,37 +166,57 @@ def _product_kernel(
             total = dot(w_odd, odd, total, TARGET)
         tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
         first += 16
-        pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
+        if not SINGLE:
+            pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
+
+
+@triton.jit
+def _gated(gate, up, limit):
+    """silu of the gate, clamped from above, times the clamped up."""
+    gate = tl.minimum(gate, limit)
+    return gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
 
 
 @triton.jit
 def _hidden_kernel(
-    partial, weights, hidden, limit, picks, INNER: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr
-):
-    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product."""
+    partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks,
+    INNER: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product.
+
+    Rows beyond the picks are the shared expert's: bfloat16 in between as released, FP8 codes for the next product.
+    """
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
     pick = tl.program_id(0)
     lane = tl.arange(0, 128)
-    column = tl.program_id(1) * 128 + lane
-    gate = tl.load(partial + pick * (2 * INNER) + column)
-    up = tl.load(partial + pick * (2 * INNER) + INNER + column)
-    for part in tl.static_range(1, PARTS):
-        gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
-        up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
-    gate = tl.minimum(gate, limit)
-    value = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
-    value *= tl.load(weights + pick)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
-    value = quantise_block(value, exponent) * power_of_two(exponent)
-    place = lane % 2 * (INNER // 2) + tl.program_id(1) * 64 + _place(lane // 2)
-    tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
+    block = tl.program_id(1)
+    column = block * 128 + lane
+    if pick < picks:
+        gate = tl.load(partial + pick * (2 * INNER) + column)
+        up = tl.load(partial + pick * (2 * INNER) + INNER + column)
+        for part in tl.static_range(1, PARTS):
+            gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
+            up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
+        value = _gated(gate, up, limit) * tl.load(weights + pick)
+        exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        value = quantise_block(value, exponent) * power_of_two(exponent)
+        place = lane % 2 * (INNER // 2) + block * 64 + _place(lane // 2)
+        tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
+    else:
+        row = pick - picks
+        gate = tl.load(shared + row * (2 * INNER) + column).to(tl.bfloat16).to(tl.float32)
+        up = tl.load(shared + row * (2 * INNER) + INNER + column).to(tl.bfloat16).to(tl.float32)
+        value = _gated(gate, up, limit).to(tl.bfloat16).to(tl.float32)
+        exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        tl.store(shared_codes + row * INNER + column, e4m3_code(quantise_block(value, exponent)))
+        tl.store(shared_scales + row * (INNER // 128) + block, exponent.to(tl.uint8))
 
 
 @triton.jit
 def _combine_kernel(
-    partial, out, picks, PICKED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
-    TARGET: tl.constexpr,
+    partial, shared_partial, out, picks, tokens, PICKED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    FP8_PARTS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
@@ -169,7 +229,12 @@ def _combine_kernel(
         for part in tl.static_range(PARTS):
             own += tl.load(partial + (part * picks + token * PICKED + i) * WIDTH + column, mask=live, other=0.0)
         total += own
-    tl.store(out + token * WIDTH + column, total, mask=live)
+    if FP8_PARTS > 0:
+        own = tl.zeros((COLUMNS,), tl.float32)
+        for part in tl.static_range(FP8_PARTS):
+            own += tl.load(shared_partial + (part * tokens + token) * WIDTH + column, mask=live, other=0.0)
+        total += own.to(tl.bfloat16).to(tl.float32)
+    tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=live)
 
 
 def cut(depth: int) -> dict[str, int]:
@@ -178,46 +243,90 @@ def cut(depth: int) -> dict[str, int]:
     return {"DEPTH": depth, "PARTS": parts, "BYTES": 128 if depth // 2 // parts % 128 == 0 else 64}
 
 
+def list_rows(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows by expert: table (S, T) of picks, slot_expert (S,) and slot_rows (S,) int32, for chosen (T, K)."""
+    (tokens, _), picks = chosen.shape, chosen.numel()
+    slots = picks if picks <= experts else experts
+    table, (expert, rows), made_for = chosen.new_empty((slots, tokens)), chosen.new_empty((2, slots)), target()
+    _plan_kernel[(slots,)](
+        chosen, chosen, chosen, table, expert, rows, chosen, picks, slots, 0, BY_PICK=picks <= experts,
+        PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=1, TARGET=made_for,
+        **launch(made_for),
+    )  # fmt: skip
+    return table, expert, rows
+
+
 def forward(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
     limit: float,
 ) -> Tensor:  # fmt: skip
-    """Return (T, D) float32; operands as in `kernels.fp4_experts`."""
-    (tokens, width), picked, experts = codes.shape, chosen.shape[1], w13.shape[0]
-    inner, picks = w2.shape[2] * 2, tokens * picked
-    by_pick = picks <= experts
-    slots = picks if by_pick else experts
-    first, second = cut(width), cut(inner)
-    up_parts, down_parts = first["PARTS"], second["PARTS"]
-    new = codes.new_empty
-    lists = (new((slots, tokens), dtype=torch.int32), *new((2, slots), dtype=torch.int32))
-    planes = new((tokens, width), dtype=torch.bfloat16)
-    up = new((up_parts, picks, 2 * inner), dtype=torch.float32)
-    hidden = new((picks, inner), dtype=torch.bfloat16)
-    down = new((down_parts, picks, width), dtype=torch.float32)
-    out = new((tokens, width), dtype=torch.float32)
-    made_for, columns = target(), triton.cdiv(width, COLUMNS)
-    shape = {"ROWS": ROWS, "TARGET": made_for}
-    options = launch(made_for, num_stages=STAGES)
+    """Return (T, D) float32; operands as in `kernels.fp4_experts.mixture`."""
+    (tokens, width), experts, made_for, columns = (
+        codes.shape,
+        w13.shape[0],
+        target(),
+        triton.cdiv(codes.shape[1], COLUMNS),
+    )
+    picks = chosen.numel()
+    slots = picks if picks <= experts else experts
+    lists = (chosen.new_empty((slots, tokens)), *chosen.new_empty((2, slots)))
+    planes = codes.new_empty((tokens, width), dtype=torch.bfloat16)
     _plan_kernel[(slots + tokens * columns,)](
         chosen, codes.view(torch.int16), scales, *lists, planes, picks, slots, width,
-        BY_PICK=by_pick, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=columns,
-        TARGET=made_for, **launch(made_for),
+        BY_PICK=picks <= experts, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS,
+        CUT=columns, TARGET=made_for, **launch(made_for),
     )  # fmt: skip
-    _product_kernel[(2 * inner // ROWS, up_parts, slots)](
-        planes, *lists, w13, s13, up, tokens, picks,
-        SHARED=picked, OUTPUTS=2 * inner, **first, **shape, **options,
+    out = codes.new_empty((tokens, width), dtype=torch.float32)
+    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, None, out)
+
+
+def site(
+    planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, shared: Tensor, w13: Tensor,
+    s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor, shared2_scales: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
+    """Return (T, D) bfloat16; operands as in `kernels.fp4_experts.site`."""
+    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, (shared, shared2, shared2_scales),
+                    torch.empty_like(planes))  # fmt: skip
+
+
+def _experts(
+    planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, w13: Tensor, s13: Tensor,
+    w2: Tensor, s2: Tensor, limit: float, shared: tuple[Tensor, Tensor, Tensor] | None, out: Tensor,
+) -> Tensor:  # fmt: skip
+    (tokens, width), picked, picks = planes.shape, chosen.shape[1], chosen.numel()
+    inner = w2.shape[2] * 2
+    first, second = cut(width), cut(inner)
+    single = lists is None
+    lists = (chosen, chosen, chosen) if lists is None else lists
+    slots = lists[1].numel()
+    new, made_for = planes.new_empty, target()
+    up = new((first["PARTS"], picks, 2 * inner), dtype=torch.float32)
+    hidden = new((picks, inner))
+    down = new((second["PARTS"], picks, width), dtype=torch.float32)
+    fp8_parts = 0 if shared is None else SHARED_PARTS if inner % (128 * SHARED_PARTS) == 0 else 1
+    gates, codes, scales, weight, weight_scales, shared_down = (out,) * 6
+    if shared is not None:
+        gates, weight, weight_scales = shared
+        codes = new((tokens, inner), dtype=torch.uint8)
+        scales = new((tokens, inner // BLOCK), dtype=torch.uint8)
+        shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
+    lent = (codes, scales, weight, weight_scales, shared_down, tokens)
+    shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": max(16, triton.next_power_of_2(tokens)), "TARGET": made_for}
+    options = launch(made_for, num_stages=STAGES)
+    _product_kernel[(2 * inner // ROWS, first["PARTS"], slots)](
+        planes, *lists, w13, s13, up, tokens, picks, *lent,
+        SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
-    _hidden_kernel[(picks, inner // BLOCK)](
-        up, weights, hidden, limit, picks, INNER=inner, PARTS=up_parts, TARGET=made_for,
+    _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
+        up, weights, hidden, gates, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"], TARGET=made_for,
         **launch(made_for, num_warps=1),
     )  # fmt: skip
-    _product_kernel[(width // ROWS, down_parts, slots)](
-        hidden, *lists, w2, s2, down, tokens, picks,
-        SHARED=1, OUTPUTS=width, **second, **shape, **options,
+    _product_kernel[(width // ROWS, second["PARTS"], fp8_parts + slots)](
+        hidden, *lists, w2, s2, down, tokens, picks, *lent,
+        SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
-    _combine_kernel[(tokens, columns)](
-        down, out, picks, PICKED=picked, WIDTH=width, PARTS=down_parts, COLUMNS=COLUMNS, TARGET=made_for,
-        **launch(made_for),
+    _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
+        down, shared_down, out, picks, tokens, PICKED=picked, WIDTH=width, PARTS=second["PARTS"], FP8_PARTS=fp8_parts,
+        COLUMNS=COLUMNS, TARGET=made_for, **launch(made_for),
     )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
-"""FP8 products of at most 64 rows: the weights, as the tall operand, are streamed once through the matrix unit.
+"""Products of at most 64 rows: the weights, as the tall operand, are streamed once through the matrix unit.
 
-A program takes 64 or 128 outputs and a fixed part of k. Every 128 columns end a scale: their sum leaves the matrix
-unit and joins a float32 total. Parts of k meet in memory; the last program to arrive adds them in order. The cut of k
-depends on the weight's shape alone and the tokens are columns of the product, so a row's bits are its own.
+A program takes 64 or 128 outputs and a fixed part of k. Every 128 columns of FP8 operands end a scale: their sum leaves
+the matrix unit and joins a float32 total. Parts of k meet in memory; the last program to arrive adds them in order. The
+cut of k depends on the weight's shape alone and the tokens are columns of the product, so a row's bits are its own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from torch import Tensor
 
 from pelagos.kernels.triton.formats import (
     dot,
+    e4m3_code,
+    e4m3_times,
     e4m3_to_float,
+    fp8_scale_exponent,
+    launch,
+    let_next_start,
     power_of_two,
+    quantise_block,
     target,
+    wait_for_inputs,
 )
 
 BLOCK = 128
 STAGES = 4  # of the pipeline, the best of 3 to 8 on an H200
 TILES = 128  # programs that a weight should at least be cut into
+MERGED_TALL, MERGED_TILES = 64, 256  # outputs a program, and programs, of a merged product
 
 
 @triton.jit
@@ -42,22 +50,18 @@ def _factor(ws, xs, k, live, PART: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
-    codes, scales, weight, weight_scales, out, partial, arrived, rows, outputs, stride,
-    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+def fp8_tile(
+    codes, scales, weight, weight_scales, first, begin, row, live, stride,
+    DEPTH: tl.constexpr, PART: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    tile, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    output = tile * TALL + tl.arange(0, TALL)
-    row = tl.arange(0, WIDE)
-    live = row < rows
+    """(TALL, WIDE) float32: weight rows from `first` times rows of x, both FP8, over PART columns from `begin`."""
     lane = tl.arange(0, 128)
+    output = first + tl.arange(0, TALL)
     blocks: tl.constexpr = DEPTH // 128
-    begin = part * PART
-    w = weight + (group * outputs + output).to(tl.int64)[:, None] * DEPTH + begin + lane[None, :]
-    x = codes + (row * stride + group * DEPTH)[:, None] + begin + lane[None, :]
-    ws = weight_scales + (group * outputs + tile * TALL) // 128 * blocks + begin // 128
-    xs = scales + row * (stride // 128) + group * blocks + begin // 128
+    w = weight + output.to(tl.int64)[:, None] * DEPTH + begin + lane[None, :]
+    x = codes + (row * stride)[:, None] + begin + lane[None, :]
+    ws = weight_scales + first // 128 * blocks + begin // 128
+    xs = scales + row * (stride // 128) + begin // 128
     total = tl.zeros((TALL, WIDE), tl.float32)
     # One step ahead: bytes are too narrow for the asynchronous copies that bring the rest.
     factor = _factor(ws, xs, 0, live, PART)
@@ -67,47 +71,198 @@ def _kernel(
         wide = _operand(tl.load(x + k * 128, mask=live[:, None], other=0), TARGET)
         total += dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET) * factor[None, :]
         factor = ahead
-    place = row[None, :] * outputs + output[:, None] + group * rows * outputs
+    return total
+
+
+@triton.jit
+def bf16_tile(
+    x, weight, first, begin, row, live, DEPTH: tl.constexpr, PART: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """`fp8_tile` of bfloat16 weights and rows."""
+    lane = tl.arange(0, 128)
+    w = weight + (first + tl.arange(0, TALL)).to(tl.int64)[:, None] * DEPTH + begin + lane[None, :]
+    source = x + (row * DEPTH)[:, None] + begin + lane[None, :]
+    total = tl.zeros((TALL, WIDE), tl.float32)
+    for k in tl.range(0, PART // 128):
+        tall = tl.load(w + k * 128)
+        wide = tl.load(source + k * 128, mask=live[:, None], other=0.0)
+        total = dot(tall, tl.trans(wide), total, TARGET)
+    return total
+
+
+@triton.jit
+def store_parts(total, out, partial, counter, place, live, size, part, PARTS: tl.constexpr):
+    """Store a tile of sums; of parts of k, the last to arrive adds all in order."""
     if PARTS == 1:
-        tl.store(out + row[None, :] * (tl.num_programs(2) * outputs) + group * outputs + output[:, None],
-                 total.to(tl.bfloat16), mask=live[None, :])  # fmt: skip
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=live)
     else:
-        size = rows * outputs * tl.num_programs(2)
-        tl.store(partial + part * size + place, total, mask=live[None, :])
+        tl.store(partial + part * size + place, total, mask=live)
         tl.debug_barrier()
-        counter = arrived + group * tl.num_programs(0) + tile
         before = tl.atomic_add(counter, 1, sem="acq_rel")
         if before == PARTS - 1:
             tl.debug_barrier()
-            total = tl.load(partial + place, mask=live[None, :], other=0.0)
+            total = tl.load(partial + place, mask=live, other=0.0)
             for other in tl.static_range(1, PARTS):
-                total += tl.load(partial + other * size + place, mask=live[None, :], other=0.0)
-            tl.store(out + row[None, :] * (tl.num_programs(2) * outputs) + group * outputs + output[:, None],
-                     total.to(tl.bfloat16), mask=live[None, :])  # fmt: skip
+                total += tl.load(partial + other * size + place, mask=live, other=0.0)
+            tl.store(out + place, total.to(out.dtype.element_ty), mask=live)
             tl.store(counter, 0)
 
 
-def cut(outputs: int, depth: int, groups: int) -> tuple[int, int]:
-    """Return (outputs a program, parts of k) of a weight's shape."""
-    tall = 128 if groups * outputs >= 32 * 128 else 64
-    programs, parts = groups * outputs // tall, 1
-    while programs * parts < TILES and depth // 128 % (2 * parts) == 0 and depth // parts > 512:
+@triton.jit
+def _quantise(total, out, out_scales, row, live, first, width, TALL: tl.constexpr):
+    """Store 128 bfloat16 outputs of each row as E4M3 codes with a scale."""
+    wide = total.to(tl.bfloat16).to(tl.float32)
+    exponent = fp8_scale_exponent(tl.max(tl.abs(wide), 0))
+    place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
+    tl.store(out + place, e4m3_code(quantise_block(wide, exponent[None, :])), mask=live[None, :])
+    tl.store(out_scales + row * (width // 128) + first // 128, exponent.to(tl.uint8), mask=live)
+
+
+@triton.jit
+def _kernel(
+    codes, scales, weight, weight_scales, out, out_scales, partial, arrived, rows, outputs, stride,
+    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, QUANTISE: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """FP8 weights; x of FP8 codes with scales, or of bfloat16 (then `scales` is not read). QUANTISE: codes come out."""
+    tile, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.arange(0, WIDE)
+    live = row < rows
+    first = group * outputs + tile * TALL
+    if codes.dtype.element_ty == tl.bfloat16:
+        total = _unquantised_tile(codes + group * DEPTH, weight, weight_scales, first, part * PART, row, live, stride,
+                                  DEPTH, PART, TALL, WIDE, TARGET)  # fmt: skip
+    else:
+        total = fp8_tile(
+            codes + group * DEPTH, scales + group * (DEPTH // 128), weight, weight_scales, first, part * PART, row,
+            live, stride, DEPTH, PART, TALL, WIDE, TARGET,
+        )  # fmt: skip
+    width = tl.num_programs(2) * outputs
+    place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
+    counter = arrived + group * tl.num_programs(0) + tile
+    if not QUANTISE:
+        store_parts(total, out, partial, counter, place, live[None, :], rows * width, part, PARTS)
+    elif PARTS == 1:
+        _quantise(total, out, out_scales, row, live, first, width, TALL)
+    else:
+        both = live[None, :]
+        tl.store(partial + part * (rows * width) + place, total, mask=both)
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1:
+            tl.debug_barrier()
+            total = tl.load(partial + place, mask=both, other=0.0)
+            for other in tl.static_range(1, PARTS):
+                total += tl.load(partial + other * (rows * width) + place, mask=both, other=0.0)
+            _quantise(total, out, out_scales, row, live, first, width, TALL)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _unquantised_tile(
+    x, weight, weight_scales, first, begin, row, live, stride, DEPTH: tl.constexpr, PART: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """`fp8_tile` with bfloat16 rows: weights become bfloat16 with their scale, which loses nothing."""
+    lane = tl.arange(0, 128)
+    w = weight + (first + tl.arange(0, TALL)).to(tl.int64)[:, None] * DEPTH + begin + lane[None, :]
+    source = x + (row * stride)[:, None] + begin + lane[None, :]
+    ws = weight_scales + first // 128 * (DEPTH // 128) + begin // 128
+    total = tl.zeros((TALL, WIDE), tl.float32)
+    byte = tl.load(ws)
+    for k in tl.range(0, PART // 128):
+        ahead = tl.load(ws + k + 1, mask=k + 1 < PART // 128, other=127)
+        tall = e4m3_times(tl.load(w + k * 128), byte, TARGET)
+        wide = tl.load(source + k * 128, mask=live[:, None], other=0.0)
+        total = dot(tall, tl.trans(wide), total, TARGET)
+        byte = ahead
+    return total
+
+
+@triton.jit
+def _merged_kernel(
+    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
+    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """`narrow` FP8 outputs before `wide` bfloat16 ones; the latter's tiles, being longer, go first."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, WIDE)
+    live = row < rows
+    width = narrow + wide
+    if tile < wide // TALL:
+        first = narrow + tile * TALL
+        total = bf16_tile(x, wide_weight, tile * TALL, part * PART, row, live, DEPTH, PART, TALL, WIDE, TARGET)
+    else:
+        first = (tile - wide // TALL) * TALL
+        total = fp8_tile(
+            codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH,
+            DEPTH, PART, TALL, WIDE, TARGET,
+        )  # fmt: skip
+    place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
+    store_parts(total, out, partial, arrived + tile, place, live[None, :], rows * width, part, PARTS)
+
+
+def cut(outputs: int, depth: int, groups: int, quantise: bool = False) -> tuple[int, int]:
+    """Return (outputs a program, parts of k) of a weight's shape; whole blocks where they are quantised."""
+    tall = 128 if quantise or groups * outputs >= 32 * 128 else 64
+    return tall, parts_of(groups * outputs // tall, depth, TILES)
+
+
+def parts_of(programs: int, depth: int, wanted: int) -> int:
+    """Return into how many parts k is cut, of at least 512 columns, for `wanted` programs."""
+    parts = 1
+    while programs * parts < wanted and depth // 128 % (2 * parts) == 0 and depth // parts > 512:
         parts *= 2
-    return tall, parts
+    return parts
+
+
+def wide_of(rows: int) -> int:
+    """Return how many columns of the product hold so many rows of x."""
+    return max(16, triton.next_power_of_2(rows))
 
 
 def forward(
-    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, arrived: Tensor, groups: int = 1
-) -> Tensor:
-    """Return (T, O) bfloat16; operands as in `kernels.skinny_gemm`. `arrived` is int32 zeros, left as it was."""
-    rows, (outputs, depth) = codes.shape[0], weight.shape
+    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, arrived: Tensor, groups: int = 1,
+    quantise: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (T, O) bfloat16, or codes with their scales; operands as in `kernels.skinny_gemm`.
+
+    `arrived` is int32 zeros, left as it was.
+    """
+    rows, (outputs, depth), new = codes.shape[0], weight.shape, codes.new_empty
     outputs //= groups
-    tall, parts = cut(outputs, depth, groups)
-    out = torch.empty((rows, groups * outputs), dtype=torch.bfloat16, device=codes.device)
-    partial = torch.empty(parts * rows * groups * outputs if parts > 1 else 1, dtype=torch.float32, device=codes.device)
+    tall, parts = cut(outputs, depth, groups, quantise)
+    out = new((rows, groups * outputs), dtype=torch.uint8 if quantise else torch.bfloat16)
+    out_scales = new((rows, groups * outputs // BLOCK), dtype=torch.uint8) if quantise else out
+    partial = new(parts * rows * groups * outputs if parts > 1 else 1, dtype=torch.float32)
     _kernel[(outputs // tall, parts, groups)](
-        codes, scales, weight, weight_scales, out, partial, arrived, rows, outputs, codes.shape[1],
-        DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=tall, WIDE=max(16, triton.next_power_of_2(rows)),
-        TARGET=target(), num_stages=STAGES,
+        codes, codes if scales is None else scales, weight, weight_scales, out, out_scales, partial, arrived, rows,
+        outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, TALL=tall,
+        WIDE=wide_of(rows), TARGET=target(), num_stages=STAGES,
+    )  # fmt: skip
+    return out, out_scales
+
+
+def merged(
+    codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
+    wide_weight: Tensor, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return (T, O + O') float32; operands as in `kernels.skinny_gemm.merged`."""
+    (rows, depth), narrow, wide = x.shape, 0 if weight is None else weight.shape[0], wide_weight.shape[0]
+    tiles = (narrow + wide) // MERGED_TALL
+    parts = parts_of(tiles, depth, MERGED_TILES)
+    out = x.new_empty((rows, narrow + wide), dtype=torch.float32)
+    partial = x.new_empty(parts * out.numel() if parts > 1 else 1, dtype=torch.float32)
+    codes, scales, weight, weight_scales = (
+        x if each is None else each for each in (codes, scales, weight, weight_scales)
+    )
+    made_for = target()
+    _merged_kernel[(tiles, parts)](
+        codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
+        DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=MERGED_TALL, WIDE=wide_of(rows), TARGET=made_for,
+        **launch(made_for, num_stages=STAGES),
     )  # fmt: skip
     return out
