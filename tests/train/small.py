@@ -14,7 +14,8 @@ from pelagos.config import ModelConfig, tiny
 from pelagos.model import Transformer
 from pelagos.train.data import IGNORE, write_meta, write_shard
 from pelagos.train.init import initialise
-from pelagos.train.trainer import TrainConfig, Trainer
+from pelagos.train.recipe import TrainConfig
+from pelagos.train.trainer import Trainer
 
 
 def small_config(**changes: Any) -> ModelConfig:

@@ -17,7 +17,8 @@ from pelagos.config import PRESETS, bundled_model_dir, preset
 from pelagos.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pelagos.train.trainer import TrainConfig, Trainer
+    from pelagos.train.recipe import TrainConfig
+    from pelagos.train.trainer import Trainer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
 
     SIGINT and SIGTERM save after the present step and return 128 + the signal's number; a second one ends at once.
     """
-    from pelagos.train.trainer import TrainConfig, Trainer
+    from pelagos.train.recipe import TrainConfig
+    from pelagos.train.trainer import Trainer
 
     args = _parser(TrainConfig).parse_args(argv)
     model, config = preset(args.model), TrainConfig(steps=args.steps, **_overrides(args.set, TrainConfig))

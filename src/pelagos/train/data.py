@@ -174,10 +174,10 @@ class PackedBatches:
             raise ConfigError(f"data state {dict(state)}: that epoch has {len(plan.row_starts) - 1} rows")
         self._epoch, self._cursor, self._plan = state["epoch"], state["cursor"], plan
 
-    def next(self) -> Batch:
-        """Return the next batch; it runs on into the next epoch, so every batch has `batch_rows` rows."""
+    def next(self, rows: int | None = None) -> Batch:
+        """Return the next `rows` rows (default `batch_rows`), running on into the next epoch."""
         parts: list[Batch] = []
-        missing = self.batch_rows
+        missing = self.batch_rows if rows is None else rows
         while missing:
             stop = min(self._cursor + missing, len(self._plan.row_starts) - 1)
             if stop > self._cursor:

@@ -1,18 +1,16 @@
-"""The life of a training run on one device: schedule, steps, held-out checks, resume, export.
+"""The life of a training run on one device: steps, held-out checks, spikes, resume, export.
 
-Source: technical report 4.2.2 (schedule, MTP weight, dense then sparse CSA), 5.2.1 (quantisation-aware stage).
+What a step should be is the recipe's business (recipe.py). Source: technical report 4.2.2, 4.2.3, 5.2.1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,99 +19,31 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
-from pelagos.load import save_model, usable_device
+from pelagos.load import load_model, save_model, usable_device
 from pelagos.model import Transformer
-from pelagos.numerics import FP4_GROUP
+from pelagos.numerics import LOSSLESS_BINADES
+from pelagos.train import lora
 from pelagos.train.data import IGNORE, SPLITS, TOKEN_MASK, Batch, PackedBatches, Shard, read_shard, sha256_of
+from pelagos.train.forward import Forward
+from pelagos.train.guard import Ahead, SpikeDetector, routed, routers
 from pelagos.train.init import initialise
-from pelagos.train.objective import Losses, LossWeights, losses, token_loss, update_balance_bias
-from pelagos.train.optim import Optimizer
+from pelagos.train.meter import ClampHits, Meter, peak_flops, training_flops
+from pelagos.train.objective import Losses, LossWeights, chunked_token_loss, losses, token_loss, update_balance_bias
+from pelagos.train.optim import SCHEDULES, OptimConfig, Optimizer
+from pelagos.train.precision import Stored, fp4_binades, set_precision
+from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 EXPORT_SHARD_BYTES = 15_000_000  # a shard of the bundled model stays under the 16 MiB that file hosts take
-SCORED = ("docs", "code", "books", "chat")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# Settings a resumed run may change: they decide what is written and when, not what is learnt.
-FREE_ON_RESUME = frozenset(("eval_every", "patience", "save_every", "log_every", "compile"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One run. Stages are fractions of `steps`: LR decays from `decay_from` on, CSA is sparse from `sparse_from` on,
-    weights and activations are quantised from `quantise_from` on."""
-
-    steps: int
-    batch_rows: int = 32
-    row_tokens: int = 2048
-    accumulate: int = 1
-    lr: float = 3e-3
-    lr_final_frac: float = 0.02
-    warmup_steps: int = 100
-    decay_from: float = 0.5
-    sparse_from: float = 0.6
-    quantise_from: float = 0.7
-    balance_speed: float = 1e-3
-    clip_norm: float = 1.0
-    seed: int = 0
-    repeats: Mapping[str, float] = field(
-        default_factory=lambda: {"docs": 1, "code": 1, "books": 1, "chat": 1, "fim": 1}
-    )
-    eval_every: int = 500
-    eval_rows: int = 32
-    patience: int = 4
-    save_every: int = 500
-    log_every: int = 20
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            self._check_type(f.name, f.type, getattr(self, f.name))
-        positive = (
-            "steps batch_rows row_tokens accumulate lr clip_norm eval_every eval_rows patience save_every log_every"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a value > 0")
-        for name in ("warmup_steps", "seed", "balance_speed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a value >= 0")
-        for name in ("lr_final_frac", "decay_from", "sparse_from", "quantise_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a fraction in [0, 1]")
-
-    @staticmethod
-    def _check_type(name: str, kind: object, value: object) -> None:
-        """Raise ConfigError unless a value fits its annotation; numbers may be whole where a fraction is meant."""
-        whole = type(value) is int
-        number = whole or (isinstance(value, float) and math.isfinite(value))
-        if kind == "int" and not whole:
-            raise ConfigError(f"{name}={value!r}: expected a whole number")
-        if kind == "float" and not number:
-            raise ConfigError(f"{name}={value!r}: expected a finite number")
-        if kind == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r}: expected true or false")
-        if name == "repeats":
-            shares = list(value.values()) if isinstance(value, Mapping) else [None]
-            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in shares):
-                raise ConfigError(f'{name}={value!r}: expected an object of numbers, such as {{"docs": 1.5}}')
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, flat, cosine decay to `lr_final_frac` of the peak."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        start = self.decay_from * self.steps
-        progress = min(1.0, max(0.0, (step - start) / max(1.0, self.steps - start)))
-        return self.lr * (self.lr_final_frac + (1 - self.lr_final_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    def weights_at(self, step: int) -> LossWeights:
-        """MTP weighs 0.3, then 0.1 once the decay starts."""
-        return LossWeights(mtp=0.3 if step < self.decay_from * self.steps else 0.1)
+LARGE_VOCABULARY = 32_768  # from here on logits are made in parts
 
 
 class Trainer:
     """Trains `model` on shards in `data` and keeps its state in `out`, where a later run resumes it.
 
     `tokenizer` is a directory of TOKENIZER_FILES: shards made with another one are refused, and `export` copies them.
+    `start` names a released-format checkpoint to fine-tune instead of fresh weights; its config replaces `model`.
     Raises ConfigError for a device, a setting or a directory that cannot serve, DataError for shards that do not fit.
     """
 
@@ -126,44 +56,81 @@ class Trainer:
         out: Path,
         device: str,
         tokenizer: Path | None = None,
+        start: str | Path | None = None,
     ) -> None:
-        self.config, self.out, self.tokenizer = config, out, tokenizer
+        self.config, self.out, self.tokenizer, self.start = config, out, tokenizer, start
         self.device = usable_device(device)
-        _check_quantisable(model, config)
+        if config.recompute and config.compile:
+            raise ConfigError("recompute=true with compile=true: compiled parts choose what they recompute; set one")
+        loaded = None if start is None else load_model(start, device=self.device)
+        model = model if loaded is None else loaded.config
+        check_quantisable(model, config)
         shards = [read_shard(data, s, tokenizer=tokenizer and tokenizer / TOKENIZER_FILES[0]) for s in SPLITS]
         for split, shard in zip(SPLITS, shards, strict=True):
             _check_vocabulary(shard, model, data / f"{split}.tokens")
-        train, self.heldout = shards
-        self.digests = {name: entry["sha256"] for name, entry in train.meta["splits"]["train"]["files"].items()}
-        self.scored = [kind for kind in SCORED if (self.heldout.kinds == self._kind(kind)).any()]
+        self.shard, self.heldout = shards
+        self.digests = {n: entry["sha256"] for n, entry in self.shard.meta["splits"]["train"]["files"].items()}
+        self.scored = [
+            k for k in self.heldout.meta["kinds"] if k != "fim" and (self.heldout.kinds == self._kind(k)).any()
+        ]
         if not self.scored:
-            raise DataError(
-                f"{data}: the held-out split has no sample of {', '.join(SCORED)}; run `pelagos data` again"
-            )
-        layout = {"batch_rows": config.batch_rows, "row_tokens": config.row_tokens, "seed": config.seed}
-        self.batches = PackedBatches(train, repeats=config.repeats, **layout)
+            raise DataError(f"{data}: the held-out split has no sample to score (fim is not); run `pelagos data` again")
+        self.length_stage, self.batches = 0, self._loader(0)
         on_gpu = self.device.type == "cuda"
-        self.model = Transformer(model, device=self.device)
+        self.model = loaded.train() if loaded is not None else Transformer(model, device=self.device)
         self.model.carrier = torch.bfloat16 if on_gpu else torch.float32
-        initialise(self.model, config.seed)
+        if loaded is None:
+            initialise(self.model, config.seed)
+        if config.lora_rank:
+            lora.attach(self.model, config.lora_rank, config.seed)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
-        self.optimizer = Optimizer(self.model)
+        schedule = SCHEDULES[config.newton_schulz]
+        self.optimizer = Optimizer(self.model, OptimConfig(newton_schulz=schedule, muon=config.optimizer == "muon"))
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
         self.scores: dict[str, float] = {}
+        self.recall: float | None = None
         self._stop_asked = False
         self._health: list[Tensor] = []  # one scalar a step, finite if the step was; read only when something waits
-        self.cross_entropy = token_loss
+        self.stored: Stored | None = None
+        self.kind = ""
+        self._set_stage(0)
+        self.spikes = SpikeDetector(config.spike_window, config.spike_sigmas)
+        self.ahead = Ahead(config.anticipate, self._fetch, self._route, self._data_state)
+        self.meter, self.hits = Meter(out), ClampHits(self.model)
+        self.cross_entropy = chunked_token_loss if model.vocab_size >= LARGE_VOCABULARY else token_loss
         if config.compile:
-            self.cross_entropy = torch.compile(token_loss, dynamic=False)
+            self.cross_entropy = torch.compile(self.cross_entropy, dynamic=False)
             torch._dynamo.config.recompile_limit = 64  # layer kinds x stages
-            for block in (*self.model.layers, *self.model.mtp):
-                for site in ("attention_site", "expert_site"):
-                    setattr(block, site, torch.compile(getattr(block, site), dynamic=False))
+        self.forward = Forward(self.model, compile=config.compile, recompute=config.recompute)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{out}: not usable as the run directory ({error.strerror or error})") from None
+
+    def _loader(self, stage: int) -> PackedBatches:
+        """The loader of a length stage; each stage draws anew, its seed set apart."""
+        config, size = self.config, self.config.lengths[stage][1]
+        rows = config.batch_rows * config.row_tokens // size
+        layout = {"batch_rows": rows, "row_tokens": size, "seed": config.seed + 1000 * stage}
+        return PackedBatches(self.shard, repeats=config.repeats, **layout)
+
+    def _fetch(self, step: int) -> list[Batch]:
+        stage = self.config.length_stage(step)
+        if stage != self.length_stage:
+            self.length_stage, self.batches = stage, self._loader(stage)
+        return [self.batches.next(rows) for rows in self.config.rows_at(step)]
+
+    def _data_state(self) -> dict[str, int]:
+        return {"stage": self.length_stage} | self.batches.state
+
+    @torch.no_grad()
+    def _route(self, batch: Batch) -> list[Tensor]:
+        """Return the experts the present weights choose for a batch, (T, K) int16 a layer."""
+        notes: list[dict[str, Tensor]] = []
+        self._losses(batch, LossWeights(), dense=self.config.dense(self.step), notes=notes)
+        assert len(notes) == len(routers(self.model))
+        return [note["chosen"].to(torch.int16) for note in notes]
 
     def describe(self) -> str:
         """Say on what device and in what dtypes this run computes, and how far it is."""
@@ -187,8 +154,14 @@ class Trainer:
         loss or gradient is not finite; the last saved state then stays.
         """
         config, started, seen = self.config, time.monotonic(), 0
+        if config.anticipate and not (self.out / "state.pt").exists():
+            self.save()  # somewhere to go back to
         while self.step < config.steps and self.stale < config.patience:
-            terms, norm = self._update()
+            with self._profiled():
+                terms, norm = self._update()
+            if config.anticipate and self._rolled_back(terms):
+                started, seen = time.monotonic(), 0
+                continue
             seen += 1
             self.step += 1
             if self.step % config.log_every == 0:
@@ -205,6 +178,31 @@ class Trainer:
         self.save()
         return True
 
+    def _profiled(self) -> Any:
+        """A profile of step `profile_step` into `profile.json` (open it at ui.perfetto.dev), or nothing."""
+        if self.step + 1 != self.config.profile_step:
+            return contextlib.nullcontext()
+        path = str(self.out / "profile.json")
+        return torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(path))
+
+    def _rolled_back(self, terms: Losses) -> bool:
+        """Whether this step's loss was a spike: then the last saved state is back and routes are anticipated."""
+        again = self.step < self.ahead.until
+        wrong = None if again else self.spikes.spike(float(terms.next_token))
+        if wrong is None:
+            return False
+        spiked = self.step + 1
+        self._health.clear()
+        self._restore(self.out / "state.pt")
+        self.ahead.until = max(spiked, self.step) + self.config.anticipate_steps
+        self.meter.cut(self.step)
+        line = (
+            f"step {spiked}: {wrong}; back to step {self.step}, with experts chosen by weights "
+            f"{self.config.anticipate} steps old until step {self.ahead.until}"
+        )
+        self.meter.write({"step": self.step, "spike_at": spiked, "anticipate_until": self.ahead.until}, line)
+        return True
+
     def _check_held_out(self) -> None:
         self._require_finite()
         self.scores = self.evaluate()
@@ -214,7 +212,13 @@ class Trainer:
         units = {kind: "nats/token" if kind == "chat" else "bits/byte" for kind in self.scores}
         parts = [f"{kind} {score:.4f} {units[kind]}" for kind, score in self.scores.items()]
         waiting = f", no better for {self.stale} of {self.config.patience} checks" if self.stale else ""
-        self._log({"step": self.step, "heldout": self.scores}, f"held-out {', '.join(parts)}{waiting}")
+        row = {"step": self.step, "heldout": self.scores} | ({"recall": self.recall} if self.recall else {})
+        recall = f", indexer recall {self.recall:.3f}" if self.recall else ""
+        if self.kind == "released":
+            row["fp4_binades"] = span = fp4_binades(self.model)
+            if span > LOSSLESS_BINADES:
+                recall += f"; FP4 scales span {span} binades in a block, more than the {LOSSLESS_BINADES} FP8 can hold"
+        self._log(row, f"held-out {', '.join(parts)}{recall}{waiting}")
 
     def _require_finite(self) -> None:
         """Raise TrainingError naming the first step since the last call whose loss or gradient was not finite."""
@@ -232,63 +236,78 @@ class Trainer:
             )
 
     def _batch_tokens(self) -> int:
-        return self.config.batch_rows * self.config.row_tokens * self.config.accumulate
+        config = self.config
+        return sum(config.rows_at(self.step)) * config.lengths[config.length_stage(self.step)][1]
 
     def _update(self) -> tuple[Losses, Tensor]:
-        """One optimizer step over `accumulate` batches."""
+        """One optimizer step over the micro-batches of this step."""
         config = self.config
         self._set_stage(self.step)
-        weights, terms, load = config.weights_at(self.step), None, None
+        weights, dense, terms, load = config.weights_at(self.step), config.dense(self.step), None, None
         for parameter in self.model.parameters():
             parameter.grad = None
-        for _ in range(config.accumulate):
-            batch = self.batches.next()
-            dense = self.step < config.sparse_from * config.steps
-            terms = self._losses(batch, weights, dense=dense)
-            (terms.total / config.accumulate).backward()
+        batches, routes = self.ahead.take(self.step)
+        rows = sum(len(batch.ids) for batch in batches)
+        for place, batch in enumerate(batches):
+            with routed(self.model, routes[place] if routes else None):
+                terms = self._losses(batch, weights, dense=dense)
+            (terms.total * (len(batch.ids) / rows)).backward()
             load = terms.load if load is None else load + terms.load
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        live = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(live, config.clip_norm)
+        if self.stored is not None:
+            self.stored.unround()
         self.optimizer.step(config.lr_at(self.step))
+        if self.stored is not None:
+            self.stored.keep()
         assert terms is not None
         assert load is not None
-        update_balance_bias(self.model, load, config.balance_speed)
+        if not config.indexer_only(self.step):
+            update_balance_bias(self.model, load, config.balance_speed)
         self._health.append(terms.total.detach() + norm)
-        self.tokens += self._batch_tokens()
+        self.tokens += rows * batches[0].ids.shape[1]
         return terms, norm
 
     def _set_stage(self, step: int) -> None:
-        quantise = step >= self.config.quantise_from * self.config.steps
-        mode = "released" if quantise else "reference"
-        if self.model.mode != mode:
-            self.model.set_mode(mode, master_weights=quantise)
+        kind = "released" if self.config.quantised(step) else self.config.precision
+        if kind != self.kind:
+            set_precision(self.model, kind, fp8=self.config.precision == "fp8")
+            self.kind = kind
+            self.stored = Stored(self.model) if kind == "released" else None
 
-    def _losses(self, batch: Batch, weights: LossWeights, *, dense: bool) -> Losses:
+    def _losses(
+        self, batch: Batch, weights: LossWeights, *, dense: bool, notes: list[dict[str, Tensor]] | None = None
+    ) -> Losses:
         ids, positions, segments, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in batch)
-        options = {"dense": dense, "cross_entropy": self.cross_entropy}
-        return losses(self.model, ids, positions, segments, targets, weights, **options)
+        options: dict[str, Any] = {"cross_entropy": self.cross_entropy, "forward": self.forward, "notes": notes}
+        return losses(self.model, ids, positions, segments, targets, weights, dense=dense, **options)
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out loss a kind over up to `eval_rows` rows: bits per byte of text, nats a token for chat.
 
         Gradients stay enabled (and unused): under no_grad every compiled block would be compiled once more.
         """
-        scores, config = {}, self.config
-        dense = self.step <= config.sparse_from * config.steps
+        scores, config, recall = {}, self.config, []
+        step = max(0, self.step - 1)  # the numbers of the stage that the last step was in
+        size = config.lengths[config.length_stage(step)][1]
+        full = config.batch_rows * config.row_tokens // size
         for kind in self.scored:
-            layout = {"batch_rows": config.batch_rows, "row_tokens": config.row_tokens, "seed": 0}
+            layout = {"batch_rows": full, "row_tokens": size, "seed": 0}
             nats, count, rows = 0.0, 0, 0
             for batch in PackedBatches(self.heldout, repeats={kind: 1}, **layout).epoch():
-                if rows >= config.eval_rows or (rows and len(batch.ids) < config.batch_rows):
+                if rows >= config.eval_rows or (rows and len(batch.ids) < full):
                     break
-                terms = self._losses(batch, LossWeights(), dense=dense)
+                terms = self._losses(batch, LossWeights(), dense=config.dense(step))
                 tokens = int((batch.targets != IGNORE).sum())
                 nats, count, rows = nats + float(terms.next_token) * tokens, count + tokens, rows + len(batch.ids)
+                recall += terms.recall
             unit = self._tokens_per_byte(kind) / math.log(2) if kind != "chat" else 1.0
             scores[kind] = nats / max(count, 1) * unit
+        self.recall = float(torch.stack(recall).mean()) if recall else None
         return scores
 
     def _kind(self, name: str) -> int:
-        return list(self.heldout.meta["kinds"]).index(name)
+        return self.heldout.meta["kinds"].index(name)
 
     def _tokens_per_byte(self, kind: str) -> float:
         of_kind = self.heldout.kinds == self._kind(kind)
@@ -297,8 +316,9 @@ class Trainer:
 
     def _report(self, terms: Losses, norm: Tensor, seconds_a_step: float) -> None:
         self._require_finite()
-        load = terms.load.float()
-        row = {
+        load, config, hits = terms.load.float(), self.config, self.hits.read()
+        pace = self._batch_tokens() / seconds_a_step
+        row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
             "loss": float(terms.next_token),
@@ -307,22 +327,27 @@ class Trainer:
             "indexer": float(terms.indexer),
             "grad_norm": float(norm),
             "max_load": float((load.max(-1).values / load.mean(-1)).max()),
-            "lr": self.config.lr_at(self.step - 1),
-            "tokens_per_s": self._batch_tokens() / seconds_a_step,
+            "clamp_hits": hits,
+            "lr": config.lr_at(self.step - 1),
+            "tokens_per_s": pace,
         }
-        left = round((self.config.steps - self.step) * seconds_a_step)
+        utilised = ""
+        if peak := peak_flops(self.device):
+            size = config.lengths[config.length_stage(self.step - 1)][1]
+            row["mfu"] = training_flops(self.model.config, size) * pace / peak
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            utilised = f" MFU {row['mfu']:.1%} {row['memory_gb']:.1f} GB"
+        left = round((config.steps - self.step) * seconds_a_step)
         line = (
-            f"loss {row['loss']:.4f} mtp {row['mtp']:.4f} grad norm {row['grad_norm']:.3f} "
-            f"max expert load {row['max_load']:.2f}x lr {row['lr']:.2e} {row['tokens_per_s']:,.0f} tok/s "
-            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            f"loss {row['loss']:.4f} mtp {row['mtp']:.4f} indexer {row['indexer']:.3f} "
+            f"grad norm {row['grad_norm']:.3f} max expert load {row['max_load']:.2f}x clamped {sum(hits.values()):,} "
+            f"lr {row['lr']:.2e} "
+            f"{pace:,.0f} tok/s{utilised} ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
         self._log(row, line)
 
     def _log(self, row: Mapping[str, Any], line: str) -> None:
-        """One JSON line in the run's log, one line to read on stderr."""
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-        print(f"step {self.step}/{self.config.steps} {line}", file=sys.stderr, flush=True)
+        self.meter.write(row, f"step {self.step}/{self.config.steps} {line}")
 
     def save(self) -> None:
         """Write the run's state; the file appears whole or not at all.
@@ -338,7 +363,10 @@ class Trainer:
             "shards": self.digests,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "data": self.batches.state,
+            "masters": None if self.stored is None else self.stored.masters,
+            "ahead": self.ahead.state(),
+            "spikes": list(self.spikes.losses),
+            "start": None if self.start is None else str(self.start),
             "step": self.step,
             "tokens": self.tokens,
             "best": self.best,
@@ -363,12 +391,7 @@ class Trainer:
         path = self.out / "state.pt"
         if path.exists():
             self._restore(path)
-        log = self.out / "log.jsonl"
-        if log.exists():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
-            partial = log.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            partial.replace(log)
+        self.meter.cut(self.step)
         return path.exists()
 
     def _restore(self, path: Path) -> None:
@@ -385,6 +408,7 @@ class Trainer:
             *_differences("model", state["model_config"], self.model.config.to_dict()),
             *_differences("setting", stored, settings),
             *_differences("shard", state["shards"], self.digests),
+            *_differences("checkpoint", {"start": state["start"]}, {"start": self.start and str(self.start)}),
         ]
         if differences:
             raise CheckpointError(
@@ -394,10 +418,18 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.restore(state["data"])
         self.step, self.tokens, self.scores = state["step"], state["tokens"], state["scores"]
         self.best, self.stale = state["best"], state["stale"]
         self._set_stage(self.step - 1)
+        if self.stored is not None:
+            for name, master in state["masters"].items():
+                self.stored.masters[name].copy_(master)
+        data = state["ahead"]["data"]
+        self.length_stage, self.batches = data["stage"], self._loader(data["stage"])
+        self.batches.restore(data)
+        self.ahead.restore(state["ahead"], self.step)
+        self.spikes.losses.clear()
+        self.spikes.losses.extend(state["spikes"])
 
     def check_export(self, path: Path) -> list[tuple[Path, Path]]:
         """Return the (source, target) tokenizer files an export to `path` copies.
@@ -426,18 +458,8 @@ class Trainer:
             partial = target.with_name(target.name + ".partial")
             shutil.copyfile(source, partial)
             partial.replace(target)
-        save_model(self.model, path, shard_bytes=EXPORT_SHARD_BYTES)
-
-
-def _check_quantisable(model: ModelConfig, config: TrainConfig) -> None:
-    """Refuse at the start what the quantised stage would refuse after most of the run."""
-    sizes = {name: getattr(model, name) for name in ("hidden_size", "moe_intermediate_size", "index_head_dim")}
-    odd = [f"{name}={size}" for name, size in sizes.items() if size % FP4_GROUP]
-    if config.quantise_from < 1 and odd:
-        raise ConfigError(
-            f"quantise_from={config.quantise_from}: FP4 needs multiples of {FP4_GROUP}, here {', '.join(odd)}; "
-            "--set quantise_from=1 trains it without the quantised stage"
-        )
+        merged = lora.merged(self.model) if self.config.lora_rank else self.model
+        save_model(merged, path, shard_bytes=EXPORT_SHARD_BYTES)
 
 
 def _check_vocabulary(shard: Shard, model: ModelConfig, path: Path) -> None:
@@ -453,14 +475,6 @@ def _differences(what: str, old: Mapping[str, object], new: Mapping[str, object]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"{what} {key} was {old.get(key)!r}, now {new.get(key)!r}"
-
-
-def _step_of(line: str) -> float:
-    """Step of a log line; a torn one counts as beyond any step."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _plain(dtype: torch.dtype) -> str:

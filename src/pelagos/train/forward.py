@@ -1,0 +1,142 @@
+"""The forward as training runs it: the model's own layers, their hyper-connections joined from site to site.
+
+On a CPU it gives the bits of `Transformer.run`; a test holds it there. `compile` compiles what lies between two
+hyper-connections; `recompute` drops the norms' outputs after use and makes them again for the backward.
+Source: technical report 5.1, 5.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from pelagos.kernels import mhc
+from pelagos.model import Transformer
+from pelagos.model.attention import Step
+from pelagos.model.cache import Cache, LayerCache
+from pelagos.model.transformer import Block, MTPBlock
+
+Notes = dict[str, Tensor]
+
+
+class Forward:
+    """One model's training forward; the compiled parts live as long as this does."""
+
+    def __init__(self, model: Transformer, *, compile: bool = False, recompute: bool = False) -> None:
+        self.model = model
+        self._marks = Marks() if recompute else None
+        blocks = [*model.blocks, *(block for block in model.mtp if isinstance(block, MTPBlock))]
+        self._parts = [
+            (self._part(b, _attend, b.attn_norm, compile), self._part(b, _mix, b.ffn_norm, compile)) for b in blocks
+        ]
+
+    def _part(
+        self, block: Block, inner: Callable[..., Tensor], norm: nn.Module, compiled: bool
+    ) -> Callable[..., Tensor]:
+        part = partial(inner, block, self._marks.keep(norm) if self._marks else norm)
+        return torch.compile(part, dynamic=False) if compiled else part
+
+    def run(self, step: Step, cache: Cache, notes: list[Notes]) -> Tensor:
+        """Return the backbone's streams (B, S, n, D); `notes` receives one dict a layer. Compare `Transformer.run`."""
+        model, pending = self.model, None
+        embedded = model.embed(step.ids).to(model.carrier)
+        streams = embedded.unsqueeze(2).repeat(1, 1, model.config.hc_mult, 1)
+        for index, block in enumerate(model.blocks):
+            notes.append({})
+            streams, pending = self._layer(index, block, pending, streams, step, cache.layer(index), notes[-1])
+        assert pending is not None
+        return mhc.leave(pending, streams)
+
+    def draft(self, streams: Tensor, next_ids: Tensor, step: Step, cache: Cache, notes: Notes) -> Tensor:
+        """Return the MTP block's normed vectors (B, S, D). Compare `Transformer.draft`."""
+        model, index = self.model, len(self.model.layers)
+        block = model.mtp[0]
+        assert isinstance(block, MTPBlock)
+        entered = block.enter(model.embed(next_ids).to(model.carrier), streams)
+        inner = Step(model.config, next_ids, step.start, step.positions, step.segments)
+        out, pending = self._layer(index, block, None, entered, inner, cache.layer(index), notes)
+        return block.collapse(mhc.leave(pending, out), model.config)
+
+    def _layer(
+        self, index: int, block: Block, pending: mhc.Pending | None, streams: Tensor, step: Step, cache: LayerCache,
+        notes: Notes,
+    ) -> tuple[Tensor, mhc.Pending]:  # fmt: skip
+        config, (attend, mix) = block.config, self._parts[index]
+        options = {"iters": config.hc_sinkhorn_iters, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
+        for site in ("attn", "ffn"):
+            weights = [getattr(block, f"hc_{site}_{part}") for part in ("fn", "base", "scale")]
+            streams, x, post, comb = mhc.site(pending, streams, *weights, ordered=block.simulate, **options)
+            with self._marks or nullcontext():
+                y = attend(x, step, cache, notes) if site == "attn" else mix(x, step.ids, notes)
+            pending = (y, post, comb)
+        return streams, pending
+
+
+def _attend(
+    block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache, notes: Notes
+) -> Tensor:
+    return block.attn(norm(x), step, cache, notes)
+
+
+def _mix(block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, ids: Tensor, notes: Notes) -> Tensor:
+    return block.ffn(norm(x), ids, notes)
+
+
+class Marks(saved_tensors_hooks):
+    """Tensors marked as cheap: inside this context autograd keeps how to make them, not what they hold.
+
+    `keep(function)` marks the results of a function of one tensor; its inside keeps nothing either. What backward
+    wants of a marked tensor (itself or a view) is made again from the function's input, once for all that want it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._made: dict[int, _Made] = {}
+
+    def keep(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return `function` with its result marked; it must be pure, cheap, and give a tensor of its own."""
+
+        def marked(x: Tensor) -> Tensor:
+            out = checkpoint(function, x, use_reentrant=False)
+            assert isinstance(out, Tensor)
+            self._made[out.untyped_storage().data_ptr()] = _Made(function, x.detach(), out.detach())
+            return out
+
+        return marked
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for made in self._made.values():
+            made.out = None  # from here on only those who packed it can ask, and they make it again
+        self._made.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[Any, ...]:
+        made = self._made.get(tensor.untyped_storage().data_ptr())
+        return tensor if made is None else (made, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, packed: Tensor | tuple[Any, ...]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        made, *view = packed
+        return made.again().as_strided(*view)
+
+
+class _Made:
+    """One marked result: how to make it, and what it is while somebody may still need it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
+        self.function, self.x = function, x
+        self.out: Tensor | None = out
+
+    def again(self) -> Tensor:
+        if self.out is None:
+            with torch.no_grad():
+                self.out = self.function(self.x)
+        return self.out

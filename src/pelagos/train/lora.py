@@ -1,0 +1,52 @@
+"""Low-rank adapters on the dense parts: attention projections and shared experts; everything else is frozen.
+
+The adapted weight is W + B A / rank x ALPHA: the forward, its quantisation and the export see one weight, as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pelagos.model import Transformer
+from pelagos.model.layers import Linear
+
+DENSE = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "shared_experts.w1", "shared_experts.w2",
+         "shared_experts.w3")  # fmt: skip
+ALPHA = 16.0
+
+
+class LowRank(nn.Module):
+    """Adds a trained product of two thin matrices to a frozen weight (O, I)."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        down = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+        self.lora_down = nn.Parameter(down.to(weight.device))
+        self.lora_up = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.lora_up @ self.lora_down) * (ALPHA / self.lora_down.shape[0])
+
+
+def attach(model: Transformer, rank: int, seed: int) -> list[str]:
+    """Freeze a model but for new adapters of its dense projections; return the adapted modules' names."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear) and n.endswith(DENSE)]
+    for _, module in found:
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
+    return [name for name, _ in found]
+
+
+def merged(model: Transformer) -> Transformer:
+    """Return a copy of an adapted model whose weights hold the adapters, with the released names."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return plain
