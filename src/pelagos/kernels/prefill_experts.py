@@ -1,0 +1,71 @@
+"""The routed experts with weights as released, for prompts: contract, checks and dispatch.
+
+On CUDA eight Triton launches without a host synchronisation; elsewhere `ref.prefill_experts`, which defines the meaning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.ref import prefill_experts as ref
+
+BLOCK = 128
+BINADES = 14  # of group scales that E4M3 holds beside the codes' own
+
+
+def mixture(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    bases: tuple[Tensor, Tensor], limit: float, *, shared: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the chosen experts' weighted sum, plus `shared`, (T, D) bfloat16.
+
+    Operands as `fp4_experts.mixture` takes them; `bases` are `base_bytes` of (w13, s13) and (w2, s2), shared (T, D)
+    bfloat16. As released with a BF16 carrier: every product's result and the weighted hidden vector are rounded to
+    bfloat16, the sum is float32. Raises ConfigError for other shapes. Source: inference/model.py Expert, MoE.
+    """
+    (tokens, width), (count, outputs, inner) = codes.shape, w2.shape
+    inner *= 2
+    expected = {
+        "codes": (codes, (tokens, outputs)),
+        "scales": (scales, (tokens, width // BLOCK)),
+        "weights": (weights, (tokens, chosen.shape[1])),
+        "w13": (w13, (count, 2 * inner, width // 2)),
+        "s13": (s13, (count, 2 * inner, width // 32)),
+        "w2": (w2, (count, width, inner // 2)),
+        "s2": (s2, (count, width, inner // 32)),
+        "bases[0]": (bases[0], (count, 2 * inner // BLOCK)),
+        "bases[1]": (bases[1], (count, width // BLOCK)),
+        "shared": (codes if shared is None else shared, (tokens, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ConfigError(f"prefill_experts: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
+    if width % BLOCK or inner % BLOCK or chosen.dtype != torch.int32:
+        raise ConfigError(
+            f"prefill_experts: widths {width} and {inner}, chosen {chosen.dtype}: expected multiples of {BLOCK}, int32"
+        )
+    inputs = (codes, scales, chosen, weights, w13, s13, w2, s2)
+    if not codes.is_cuda:
+        return ref.forward(*inputs, limit, shared)
+    from pelagos.kernels.triton import prefill_experts as kernel
+
+    return kernel.forward(*inputs, bases, shared, limit)
+
+
+def base_bytes(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the UE8M0 bytes (E, O/128) that group scales are relative to: 2^-6 of the largest of 128 rows.
+
+    weight (E, O, I/2) and scale (E, O, I/32) uint8. To be called once when weights are loaded: it waits for the device.
+    Raises ConfigError where a group with values lies more than 14 binades below the largest of its rows.
+    """
+    base = scale.view(len(scale), -1, BLOCK * scale.shape[2]).amax(-1)
+    for expert, (codes, bytes_, top) in enumerate(zip(weight, scale, base, strict=True)):
+        low = bytes_.view(len(top), -1).short() < top.short()[:, None] - BINADES
+        if bool(low.any()) and bool((codes.view(len(top), -1, 16)[low] & 0x77).any()):
+            raise ConfigError(
+                f"prefill_experts: group scales of expert {expert} span more than {BINADES} binades within 128 rows: "
+                "E4M3 cannot hold them; use fp4_experts in batches of at most 128 tokens"
+            )
+    return base.clamp_min(7) - 6

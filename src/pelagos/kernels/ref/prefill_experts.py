@@ -1,0 +1,37 @@
+"""What `kernels.prefill_experts` computes: `experts.mixture` with a BF16 carrier whose products sum in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos import numerics
+from pelagos.kernels.ref.experts import swiglu
+from pelagos.kernels.ref.fp4_experts import decode
+from pelagos.kernels.ref.gemm import ordered_sum
+
+# (tokens, experts, picks, width, inner): the edges of tiles of picks, hot and idle experts, blocks of the sort.
+CASES = (
+    *((tokens, 8, 2, 128, 128) for tokens in (1, 2, 15, 31, 63, 64, 65, 127, 128, 129, 255, 257)),
+    (3, 4, 4, 256, 128), (40, 256, 6, 128, 384), (64, 20, 4, 256, 128), (130, 1, 1, 128, 256), (9, 16, 6, 640, 384),
+    (512, 256, 6, 256, 128), (1000, 32, 6, 512, 256), (1025, 8, 6, 1024, 128), (512, 64, 6, 4096, 2048),
+    (4096, 256, 6, 512, 256),
+)  # fmt: skip
+SMALL = 16  # of CASES, from the front, that an interpreter can run
+
+
+def forward(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    limit: float, shared: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return (T, D) bfloat16, expert by expert; see `kernels.prefill_experts.mixture`."""
+    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
+    parts = x.new_zeros((*chosen.shape, x.shape[1]))
+    for expert in chosen.unique().tolist():
+        token, pick = (chosen == expert).nonzero(as_tuple=True)
+        up = (x[token] @ decode(w13[expert], s13[expert]).T).bfloat16()
+        hidden = swiglu(*up.chunk(2, -1), limit) * weights[token, pick][:, None]
+        hidden = numerics.fake_quant_fp8(hidden.bfloat16().float(), numerics.ACT_BLOCK)
+        parts[token, pick] = (hidden @ decode(w2[expert], s2[expert]).T).bfloat16().float()
+    total = ordered_sum(parts, 1)
+    return (total if shared is None else total + shared.float()).bfloat16()

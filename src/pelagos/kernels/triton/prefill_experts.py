@@ -1,0 +1,296 @@
+"""Experts with FP4 weights for a prompt: rows grouped by expert, weights expanded to E4M3 in registers, FP8 products.
+
+A counting sort lists the picks by expert without the host. A program multiplies 128 weight rows by 128 picks; every 128
+columns end an activation scale, so their sum leaves the matrix unit and joins a float32 total. A weight's group scale
+becomes part of its E4M3 code by a table of eight bytes a group, exact within 15 binades of its tile's largest scale.
+A pick's bits depend on its own activations and weights alone: columns of a product do not meet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelagos.kernels.triton.formats import (
+    PTX,
+    dot,
+    e2m1_pair,
+    e4m3_code,
+    e4m3_to_float,
+    expert_scale,
+    fp8_scale_exponent,
+    power_of_two,
+    quantise_block,
+    target,
+    to_bfloat16,
+)
+
+TILE = 128  # weight rows and picks of a program; columns of an activation scale
+PICKS = 256  # picks a program of the sort
+ALIGN = 8  # places at which an expert's picks begin
+COLUMNS = 1024  # of the last kernel
+STAGES, WARPS = 3, 8
+
+# Four bytes of E2M1 pairs to E4M3: even columns first. A code's low three bits choose from eight bytes of a table.
+_EXPAND = tl.constexpr(
+    """{
+    .reg .b32 s, t, e, o;
+    and.b32 s, $2, 0x77777777;
+    prmt.b32 e, $3, $7, s;
+    shr.u32 t, s, 16;
+    prmt.b32 o, $3, $7, t;
+    shl.b32 s, $2, 4;
+    prmt.b32 t, e, o, 0x6420;
+    lop3.b32 $0, s, 0x80808080, t, 0xEA;
+    prmt.b32 t, e, o, 0x7531;
+    lop3.b32 $1, $2, 0x80808080, t, 0xEA;
+    }"""
+)
+
+
+@triton.jit
+def _count_kernel(chosen, counts, totals, picks, EXPERTS: tl.constexpr, PADDED: tl.constexpr, PICKS: tl.constexpr):
+    place = tl.program_id(0) * PICKS + tl.arange(0, PICKS)
+    own = tl.load(chosen + place, mask=place < picks, other=-1)
+    expert = tl.arange(0, PADDED)
+    count = tl.sum((own[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0) * EXPERTS + expert, count, mask=expert < EXPERTS)
+    tl.atomic_add(totals + expert, count, mask=expert < EXPERTS)
+
+
+@triton.jit
+def _offset_kernel(
+    counts, totals, tile_expert, tile_first, tile_end, blocks, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Turn an expert's counts into where each block's picks of it go; list its tiles."""
+    own = tl.program_id(0)
+    expert = tl.arange(0, PADDED)
+    total = tl.load(totals + expert, mask=expert < EXPERTS, other=0)
+    tiles = (total + TILE - 1) // TILE
+    begin = tl.sum(tl.where(expert < own, (total + ALIGN - 1) // ALIGN * ALIGN, 0), 0)
+    first_tile = tl.sum(tl.where(expert < own, tiles, 0), 0)
+    end = begin + tl.sum(tl.where(expert == own, total, 0), 0)
+    block = tl.arange(0, BLOCKS)
+    count = tl.load(counts + block * EXPERTS + own, mask=block < blocks, other=0)
+    tl.store(counts + block * EXPERTS + own, begin + tl.cumsum(count, 0) - count, mask=block < blocks)
+    at = begin
+    while at < end:
+        tl.store(tile_expert + first_tile, own)
+        tl.store(tile_first + first_tile, at)
+        tl.store(tile_end + first_tile, end)
+        first_tile += 1
+        at += TILE
+
+
+@triton.jit
+def _place_kernel(chosen, counts, order, place_of, picks, EXPERTS: tl.constexpr, PICKS: tl.constexpr):
+    lane = tl.arange(0, PICKS)
+    pick = tl.program_id(0) * PICKS + lane
+    live = pick < picks
+    own = tl.load(chosen + pick, mask=live, other=-1)
+    other = tl.load(chosen + tl.program_id(0) * PICKS + lane, mask=live, other=-1)
+    earlier = (own[:, None] == other[None, :]) & (lane[None, :] < lane[:, None])
+    begin = tl.load(counts + tl.program_id(0) * EXPERTS + own, mask=live, other=0)
+    place = begin + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(order + place, pick, mask=live)
+    tl.store(place_of + pick, place, mask=live)
+
+
+@triton.jit
+def _turned_row(lane):
+    """Which of 128 weight rows is loaded as row `lane`, for `_turned`."""
+    return lane // 64 * 8 + lane // 8 % 8 * 16 + lane % 8
+
+
+@triton.jit
+def _turned(even, odd):
+    """A matrix operand (128, 128) of even and odd columns (128, 64), no value of which has to change its lane.
+
+    Of a row 16 consecutive bytes are one lane's share, and rows come as `_turned_row` says.
+    """
+    both = tl.join(even, odd).reshape(2, 8, 8, 4, 4, 4, 2)
+    return tl.permute(both, (1, 0, 2, 6, 4, 3, 5)).reshape(128, 128)
+
+
+@triton.jit
+def _source(lane):
+    """Which of 128 columns lies at place `lane` of a turned row: even columns before odd ones, each as `_turned`."""
+    byte = lane % 64
+    return 2 * (byte // 4 % 4 * 16 + byte // 16 * 4 + byte % 4) + lane // 64
+
+
+@triton.jit
+def _turn_kernel(codes, scales, place_of, turned, xs, room, PICKED: tl.constexpr, WIDTH: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    """Turn a token's columns; write its scales, as float32, where each of its picks goes."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row, live = token.to(tl.int64) * WIDTH, column < WIDTH
+    code = tl.load(codes + row + column // 128 * 128 + _source(column % 128), mask=live)
+    tl.store(turned + row + column, code, mask=live)
+    block = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
+    live = block < WIDTH // 128
+    factor = power_of_two(tl.load(scales + token * (WIDTH // 128) + block, mask=live, other=127))
+    for i in tl.static_range(PICKED):
+        tl.store(xs + block * room + tl.load(place_of + token * PICKED + i), factor, mask=live)
+
+
+@triton.jit
+def _tables(scale, base):
+    """int32 tables of the E4M3 codes of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6 under UE8M0 bytes `scale` relative to base."""
+    r = tl.maximum(scale - base, -8)
+    low = tl.where(r < -5, 0x03020100 << tl.minimum(r + 8, 2), 0x3C383000 + r * 0x08080800)
+    high = tl.where(r < -7, 0x0C080604, 0x4C484440 + r * 0x08080808)
+    return low, high
+
+
+@triton.jit
+def _weights(byte, word, base, TARGET: tl.constexpr):
+    """A matrix operand (128, 128) of 64 weight bytes a row and their four scale bytes; but for PTX times 2^-6."""
+    ROWS: tl.constexpr = 128
+    group = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
+    if TARGET == "ptx":
+        low, high = _tables(group, base)
+        low = tl.broadcast_to(low[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
+        high = tl.broadcast_to(high[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
+        even, odd = tl.inline_asm_elementwise(
+            _EXPAND, "=r,=r,r,r,r,r,r,r,r,r,r", [byte, low, high], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+    else:
+        factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
+        even, odd = e2m1_pair(byte, factor, TARGET)
+    return _turned(even, odd)
+
+
+@triton.jit
+def _operand(value, TARGET: tl.constexpr):
+    """E4M3 as a matrix operand: itself where the unit takes it, else the bfloat16 values of its bytes."""
+    return value if TARGET == "ptx" else e4m3_to_float(value).to(tl.bfloat16)
+
+
+@triton.jit
+def _product_kernel(
+    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, out, room,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """TILE rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
+
+    Column n of the product belongs to the place at which a lane finds its 32 scales next to each other.
+    """
+    tile = tl.program_id(1)
+    first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
+    if first < end:
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        lane = tl.arange(0, TILE)
+        place = first + lane // 2 % 4 * 32 + lane // 8 * 2 + lane % 2
+        live = place < end
+        if SHARED > 0:
+            source = tl.load(order + place, mask=live, other=0) // SHARED
+        else:
+            source = tl.where(live, place, first)
+        row = tl.program_id(0) * TILE + lane
+        blocks: tl.constexpr = DEPTH // 128
+        values = x + source.to(tl.int64)[:, None] * DEPTH + tl.arange(0, 128)[None, :]
+        factors = xs + tl.multiple_of(first, 8) + lane
+        turned = expert * OUTPUTS + tl.program_id(0) * TILE + _turned_row(lane)
+        weight = w + turned[:, None] * (DEPTH // 2) + tl.arange(0, 64)[None, :]
+        words = scale + turned * blocks
+        low = tl.load(base + expert * (OUTPUTS // TILE) + tl.program_id(0)).to(tl.int32)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for k in tl.range(0, blocks):
+            factor = tl.permute(tl.load(factors + k * room).reshape(4, 16, 2), (1, 0, 2)).reshape(TILE)
+            rows = _operand(tl.load(values + k * 128), TARGET)
+            tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, TARGET)
+            total += dot(tall, tl.trans(rows), tl.zeros((TILE, TILE), tl.float32), TARGET) * factor[None, :]
+        total *= power_of_two(low if TARGET == "ptx" else low + 6)
+        tl.store(out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None], to_bfloat16(total, TARGET), mask=live[None, :])
+
+
+@triton.jit
+def _hidden_kernel(up, place_of, weights, hidden, hs, limit, room, INNER: tl.constexpr, TARGET: tl.constexpr):
+    """SwiGLU, routing weight and quantisation of 128 hidden columns of a pick, its columns turned."""
+    pick = tl.program_id(0)
+    place = tl.load(place_of + pick).to(tl.int64)
+    lane = tl.arange(0, 128)
+    column = tl.program_id(1) * 128 + _source(lane)
+    gate = tl.load(up + place * (2 * INNER) + column).to(tl.float32)
+    other = tl.load(up + place * (2 * INNER) + INNER + column).to(tl.float32)
+    gate = tl.minimum(gate, limit)
+    value = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(other, -limit), limit)
+    value = to_bfloat16(value * tl.load(weights + pick), TARGET).to(tl.float32)
+    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
+    tl.store(hidden + place * INNER + tl.program_id(1) * 128 + lane, e4m3_code(quantise_block(value, exponent)))
+    tl.store(hs + tl.program_id(1) * room + place, power_of_two(exponent))
+
+
+@triton.jit
+def _combine_kernel(
+    down, place_of, shared, out, PICKED: tl.constexpr, WIDTH: tl.constexpr, HAS_SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < WIDTH
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for i in tl.static_range(PICKED):
+        place = tl.load(place_of + token * PICKED + i).to(tl.int64)
+        total += tl.load(down + place * WIDTH + column, mask=live, other=0.0).to(tl.float32)
+    if HAS_SHARED:
+        total += tl.load(shared + token * WIDTH + column, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + token * WIDTH + column, to_bfloat16(total, TARGET), mask=live)
+
+
+def forward(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    bases: tuple[Tensor, Tensor], shared: Tensor | None, limit: float,
+) -> Tensor:  # fmt: skip
+    """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
+    (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], w13.shape[0], w2.shape[2] * 2
+    picks, made_for = tokens * picked, target()
+    blocks, tiles = triton.cdiv(picks, PICKS), picks // TILE + min(experts, picks)
+    padded = max(16, triton.next_power_of_2(experts))
+
+    def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=codes.device)
+
+    room = picks + ALIGN * min(experts, picks)
+    room += -room % TILE + TILE  # whole tiles may be read from any place
+    counts, order, place_of = new(blocks, experts), new(room), new(picks)
+    lists = torch.zeros(3 * tiles + experts, dtype=torch.int32, device=codes.device)
+    *table, totals = lists.split((tiles, tiles, tiles, experts))
+    common = {"EXPERTS": experts, "PICKS": PICKS}
+    _count_kernel[(blocks,)](chosen, counts, totals, picks, PADDED=padded, **common)
+    _offset_kernel[(experts,)](
+        counts, totals, *table, blocks, BLOCKS=max(16, triton.next_power_of_2(blocks)), EXPERTS=experts, PADDED=padded,
+        TILE=TILE, ALIGN=ALIGN,
+    )  # fmt: skip
+    _place_kernel[(blocks,)](chosen, counts, order, place_of, picks, **common)
+    turned, xs = torch.empty_like(codes), new(width // 128, room, dtype=torch.float32)
+    _turn_kernel[(tokens, triton.cdiv(width, COLUMNS))](
+        codes, scales, place_of, turned, xs, room, PICKED=picked, WIDTH=width, COLUMNS=COLUMNS
+    )
+    up, down = (new(room, size, dtype=torch.bfloat16) for size in (2 * inner, width))
+    hidden, hs = new(room, inner, dtype=torch.uint8), new(inner // 128, room, dtype=torch.float32)
+    options = {"TILE": TILE, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
+    kind = torch.float8_e4m3fn if made_for == PTX else torch.uint8
+    _product_kernel[(2 * inner // TILE, tiles)](
+        turned.view(kind), xs, order, *table, w13, s13.view(torch.int32), bases[0], up, room,
+        SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, **options,
+    )  # fmt: skip
+    _hidden_kernel[(picks, inner // 128)](
+        up, place_of, weights, hidden, hs, limit, room, INNER=inner, TARGET=made_for, num_warps=1
+    )
+    _product_kernel[(width // TILE, tiles)](
+        hidden.view(kind), hs, order, *table, w2, s2.view(torch.int32), bases[1], down, room,
+        SHARED=0, DEPTH=inner, OUTPUTS=width, **options,
+    )  # fmt: skip
+    out = new(tokens, width, dtype=torch.bfloat16)
+    _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
+        down, place_of, shared, out, PICKED=picked, WIDTH=width, HAS_SHARED=shared is not None, COLUMNS=COLUMNS,
+        TARGET=made_for,
+    )  # fmt: skip
+    return out
