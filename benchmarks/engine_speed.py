@@ -32,7 +32,7 @@ from pelagos.chat import Tokenizer
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine import LLM, SamplingParams
-from pelagos.evals.engine_bench import decode_window, first_token, forget_files, kv_budget, stamp, text_ids
+from pelagos.evals.engine_bench import Decode, decode_window, first_token, forget_files, kv_budget, stamp, text_ids
 
 PARTS = ("decode", "prefill", "speculation", "hits")
 SIDES = {  # what `LLM` is told; the helper has one path, exact or not
@@ -43,6 +43,8 @@ SIDES = {  # what `LLM` is told; the helper has one path, exact or not
 BATCHES = (1, 2, 4, 8, 16)
 PROMPT = 512
 PREFILLS = (256, 4096)
+SPECULATION = ("on", "off", "control")
+SPECULATION_ROUNDS = 4  # for each of --repeats
 PREFIX = 1 << 16
 SLOW_PREFILLS = 1  # theirs of 4,096 tokens takes half a minute
 Figures = dict[str, Any]
@@ -233,31 +235,43 @@ def seconds(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor) 
 
 
 def measure_speculation(args: argparse.Namespace) -> Figures:
-    """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled."""
-    on, off = (open_side(args, "helper", speculation=each, max_requests=16) for each in (True, False))
+    """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled.
+
+    A ratio is the median over pairs of runs that follow each other; `control` is that of a second engine without a
+    draft, which shows how much two equal engines differ here.
+    """
+    engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
     prompts = text_prompts(args.model, 16, 300)
+    for batch in (1, 16):  # the first runs of an engine are slow, and teach the depth what drafts cost
+        for llm in engines.values():
+            decode_window(llm.engine, prompts[:batch], tokens=args.tokens)
     rows = []
     for batch in range(1, 17):
         for temperature in (0.0, 1.0):
-            ways = {"on": on, "off": off}
-            got: dict[str, list[Any]] = {"on": [], "off": []}
-            for _ in range(args.repeats):
-                for name, llm in ways.items():
-                    window = decode_window(llm.engine, prompts[:batch], tokens=args.tokens, temperature=temperature)
+            got: dict[str, list[Decode]] = {name: [] for name in engines}
+            for turn in range(SPECULATION_ROUNDS * args.repeats):
+                for name in SPECULATION if turn % 2 else SPECULATION[::-1]:
+                    window = decode_window(
+                        engines[name].engine, prompts[:batch], tokens=args.tokens, temperature=temperature
+                    )
                     got[name].append(window)
-            rate = {name: statistics.median(each.tokens_per_s for each in runs) for name, runs in got.items()}
-            drafted = sum(each.drafted for each in got["on"])
-            accepted = sum(each.accepted for each in got["on"])
+            rates = {name: [each.tokens_per_s for each in runs] for name, runs in got.items()}
+            over = {
+                name: statistics.median(ours / none for ours, none in zip(rates[name], rates["off"], strict=True))
+                for name in ("on", "control")
+            }
+            drafted, accepted = (sum(getattr(each, name) for each in got["on"]) for name in ("drafted", "accepted"))
             rows.append({
-                "batch": batch, "temperature": temperature, "ratio": round(rate["on"] / rate["off"], 3),
+                "batch": batch, "temperature": temperature, "ratio": round(over["on"], 3),
+                "control": round(over["control"], 3),
                 "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
-                "tok_s": {name: round(each, 1) for name, each in rate.items()},
+                "tok_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
                 "steps_s": round(statistics.median(each.steps_per_s for each in got["on"]), 1),
             })  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
-    on.close()
-    off.close()
-    return {"rows": rows, "tokens": args.tokens, "prompt": 300}
+    for llm in engines.values():
+        llm.close()
+    return {"rows": rows, "tokens": args.tokens, "prompt": 300, "rounds": SPECULATION_ROUNDS * args.repeats}
 
 
 def measure_hits(args: argparse.Namespace) -> Figures:

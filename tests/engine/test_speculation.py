@@ -136,16 +136,19 @@ class World:
         self.step, self.draft, self.chances, self.telling, self.life = step, draft, chances, telling, life
         self.keys = [f"{index}" for index in range(batch)]
         self.rng = np.random.default_rng(seed)
-        self.noise = noise
+        self.noise, self.rested = noise, 0
         self.behind = dict.fromkeys(self.keys, 0)  # positions that the draft layer has to catch up on
 
     def pace(self, policy: AdaptiveDepth | int, steps: int) -> float:
         """Tokens a second under a policy or at a fixed depth."""
         tokens = seconds = 0.0
+        told = True
         for time in range(steps):
             if self.life and time % self.life == self.life - 1:
                 self._replace(time, policy)
-            made, took, counts = self._draft(policy, time)
+            made, took, counts = self._draft(policy if told else 0, time)
+            told = isinstance(policy, int) or not policy.rests(len(self.keys))
+            self.rested += not told
             outcomes = []
             for key, draft, count in zip(self.keys, made, counts, strict=True):
                 agreed = next((at for at in range(count) if draft.tokens[at]), count)
@@ -154,7 +157,7 @@ class World:
                 tokens += 1 + sum(math.prod(draft.confidence[: at + 1]) for at in range(count))  # expected: no luck
                 self.behind[key] = min(self.behind[key] + len(picked) - bool(draft.tokens), 127)
             spent = self.step(len(self.keys) + sum(counts)) * self._jitter() * (3 if time % _HICCUP == 9 else 1)
-            if not isinstance(policy, int):
+            if not isinstance(policy, int) and told:
                 policy.observe(outcomes, spent)
             seconds += spent + took
         return tokens / seconds
@@ -227,6 +230,26 @@ def test_it_is_never_a_loss_and_near_the_best_fixed_depth(name: str, telling: bo
     assert ours >= 0.985 * fixed[0]
     if max(fixed) > 1.05 * fixed[0]:  # a gain that can be told from noise
         assert ours >= 0.97 * max(fixed)
+
+
+def test_where_drafts_do_not_pay_it_mostly_rests_and_looks_again_when_the_batch_changes() -> None:
+    world, policy = World(*WORLDS["sixteen, losing"]), AdaptiveDepth(4)
+    world.pace(policy, 3000)
+    assert 2400 < world.rested < 3000
+    while not policy.rests(16):  # the short part of its cycle in which it watches
+        policy.observe([Outcome(key, 0, [0]) for key in world.keys], 5.3)
+        policy.cut(world.keys, [Draft()] * 16, 0.0) if any(policy.depths(world.keys)) else None
+    assert policy.rests(16)
+    assert not policy.rests(15)
+    assert not policy.rests(16)
+
+
+def test_plain_steps_learned_on_a_slow_day_do_not_make_drafts_look_good_for_long() -> None:
+    policy, world = AdaptiveDepth(4), WORLDS["one, even"]
+    for _ in range(40):
+        policy.depths(["0"])
+        policy.observe([Outcome("0", 0, [0])], 1.6)  # it takes 1.0
+    assert World(*world).pace(policy, 1500) >= 0.97 * World(*world).pace(0, 1500)
 
 
 @pytest.mark.parametrize("name", ["one, even", "sixteen, winning", "sixteen, losing"])

@@ -111,6 +111,7 @@ class LocalEngine:
         self._disk, self._policy = disk, disk_policy or StatePolicy("zero")
         self._drafter = drafter
         self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
+        self._drafting = False  # this step, or it rests
         self._fetches: list[tuple[Live, bytes | None]] = []
         self._scheduler = Scheduler(
             self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
@@ -283,6 +284,7 @@ class LocalEngine:
 
     def step(self) -> bool:
         """Run one step; whether anything was computed. Errors end the requests they belong to, never the engine."""
+        started = self._clock()
         self._take_notes()
         plan = self._scheduler.plan()
         for preempted in plan.preempted:
@@ -292,8 +294,8 @@ class LocalEngine:
         works = [work for work in plan.works if work.request not in failed and work.request.slot >= 0]
         if not works:
             return False
+        self._drafting = self._drafter is not None and not self._depth.rests(len(works))
         spans = [self._span(work) for work in works]
-        started = self._clock()
         try:
             output = self._forward.forward(spans)
         except Exception as error:
@@ -302,8 +304,8 @@ class LocalEngine:
             return True
         self._counters.steps += 1
         outcomes = self._take_output(works, spans, output)
-        seconds = self._clock() - started
-        if self._drafter is not None:
+        if self._drafter is not None and self._drafting:
+            seconds = self._clock() - started
             self._draft(self._drafter, outcomes, None if len(outcomes) < len(works) else seconds)
         return True
 
@@ -448,7 +450,7 @@ class LocalEngine:
         if request.prompt_logprobs is not None and start < request.prompt_tokens:
             logits = count
         streams = 0
-        if self._drafter is not None:
+        if self._drafter is not None and self._drafting:
             near = self._drafter.window - (len(request.tokens) - start - known)  # older ones leave the draft's window
             streams = max(0, min(count, near))
         return Span(np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams)
@@ -473,14 +475,14 @@ class LocalEngine:
             except Exception as error:  # its own, or its grammar's or its tokenizer's
                 self._end(request, None, error)
                 continue
-            if before == known - 1:
+            if before == known - 1 and self._drafting:
                 outcomes.append(Outcome(request.request_id, len(drafts), request.tokens[known:]))
             if request.text.finish_reason is not None:
                 self._keep(request, request.computed, "end")
                 self._end(request, request.text.finish_reason)
             elif self._drafter is not None and len(streams):
                 first = span.start + len(span.tokens) - len(streams)
-                following = np.asarray(request.tokens[first + 1 : request.computed + 1], np.int64)
+                following = request.tokens[first + 1 : request.computed + 1]
                 self._drafter.feed(request.request_id, first, following, streams[: len(following)])
         return outcomes
 
@@ -491,10 +493,13 @@ class LocalEngine:
         if not decoding:
             return
         keys = [request.request_id for request in decoding]
-        started = self._clock()
+        started, depths = self._clock(), self._depth.depths(keys)
+        if not any(depths):
+            self._depth.cut((), (), 0.0)
+            return
         asked = [
             DraftRequest(key, each.slot, each.table, each.sampler, min(depth, each.text.left - 1), each.text.ends)
-            for key, each, depth in zip(keys, decoding, self._depth.depths(keys), strict=True)
+            for key, each, depth in zip(keys, decoding, depths, strict=True)
         ]
         drafts = drafter.draft(asked) if any(each.depth > 0 for each in asked) else [Draft()] * len(asked)
         counts = self._depth.cut(keys, drafts, self._clock() - started)

@@ -21,11 +21,14 @@ from pelagos.kernels.layout import Output, Span
 _CAUGHT_UP = 32
 # How often drafts agree: remembered observations, the weight of a guess in them, the guess before the first.
 _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 8
-# Seconds: the share a new sample has, and of that in all entries; the first samples, of which the least counts;
-# entries for each doubling of a step with drafts.
-_LEARN, _DRIFT, _FIRST, _CLASSES = 0.1, 0.03, 4, 3
-# An unchanged plan holds for some steps, more in a larger batch; a new one or a probe for two: one may catch up.
-_PLAN_STEPS, _PROBE_STEPS = 8, 2
+# Seconds: the share a new sample has, more after so many steps without any, and that of it in all entries; the first
+# samples, of which the least counts; entries for each doubling of a step with drafts.
+_LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
+# A new plan or a probe holds for three steps, one may catch up; an unchanged one twice as long each time, to a limit;
+# after so many steps with drafts, more where there is much to gain, some without them renew what those take.
+_PROBE_STEPS, _PLAN_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 128, 48
+# Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
+_GAIN = 1.06
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
 # lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
 # catch up counts as so many steps at most.
@@ -59,10 +62,11 @@ class Drafter(Protocol):
     window: int
     max_depth: int
 
-    def feed(self, key: str, start: int, following: np.ndarray, streams: np.ndarray) -> None:
+    def feed(self, key: str, start: int, following: Sequence[int], streams: np.ndarray) -> None:
         """Hand over what the backbone left at positions start.. of a request, computed and accepted.
 
-        following (S,) int64 are the tokens at start + 1.., the last one picked but not computed; streams (S, n, D).
+        `following` are the S tokens at start + 1.., the last one picked but not computed; streams (S, n, D) stay as
+        they are.
         """
         ...
 
@@ -102,14 +106,14 @@ class MTPDrafter:
         self._block = block
         self._fed: dict[str, _Fed] = {}
 
-    def feed(self, key: str, start: int, following: np.ndarray, streams: np.ndarray) -> None:
+    def feed(self, key: str, start: int, following: Sequence[int], streams: np.ndarray) -> None:
         """See `Drafter.feed`; a start that does not follow the last position begins anew."""
         fed = self._fed.get(key)
         if fed is None or fed.end != start:
             fed = self._fed[key] = _Fed(start, deque(maxlen=self.window), deque(maxlen=self.window))
         fed.end = start + len(following)
-        fed.following.extend(following.tolist())
-        fed.streams.extend(streams[-self.window :].copy())
+        fed.following.extend(following)
+        fed.streams.extend(streams[-self.window :])
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """See `Drafter.draft`."""
@@ -165,6 +169,10 @@ class FixedDepth:
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
+    def rests(self, requests: int) -> bool:
+        """Never."""
+        return False
+
     def depths(self, keys: Sequence[str]) -> list[int]:
         """The same for all."""
         return [self.depth] * len(keys)
@@ -207,20 +215,24 @@ class _StepSeconds:
 
     def __init__(self) -> None:
         self._scale = 1.0
-        self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale, samples
+        self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale,
+        self._steps = 0  # samples, and the step of the last
 
     def add(self, size: int, plain: bool, seconds: float) -> float:
         """Take in a step's seconds and return what steps like it take, which no outlier moves far."""
         key = (size if plain else int(_CLASSES * math.log2(size)), plain)
-        entry = self._seen.setdefault(key, [size, math.inf, 0])
-        mean, old, samples = entry
-        entry[2] += 1
+        entry = self._seen.setdefault(key, [size, math.inf, 0, 0])
+        mean, old, samples, last = entry
+        self._steps += 1
+        if self._steps - last > _STALE:
+            samples = min(samples, _FIRST)
+        entry[2:] = samples + 1, self._steps
         if samples < _FIRST:  # slow for other reasons, perhaps; too low a guess is corrected by what follows from it
             entry[1] = min(old, max(seconds, 1e-9) / self._scale)
         else:
             ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)
             self._scale *= ratio**_DRIFT
-            entry[1] = old * ratio ** (_LEARN - _DRIFT)
+            entry[1] = old * ratio ** (max(_LEARN, 1 / (samples - _FIRST + 2)) - _DRIFT)
         entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
         return entry[1] * self._scale
 
@@ -277,7 +289,7 @@ class AdaptiveDepth:
     was worth, and the seconds of drafting and of steps by their tokens. Steps that are not the best known choice are
     probes, which together may cost a small share of the time; and when drafting has lost more than that against plain
     steps, for whatever reason, it rests. A function of what it was told: it reads no clock.
-    Each step: `depths`, then `cut` of what was drafted, then `observe`.
+    Each step: `rests`, and where it does not `depths`, then `cut` of what was drafted, then `observe`.
     """
 
     def __init__(self, max_depth: int) -> None:
@@ -292,26 +304,41 @@ class AdaptiveDepth:
         self._times: np.ndarray | None = None  # of a step by drafts verified, as the plan saw it
         self._worths: list[list[float]] = []  # of a draft by depth and confidence, as the plan saw it
         self._prices: list[float] = []  # in tokens, of a step by drafts verified
-        self._pace = 0.0  # tokens a second that the plan expects
-        self._left = 0  # steps the plan holds
+        self._pace = self._gain = 0.0  # tokens a second that the plan expects; what part of those without drafts more
+        self._hold = self._left = 0  # steps the plan holds: in all, from now on
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
-        self._loss = [math.inf, math.inf]  # seconds that the last probe of each kind cost
+        self._loss = math.inf  # seconds that the last probe cost
+        self._since_plain = 0  # steps with drafts
+        self._rest = self._resting_for = 0  # steps without a thought of drafts, for so many requests
         self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
+
+    def rests(self, requests: int) -> bool:
+        """Whether the coming step of so many requests neither drafts nor has anything to tell: asked once a step."""
+        self._rest = self._rest - 1 if self._rest and requests == self._resting_for else 0
+        return self._rest > 0
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
         if not self._left or self._planned_for != list(keys):
             self._planned_for, last = list(keys), self._plan
             self._plan = self._best(keys)
-            self._probes = self._probe()
             if self._times is not None and self._debt > _SHARE * self._elapsed + _START * self._times[0]:
                 self._plan, self._probes = [0] * len(keys), None  # whatever the estimates say, it did not pay
+            elif any(self._plan) and self._since_plain >= _PLAIN_EVERY * (1 + 4 * self._gain):
+                self._probes = [0] * len(keys)
+            else:
+                self._probes = self._probe()
             same = self._plan == last and not self._probes
-            self._left = _PLAN_STEPS + len(keys) // 2 if same else _PROBE_STEPS
+            self._hold = min(max(2 * self._hold, _PLAN_STEPS), _LONGEST) if same else _PROBE_STEPS
+            self._left = self._hold
+            if self._times is not None and not any(self._probes or self._plan):
+                self._left = min(self._hold, _PLAN_STEPS)
+                self._rest, self._resting_for = self._hold - self._left, len(keys)
+                self._elapsed += self._rest * float(self._times[0])
         self._left -= 1
         return self._probes or self._plan
 
@@ -338,8 +365,11 @@ class AdaptiveDepth:
         seconds += self._draft_seconds.of(
             np.maximum.accumulate([0, *(1 + depth for depth in order)]), np.arange(verified.size)
         )
-        best = int((tokens / seconds).argmax())
-        self._pace = float(tokens[best] / seconds[best])
+        paces = tokens / seconds
+        best = int(paces.argmax())
+        if paces[best] < _GAIN * paces[0]:
+            best = 0
+        self._pace, self._gain = float(paces[best]), float(paces[best] / paces[0]) - 1
         self._prices = (self._pace * self._times).tolist()
         for _, _, at in chances[:best]:
             depths[at] += 1
@@ -375,21 +405,20 @@ class AdaptiveDepth:
         return passes
 
     def _probe(self) -> list[int] | None:
-        """Return the depths of a probe if one can be afforded: some requests deeper, or in turn no drafts at all."""
-        kind = self._turn % 4 == 3 if any(self._plan) else 0
-        probes = [0 if kind else depth for depth in self._plan]
-        some = 0 if kind else len(probes) if all(self._plan) else -(-len(probes) // _PROBE_PART)  # much to catch up on
+        """Return the depths of a probe if one can be afforded: some requests deeper."""
+        probes = self._plan.copy()
+        some = len(probes) if all(self._plan) else -(-len(probes) // _PROBE_PART)  # much to catch up on
         for at in range(self._turn * some, (self._turn + 1) * some):
             at %= len(probes)
             probes[at] = min(self._plan[at] + 1, self.max_depth)
         if probes == self._plan:
             self._turn += 1
             return None
-        loss = self._loss[kind] if self._loss[kind] < math.inf else len(self._plan) / max(self._pace, 1e-9)
+        loss = self._loss if self._loss < math.inf else len(self._plan) / max(self._pace, 1e-9)
         if self._spent + max(loss, 0.0) > _SHARE * self._elapsed:
             return None
         self._turn += 1
-        self._loss[kind] = 0.0
+        self._loss = 0.0
         return probes
 
     def cut(self, keys: Sequence[str], drafts: Sequence[Draft], seconds: float) -> list[int]:
@@ -428,13 +457,13 @@ class AdaptiveDepth:
 
         `seconds` is None where the forward also did other work (prefill chunks): its time then says nothing.
         """
-        for outcome in outcomes:
-            draft = self._made.get(outcome.key)
-            if draft is not None:
-                self._judge(outcome, draft)
+        for outcome in outcomes if self._made else ():
+            if outcome.key in self._made:
+                self._judge(outcome, self._made[outcome.key])
         if seconds is None or not outcomes:
             return
         verified = sum(outcome.verified for outcome in outcomes)
+        self._since_plain = self._since_plain + 1 if verified else 0
         seconds = self._step_seconds.add(len(outcomes) + verified, not verified, seconds) + self._draft_s
         self._elapsed += seconds
         tokens = sum(len(outcome.picked) for outcome in outcomes)
@@ -444,10 +473,10 @@ class AdaptiveDepth:
         if self._draft_s:
             loss = seconds - tokens * plain / len(self._planned_for)
             self._debt = max(self._debt + loss, -_CREDIT * plain)
-        if self._probes:
+        if self._probes and any(self._probes):
             loss = seconds - tokens / max(self._pace, 1e-9)
             self._spent = max(0.0, self._spent + loss)
-            self._loss[not any(self._probes)] += loss
+            self._loss += loss
 
     def _judge(self, outcome: Outcome, draft: Draft) -> None:
         """Note which drafts agreed: one more than was verified can be told."""

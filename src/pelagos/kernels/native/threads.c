@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define SPINS 200        /* looks at the word before the processor is offered to others */
-#define IDLE_NS 200000   /* an idle thread looks this long for the next job (decode steps follow closely), then sleeps */
+#define IDLE_NS 1000000  /* an idle thread looks this long for the next job (decode steps follow closely), then sleeps */
 #define ITEM_BITS 24     /* of the word: items taken of the stage; above them the stage's number */
 #define JOB_BITS 12      /* of the number: stages of a job; above them the job's number, which may wrap */
 #define ID(word) ((word) >> ITEM_BITS)
