@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -129,6 +130,9 @@ class Substrate(Protocol):
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
 
+    def run_inside(self, control: socket.socket) -> None:
+        """In the process of `container.Home`: start and run what comes on `control` until it closes."""
+
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command with these three descriptors (the caller closes its own copies)."""
         ...
@@ -142,7 +146,11 @@ class Substrate(Protocol):
         ...
 
     def usage(self) -> dict[str, int]:
-        """Return the bytes and counts in use (`memory`, `processes`, `oom_kills`) as far as the host tells."""
+        """Return the bytes and counts in use (`memory`, `processes`) as far as the host tells."""
+        ...
+
+    def kills(self) -> int:
+        """Return how many processes were killed for memory, as far as the host tells."""
         ...
 
     def pause(self, on: bool) -> None:

@@ -27,8 +27,8 @@ class Group:
     unified: bool
 
     @classmethod
-    def create(cls, name: str, limits: Limits) -> Group | None:
-        """Make the groups and set the limits; None where memory and process limits cannot both be had."""
+    def create(cls, name: str) -> Group | None:
+        """Make the groups; None where memory and process limits cannot both be had."""
         found, unified = _hierarchies()
         made: dict[str, Path] = {}
         for controller, root in found.items():
@@ -37,34 +37,40 @@ class Group:
                 if unified:
                     _enable(root, root / PARENT)
                 directory.mkdir(parents=True, exist_ok=True)
-                _sweep(directory.parent)
-                for file, value in _settings(controller, limits, unified):
-                    if (directory / file).exists() or file not in _OPTIONAL:
-                        (directory / file).write_text(value, encoding="ascii")
                 made[controller] = directory
             except OSError:
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
+                continue
         group = cls(made, unified)
-        if {"memory", "pids"} <= set(made):
-            return group
+        try:
+            if {"memory", "pids"} <= set(made):
+                group.limit(Limits())
+                return group
+        except OSError:
+            pass
         group.remove()
         return None
+
+    def limit(self, limits: Limits) -> None:
+        """Set what may be used."""
+        for controller, directory in self.directories.items():
+            for file, value in _settings(controller, limits, self.unified):
+                if file not in _OPTIONAL or (directory / file).exists():
+                    (directory / file).write_text(value, encoding="ascii")
 
     def open_joins(self) -> list[int]:
         """Open what a process writes "0" to in order to join."""
         return [os.open(d / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for d in sorted(set(self.directories.values()))]
 
     def usage(self) -> dict[str, int]:
-        """Return memory bytes, processes, and how many processes were killed for memory."""
-        memory, pids = self.directories["memory"], self.directories["pids"]
-        kills = _fields(memory / ("memory.events" if self.unified else "memory.oom_control")).get("oom_kill", 0)
-        used = memory / ("memory.current" if self.unified else "memory.usage_in_bytes")
-        return {
-            "memory": int(used.read_text(encoding="ascii")),
-            "processes": int((pids / "pids.current").read_text(encoding="ascii")),
-            "oom_kills": kills,
-        }
+        """Return memory bytes and processes."""
+        used = self.directories["memory"] / ("memory.current" if self.unified else "memory.usage_in_bytes")
+        processes = self.directories["pids"] / "pids.current"
+        return {"memory": int(used.read_bytes()), "processes": int(processes.read_bytes())}
+
+    def kills(self) -> int:
+        """Return how many processes were killed for memory."""
+        file = self.directories["memory"] / ("memory.events" if self.unified else "memory.oom_control")
+        return _fields(file).get("oom_kill", 0)
 
     def freeze(self, on: bool) -> None:
         """Stop or thaw every process, and wait until the kernel says so."""
@@ -134,12 +140,15 @@ def _enable(root: Path, parent: Path) -> None:
         (directory / "cgroup.subtree_control").write_text("+memory +pids +cpu", encoding="ascii")
 
 
-def _sweep(parent: Path) -> None:
-    for directory in parent.iterdir():
-        with contextlib.suppress(OSError):  # busy, or another keeper was quicker
-            if directory.is_dir() and time.time() - directory.stat().st_mtime > STALE_S:
-                directory.rmdir()
+def sweep() -> None:
+    """Remove what keepers that were killed left: empty groups of some age."""
+    for root in set(_hierarchies()[0].values()):
+        with contextlib.suppress(OSError):
+            for directory in (root / PARENT).iterdir():
+                with contextlib.suppress(OSError):  # busy, or another was quicker
+                    if directory.is_dir() and time.time() - directory.stat().st_mtime > STALE_S:
+                        directory.rmdir()
 
 
 def _fields(path: Path) -> dict[str, int]:
-    return {k: int(v) for k, v in (line.split() for line in path.read_text(encoding="ascii").splitlines())}
+    return {k: int(v) for k, v in (line.split() for line in path.read_bytes().decode("ascii").splitlines())}

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import select
 import signal
+import socket
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import inside, linux
-from pelagos.sandbox.api import Capabilities, Child, Command, Spec
+from pelagos.sandbox.api import Capabilities, Child, Command, Spec, Substrate
 from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 
 # Who the inside is on the host when the caller is root: in no range of accounts or subordinate uids.
 SANDBOX_UID = 2_000_739_100
 INSIDE_UID = 1000
 START_S = 20.0
+END_S = 5.0
+ENTERED = ("owner", *linux.NAMESPACES)  # the order in which namespaces travel
 NS_GET_USERNS = 0xB701
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "TERM": "dumb"}
@@ -51,54 +55,96 @@ def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
     )
 
 
-class Waiter:
-    """The process outside that waits for one command; it outlives the keeper by nothing."""
+class Home:
+    """The control groups of a sandbox to come, and a process in them that will fork what runs there.
 
-    def __init__(self, pid: int, status_fd: int) -> None:
-        self.pid, self.status_fd = pid, status_fd
+    Joining groups takes 16 ms (the kernel waits for a grace period), so it is done before anybody asks, and once.
+    """
+
+    def __init__(self, make: Callable[[Path], Substrate]) -> None:
+        self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        linux.seccomp_program()
+
+        def work() -> None:
+            joins = self.group.open_joins() if self.group else []
+            for fd in joins:
+                os.write(fd, b"0")
+            linux.close_all_but([theirs.fileno()])
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if box := theirs.recv(1 << 16):
+                make(Path(os.fsdecode(box))).run_inside(theirs)
+
+        self._pid = linux.fork(work, traceback.print_exception)
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process, and with it the sandbox; remove the groups."""
+        if self.group and "freezer" in self.group.directories:
+            with contextlib.suppress(OSError):
+                self.group.freeze(False)
+        self.control.close()
+        if self._pid > 0:
+            fd = os.pidfd_open(self._pid)
+            if not select.select([fd], [], [], END_S)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+            os.close(fd)
+            os.waitpid(self._pid, 0)
+            self._pid = -1
+        if self.group:
+            self.group.remove()
+
+
+class Running:
+    """A command that runs; closing the leash ends it."""
+
+    def __init__(self, status_fd: int, leash: int) -> None:
+        self.status_fd, self._leash = status_fd, leash
 
     def kill(self) -> None:
-        """Kill the command's session; the waiter still reports how it ended."""
-        os.kill(self.pid, signal.SIGTERM)
+        """End the command and what belongs to it; its status still comes."""
+        if self._leash >= 0:
+            os.close(self._leash)
+            self._leash = -1
 
     def reap(self) -> None:
-        """Collect the waiter, which ends when it has reported."""
+        """Close what the keeper held of the command."""
         os.close(self.status_fd)
-        os.waitpid(self.pid, 0)
+        self.kill()
 
 
 class Container:
     """One container; see `api.Substrate`."""
 
     root_bind = "--bind"  # how the overlay becomes the root
+    _grouped = False  # whether control groups limit memory
     nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
 
-    def __init__(self, box: Path, layers: Path, spec: Spec) -> None:
-        self._box, self._layers, self._spec = box, layers, spec
-        self._group = Group.create(spec.id, spec.limits)
+    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
+        self._box, self._layers, self._spec, self._home = box, layers, spec, home
+        self._group = home.group if home else None
         self.capabilities = capabilities_here(self._group, files="overlay")
         self._filter = linux.seccomp_program()
-        self._joins: list[int] = []
         self._ns: dict[str, int] = {}
-        self._pid = self._hold = self._said = self._first = -1
-        self.upper_fd = -1
+        self._hold = self._said = self._first = self._upper = -1
 
     def start(self) -> None:
         """Bring bubblewrap up and take hold of its namespaces; raises SandboxError with what it said."""
+        assert self._home is not None, "made in the process that is inside already"
         tool = linux.which("bwrap")
         if tool is None:
             raise SandboxError("container: bwrap not found; install bubblewrap (Debian: apt-get install bubblewrap)")
         if not self._spec.layers:
             raise SandboxError(f"sandbox {self._spec.id}: an image needs at least one layer; start from Image.host()")
-        self._joins = self._group.open_joins() if self._group else []
+        if self._group:
+            self._group.limit(self._spec.limits)
         self._prepare()
         info, info_w = os.pipe()
         self._said, said_w = os.pipe()
         hold = self._stdin()
-        self._pid = linux.fork(
-            lambda: self._launch(tool, info_w, said_w, hold, self._first_process()),
-            lambda error: os.write(said_w, f"{type(error).__name__}: {error}".encode()),
-        )
+        self._home.control.send(os.fsencode(self._box))
+        facts = json.dumps({"tool": tool, "first": self._first_process(), "grouped": self._group is not None})
+        socket.send_fds(self._home.control, [facts.encode()], [info_w, said_w, hold])
         for fd in (info_w, said_w, hold):
             os.close(fd)
         try:
@@ -108,6 +154,7 @@ class Container:
                     f"container {self._spec.id} did not start: {text.decode('utf-8', 'replace').strip()}"
                 )
             self._take_namespaces(json.loads(os.read(info, 65536))["child-pid"])
+            socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
         except BaseException:
             self.stop()
             raise
@@ -133,12 +180,13 @@ class Container:
             directory.chmod(0o755)
             os.chown(directory, uid, gid)
         (self._box / "layers").mkdir(exist_ok=True)
-        self.upper_fd = os.open(self._box / "upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._upper = os.open(self._box / "upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _launch(self, tool: str, info: int, said: int, hold: int, first: list[str]) -> None:
         """In the child: private mounts, then bubblewrap on top of them; only an exec returns from here."""
         uid, gid = host_ids()
-        self._join()
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("900")
         root, layers = str(self._box), str(self._layers)
         if os.geteuid() == 0:
             # The unprivileged user may not walk to our directories, so root lends them under a name it may walk to.
@@ -192,12 +240,6 @@ class Container:
         # bubblewrap ends in a user namespace below the one that owns the rest; that one gives the right to enter.
         self._ns["owner"] = fcntl.ioctl(self._ns["mnt"], NS_GET_USERNS)
 
-    def _join(self) -> None:
-        for fd in self._joins:
-            os.write(fd, b"0")
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("900")
-
     def _limit(self) -> None:
         limits = self._spec.limits
         megabyte = 1024 * 1024
@@ -205,7 +247,7 @@ class Container:
             processes=limits.processes + SPARE_PROCESSES,
             open_files=limits.open_files,
             file_bytes=int(limits.disk_mb * megabyte),
-            address_bytes=None if self._group else int(limits.memory_mb * megabyte),
+            address_bytes=None if self._grouped else int(limits.memory_mb * megabyte),
         )
 
     def _enter(self, *names: str) -> None:
@@ -214,46 +256,92 @@ class Container:
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command inside; `stdio` stays the caller's to close."""
-        status, status_w = os.pipe()
+        assert self._home is not None, "made in the process that is inside already"
+        ask = {"argv": command.argv, "env": dict(command.env), "cwd": command.cwd}
+        try:
+            return Running(*_hand_over(self._home.control, json.dumps(ask).encode(), stdio))
+        except OSError as error:
+            raise SandboxError(f"sandbox {self._spec.id}: the process that forks commands ended ({error})") from None
 
-        def complain(error: BaseException) -> None:
-            os.write(status_w, b'{"exit_code":126}\n')
-            os.write(stdio[2], f"sandbox: cannot start the command: {error}\n".encode())
-
-        pid = linux.fork(lambda: self._wait_for(command, stdio, status_w), complain)
-        os.close(status_w)
-        return Waiter(pid, status)
-
-    def _wait_for(self, command: Command, stdio: tuple[int, int, int], status: int) -> None:
-        signal.set_wakeup_fd(-1)
-        linux.close_all_but([*stdio, *self._ns.values(), *self._joins, status])
+    def run_inside(self, control: socket.socket) -> None:
+        """In the process of `Home`: start bubblewrap, enter what it made, and run commands there until told to end."""
+        facts, fds, _, _ = socket.recv_fds(control, 1 << 16, 3)
+        if not facts:
+            return
+        told = json.loads(facts)
+        self._grouped = told["grouped"]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        linux.become(*host_ids())
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-        linux.prctl(linux.PR_SET_DUMPABLE, 0)
-        self._enter("owner", "pid")
-        target = 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        tool = linux.fork(
+            lambda: self._launch(told["tool"], fds[0], fds[1], fds[2], told["first"]),
+            lambda error: os.write(fds[1], f"{type(error).__name__}: {error}".encode()),
+        )
+        for fd in fds:
+            os.close(fd)
+        try:
+            said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
+            if said:
+                self._ns = dict(zip(ENTERED, fds, strict=True))
+                linux.become(*host_ids())
+                linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+                linux.prctl(linux.PR_SET_DUMPABLE, 0)
+                self._enter("owner", "pid")
+                gc.freeze()
+                self._serve(control)
+        finally:
+            os.kill(tool, signal.SIGKILL)
+            os.waitpid(tool, 0)
 
-        def end(number: int, frame: FrameType | None) -> None:
-            if target:
-                _kill_session(target)
+    def _serve(self, control: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(control, select.POLLIN)
+        ends: dict[int, tuple[int, int, int, bool]] = {}  # pidfd or leash: pid, status, the other, whether a leash
+        while True:
+            for fd, _ in poll.poll():
+                if fd == control.fileno():
+                    data, fds, _, _ = socket.recv_fds(control, 16, 6)
+                    if not data:
+                        return
+                    pid, status, leash = self._begin(*fds)
+                    pidfd = os.pidfd_open(pid)
+                    ends |= {pidfd: (pid, status, leash, False), leash: (pid, status, pidfd, True)}
+                    poll.register(pidfd, select.POLLIN)
+                    poll.register(leash, 0)
+                elif fd in ends:
+                    pid, status, other, is_leash = ends[fd]
+                    poll.unregister(fd)
+                    if is_leash:
+                        _kill_session(pid)
+                        continue
+                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    with contextlib.suppress(OSError):  # the keeper wants to know no more
+                        os.write(status, b'{"exit_code":%d}\n' % code)
+                    with contextlib.suppress(KeyError):
+                        poll.unregister(other)
+                    for each in (fd, other):
+                        del ends[each]
+                    for each in (fd, other, status):
+                        os.close(each)
 
-        signal.signal(signal.SIGTERM, end)
+    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> tuple[int, int, int]:
+        """Fork a command and return its pid, the descriptor its end is told on, and its leash."""
+        ask = json.loads(os.pread(text, os.fstat(text).st_size, 0))
+        command = Command(argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
 
         def complain(error: BaseException) -> None:
             os.write(2, f"sandbox: cannot run {command.argv[0]!r} in {command.cwd}: {error}\n".encode())
             os._exit(127)
 
-        target = linux.fork(lambda: self._execute(command, stdio), complain)
-        for fd in stdio:
+        pid = linux.fork(lambda: self._execute(command, (stdin, stdout, stderr)), complain)
+        for fd in (text, stdin, stdout, stderr):
             os.close(fd)
-        code = os.waitstatus_to_exitcode(os.waitpid(target, 0)[1])
-        os.write(status, json.dumps({"exit_code": code}).encode() + b"\n")
+        return pid, status, leash
 
     def _execute(self, command: Command, stdio: tuple[int, int, int]) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        self._join()
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("900")
         linux.forbid_imports()
         self._enter("mnt", "net", "ipc", "uts", "cgroup", "user")
         os.setsid()
@@ -273,18 +361,18 @@ class Container:
         as_owner = task in ("disk", "pack")
 
         def work() -> None:
-            signal.set_wakeup_fd(-1)
-            linux.close_all_but([*self._ns.values(), self.upper_fd, out_w])
+            linux.close_all_but([*self._ns.values(), self._upper, out_w])
             linux.become(*host_ids())
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
             self._enter("owner")
             if not as_owner:
+                self._grouped = self._group is not None
                 linux.forbid_imports()
                 self._enter("mnt", "user")
                 self._limit()
                 linux.drop_capabilities()
-            inside.TASKS[task](out_w, **arguments, **({"upper": self.upper_fd} if as_owner else {}))
+            inside.TASKS[task](out_w, **arguments, **({"upper": self._upper} if as_owner else {}))
 
         pid = linux.fork(work, lambda error: inside.write_all(out_w, json.dumps({"error": f"{error}"}).encode()))
         os.close(out_w)
@@ -297,6 +385,10 @@ class Container:
     def usage(self) -> dict[str, int]:
         """Return what the control groups say, nothing where there are none."""
         return self._group.usage() if self._group else {}
+
+    def kills(self) -> int:
+        """Return how many processes were killed for memory."""
+        return self._group.kills() if self._group else 0
 
     def pause(self, on: bool) -> None:
         """Freeze by control group, else stop each process by signal."""
@@ -314,22 +406,33 @@ class Container:
         os.waitpid(linux.fork(work, print), 0)
 
     def stop(self) -> None:
-        """Kill bubblewrap, and with it the pid namespace; remove the control groups."""
-        if self._group and "freezer" in self._group.directories:
-            with contextlib.suppress(FileNotFoundError):  # stopped before
-                self._group.freeze(False)
-        if self._pid > 0:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self._pid, signal.SIGKILL)
-                os.waitpid(self._pid, 0)
-            self._pid = -1
-        for fd in (*self._ns.values(), *self._joins, self._hold, self._said, self._first, self.upper_fd):
+        """End the process that forks, bubblewrap with it, and so the pid namespace; remove the control groups."""
+        if self._home:
+            self._home.close()
+        if self._first >= 0:
+            select.select([self._first], [], [], END_S)
+        for fd in (*self._ns.values(), self._hold, self._said, self._first, self._upper):
             with contextlib.suppress(OSError):
                 os.close(fd)
-        self._ns, self._joins = {}, []
-        self._hold = self._said = self._first = self.upper_fd = -1
-        if self._group:
-            self._group.remove()
+        self._ns = {}
+        self._hold = self._said = self._first = self._upper = -1
+
+
+def _hand_over(control: socket.socket, ask: bytes, stdio: tuple[int, int, int]) -> tuple[int, int]:
+    """Send a command with its three descriptors to the process that runs it; return its status's end and its leash."""
+    text = linux.file_of(ask)
+    status, status_w = os.pipe()
+    leash_r, leash = os.pipe()
+    try:
+        socket.send_fds(control, [b"run"], [text, *stdio, status_w, leash_r])
+    except OSError:
+        os.close(status)
+        os.close(leash)
+        raise
+    finally:
+        for fd in (text, status_w, leash_r):
+            os.close(fd)
+    return status, leash
 
 
 def _until_ready(fd: int) -> bytes:

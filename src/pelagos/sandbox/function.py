@@ -5,15 +5,24 @@ Stateless: nothing of a call is there for the next one, so there are no file cal
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import socket
 from pathlib import Path
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux, worker
 from pelagos.sandbox.api import Child, Command, Spec
-from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, Container, capabilities_here
+from pelagos.sandbox.container import (
+    ENVIRONMENT,
+    INSIDE_UID,
+    START_S,
+    Container,
+    Home,
+    capabilities_here,
+)
 
 _BOOT = "import os, socket; c = socket.socket(fileno=0); exec(os.pread(socket.recv_fds(c, 9, 1)[1][0], 1 << 20, 0))"
 _PROGRAM = """
@@ -25,25 +34,7 @@ for name, text in TEXTS.items():
     exec(compile(text, name, 'exec'), module.__dict__)
 module.serve(c, SETTINGS)
 """
-READY = 2  # one-shot processes kept waiting; each is about 3 MB
-
-
-class Call:
-    """A call that runs; closing the leash ends it."""
-
-    def __init__(self, status_fd: int, leash: int) -> None:
-        self.status_fd, self._leash = status_fd, leash
-
-    def kill(self) -> None:
-        """End the call and everything it started."""
-        os.close(self._leash)
-        self._leash = -1
-
-    def reap(self) -> None:
-        """Close what the keeper held of the call."""
-        os.close(self.status_fd)
-        if self._leash >= 0:
-            os.close(self._leash)
+READY = 3  # slots, each with a process that waits; about 3 MB each
 
 
 class Function(Container):
@@ -52,8 +43,8 @@ class Function(Container):
     root_bind = "--ro-bind"
     nested = True
 
-    def __init__(self, box: Path, layers: Path, spec: Spec) -> None:
-        super().__init__(box, layers, spec)
+    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
+        super().__init__(box, layers, spec, home)
         self.capabilities = capabilities_here(self._group, files="none")
 
     def _first_process(self) -> list[str]:
@@ -79,20 +70,40 @@ class Function(Container):
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Hand a call to a ready process; raises SandboxError where the warm interpreter is gone."""
-        environment = ENVIRONMENT | dict(command.env)
-        ask = {"argv": command.argv, "env": environment, "source": command.call, "arguments": command.arguments}
-        status, status_w = os.pipe()
-        leash_r, leash = os.pipe()
-        text = linux.file_of(json.dumps(ask).encode())
-        with socket.socket(fileno=os.dup(self._hold)) as control:
-            try:
-                facts = json.dumps({"cwd": command.cwd}).encode()
-                socket.send_fds(control, [facts], [text, *stdio, status_w, leash_r])
-            except OSError as error:
-                os.close(status)
-                os.close(leash)
-                raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error})") from None
-            finally:
-                for fd in (text, status_w, leash_r):
-                    os.close(fd)
-        return Call(status, leash)
+        text = linux.file_of(json.dumps({
+            "argv": command.argv, "env": ENVIRONMENT | dict(command.env), "source": command.call,
+            "arguments": command.arguments, "cwd": command.cwd,
+        }).encode())  # fmt: skip
+        try:
+            with socket.socket(fileno=os.dup(self._hold)) as control:
+                while True:
+                    if not select.select([control], [], [], 0)[0]:
+                        control.send(b"more")
+                        if not select.select([control], [], [], START_S)[0]:
+                            raise SandboxError(f"function {self._spec.id}: no process was ready in {START_S:.0f} s")
+                    fds = socket.recv_fds(control, 16, 1)[1]
+                    if not fds:
+                        raise OSError("no answer")
+                    call = _Call(fds[0])
+                    with contextlib.suppress(BrokenPipeError):  # that one was killed while it waited
+                        socket.send_fds(call.link, [b"run"], [text, *stdio])
+                        return call
+        except OSError as error:
+            raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error}); ask again") from None
+        finally:
+            os.close(text)
+
+
+class _Call:
+    """A call; its process tells how it ended on the socket it was sent on, and its slot ends it when that closes."""
+
+    def __init__(self, fd: int) -> None:
+        self.status_fd, self.link = fd, socket.socket(fileno=fd)
+
+    def kill(self) -> None:
+        """End the call and everything it started."""
+        self.link.shutdown(socket.SHUT_WR)
+
+    def reap(self) -> None:
+        """Let the slot end what is left and go on."""
+        self.link.close()

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO
 
 FILE_BYTES = 64 << 20  # one file through the control channel; more travels as an image
 WHITEOUT, OPAQUE = "PELAGOS.whiteout", "PELAGOS.opaque"
@@ -84,7 +84,9 @@ def _open_regular(path: str, flags: int, mode: int = 0) -> int:
     return fd
 
 
-def pack_tree(directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None) -> None:
+def pack_tree(
+    directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None
+) -> None:
     """Write the directory of a descriptor as a canonical tar; raises ValueError beyond `most` bytes of content."""
     import tarfile  # a third of what this module would cost each fork
 
@@ -123,9 +125,7 @@ def pack_tree(directory: int, file: IO[bytes], *, at: str = "/", fixed_time: boo
                 info.size = entry.st_size
                 total += entry.st_size
                 if most is not None and total > most:
-                    raise ValueError(
-                        f"the files are more than {most} bytes at {name!r}; raise disk_mb, or delete some"
-                    )
+                    raise ValueError(f"the files are more than {most} bytes at {name!r}; raise disk_mb, or delete some")
                 source = os.fdopen(os.dup(fd), "rb")
             info.pax_headers = headers
             with source or contextlib.nullcontext():

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
-from pelagos.sandbox import linux
+from pelagos.sandbox import cgroups, linux
 from pelagos.sandbox.api import Command, Spec, Substrate
-from pelagos.sandbox.container import Container
+from pelagos.sandbox.container import Container, Home
 from pelagos.sandbox.function import Function
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
@@ -32,36 +32,47 @@ SOCKET = "s"
 LAYERS = "layers"  # beside the directory of sandboxes
 SPEC = "spec.json"
 WATCH_S = 0.2
+OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
+SPARES = 2  # keepers kept ready; each is about 3 MB
 DRAIN_BYTES = 1 << 16
+STATUS_BYTES = 8 << 20  # JSON of JSON of 1 MiB may be this long
 PURE = frozenset(
     ("read", "list")
 )  # change nothing that stays, as nothing stateless does: no intent, may be asked again
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
-# The substrates that exist; each takes (the sandbox's directory, the directory of layers, spec).
-SUBSTRATES: dict[str, Callable[[Path, Path, Spec], Substrate]] = {"container": Container, "function": Function}
+# The substrates that exist; each takes (the sandbox's directory, the directory of layers, spec, where it will live).
+SUBSTRATES: dict[str, Callable[[Path, Path, Spec, Home | None], Substrate]] = {
+    "container": Container,
+    "function": Function,
+}
 
 Emit = Callable[[str, bytes], None]
 Outcome = tuple[dict[str, Any], dict[str, bytes]]
 
 
-def _make(box: Path, layers: Path, spec: Spec) -> Substrate:
+def _make(box: Path, spec: Spec, home: Home | None) -> Substrate:
     """Return the substrate of a spec, not yet started, once it has every flag the spec requires."""
     if spec.substrate not in SUBSTRATES:
         raise SandboxError(f"substrate {spec.substrate!r}: expected one of {', '.join(SUBSTRATES)}")
-    substrate = SUBSTRATES[spec.substrate](box, layers, spec)
-    try:
-        substrate.capabilities.check(spec.require)
-    except SandboxError:
-        substrate.stop()
-        raise
+    substrate = SUBSTRATES[spec.substrate](box, box.parents[1] / LAYERS, spec, home)
+    substrate.capabilities.check(spec.require)
     return substrate
+
+
+def _read_spec(box: Path) -> Spec:
+    return Spec.from_dict(json.loads((box / SPEC).read_text(encoding="utf-8")))
+
+
+def _home() -> Home:
+    return Home(lambda box: SUBSTRATES[(spec := _read_spec(box)).substrate](box, box.parents[1] / LAYERS, spec, None))
 
 
 class Keeper:
     """One sandbox's state machine; runs in a process of its own."""
 
-    def __init__(self, loop: Loop, box: Path, spec: Spec) -> None:
+    def __init__(self, loop: Loop, box: Path, home: Home) -> None:
+        spec = _read_spec(box)
         self._loop, self._box, self._root, self._spec = loop, box, box.parents[1], spec
         exists = (box / "log.jsonl").exists()
         self._log = TrajectoryLog.open(box) if exists else TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
@@ -69,10 +80,10 @@ class Keeper:
             raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
         if exists:
             self._log.event("start")
-        self._substrate: Substrate = _make(box, self._root / LAYERS, spec)
+        self._substrate: Substrate = _make(box, spec, home)
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
         self._active, self._last, self._paused = 0, time.monotonic(), False
-        self._over_disk, self._most_disk = False, 0
+        self._over_disk, self._most_disk, self._kills = False, 0, 0
         self._still, self._done = Promise(loop), Promise(loop)  # nobody needs the files to stand still; it ends
         self._still.settle()
 
@@ -116,7 +127,7 @@ class Keeper:
             flags = self._substrate.capabilities
             if flags.files == "none" or flags.disk_limit == "hard" or not self._substrate.alive():
                 continue
-            if not busy and self._substrate.usage().get("processes", 3) <= 2:
+            if not busy and self._substrate.usage().get("processes", OURS + 1) <= OURS:
                 continue  # nobody inside could write
             try:
                 used = int(await self._task("disk"))
@@ -183,8 +194,8 @@ class Keeper:
         """Start the sandbox again where it ended; a request that cannot have one is refused before it is logged."""
         if not self._substrate.alive():
             self._substrate.stop()
-            self._over_disk = False
-            self._substrate = _make(self._box, self._root / LAYERS, self._spec)
+            self._over_disk, self._kills = False, 0
+            self._substrate = _make(self._box, self._spec, _home())
             self._substrate.start()
             self._log.event("start")
 
@@ -231,7 +242,6 @@ class Keeper:
         return await self._command(Command(call=source, arguments=arguments), timeout, b"", emit)
 
     async def _command(self, command: Command, timeout: float | None, data: bytes, emit: Emit) -> Outcome:
-        kills = self._substrate.usage().get("oom_kills", 0)
         streams = [_Stream(self._loop, name, self._spec.limits.output_bytes, emit) for name in ("stdout", "stderr")]
         began = time.perf_counter()
         stdin = linux.file_of(data)
@@ -245,14 +255,15 @@ class Keeper:
             nonlocal timed_out
             if not report.settled:
                 timed_out = True
-                child.kill()
+                with contextlib.suppress(OSError):  # it ended this moment
+                    child.kill()
                 if self._paused:
                     self._loop.start(self._op_resume(emit=emit))  # what is frozen does not die
 
         try:
             for stream in streams:
                 stream.listen()
-            report = self._loop.start(self._loop.until_end(child.status_fd, line=True))
+            report = self._loop.start(self._loop.until_end(child.status_fd, line=True, most=STATUS_BYTES))
             if timeout is not None:
                 self._loop.later(timeout, expire)
             line = await report
@@ -261,16 +272,17 @@ class Keeper:
             for stream in streams:
                 stream.close()
             child.reap()
-        killed_by = None
-        if self._over_disk:
-            killed_by = "disk"
-        elif self._substrate.alive() and self._substrate.usage().get("oom_kills", 0) > kills:
-            killed_by = "memory"
-        told, returned = json.loads(line or b"{}"), None
-        with contextlib.suppress(ValueError):  # the inside wrote this text, so it may be anything
+        code, returned = -int(signal.SIGKILL), None
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a call may write anything here
+            told = json.loads(line)
+            code = max(-255, min(255, int(told["exit_code"])))
             returned = json.loads(told.get("value") or "null")
+        killed_by = "disk" if self._over_disk else None
+        if code and not self._over_disk and self._substrate.alive():
+            kills, self._kills = self._kills, self._substrate.kills()
+            killed_by = "memory" if self._kills > kills else None
         value = {
-            "exit_code": told.get("exit_code", -signal.SIGKILL), "truncated": any(s.truncated for s in streams),
+            "exit_code": code, "truncated": any(s.truncated for s in streams),
             "wall_ms": wall_ms, "timed_out": timed_out, "killed_by": killed_by,
             "value": returned,
         }  # fmt: skip
@@ -396,31 +408,53 @@ def short_name(directory: Path) -> Any:
 
 
 def nursery() -> None:
-    """Fork a keeper for each (directory, pipe) that comes on descriptor 0, until the client is gone."""
+    """Keep keepers ready and give one each (directory, pipe) that comes on descriptor 0, until the client is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cgroups.sweep()
+    gc.collect()
     gc.freeze()
+    spares: list[socket.socket] = []
     with socket.socket(fileno=0) as sock:
         while True:
+            while len(spares) < SPARES:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                linux.fork(lambda: (linux.close_all_but([theirs.fileno()]), _keep(theirs)), traceback.print_exception)  # noqa: B023
+                theirs.close()
+                spares.append(ours)
             data, fds, _, _ = socket.recv_fds(sock, 65536, 1)
             if not data:
                 return
-            linux.fork(lambda: (sock.close(), _keep(Path(os.fsdecode(data)), fds[0])), traceback.print_exception)  # noqa: B023
+            while spares:
+                with spares.pop(0) as spare, contextlib.suppress(OSError):  # one that was killed is passed over
+                    socket.send_fds(spare, [data], fds)
+                    break
             os.close(fds[0])
 
 
-def _keep(box: Path, ready: int) -> None:
+def _keep(asks: socket.socket) -> None:
+    """Be a keeper: first a spare one, then of the sandbox that comes on `asks`."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
-    notes = os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for number, fd in enumerate((null, null, notes)):
-        os.dup2(fd, number)
-    os.umask(0o077)
-
+    for number in (0, 1):
+        os.dup2(null, number)
+    home = _home()
+    data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
+    asks.close()
     try:
-        spec, loop = Spec.from_dict(json.loads((box / SPEC).read_text(encoding="utf-8"))), Loop()
-        loop.run(Keeper(loop, box, spec).serve(ready))
+        if data:
+            _keep_one(Path(os.fsdecode(data)), fds[0], home)
+    finally:
+        home.close()
+
+
+def _keep_one(box: Path, ready: int, home: Home) -> None:
+    os.dup2(os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    os.umask(0o077)
+    try:
+        loop = Loop()
+        loop.run(Keeper(loop, box, home).serve(ready))
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()

@@ -69,7 +69,7 @@ class TrajectoryLog:
     @classmethod
     def create(cls, directory: Path, header: Mapping[str, Any]) -> TrajectoryLog:
         """Start a log in `directory`, which must not hold one; it is on disk when the first intent is."""
-        directory.joinpath("blobs").mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         path, draft = directory / NAME, directory / f"{NAME}.new"
         if path.exists():
             raise TrajectoryError(f"{path}: there is a log already; open it, or choose another sandbox id")
@@ -229,6 +229,9 @@ class TrajectoryLog:
                 return blob | {"base64": base64.b64encode(data).decode("ascii")}
         path = self.directory / "blobs" / blob["sha"]
         if not path.exists():
+            if not path.parent.exists():
+                path.parent.mkdir()
+                _sync_directory(self.directory)
             draft = path.with_suffix(".new")
             with draft.open("wb") as file:
                 file.write(data)
@@ -287,7 +290,7 @@ def export(directory: Path, target: Path) -> str:
     _, head = verify(directory)
     whole = _whole_bytes(directory / NAME)
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path in [directory / NAME, *sorted((directory / "blobs").iterdir())]:
+        for path in [directory / NAME, *sorted((directory / "blobs").glob("*"))]:
             if path.suffix == ".new":
                 continue
             data = path.read_bytes()[: whole if path.name == NAME else None]

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+READ_BYTES = 1 << 18
+
 
 class Promise:
     """Something that will be settled once, with a value or an error; await it as often as you like."""
@@ -119,16 +121,16 @@ class Loop:
                 self.ready.append(heapq.heappop(self._timers)[2])
         return done.result()
 
-    async def until_end(self, fd: int, *, line: bool = False) -> bytes:
-        """Read a pipe to its end (or its first newline) and leave it open."""
+    async def until_end(self, fd: int, *, line: bool = False, most: int = 1 << 62) -> bytes:
+        """Read a descriptor to its end (or its first newline, or beyond `most` bytes) and leave it open."""
         data, ended = bytearray(), Promise(self)
         os.set_blocking(fd, False)
 
         def take() -> None:
             with contextlib.suppress(BlockingIOError):
-                piece = os.read(fd, 1 << 20)
+                piece = os.read(fd, READ_BYTES)
                 data.extend(piece)
-                if not piece or (line and piece.endswith(b"\n")):
+                if not piece or (line and piece.endswith(b"\n")) or len(data) > most:
                     self.watch(fd, None)
                     ended.settle()
 
@@ -185,7 +187,7 @@ class Connection:
 
     def _take(self) -> None:
         try:
-            data = self._sock.recv(1 << 20)
+            data = self._sock.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -200,7 +202,7 @@ class Connection:
     def _give(self) -> None:
         try:
             while self._out:
-                del self._out[: self._sock.send(self._out[: 1 << 20])]
+                del self._out[: self._sock.send(self._out[:READ_BYTES])]
         except BlockingIOError:
             pass
         except OSError:

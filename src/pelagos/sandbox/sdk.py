@@ -441,6 +441,8 @@ def _nursery() -> int:
     house = str(Path(__file__).resolve().parents[2])
     program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
     with theirs:
-        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno(), start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno(), start_new_session=True
+        )
     child.returncode = 0  # nobody waits for it: it ends with this process
     return ours.detach()

@@ -1,157 +1,136 @@
-"""The warm interpreter of a function sandbox: keeps isolated one-shot processes ready and hands each call to one.
+"""The warm interpreter of a function sandbox: slots, each of which makes one isolated process after another for calls.
 
-Runs inside bubblewrap as the text of `linux.py` and this file, standard library only. Each call has its own user, pid,
-mount, ipc and network namespace, fresh /tmp, /workspace and /dev/shm, no capability and the seccomp filter.
+Runs inside bubblewrap as the text of `linux.py` and this file, standard library only. A slot has its own user and
+network namespace, each call its own pid, mount and ipc namespace, fresh /tmp, /workspace and /dev/shm, no capability
+and the seccomp filter. The keeper talks to the process of a call itself, since every hop costs a wake-up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import Any
 
 from pelagos.sandbox import linux
 
 VALUE_BYTES = 1 << 20
-PACKET = 1 << 17
+PACKET_BYTES = 1 << 16
+GAP_S = 0.002  # a slot lets the end of a call pass before it takes the processor for the next
 
 
 def serve(control: socket.socket, settings: dict[str, Any]) -> None:
-    """Answer calls from `control` until it closes; one packet a call, its text in the first descriptor."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the waiters report to the keeper; nobody waits for them
-    ready = [_prepare(control, settings) for _ in range(settings["ready"])]
+    """Keep `ready` slots, and make one for a single call for every packet on `control`, until it closes."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()
+    for _ in range(settings["ready"]):
+        linux.fork(lambda: _slot(control, settings, once=False), traceback.print_exception)
     os.write(1, b"ready\n")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    while True:
-        data, fds, _, _ = socket.recv_fds(control, PACKET, 8)
-        if not data:
-            return
-        worker = ready.pop(0)
-        with contextlib.suppress(OSError):  # a dead worker's call ends without a status, which says so
-            socket.send_fds(worker, [data], fds)
-        worker.close()
-        for fd in fds:
-            os.close(fd)
-        ready.append(_prepare(control, settings))
+    while control.recv(16):
+        linux.fork(lambda: _slot(control, settings, once=True), traceback.print_exception)
 
 
-def _prepare(control: socket.socket, settings: dict[str, Any]) -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-    def work() -> None:
-        linux.close_all_but([theirs.fileno()])
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _wait(theirs, settings)
-
-    linux.fork(work, traceback.print_exception)
-    theirs.close()
-    return ours
-
-
-def _wait(requests: socket.socket, settings: dict[str, Any]) -> None:
-    """Outside the call's namespaces: pass the call on, end it when told, report how it ended."""
-    linux.unshare("user", "pid", "mnt", "ipc", "net", "uts")
+def _slot(control: socket.socket, settings: dict[str, Any], *, once: bool) -> None:
+    """Make a process, send the keeper its socket, end it when the keeper lets go of that; and again."""
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    linux.unshare("user", "net", "uts")
     linux.map_user(settings["uid"], settings["uid"], settings["uid"])
-    inner, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-    def work() -> None:
-        linux.close_all_but([theirs.fileno()])
-        _first(theirs, settings)
-
-    first = linux.fork(work, traceback.print_exception)
-    theirs.close()
-    data, fds, _, _ = socket.recv_fds(requests, PACKET, 8)
-    if not data:
-        return
-    text, stdin, stdout, stderr, status, leash = fds
-    value = os.memfd_create("value")
-    socket.send_fds(inner, [data], [text, stdin, stdout, stderr, value])
-    for fd in (text, stdin, stdout, stderr):
-        os.close(fd)
-    watch = os.pidfd_open(first)
-    if leash in select.select([watch, leash], [], [])[0]:
+    gc.freeze()
+    while True:
+        keeper, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        first = linux.fork_into(("pid", "mnt", "ipc"), lambda: _first(link, settings), traceback.print_exception)  # noqa: B023
+        try:
+            socket.send_fds(control, [b"ready"], [keeper.fileno()])
+        except OSError:
+            return
+        keeper.close()
+        pidfd, poll = os.pidfd_open(first), select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(link, select.POLLRDHUP)  # the keeper is done with it, or ends it; it never reads here
+        poll.poll()
         os.kill(first, signal.SIGKILL)  # and with it everything in its pid namespace
-    code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
-    inner.setblocking(False)
-    with contextlib.suppress(OSError, ValueError):  # it was killed itself and told nothing
-        code = int(inner.recv(16))
-    report = {"exit_code": code, "value": os.pread(value, VALUE_BYTES + 1, 0).decode("utf-8", "replace")}
-    with contextlib.suppress(BrokenPipeError), os.fdopen(status, "w", encoding="ascii") as file:
-        file.write(json.dumps(report) + "\n")
+        os.waitpid(first, 0)
+        os.close(pidfd)
+        with link, contextlib.suppress(OSError):  # nobody waits for this unless the call was killed
+            link.send(b'{"exit_code":%d}\n' % -signal.SIGKILL)
+        if once:
+            return
+        time.sleep(GAP_S)
 
 
-def _first(requests: socket.socket, settings: dict[str, Any]) -> None:
-    """The first process of the call's pid namespace: make the mounts, wait for the call, reap, tell its code."""
+def _first(link: socket.socket, settings: dict[str, Any]) -> None:
+    """The first process of a call's pid namespace: make the mounts, fork what will be the call, reap, tell its code."""
+    linux.close_all_but([link.fileno()])
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     for place in ("/tmp", "/workspace", "/dev/shm"):
         linux.mount("tmpfs", place, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, f"size={settings['disk']},mode=1777")
     linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # what runs next has this uid: it may not look into us
-    data, fds, _, _ = socket.recv_fds(requests, PACKET, 8)
-    if not data:
-        return
-
-    def work() -> None:
-        code = 1
-        try:
-            code = _run(json.loads(data), fds, settings)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code & 0xFF)
-
-    target = linux.fork(work, traceback.print_exception)
-    for fd in fds:
-        os.close(fd)
+    target = linux.fork(lambda: _run(link, settings), traceback.print_exception)
     while True:
         pid, status = os.wait()
         if pid == target:
-            requests.send(b"%d" % os.waitstatus_to_exitcode(status))
+            with contextlib.suppress(OSError):  # it told by itself
+                link.send(b'{"exit_code":%d}\n' % os.waitstatus_to_exitcode(status))
             return
 
 
-def _run(ask: dict[str, Any], fds: list[int], settings: dict[str, Any]) -> int:
-    text, stdin, stdout, stderr, value = fds
-    source = os.pread(text, os.fstat(text).st_size, 0).decode("utf-8")
+def _run(link: socket.socket, settings: dict[str, Any]) -> None:
+    """Take on every restriction, wait for the call, be it, and tell how it ended: what it says is about itself."""
     os.setsid()
-    for number, fd in enumerate((stdin, stdout, stderr)):
-        os.dup2(fd, number)
-    value = os.dup2(value, 3, inheritable=False)
-    linux.close_all_but([value])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
     linux.limit(**settings["limits"])
     linux.drop_capabilities()
     linux.load_seccomp(bytes.fromhex(settings["filter"]))
     os.umask(0o022)
-    os.chdir(ask["cwd"])
-    command = json.loads(source)
-    if command["argv"]:
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-            signal.signal(number, signal.SIG_DFL)
-        try:
+    data, fds, _, _ = socket.recv_fds(link, 16, 4)
+    if not data:
+        return
+    text, *stdio = fds
+    for number, fd in enumerate(stdio):
+        os.dup2(fd, number)
+    command = json.loads(os.pread(text, os.fstat(text).st_size, 0))
+    linux.close_all_but([link.fileno()])
+    code, answer = 1, "null"
+    try:
+        os.chdir(command["cwd"])
+        if command["argv"]:
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+                signal.signal(number, signal.SIG_DFL)
+            code = 127
             os.execvpe(command["argv"][0], command["argv"], command["env"])
-        except OSError as error:
-            print(f"sandbox: cannot run {command['argv'][0]!r}: {error}", file=sys.stderr)
-            return 127
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "rw"[n > 0], encoding="utf-8") for n in range(3))
-    space: dict[str, Any] = {"__name__": "call"}
-    exec(compile(command["source"], "<call>", "exec"), space)
-    answer = json.dumps(space["main"](*json.loads(command["arguments"]))).encode()
-    if len(answer) > VALUE_BYTES:
-        raise ValueError(f"main returned {len(answer)} bytes of JSON, at most {VALUE_BYTES}; write a file or print")
-    os.write(value, answer)
-    return 0
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "rw"[n > 0], encoding="utf-8") for n in range(3))
+        space: dict[str, Any] = {"__name__": "call"}
+        exec(compile(command["source"], "<call>", "exec"), space)
+        answer = json.dumps(space["main"](*json.loads(command["arguments"])))
+        if len(answer) > VALUE_BYTES:
+            size, answer = len(answer), "null"
+            raise ValueError(f"main returned {size} bytes of JSON, at most {VALUE_BYTES}; write a file or print")
+        code = 0
+    except SystemExit as end:
+        code = (end.code if isinstance(end.code, int) else int(end.code is not None)) & 0xFF
+    except BaseException as error:
+        if code == 127:
+            print(f"sandbox: cannot run {command['argv'][0]!r} in {command['cwd']}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    report = json.dumps({"exit_code": code, "value": answer}).encode() + b"\n"
+    for start in range(0, len(report), PACKET_BYTES):
+        link.send(report[start : start + PACKET_BYTES])
+    os._exit(code)
