@@ -481,6 +481,18 @@ def product_kernel(outputs: int, depth: int, tokens: int, groups: int = 1) -> Ke
     return KernelCost(weights + activations, 2 * outputs * depth * tokens)
 
 
+def decode_step(c: ModelConfig, context: int, batch: int) -> KernelCost:
+    """Cost one token of each of `batch` sequences: weights read once, of experts those that even routing chooses."""
+    count, picks = c.n_routed_experts, c.num_experts_per_tok
+    share = 1 - (1 - picks / count) ** batch
+    weights = 0.0
+    for group in inventory(c):
+        size = sum(size for _, size in group.stored().values())
+        if group.format != "i64" and group.part != "embedding":
+            weights += size * (share if group.part == "routed_experts" else 1)
+    return KernelCost(weights + batch * kv_read_bytes(c, context), batch * sum(flops(c, context).values()))
+
+
 @dataclass(frozen=True, slots=True)
 class Weighting:
     """What one FLOP counts as: core attention, V4's and V3.2's index scoring, BF16 compressors and head; else 1."""

@@ -14,7 +14,7 @@ from pelagos.cli.counts import parse_tokens
 
 _COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
 _KERNEL_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
-_LISTS = ("contexts", "batches")
+_LISTS, _STEP_LISTS = ("contexts", "batches"), ("context", "batch")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,11 +40,24 @@ def main(argv: Sequence[str]) -> int:
     kernels.add_argument("--only", help="comma-separated kernels (default: all)")
     kernels.add_argument("--batch", help="comma-separated tokens a call (default: each kernel's own list)")
     kernels.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
+    about = "Whole decode steps of random models of true shape on one CUDA device, one JSON line a figure."
+    decode = benches.add_parser("decode", help=about, description=about)
+    decode.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes")
+    decode.add_argument("--layers", type=int, metavar="N", help="the first N layers (default: all; 39 of flash fit)")
+    decode.add_argument("--context", default="8K,1M", help="positions before and with the step's")
+    decode.add_argument("--batch", default="1,8,32,128", help="sequences that decode together")
+    decode.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
+    about = "A roofline chart of result files, as PNG; needs matplotlib."
+    plot = benches.add_parser("plot", help=about, description=about)
+    plot.add_argument("files", nargs="+", type=Path, help="JSON lines of the other benches, ceilings among them")
+    plot.add_argument("--out", type=Path, default=Path("roofline.png"), help="the picture")
     args = parser.parse_args(argv)
+    if args.bench == "plot":
+        return _plot(args)
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    rows = _kernels(args) if args.bench == "kernels" else _engine(args)
-    columns = _KERNEL_COLUMNS if args.bench == "kernels" else _COLUMNS
+    rows = {"kernels": _kernels, "decode": _decode, "engine": _engine}[args.bench](args)
+    columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
     except OSError as error:
@@ -74,3 +87,17 @@ def _kernels(args: argparse.Namespace) -> Any:
 
     batches = None if args.batch is None else [parse_tokens(each, "batch") for each in args.batch.split(",")]
     return kernel_rows(args.shape, BENCHES if args.only is None else args.only.split(","), batches)
+
+
+def _decode(args: argparse.Namespace) -> Any:
+    from pelagos.evals.step_bench import decode_rows
+
+    contexts, batches = ([parse_tokens(each, name) for each in getattr(args, name).split(",")] for name in _STEP_LISTS)
+    return decode_rows(args.shape, layers=args.layers, contexts=contexts, batches=batches)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from pelagos.evals.step_bench import plot
+
+    print(f"{plot(args.files, args.out)} rows drawn: {args.out}", file=sys.stderr)
+    return 0

@@ -1,0 +1,217 @@
+"""What `pelagos bench decode` measures: whole decode steps of random models of true shape, beside their floor.
+
+Weights are random bytes made on the device, caches random bytes of valid codes; every row of a step is a sequence of
+its own at the context's last position. The time of a step is that of its graphs, replayed on the same rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos import cost
+from pelagos.config import ModelConfig, preset
+from pelagos.errors import CapacityError, ConfigError, KernelUnavailable
+from pelagos.evals.commit import commit
+from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.rows import LayerRows, Rows
+from pelagos.model.cuda_forward import BUCKETS, CudaForward, step_bytes
+from pelagos.model.cuda_weights import Weights
+
+ROUNDS = 30  # steps of which the median counts
+SPARE_BYTES = 1 << 30  # left to the driver, graphs and libraries
+_CHUNK = 512  # units of a pool filled at once
+_SCALE_BYTE = 120  # of random cache rows: values around 1
+
+
+def cut_config(shape: str, layers: int | None) -> ModelConfig:
+    """Return a preset without its draft layer, cut to its first `layers` layers."""
+    config = preset(shape)
+    layers = config.num_hidden_layers if layers is None else layers
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ConfigError(f"layers={layers}: {shape} has {config.num_hidden_layers}")
+    return dataclasses.replace(
+        config, num_hidden_layers=layers, compress_ratios=config.compress_ratios[:layers], num_nextn_predict_layers=0,
+        num_hash_layers=min(layers, config.num_hash_layers),
+    )  # fmt: skip
+
+
+def decode_rows(
+    shape: str, *, layers: int | None, contexts: Sequence[int], batches: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the ceilings, then one row a context and batch; a plan that does not fit says so in its row.
+
+    Raises KernelUnavailable without CUDA, ConfigError for bad values.
+    """
+    if not torch.cuda.is_available():
+        raise KernelUnavailable("bench decode: no CUDA device here; steps are only timed where they run")
+    config = cut_config(shape, layers)
+    head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
+    ceilings = measure_ceilings()
+    torch.cuda.empty_cache()
+    yield ceilings_row(ceilings, head)
+    begun = time.perf_counter()
+    weights = Weights(config, torch.device("cuda")).fill_random()
+    torch.cuda.synchronize()
+    made = round(time.perf_counter() - begun, 2)
+    for context in contexts:
+        for batch in batches:
+            case = f"{shape} layers={config.num_hidden_layers} context={context} batch={batch}"
+            row = {"bench": "decode", "case": case, **head, "weights": "random", "made_s": made}
+            try:
+                yield row | _measure(weights, ceilings, context, batch)
+            except CapacityError as error:
+                yield row | {"refused": str(error)}
+
+
+def ceilings_row(ceilings: Ceilings, head: dict[str, str]) -> dict[str, Any]:
+    """Return the row that says what the device does at best."""
+    return {
+        "bench": "ceilings", "case": "measured", **head, "us": round(ceilings.launch * 1e6, 3),
+        "copy_gbps": round(ceilings.copy / 1e9), "gbps": round(ceilings.read / 1e9),
+        "bf16_tflops": round(ceilings.bf16 / 1e12), "tflops": round(ceilings.fp8 / 1e12),
+    }  # fmt: skip
+
+
+def _measure(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> dict[str, Any]:
+    config, layout = weights.config, CacheLayout(weights.config, "released", 0)
+    rows = min(batch, BUCKETS[-1])
+    pages_each = layout.pages_for(context)
+    planned = (
+        cost.weights_bytes(config, draft=False) + batch * cost.sequence_bytes(config, context)
+        + step_bytes(layout, rows, context)
+    )  # fmt: skip
+    total = torch.cuda.get_device_properties(0).total_memory - SPARE_BYTES
+    if planned > total:
+        raise CapacityError(f"a step over {batch} x {context:,} positions takes {planned:,} bytes, there are {total:,}")
+    pages = torch.zeros((batch * pages_each, layout.page_bytes), dtype=torch.uint8, device="cuda")
+    slots = torch.zeros((batch, layout.slot_bytes), dtype=torch.uint8, device="cuda")
+    fill_caches(layout, pages, slots)
+    forward = CudaForward(weights, layout, pages, slots, positions=context)
+    tables = np.random.default_rng(0).permutation(batch * pages_each).astype(np.int32).reshape(batch, -1)
+    spans = [Span(np.array([7 + i]), context - 1, i, tables[i]) for i in range(batch)]
+    parts = [spans[i : i + rows] for i in range(0, batch, rows)]
+    for part in parts:
+        forward.forward(part)
+    reserved = torch.cuda.memory_reserved()
+    times, walls = [], []
+    for _ in range(ROUNDS):
+        took = 0.0
+        for part in parts:
+            took += _replayed(forward, part)
+        times.append(took)
+    for _ in range(5):
+        begun = time.perf_counter()
+        for part in parts:
+            forward.forward(part)
+        walls.append(time.perf_counter() - begun)
+    least, took = cost.decode_step(config, context, batch), statistics.median(times)
+    kernels = profiled(forward, parts[0])
+    launches = sum(count for count, _ in kernels.values())
+    floor = ceilings.floor(least.moved, least.flops)
+    return {
+        "us": round(took * 1e6, 1), "spread_us": [round(1e6 * each, 1) for each in (min(times), max(times))],
+        "wall_us": round(statistics.median(walls) * 1e6, 1), "tok_s": round(batch / took, 1),
+        "gbps": round(least.moved / took / 1e9), "tflops": round(least.flops / took / 1e12, 1),
+        "floor_us": round(floor * 1e6, 1), "floor_frac": round(floor / took, 3), "launches": launches,
+        "launches_per_layer": round(launches / config.num_hidden_layers, 2), "calls": len(parts), "kernels": kernels,
+        "planned_bytes": planned, "reserved_bytes": reserved, "reserved_frac": round(reserved / planned, 4), "peer": {},
+    }  # fmt: skip
+
+
+def _replayed(forward: CudaForward, spans: Sequence[Span]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for staged in forward.launch(spans):
+        start.record()
+        staged.call.run()
+        end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def profiled(forward: CudaForward, spans: Sequence[Span]) -> dict[str, tuple[int, float]]:
+    """Return, of one call, each kernel's launches and microseconds, the longest first; kernels may overlap."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for staged in forward.launch(spans):
+            staged.call.run()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA" and not event.name.startswith("Mem"):
+            count, us = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, us + event.device_time
+    # The call ran twice: once when it was staged.
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return {name[:60]: (count // 2, round(us / 2, 1)) for name, (count, us) in ordered}
+
+
+def fill_caches(layout: CacheLayout, pages: Tensor, slots: Tensor, seed: int = 0) -> None:
+    """Overwrite both pools with random rows of valid codes, values around 1."""
+    generator = torch.Generator(pages.device).manual_seed(seed)
+    nope = layout.config.head_dim - layout.config.qk_rope_head_dim
+    for index in range(len(layout.layers)):
+        rows = LayerRows(layout, index, pages, slots)
+        for main in (rows.window, rows.main):
+            if main is not None:
+                for values, scales in _chunks(main):
+                    values[..., :nope].random_(0, 256, generator=generator).bitwise_and_(
+                        0xF7
+                    )  # never 0x7F, which is NaN
+                    values[..., nope:].view(torch.bfloat16).normal_(generator=generator)
+                    scales[..., : -(-nope // 64)] = _SCALE_BYTE
+        if rows.index is not None:
+            for values, scales in _chunks(rows.index):
+                values.random_(0, 256, generator=generator)
+                scales.fill_(126)
+        for tail in (rows.main_tail, rows.index_tail):
+            for ring in tail or ():
+                ring.parts[0].rows.normal_(generator=generator)
+
+
+def _chunks(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    values, scales = (part.rows for part in rows.parts)
+    for begin in range(0, len(values), _CHUNK):
+        yield values[begin : begin + _CHUNK], scales[begin : begin + _CHUNK]
+
+
+def plot(files: Iterable[Path], out: Path) -> int:
+    """Draw the rows of result files over the ceilings they were measured under; return how many were drawn.
+
+    Raises ConfigError when there is no row with ceilings before it.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [
+        json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    ceilings = [row for row in rows if row.get("bench") == "ceilings"]
+    drawn = [row for row in rows if row.get("gbps") and row.get("tflops") and row.get("bench") != "ceilings"]
+    if not ceilings or not drawn:
+        raise ConfigError("bench plot: expected rows with gbps and tflops, and a row of ceilings among them")
+    best = ceilings[-1]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    x = np.logspace(-1, 4.5, 200)
+    for name, peak in (("FP8", best["tflops"]), ("BF16", best["bf16_tflops"])):
+        axes.plot(x, np.minimum(best["gbps"] * x / 1e3, peak), label=f"{name} {peak:,} TFLOP/s", linewidth=1)
+    for bench in dict.fromkeys(row["bench"] for row in drawn):
+        own = [row for row in drawn if row["bench"] == bench]
+        intensity = [1e3 * row["tflops"] / row["gbps"] for row in own]
+        axes.scatter(intensity, [row["tflops"] for row in own], s=14, label=bench)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
+    axes.set_title(f"{best['device']}: read {best['gbps']:,} GB/s, random weights")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+    return len(drawn)

@@ -1,0 +1,335 @@
+"""The captured step: decode and verification of up to 64 rows as one CUDA graph over static buffers.
+
+A graph per bucket of rows and kind of context (whether every row sees no more entries than the indexer picks), another
+for the draft layer. One copy of a pinned buffer tells a graph its rows; it reads lengths on the device, so that one
+serves every context planned for, and no host waits inside. Source: docs/log/0006-captured-step.md; technical report 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos import numerics
+from pelagos.errors import CapacityError, ConfigError, RequestError
+from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, skinny_gemm
+from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels.ref.norm_rope import rms_norm
+from pelagos.kernels.site import site
+from pelagos.model.attention import CSA_RATIO, frequencies
+from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_FIELDS = 6  # ids, positions, slots, first, owner, frozen
+
+
+class _State(NamedTuple):
+    """What one site hands to the next: its output, and how that enters the streams."""
+
+    y: Tensor | None
+    streams: Tensor
+    post: Tensor | None
+    comb: Tensor | None
+
+
+@dataclass(slots=True)
+class _Call:
+    """A graph with the tensors it reads and leaves."""
+
+    graph: torch.cuda.CUDAGraph | None
+    logits: Tensor
+    streams: Tensor
+
+    def run(self) -> None:
+        """Run the graph once more on the rows it was told of."""
+        if self.graph is not None:
+            self.graph.replay()
+
+
+class _Staged(NamedTuple):
+    """A call under way, and of logits and of streams the (span, row) that were asked for."""
+
+    call: _Call
+    wanted: list[tuple[int, int]]
+    kept: list[tuple[int, int]]
+
+
+class CudaForward:
+    """One model over two pools on a device, in released mode; implements `engine.runner.Forward`.
+
+    `positions` is the longest context planned for; a page table a row holds as many. Raises ConfigError for a layout of
+    another mode or model. On a CPU (tests) the same calls run eagerly through the references.
+    """
+
+    def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
+        if layout.mode != "released" or layout.config != weights.config:
+            raise ConfigError(f"captured step: cache layout of mode {layout.mode!r}: expected this model's, released")
+        config, device = weights.config, weights.device
+        self.weights, self.layout, self.pages, self.slots = weights, layout, pages, slots
+        self.weight_bytes = weights.bytes
+        self._device, self._cuda = device, device.type == "cuda"
+        self._width = layout.pages_for(positions)
+        most = BUCKETS[-1]
+        size = _FIELDS * most + most * self._width
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+        self._rows = torch.zeros(size, dtype=torch.int32, device=device)
+        self._past = torch.zeros((most, config.hc_mult, config.hidden_size), dtype=torch.bfloat16, device=device)
+        self._arrived = torch.zeros(skinny_gemm.COUNTERS, dtype=torch.int32, device=device)
+        self._counts = torch.zeros((most, indexer.COUNTS), dtype=torch.int32, device=device)
+        # Angles of rows with plain frequencies, with those of compressed layers, and of the entries of every ratio.
+        ratios = sorted({ratio for ratio in config.layer_ratios if ratio})
+        self._turns = {0: 0, -1: 1} | {ratio: 2 + at for at, ratio in enumerate(ratios)}
+        freqs = [frequencies(config, compressed, device) for compressed in (False, True, *(True,) * len(ratios))]
+        self._freqs = torch.stack(freqs).unsqueeze(1)  # (N, 1, rope / 2)
+        back = [0, 0, *(ratio - 1 for ratio in ratios)]
+        self._back = torch.tensor(back, dtype=torch.int32, device=device).unsqueeze(1)
+        self._calls: dict[tuple[int, bool, bool], _Call] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+
+    @property
+    def numeric_path(self) -> str:
+        """What decides a logit's last bits besides the weights."""
+        name = torch.cuda.get_device_name(self._device) if self._cuda else "cpu"
+        return f"captured step 1, torch {torch.__version__} {name} released"
+
+    @property
+    def positions(self) -> int:
+        """The longest context planned for."""
+        return self._width * self.layout.page_tokens
+
+    def scratch_bytes(self, tokens: int) -> int:
+        """Bound of what calls take beside weights and pools, static buffers included."""
+        return step_bytes(self.layout, min(BUCKETS[-1], bucket_of(min(tokens, BUCKETS[-1]))), self.positions)
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> Output:
+        """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order.
+
+        Raises CapacityError for spans longer than planned, RequestError for token ids outside the vocabulary.
+        """
+        return self._run(spans, None)
+
+    @torch.inference_mode()
+    def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
+        """Run the draft layer: tokens are the ids that follow, streams (sum S, n, D) float32 those at its positions.
+
+        Raises ConfigError for a model without one.
+        """
+        if self.weights.draft is None:
+            raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
+        return self._run(spans, streams)
+
+    def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[_Staged]:
+        """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
+        begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
+        streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
+        for part in self._parts(spans):
+            yield self._launch(spans, part, streams, begins)
+
+    def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
+        logits: list[list[np.ndarray]] = [[] for _ in spans]
+        kept: list[list[np.ndarray]] = [[] for _ in spans]
+        for staged in self.launch(spans, past):
+            call = staged.call
+            for found, rows, results in ((logits, staged.wanted, call.logits), (kept, staged.kept, call.streams)):
+                if rows:
+                    index = torch.tensor([row for _, row in rows], device=self._device)
+                    values = results.index_select(0, index).float().cpu().numpy()
+                    for (which, _), value in zip(rows, values, strict=True):
+                        found[which].append(value)
+        config = self.weights.config
+        shapes = ((0, config.vocab_size), (0, config.hc_mult, config.hidden_size))
+        flat = [[row for each in found for row in each] for found in (logits, kept)]
+        return Output(
+            *(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in zip(flat, shapes, strict=True))
+        )
+
+    def _parts(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int, int]]]:
+        """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
+        longest, done = self.layout.rewind + 1, [0] * len(spans)
+        while True:
+            part: list[tuple[int, int, int]] = []
+            room = BUCKETS[-1]
+            for which, span in enumerate(spans):
+                count = min(len(span.tokens) - done[which], longest, room)
+                if count > 0:
+                    part.append((which, done[which], done[which] + count))
+                    done[which], room = done[which] + count, room - count
+            if not part:
+                return
+            yield part
+
+    def _launch(
+        self, spans: Sequence[Span], part: list[tuple[int, int, int]], past: Tensor | None, begins: list[int]
+    ) -> _Staged:
+        """Tell one graph its rows and run it."""
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()  # the pinned buffer may still be on its way
+        bucket = bucket_of(sum(end - begin for _, begin, end in part))
+        host = self._host.numpy()
+        head = host[: _FIELDS * BUCKETS[-1]].reshape(_FIELDS, -1)
+        head[:] = 0
+        head[1] = -1
+        tables = host[_FIELDS * BUCKETS[-1] :].reshape(-1, self._width)  # unused places keep old pages
+        wanted: list[tuple[int, int]] = []
+        kept: list[tuple[int, int]] = []
+        at = last = 0
+        for owner, (which, begin, end) in enumerate(part):
+            span = spans[which]
+            total, start, count = len(span.tokens), span.start + begin, end - begin
+            self._check(which, span, start + count, paged=past is None)
+            rows = slice(at, at + count)
+            head[0, rows], head[1, rows] = span.tokens[begin:end], np.arange(start, start + count)
+            head[2:, rows] = np.array([span.slot, start, owner, span.frozen])[:, None]
+            pages = min(self.layout.pages_for(start + count), len(span.pages))
+            tables[owner, :pages] = span.pages[:pages]
+            if past is not None:
+                first = begins[which] + begin
+                self._past[rows] = past[first : first + count].to(self._device, torch.bfloat16)
+            wanted += [(which, at + i - begin) for i in range(max(begin, total - span.logits), end)]
+            kept += [(which, at + i - begin) for i in range(max(begin, total - span.streams), end)]
+            at, last = at + count, max(last, start + count)
+        dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
+        return _Staged(self._replay(bucket, dense, past is not None), wanted, kept)
+
+    def _check(self, which: int, span: Span, end: int, *, paged: bool) -> None:
+        pages = self.layout.pages_for(end)
+        if pages > self._width or (paged and pages > len(span.pages)) or not 0 <= span.slot < len(self.slots):
+            raise CapacityError(
+                f"span {which}: slot {span.slot} of {len(self.slots)}, {pages} pages for positions up to {end}, of "
+                f"which it has {len(span.pages)} and the step was planned for {self._width}"
+            )
+        if span.tokens.min() < 0 or span.tokens.max() >= self.weights.config.vocab_size:
+            raise RequestError(f"span {which}: token ids outside 0..{self.weights.config.vocab_size - 1}")
+
+    def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
+        """Run the graph of a bucket on what the host buffer holds, captured at its first use."""
+        key, size = (bucket, dense, drafts), _FIELDS * BUCKETS[-1] + self._width * bucket
+        if self._cuda and key not in self._calls:
+            self._calls[key] = self._capture(*key)
+        self._rows[:size].copy_(self._host[:size], non_blocking=True)
+        if not self._cuda:
+            return _Call(None, *self._step(*key))
+        self._calls[key].run()
+        return self._calls[key]
+
+    def _capture(self, bucket: int, dense: bool, drafts: bool) -> _Call:
+        self._rows.zero_()
+        self._rows[BUCKETS[-1] : 2 * BUCKETS[-1]] = -1  # the first run, which compiles, must write nothing
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(bucket, dense, drafts)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            results = self._step(bucket, dense, drafts)
+        return _Call(graph, *results)
+
+    def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor]:
+        """Compute logits (T, V) float32 and streams (T, n, D) bfloat16 of the rows in the static buffer."""
+        head, table = self._rows.split((_FIELDS * BUCKETS[-1], self._width * BUCKETS[-1]))
+        ids, positions, slots, first, owner, frozen = head.view(_FIELDS, -1)[:, :bucket].unbind(0)
+        table = table.view(-1, self._width)[:bucket]
+        rows = Rows(positions, slots, first, owner, table, frozen)
+        turns = query.angles(positions - self._back, self._freqs).unbind(0)
+        weights, config = self.weights, self.weights.config
+        embedded = weights.embed.index_select(0, ids)
+        if drafts:
+            assert weights.draft is not None
+            streams, head_site = self._enter(embedded, bucket), weights.draft.head_site
+            layers = [(config.num_hidden_layers, weights.draft.layer)]
+        else:
+            streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)
+            layers, head_site = list(enumerate(weights.layers)), weights.head_site
+        state = _State(None, streams, None, None)
+        for index, layer in layers:
+            state = self._layer(state, index, layer, rows, ids, turns, dense)
+        streams, _, _, normed, _, _ = self._site(state, head_site)
+        logits = skinny_gemm.merged(None, None, normed, None, None, weights.head, self._arrived)
+        return logits, streams
+
+    def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
+        c = self.weights.config
+        options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
+        return site(*state, *weights, **options)
+
+    def _layer(
+        self,
+        state: _State,
+        index: int,
+        layer: LayerWeights,
+        rows: Rows,
+        ids: Tensor,
+        turns: Sequence[Tensor],
+        dense: bool,
+    ) -> _State:
+        c, layout, arrived = self.weights.config, self.layout, self._arrived
+        streams, post, comb, normed, codes, scales = self._site(state, layer.attn_site)
+        turn = turns[self._turns[-1 if layer.ratio else 0]]
+        entry_turn = turns[self._turns[layer.ratio]] if layer.ratio else None
+        projected = skinny_gemm.merged(codes, scales, normed, *layer.first, layer.first_wide, arrived)
+        pools = (layout, index, self.pages, self.slots)
+        codes, scales, head_weights = cache_write.cache_write(
+            projected, rows, *pools, layer.cache, turn, entry_turn,
+        )  # fmt: skip
+        product = skinny_gemm.product(codes, scales, *layer.second, arrived)
+        index_shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
+        q, index_q = query.query(product, turn, c.num_attention_heads, c.head_dim, *index_shape, eps=c.rms_norm_eps)
+        picks, most = None, self.positions // layer.ratio if layer.ratio else 0
+        if layer.ratio == CSA_RATIO:
+            if dense:
+                most = min(most, c.index_topk)
+            else:
+                assert index_q is not None
+                assert head_weights is not None
+                picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
+        attended = decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
+        codes, scales = skinny_gemm.quantised_product(*_pair(attended), *layer.wo_a, arrived, groups=c.o_groups)
+        y = skinny_gemm.product(codes, scales, *layer.wo_b, arrived)
+        streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
+        routed = router.route(
+            normed, codes, scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, arrived,
+            experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
+        )  # fmt: skip
+        y = fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
+        return _State(y, streams, post, comb)
+
+    def _enter(self, embedded: Tensor, bucket: int) -> Tensor:
+        """Join next-token embeddings (T, D) with the backbone's streams: (T, n, D)."""
+        draft, c = self.weights.draft, self.weights.config
+        assert draft is not None
+        past = rms_norm(self._past[:bucket], draft.hnorm, c.rms_norm_eps).flatten(0, 1)
+        own = self._product(rms_norm(embedded, draft.enorm, c.rms_norm_eps), draft.e_proj)
+        parts = [self._product(each.contiguous(), draft.h_proj) for each in past.split(skinny_gemm.MAX_ROWS)]
+        return own.unsqueeze(1) + torch.cat(parts).unflatten(0, (bucket, c.hc_mult))
+
+    def _product(self, x: Tensor, weight: Fp8) -> Tensor:
+        codes, scales = (each.view(torch.uint8) for each in numerics.encode_fp8(x, numerics.ACT_BLOCK))
+        return skinny_gemm.product(codes, scales, *weight, self._arrived)
+
+
+def _pair(attended: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return (attended, None) if isinstance(attended, Tensor) else attended
+
+
+def bucket_of(rows: int) -> int:
+    """Return the least bucket that holds so many rows."""
+    return next(bucket for bucket in BUCKETS if bucket >= rows)
+
+
+def step_bytes(layout: CacheLayout, rows: int, positions: int) -> int:
+    """Bound of a step's bytes beside weights and pools: static buffers and what kernels hold for a moment."""
+    c = layout.config
+    static = 4 * BUCKETS[-1] * (_FIELDS + layout.pages_for(positions) + indexer.COUNTS)
+    static += 2 * BUCKETS[-1] * c.hc_mult * c.hidden_size
+    picks, inner = c.num_experts_per_tok, c.moe_intermediate_size
+    row = 4 * c.vocab_size + 2 * c.hidden_size * (6 * c.hc_mult + 8) + 4 * picks * (4 * inner + 2 * c.hidden_size)
+    row += c.num_attention_heads * c.head_dim * 16 + 4 * 40 * c.hidden_size // 128
+    return static + rows * row

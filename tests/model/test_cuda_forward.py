@@ -1,0 +1,166 @@
+"""The captured step over the references on a CPU, and as graphs on the device, against the model's own forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pelagos import cost
+from pelagos.config import preset
+from pelagos.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.load import load_model
+from pelagos.model import Transformer
+from pelagos.model.cuda_forward import BUCKETS, CudaForward
+from pelagos.model.cuda_weights import Weights
+from pelagos.model.paged import PagedForward
+
+# Logits of nano in released mode, relative to their norm. With a BF16 carrier the model's own forward is 0.06 away from
+# its float32 carrier on the same random tokens: values fall to the other side of an FP8 or FP4 rounding.
+LOGITS = 0.12
+POSITIONS, REWIND = 512, 4
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return load_model("nano", mode="released")
+
+
+def layout_of(model: Transformer) -> CacheLayout:
+    return CacheLayout(model.config, "released", REWIND)
+
+
+def pools_of(layout: CacheLayout, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = (16, layout.page_bytes), (4, layout.slot_bytes)
+    return torch.zeros(sizes[0], dtype=torch.uint8, device=device), torch.zeros(
+        sizes[1], dtype=torch.uint8, device=device
+    )
+
+
+def step_of(model: Transformer, device: str = "cpu") -> CudaForward:
+    layout = layout_of(model)
+    weights = Weights(model.config, torch.device(device)).fill((n, t) for n, t, _ in model.released_tensors())
+    return CudaForward(weights, layout, *pools_of(layout, device), positions=POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def step(model: Transformer) -> CudaForward:
+    return step_of(model)
+
+
+def tokens(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4096, count)
+
+
+def span(ids: np.ndarray, start: int, slot: int = 0, *, first_page: int = 0, streams: int = 0) -> Span:
+    return Span(
+        ids, start, slot, np.arange(first_page, first_page + 4, dtype=np.int32), logits=len(ids), streams=streams
+    )
+
+
+def off(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def paged(model: Transformer) -> PagedForward:
+    layout = layout_of(model)
+    return PagedForward(model, layout, *pools_of(layout), exact=False)
+
+
+def test_the_step_computes_the_model(model: Transformer, step: CudaForward) -> None:
+    ids, reference = tokens(140), paged(model)
+    got, want = (each.forward([span(ids, 0, streams=2)]) for each in (step, reference))
+    assert got.logits.shape == want.logits.shape == (140, 4096)
+    assert off(got.logits, want.logits) < LOGITS
+    assert off(got.streams, want.streams) < 2 * LOGITS
+    last = span(tokens(2, 1), 138)
+    assert off(step.draft([last], want.streams).logits, reference.draft([last], want.streams).logits) < LOGITS
+
+
+def test_spans_come_back_in_order(model: Transformer, step: CudaForward) -> None:
+    """Several sequences, cut into calls by what their rings take, give what each gives by itself."""
+    spans = [span(tokens(7, 2), 0, 1, first_page=4), span(tokens(3, 3), 0, 2, first_page=8)]
+    together = step.forward(spans)
+    alone = [step.forward([each]) for each in spans]
+    assert np.array_equal(together.logits, np.concatenate([each.logits for each in alone]))
+    fewer = step.forward([spans[0]._replace(logits=2), spans[1]._replace(logits=0)])
+    assert np.array_equal(fewer.logits, together.logits[5:7])
+
+
+def test_weights_hold_the_release_and_nothing_else(model: Transformer, step: CudaForward) -> None:
+    names = {name for name, _, _ in model.released_tensors()}
+    assert set(step.weights.places) == names
+    planned = cost.weights_bytes(model.config)
+    assert planned <= step.weights.bytes < 1.03 * planned  # nano pads 8 rows to 64 and 20 experts to 64
+    flash = Weights(preset("flash"), torch.device("meta"))
+    assert abs(flash.bytes / cost.weights_bytes(preset("flash")) - 1) < 1e-3
+
+
+def test_other_weights_are_refused(model: Transformer) -> None:
+    weights = Weights(model.config, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="not a tensor"):
+        weights.fill([("layers.9.x", torch.zeros(1))])
+    with pytest.raises(CheckpointError, match=r"expected \(128, 256\)"):
+        weights.fill([("layers.0.attn.wq_a.weight", torch.zeros(128, 255))])
+    with pytest.raises(CheckpointError, match="does not hold"):
+        weights.fill([("layers.0.attn.wq_a.weight", torch.rand(128, 256))])
+    with pytest.raises(CheckpointError, match="missing"):
+        weights.fill([])
+    with pytest.raises(ConfigError, match="multiples of 128"):
+        Weights(preset("tiny"), torch.device("meta"))
+
+
+def test_random_weights_are_finite(model: Transformer) -> None:
+    step = step_of(model)
+    step.weights.fill_random()
+    assert np.isfinite(step.forward([span(tokens(3), 0)]).logits).all()
+
+
+def test_what_was_not_planned_is_refused(model: Transformer, step: CudaForward) -> None:
+    with pytest.raises(CapacityError, match="planned for 4"):
+        step.forward([span(tokens(1), POSITIONS)])
+    with pytest.raises(CapacityError, match="slot 4 of 4"):
+        step.forward([span(tokens(1), 0, 4)])
+    with pytest.raises(RequestError, match="outside"):
+        step.forward([span(np.array([4096]), 0)])
+    with pytest.raises(ConfigError, match="released"):
+        CudaForward(step.weights, CacheLayout(model.config), step.pages, step.slots, positions=POSITIONS)
+
+
+@pytest.mark.gpu
+def test_the_captured_step_on_the_device(model: Transformer) -> None:
+    """nano, 64 greedy tokens: logits within tolerance of the CPU's, the same tokens, and bits of batch 1 in 16."""
+    device, reference = step_of(model, "cuda"), paged(model)
+    prompt = tokens(20, 5)
+    results: list[Output] = [each.forward([span(prompt, 0)._replace(logits=1)]) for each in (device, reference)]
+    found: list[int] = []
+    for position in range(20, 84):
+        assert off(results[0].logits, results[1].logits) < LOGITS
+        assert results[0].logits.argmax() == results[1].logits.argmax()
+        found.append(int(results[1].logits.argmax()))
+        results = [each.forward([span(np.array(found[-1:]), position)]) for each in (device, reference)]
+    assert len(set(found)) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", BUCKETS[1:])
+def test_a_row_has_its_bits_in_every_bucket(model: Transformer, batch: int) -> None:
+    layout = layout_of(model)
+    pages = torch.zeros((2 * batch, layout.page_bytes), dtype=torch.uint8, device="cuda")
+    slots = torch.zeros((batch, layout.slot_bytes), dtype=torch.uint8, device="cuda")
+    weights = Weights(model.config, torch.device("cuda")).fill((n, t) for n, t, _ in model.released_tensors())
+    step = CudaForward(weights, layout, pages, slots, positions=256)
+    tables = torch.randperm(2 * batch, generator=torch.Generator().manual_seed(0)).int().view(batch, 2).numpy()
+    prompts = [tokens(1 + 2 * i % 11, i) for i in range(batch)]
+    for together in (True, False):
+        spans = [Span(ids, 0, i, tables[i]) for i, ids in enumerate(prompts)]
+        parts = [spans] if together else [[each] for each in spans]
+        first = np.concatenate([step.forward(part).logits for part in parts])
+        spans = [Span(np.array([9]), len(ids), i, tables[i]) for i, ids in enumerate(prompts)]
+        parts = [spans] if together else [[each] for each in spans]
+        got = np.concatenate([step.forward(part).logits for part in parts])
+        if together:
+            kept = first, got
+    assert np.array_equal(kept[0], first)
+    assert np.array_equal(kept[1], got)
