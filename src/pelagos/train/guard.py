@@ -64,7 +64,7 @@ class Ahead:
             routes = [self._route(batch) for batch in batches] if wanted > 1 else []
             self._queue.append((before, batches, routes))
         _, batches, routes = self._queue.popleft()
-        return batches, routes or None
+        return batches, routes if routes and step < self.until else None
 
     def state(self) -> dict[str, Any]:
         """Return what resumes this: the loader's state before the first batch held, and the routes of those held."""

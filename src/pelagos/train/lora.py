@@ -5,8 +5,6 @@ The adapted weight is W + B A / rank x ALPHA: the forward, its quantisation and 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -43,10 +41,12 @@ def attach(model: Transformer, rank: int, seed: int) -> list[str]:
     return [name for name, _ in found]
 
 
+@torch.no_grad()
 def merged(model: Transformer) -> Transformer:
-    """Return a copy of an adapted model whose weights hold the adapters, with the released names."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    """Return a model of its own whose weights hold the adapters of an adapted one, under the released names."""
+    plain = Transformer(model.config, device=next(model.parameters()).device)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        tensor.copy_(own[name] if name in own else getattr(model.get_submodule(module), leaf))
     return plain

@@ -128,7 +128,9 @@ class Stored:
     """
 
     def __init__(self, model: Transformer) -> None:
-        self._parameters = {n: t for n, t, release in model.released_tensors() if release == "bf16"}
+        self._parameters = {
+            n: t for n, t, release in model.released_tensors() if release == "bf16" and "parametrizations" not in n
+        }
         self.masters = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
         self._round()
 
