@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from triton_cases import error
+from triton_cases import error, run
 
 from pelagos import numerics
 from pelagos.config import preset
@@ -20,6 +20,25 @@ from pelagos.model import Transformer
 from pelagos.model.attention import Attention, frequencies
 from pelagos.model.paged import PagedForward, _Batch
 
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from pelagos.kernels.ref import decode_attention as ref
+from pelagos.kernels.triton import decode_attention as kernel
+from test_decode_attention import inputs_of, values
+from triton_cases import error
+kernel.SECTION = 6
+for case, picked in ((7, True), (17, False), (18, True), (18, False), (19, False)):
+    inputs = inputs_of(ref.CASES[case], picked=picked)
+    many, want = kernel.forward(*inputs), ref.forward(*inputs)
+    # The interpreter cuts weights to bfloat16 instead of rounding them.
+    assert error(values(*many), values(*want)) < 2e-2, (case, error(values(*many), values(*want)))
+    kernel.PROGRAMS = 0
+    few = kernel.forward(*inputs)
+    kernel.PROGRAMS = 600
+    assert all(map(torch.equal, few, many)), case
+print("compared")
+"""
 NAMES = ("q", "rows", "layout", "layer", "pages", "slots", "sink", "picks", "turn", "most")
 
 
@@ -27,9 +46,9 @@ def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
 
 
-def inputs_of(case: tuple, device: str = "cpu", **options: int) -> tuple:
-    call = ref.make_call(*case, device=device, **options)
-    q, sink, picks, turn = ref.make_queries(call, picked=case[1] == 4)
+def inputs_of(case: tuple, device: str = "cpu", *, picked: bool = True) -> tuple:
+    call = ref.make_call(*case, device=device)
+    q, sink, picks, turn = ref.make_queries(call, picked=picked and case[1] == 4)
     return q, call.rows, call.layout, 0, call.pages, call.slots, sink, picks, turn, call.most
 
 
@@ -128,3 +147,35 @@ def test_other_shapes_are_refused(wrong, message):
     inputs = dict(zip(NAMES, inputs_of(("nano", 4, ((130, 1),), 0)), strict=True))
     with pytest.raises(ConfigError, match=message):
         decode_attention.attend(**(inputs | wrong))
+
+
+def test_picks_that_name_all_change_nothing():
+    inputs = inputs_of(("nano", 4, ((3, 1), (250, 3)), 1))
+    assert all(map(torch.equal, ref.forward(*inputs[:7], None, *inputs[8:]), ref.forward(*inputs)))
+
+
+def test_kernels_in_the_interpreter():
+    assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ref.CASES, ids=str)
+def test_kernels_on_the_device(case, monkeypatch):
+    """Within the format's tolerance; the same bits again, cut another way, and for a row by itself."""
+    from pelagos.kernels.triton import decode_attention as kernel
+
+    inputs = inputs_of(case, "cuda")
+    got = decode_attention.attend(*inputs)
+    assert error(values(*got), values(*ref.forward(*inputs))) < 1.5e-2
+    assert all(map(torch.equal, got, decode_attention.attend(*inputs)))
+    q, rows, *pools, sink, picks, turn, most = inputs
+    for at in {0, len(q) // 2, len(q) - 1}:
+        one = slice(at, at + 1)
+        alone = rows._replace(**{name: getattr(rows, name)[one] for name in rows._fields if name != "table"})
+        picked = None if picks is None else picks[one]
+        found = decode_attention.attend(q[one], alone, *pools, sink, picked, turn[one], most)
+        assert all(torch.equal(a[0], b[at]) for a, b in zip(found, got, strict=True))
+    monkeypatch.setattr(kernel, "PROGRAMS", 0)
+    assert all(map(torch.equal, got, decode_attention.attend(*inputs)))
+    if case[1] == 4 and most <= inputs[2].config.index_topk:
+        assert all(map(torch.equal, got, decode_attention.attend(*inputs[:7], None, *inputs[8:])))

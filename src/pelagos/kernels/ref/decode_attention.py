@@ -13,7 +13,7 @@ from pelagos.config import preset
 from pelagos.kernels import rows as pools
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout
-from pelagos.kernels.ref.cache_write import turned
+from pelagos.kernels.ref.cache_write import CacheWeights, turned, widths
 
 # (preset, ratio, spans of (first position, rows), padding rows): edges of window, ratios and tiles, verification.
 CASES = (
@@ -102,6 +102,22 @@ def make_queries(call: Call, *, picked: bool, seed: int = 0) -> tuple[Tensor, Te
             chosen = torch.randperm(seen, **options)[: config.index_topk].sort().values
             row[: len(chosen)] = chosen.int()
     return q, sink, picks, torch.stack((angle.cos(), angle.sin()), 1)
+
+
+def make_projected(call: Call, *, seed: int = 0) -> tuple[Tensor, CacheWeights, Tensor, Tensor | None]:
+    """Return random (projected, weights, turn, entry_turn) for a call, as `kernels.cache_write` takes them."""
+    config, positions, ratio = call.layout.config, call.rows.positions, call.layout.layers[0].ratio
+    options = {"generator": torch.Generator(positions.device).manual_seed(seed), "device": positions.device}
+    projected = torch.randn(len(positions), sum(widths(config, ratio)), **options)
+    spans = [(config.q_lora_rank,), (config.head_dim,)]
+    for width, overlap in ((config.head_dim, ratio == 4), *(((config.index_head_dim, True),) if ratio == 4 else ())):
+        spans += [(ratio, width * (1 + overlap)), (width,)] if ratio else []
+    weights = [
+        1 + torch.randn(span, **options) / 4 if len(span) == 1 else torch.randn(span, **options) for span in spans
+    ]
+    angle = torch.rand(2, len(positions), config.qk_rope_head_dim // 2, **options) * 1e6
+    turn, entry_turn = torch.stack((angle.cos(), angle.sin()), 2).contiguous()
+    return projected, CacheWeights(*weights), turn, entry_turn if ratio else None
 
 
 def attended(

@@ -1,0 +1,238 @@
+"""Index scores over FP4 keys in the pages, and the exact choice of the best, in two launches.
+
+The first multiplies tiles of 128 keys by all heads and leaves a row's scores as integers that compare alike, and the
+largest of every few neighbours. The k-th largest of those is a bound that at least k scores reach, so the second launch
+looks only at scores not below it, few more than k: the last program of a row to arrive finds the k-th by bits and keeps
+ties by index. Where too many reach the bound (many equal scores) the same search runs over all. A score depends on its
+key alone and the choice is exact, so how the work is cut changes nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.layout import CacheLayout
+from pelagos.kernels.triton.formats import (
+    bits_to_bfloat16,
+    dot,
+    e2m1_pair,
+    expert_scale,
+    launch,
+    let_next_start,
+    power_of_two,
+    target,
+    wait_for_inputs,
+)
+
+KEYS = 128  # of a tile
+PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
+CHUNK = 4096  # scores a program of the second launch looks at
+BOUNDS = 16384  # groups of neighbours at most
+LOWEST = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
+    if BYTES % 64 != 0:
+        return x
+    x = x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2)
+    return tl.permute(x, (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+
+
+@triton.jit
+def _source(column, BYTES: tl.constexpr):
+    """Which byte `_turned` brings to a column."""
+    if BYTES % 64 != 0:
+        return column
+    return column % 2 + column // 8 % 2 * 2 + column // 16 % 4 * 4 + column // 2 % 4 * 16 + column // 64 * 64
+
+
+@triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
+def _score_kernel(
+    index_q, head_weights, positions, owners, table, pages, scores, bounds,
+    table_stride, page_bytes, scale_at, each, longest, groups,
+    RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Scores of `each` tiles of a row's keys, and the largest of every GROUP."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    row = tl.program_id(1)
+    seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
+    first = tl.program_id(0) * each * KEYS
+    if (seen > TOPK) & (first < seen):
+        half: tl.constexpr = WIDTH // 2
+        head, byte = tl.arange(0, PADDED), tl.arange(0, half)
+        real = head < HEADS
+        words = index_q.to(tl.pointer_type(tl.int32), bitcast=True) + (row * HEADS + head)[None, :] * half
+        words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
+        q_even, q_odd = bits_to_bfloat16(words & 0xFFFF), bits_to_bfloat16((words >> 16) & 0xFFFF)
+        weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
+        pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
+        stop = tl.minimum(first + each * KEYS, seen)
+        while first < stop:
+            key = first + tl.arange(0, KEYS)
+            live = key < seen
+            page = tl.load(pages_of + key // PER_PAGE, mask=live, other=0).to(tl.int64) * page_bytes
+            part = tl.multiple_of(pages + page + key % PER_PAGE * half, 8)
+            scale = pages + page + scale_at + key % PER_PAGE * (WIDTH // 32)
+            scale = tl.multiple_of(scale, 4 if WIDTH >= 128 else 2)
+            code = tl.load(part[:, None] + byte[None, :], mask=live[:, None], other=0)
+            power = tl.load(scale[:, None] + tl.arange(0, WIDTH // 32)[None, :], mask=live[:, None], other=1)
+            power = power.to(tl.int32)
+            top = tl.maximum(tl.max(power, 1), 1)
+            factor = expert_scale(tl.maximum(power - top[:, None] + 127, 1))
+            factor = tl.broadcast_to(factor[:, :, None], (KEYS, WIDTH // 32, 16)).reshape(KEYS, half)
+            even, odd = e2m1_pair(code, factor, TARGET)
+            logits = dot(_turned(even, KEYS, half), q_even, tl.zeros((KEYS, PADDED), tl.float32), TARGET)
+            logits = dot(_turned(odd, KEYS, half), q_odd, logits, TARGET)
+            # Zeros have one sign; NaN is the least.
+            score = tl.sum(tl.maximum(logits, 0.0) * weight, 1) * power_of_two(top) + 0.0
+            bits = score.to(tl.int32, bitcast=True)
+            order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+            order = tl.where(live, order, LOWEST)
+            tl.store(scores + row.to(tl.int64) * longest + key, order, mask=live)
+            group = first // GROUP + tl.arange(0, KEYS // GROUP)
+            tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1), mask=group < groups)
+            first += KEYS
+
+
+@triton.jit
+def _reached(values, count, TO: tl.constexpr):
+    """The largest integer, down to bit TO, that at least `count` of the values reach."""
+    bound = tl.where(tl.sum((values >= 0).to(tl.int32), 0) >= count, 0, LOWEST)
+    for i in range(31 - TO):
+        higher = bound + (1 << (30 - i))
+        bound = tl.where(tl.sum((values >= higher).to(tl.int32), 0) >= count, higher, bound)
+    return bound
+
+
+@triton.jit
+def _count(scores, seen, bound, TILE: tl.constexpr):
+    """How many of a row's scores reach a bound."""
+    reach, low = seen * 0, seen * 0
+    while low < seen:
+        index = low + tl.arange(0, TILE)
+        values = tl.load(scores + index, mask=index < seen, other=LOWEST)
+        reach += tl.sum(((values >= bound) & (index < seen)).to(tl.int32), 0)
+        low += TILE
+    return reach
+
+
+@triton.jit
+def _keep(values, index, live, bound, room, done, picks):
+    """Store the indices, ascending, of values above the bound and of the first `room` at it; return what is left."""
+    equal = live & (values == bound)
+    chosen = (live & (values > bound)) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    place = done + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(picks + place, index, mask=chosen)
+    return room - tl.sum(equal.to(tl.int32), 0), done + tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def _choose(values, index, live, TOPK: tl.constexpr, picks):
+    """Store the indices of the TOPK largest values, which come in ascending order of index."""
+    bound = _reached(values, TOPK, 0)
+    room = TOPK - tl.sum((live & (values > bound)).to(tl.int32), 0)
+    _keep(values, index, live, bound, room, 0, picks)
+
+
+@triton.jit(do_not_specialize=["longest", "groups", "chunks"])
+def _select_kernel(
+    scores, bounds, positions, found, sizes, arrived, picks, longest, groups, chunks,
+    RATIO: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The picks of a row; CHUNKS > 1 programs sieve CHUNK scores each, the last one to arrive chooses."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    chunk, row = tl.program_id(0), tl.program_id(1)
+    seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
+    own, out = scores + row.to(tl.int64) * longest, picks + row * TOPK
+    lane = tl.arange(0, TILE)
+    if seen <= TOPK:
+        if chunk == 0:
+            tl.store(out + lane, tl.where(lane < seen, lane, -1), mask=lane < TOPK)
+    elif CHUNKS == 1:
+        _choose(tl.load(own + lane, mask=lane < seen, other=LOWEST), lane, lane < seen, TOPK, out)
+    elif chunk * CHUNK < seen:
+        group = tl.arange(0, GROUPS)
+        highest = tl.load(bounds + row * groups + group, mask=group < (seen + GROUP - 1) // GROUP, other=LOWEST)
+        least = _reached(highest, TOPK, 16)
+        near = chunk * CHUNK + tl.arange(0, CHUNK)
+        chosen = (tl.load(own + near, mask=near < seen, other=LOWEST) >= least) & (near < seen)
+        count = chosen.to(tl.int32)
+        tl.store(found + row.to(tl.int64) * longest + chunk * CHUNK + tl.cumsum(count, 0) - 1, near, mask=chosen)
+        tl.store(sizes + row * chunks + chunk, tl.sum(count, 0))
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + row, 1, sem="acq_rel")
+        if before == (seen + CHUNK - 1) // CHUNK - 1:
+            tl.debug_barrier()
+            tl.store(arrived + row, 0)
+            part = tl.arange(0, CHUNKS)
+            size = tl.load(sizes + row * chunks + part, mask=part * CHUNK < seen, other=0)
+            total = tl.sum(size, 0)
+            if total <= TILE:
+                # The chunk of each candidate: the last that begins at or before its place.
+                starts = tl.cumsum(size, 0) - size
+                tl.debug_barrier()
+                tl.store(sizes + row * chunks + part, starts, mask=part < chunks)
+                tl.debug_barrier()
+                at = lane * 0
+                for i in tl.static_range(ROUNDS):
+                    other = at + (CHUNKS >> (i + 1))
+                    start = tl.load(sizes + row * chunks + other, mask=other * CHUNK < seen, other=total + TILE)
+                    at = tl.where(start <= lane, other, at)
+                begin = at * CHUNK + lane - tl.load(sizes + row * chunks + at)
+                index = tl.load(found + row.to(tl.int64) * longest + begin, mask=lane < total, other=0)
+                _choose(tl.load(own + index, mask=lane < total, other=LOWEST), index, lane < total, TOPK, out)
+            else:
+                above = _count(own, seen, 0, TILE)
+                bound = tl.where(above >= TOPK, 0, LOWEST)
+                above = tl.where(above >= TOPK, 0, above)
+                for i in range(31):
+                    higher = bound + (1 << (30 - i))
+                    reach = _count(own, seen, higher, TILE)
+                    bound = tl.where(reach >= TOPK, higher, bound)
+                    above = tl.where(reach >= TOPK, above, reach)
+                room, done, low = TOPK - above, seen * 0, seen * 0
+                while low < seen:
+                    inside = low + lane < seen
+                    part_values = tl.load(own + low + lane, mask=inside, other=LOWEST)
+                    room, done = _keep(part_values, low + lane, inside, bound, room, done, out)
+                    low += TILE
+
+
+def forward(
+    index_q: Tensor, head_weights: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, arrived: Tensor,
+    most: int,
+) -> Tensor:  # fmt: skip
+    """Return picks (T, topk) int32 as `kernels.indexer.pick` does; `arrived` is int32 zeros, left as it was."""
+    (tokens, heads, width), place = index_q.shape, layout.layers[layer]
+    section, topk, made_for = place.index, layout.config.index_topk, target()
+    assert section is not None
+    new, chunks = rows.table.new_empty, triton.cdiv(most, CHUNK)
+    group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
+    groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
+    each = triton.cdiv(tokens * tiles, PROGRAMS)
+    scores, bounds, picks = new((tokens, most)), new((tokens, groups)), new((tokens, topk))
+    found, sizes = (new((tokens, most)), new((tokens, chunks))) if chunks > 1 else (scores, bounds)
+    shared = {"RATIO": place.ratio, "TOPK": topk, "GROUP": group, "TARGET": made_for}
+    _score_kernel[(triton.cdiv(tiles, each), tokens)](
+        index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
+        rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
+        PER_PAGE=section.rows, WIDTH=width, HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS,
+        **shared, **launch(made_for, num_warps=4),
+    )  # fmt: skip
+    tile = max(triton.next_power_of_2(4 * topk), CHUNK if chunks == 1 else 0)
+    _select_kernel[(chunks, tokens)](
+        scores, bounds, rows.positions, found, sizes, arrived, picks, most, groups, chunks,
+        CHUNK=CHUNK, GROUPS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks),
+        ROUNDS=(chunks - 1).bit_length(), TILE=tile,
+        **shared, **launch(made_for, num_warps=16),
+    )  # fmt: skip
+    return picks
