@@ -21,6 +21,7 @@ from pelagos.config import tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, build_engine
 from pelagos.engine.scheduler import Plan
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
+from pelagos.kernels.layout import Span
 
 PATHS = [
     pytest.param(True, marks=pytest.mark.skipif(not HELPER, reason="no C compiler for the helper"), id="helper"),
@@ -43,6 +44,27 @@ def finish_all(engine: LocalEngine, streams: list[Any]) -> None:
         with torch.inference_mode():
             engine.step()
     raise AssertionError("the requests did not end")
+
+
+class TwoKinds:
+    """A forward in which generated tokens leave other rows behind and have other logits than given ones."""
+
+    two_kinds = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def forward(self, spans: list[Span]) -> Any:
+        return self._inner.forward([span._replace(tokens=(span.tokens + 7 * span.decode) % VOCAB) for span in spans])
+
+
+def of_two_kinds(told: bool = True, **options: Any) -> LocalEngine:
+    engine = engine_of(threaded=False, **options)
+    engine._forward, engine._two_kinds = TwoKinds(engine._forward), told
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -470,3 +492,32 @@ def test_where_the_library_cannot_be_exact_the_default_says_so(
     engine.close()
     with pytest.raises(ConfigError, match=r"exact=True.*the head"):
         engine_of(native=False, exact=True)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_where_decode_is_another_kind_nothing_generated_is_shared(told: bool) -> None:
+    def serve(engine: LocalEngine, single: bool) -> list[Any]:
+        answers: list[Any] = []
+        prompts = PROMPTS
+        for _ in range(2):  # the second turn's prompts hold what the first one generated
+            if single:
+                answers += (got := [run(engine, [each], max_tokens=130)[0] for each in prompts])
+            else:
+                answers += (got := run(engine, prompts, max_tokens=130))
+            prompts = [[*each, *(token for token, _ in said), 3, 4] for each, said in zip(prompts, got, strict=True)]
+        return answers
+
+    expected = []
+    plain = of_two_kinds(prefix_cache=False, speculation=False, chunk_tokens=1024)
+    expected = serve(plain, single=True)
+    plain.close()
+    equal = True
+    for options in ({}, {"kv_bytes": 500_000, "preemption": "recompute", "chunk_tokens": 256}):
+        engine = of_two_kinds(told, **options)
+        equal &= serve(engine, single=False) == expected
+        equal &= serve(engine, single=True) == expected
+        stats = engine.stats()
+        assert stats.hit_tokens > 0
+        assert (stats.preemptions > 0) == bool(options)
+        engine.close()
+    assert equal == told  # not told, the engine shares them, and a bit gives it away

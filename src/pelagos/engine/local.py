@@ -112,6 +112,7 @@ class LocalEngine:
         self._drafter = drafter
         self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
         self._drafting = False  # this step, or it rests
+        self._two_kinds = forward.two_kinds
         self._fetches: list[tuple[Live, bytes | None]] = []
         self._scheduler = Scheduler(
             self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
@@ -334,7 +335,7 @@ class LocalEngine:
         if request.fetched is not None:
             return None
         disk = None if request.asked_disk else self._disk
-        match = self._prefix.match(request.chain, len(request.tokens) - 1, disk)
+        match = self._prefix.match(request.chain, min(len(request.tokens) - 1, self._shared(request)), disk)
         if match.disk_resume and self._disk is not None:
             self._fetch(request, match)
             return None
@@ -375,11 +376,17 @@ class LocalEngine:
                 self._prefix.add_state(request.chain, match.disk_resume, packed, anchor=True)
         self._pool.release([*match.pages, *pages][::-1])
 
+    def _shared(self, request: Live) -> int:
+        """How many of a request's positions leave behind what others may use: all, or those of its prompt."""
+        return request.prompt_tokens if self._two_kinds else FAR
+
     def _next_stop(self, request: Request) -> int:
         request = _live(request)
         while request.stops and request.stops[0].position <= request.computed:
             request.stops.pop(0)
         stop = request.stops[0].position if request.stops else FAR
+        if request.computed < self._shared(request):
+            stop = min(stop, self._shared(request))
         if request.prompt_logprobs is not None:
             stop = min(stop, request.computed + PROMPT_LOGPROB_TOKENS)
         return stop
@@ -453,7 +460,10 @@ class LocalEngine:
         if self._drafter is not None and self._drafting:
             near = self._drafter.window - (len(request.tokens) - start - known)  # older ones leave the draft's window
             streams = max(0, min(count, near))
-        return Span(np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams)
+        decode = start >= request.prompt_tokens
+        return Span(
+            np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams, decode
+        )
 
     def _take_output(self, works: list[Work], spans: list[Span], output: Output) -> list[Outcome]:
         """Pick from the logits, tell the streams, publish pages, keep state; how each decoding request fared."""
@@ -489,7 +499,9 @@ class LocalEngine:
     def _draft(self, drafter: Drafter, outcomes: list[Outcome], step_s: float | None) -> None:
         """Draft for the requests that decode in the next step, as deep as has paid so far."""
         self._depth.observe(outcomes, step_s)
-        decoding = [request for request in self._live.values() if request.slot >= 0 and request.pending == 1]
+        decoding = [each for each in self._live.values() if each.slot >= 0 and each.pending == 1]
+        if self._two_kinds:  # what follows a prompt's last token is of another kind
+            decoding = [each for each in decoding if each.computed >= each.prompt_tokens]
         if not decoding:
             return
         keys = [request.request_id for request in decoding]
@@ -541,7 +553,8 @@ class LocalEngine:
         """Give completed pages to the prefix cache, and in bundles to the disk."""
         if not self._caches:
             return
-        complete = min(request.computed // self._layout.page_tokens, len(request.chain.keys))
+        computed = min(request.computed, self._shared(request))
+        complete = min(computed // self._layout.page_tokens, len(request.chain.keys))
         for page in range(request.published, complete):
             self._prefix.add_page(request.chain.keys[page], request.pages[page])
         request.published = max(request.published, complete)
@@ -573,7 +586,7 @@ class LocalEngine:
 
     def _keep(self, request: Live, position: int, kind: str, *, anchor: bool = True) -> None:
         """Copy the state at `position` into RAM, and to the disk where its policy asks for it."""
-        if not self._caches or position < max(1, request.exact):
+        if not self._caches or not max(1, request.exact) <= position <= self._shared(request):
             return
         on_disk = self._disk is not None and self._policy.keeps(position, kind)
         if self._prefix.has_state(request.chain, position) and not on_disk:

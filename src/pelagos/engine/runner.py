@@ -37,6 +37,14 @@ class Forward(Protocol):
         ...
 
     @property
+    def two_kinds(self) -> bool:
+        """Whether generated tokens (`Span.decode`) are computed by other kernels than a prompt's, to other last bits.
+
+        What they leave behind then stays with their request: as a part of a later prompt they are computed anew.
+        """
+        ...
+
+    @property
     def weight_bytes(self) -> int:
         """What it keeps of the weights beside the model's own."""
         ...

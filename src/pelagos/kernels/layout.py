@@ -75,7 +75,8 @@ class Span(NamedTuple):
 
     tokens (S,) int64 from position `start`; `pages` (P,) int32 lists the page of every page_tokens positions up to
     the last token. Entries of windows that end before position `frozen` are there already and are not written.
-    `logits` and `streams` say how many of the last tokens want logits and their final streams.
+    `logits` and `streams` say how many of the last tokens want logits and their final streams. `decode` says that the
+    tokens were generated, not given, which matters to a forward of two kinds.
     """
 
     tokens: np.ndarray
@@ -85,6 +86,7 @@ class Span(NamedTuple):
     frozen: int = 0
     logits: int = 1
     streams: int = 0
+    decode: bool = False
 
 
 class Output(NamedTuple):

@@ -266,6 +266,8 @@ class NativeForward:
     MissingDependency when the library cannot be built. One call at a time; a second waits.
     """
 
+    two_kinds = False  # decode and prefill share their arithmetic
+
     def __init__(
         self,
         tensors: Mapping[str, Array],

@@ -52,6 +52,8 @@ class PagedForward:
     and with `exact` where the library's products depend on their company (`exactness.exact_rows`).
     """
 
+    two_kinds = False  # decode and prefill share their arithmetic
+
     def __init__(
         self, model: Transformer, layout: CacheLayout, pages: Tensor, slots: Tensor, *, exact: bool = True
     ) -> None:
