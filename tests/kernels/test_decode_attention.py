@@ -25,21 +25,26 @@ import torch
 torch.set_num_threads(1)
 from pelagos.kernels.ref import decode_attention as ref
 from pelagos.kernels.triton import decode_attention as kernel
-from test_decode_attention import inputs_of, values
+from test_decode_attention import inputs_of, quantised
 from triton_cases import error
 kernel.SECTION = 6
-for case, picked in ((7, True), (17, False), (18, True), (18, False), (19, False)):
+for case, picked in ((7, True), (18, True), (18, False), (19, False)):
     inputs = inputs_of(ref.CASES[case], picked=picked)
-    many, want = kernel.forward(*inputs), ref.forward(*inputs)
+    want = ref.forward(*inputs)[0]
+    many = kernel.forward(*inputs)[0]
     # The interpreter cuts weights to bfloat16 instead of rounding them.
-    assert error(values(*many), values(*want)) < 2e-2, (case, error(values(*many), values(*want)))
+    assert error(many, want) < 1e-2, (case, error(many, want))
     kernel.PROGRAMS = 0
-    few = kernel.forward(*inputs)
+    assert torch.equal(kernel.forward(*inputs)[0], many), case
     kernel.PROGRAMS = 600
-    assert all(map(torch.equal, few, many)), case
+    assert all(map(torch.equal, kernel.forward(*inputs, True), quantised(many))), case
 print("compared")
 """
 NAMES = ("q", "rows", "layout", "layer", "pages", "slots", "sink", "picks", "turn", "most")
+
+
+def quantised(x: torch.Tensor) -> list[torch.Tensor]:
+    return [part.view(torch.uint8) for part in numerics.encode_fp8(x, numerics.ACT_BLOCK)]
 
 
 def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -96,8 +101,7 @@ def by_references(attention: Attention, x: torch.Tensor, batch: _Batch, layout: 
         counts = torch.zeros(len(positions), indexer.COUNTS, dtype=torch.int32)
         picks = indexer.pick(index_q, head_weights, rows, layout, 0, pools[0], counts, most)
     sink = attention.attn_sink.float()
-    found = decode_attention.attend(q, rows, layout, 0, *pools, sink, picks, turn, most)
-    return wide, values(*found)
+    return wide, decode_attention.attend(q, rows, layout, 0, *pools, sink, picks, turn, most)[0]
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
@@ -132,7 +136,7 @@ def test_references_together_are_the_attention_of_the_model(ratio, monkeypatch):
             out, step = seen[-1]
             want = turned(out[0], query.angles(step.positions[0], frequencies(config, ratio > 0, None)).unsqueeze(1),
                           inverse=True).flatten(1)  # fmt: skip
-            assert error(got, numerics.fake_quant_fp8(want, numerics.ACT_BLOCK)) < 4e-3
+            assert error(got, want) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_other_shapes_are_refused(wrong, message):
 
 def test_picks_that_name_all_change_nothing():
     inputs = inputs_of(("nano", 4, ((3, 1), (250, 3)), 1))
-    assert all(map(torch.equal, ref.forward(*inputs[:7], None, *inputs[8:]), ref.forward(*inputs)))
+    assert torch.equal(ref.forward(*inputs[:7], None, *inputs[8:])[0], ref.forward(*inputs)[0])
 
 
 def test_kernels_in_the_interpreter():
@@ -165,17 +169,21 @@ def test_kernels_on_the_device(case, monkeypatch):
     from pelagos.kernels.triton import decode_attention as kernel
 
     inputs = inputs_of(case, "cuda")
-    got = decode_attention.attend(*inputs)
-    assert error(values(*got), values(*ref.forward(*inputs))) < 1.5e-2
-    assert all(map(torch.equal, got, decode_attention.attend(*inputs)))
+
+    def attend(*inputs) -> torch.Tensor:
+        return decode_attention.attend(*inputs)[0]
+
+    got, want = attend(*inputs), ref.forward(*inputs)[0]
+    assert error(got, want) < 4e-3
+    assert all(map(torch.equal, decode_attention.attend(*inputs, quantise=True), quantised(got)))
+    assert torch.equal(got, attend(*inputs))
     q, rows, *pools, sink, picks, turn, most = inputs
     for at in {0, len(q) // 2, len(q) - 1}:
         one = slice(at, at + 1)
         alone = rows._replace(**{name: getattr(rows, name)[one] for name in rows._fields if name != "table"})
         picked = None if picks is None else picks[one]
-        found = decode_attention.attend(q[one], alone, *pools, sink, picked, turn[one], most)
-        assert all(torch.equal(a[0], b[at]) for a, b in zip(found, got, strict=True))
+        assert torch.equal(attend(q[one], alone, *pools, sink, picked, turn[one], most)[0], got[at])
     monkeypatch.setattr(kernel, "PROGRAMS", 0)
-    assert all(map(torch.equal, got, decode_attention.attend(*inputs)))
+    assert torch.equal(got, attend(*inputs))
     if case[1] == 4 and most <= inputs[2].config.index_topk:
-        assert all(map(torch.equal, got, decode_attention.attend(*inputs[:7], None, *inputs[8:])))
+        assert torch.equal(got, attend(*inputs[:7], None, *inputs[8:]))

@@ -1,4 +1,4 @@
-"""Queries of attention and indexer: the Triton kernel against the reference (for which see test_decode_attention.py)."""
+"""Queries of attention and indexer: the Triton kernel against the reference (see test_decode_attention.py for it)."""
 
 from __future__ import annotations
 

@@ -144,9 +144,11 @@ def attended(
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (codes, scales); see `kernels.decode_attention.attend`."""
-    out = attended(q, rows, layout, layer, pages, slots, sink, picks, turn, most)
-    codes, scales = numerics.encode_fp8(out.flatten(1), numerics.ACT_BLOCK)
+    picks: Tensor | None, turn: Tensor, most: int, quantise: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return (values, None) or (codes, scales); see `kernels.decode_attention.attend`."""
+    out = attended(q, rows, layout, layer, pages, slots, sink, picks, turn, most).flatten(1)
+    if not quantise:
+        return out, None
+    codes, scales = numerics.encode_fp8(out, numerics.ACT_BLOCK)
     return codes.view(torch.uint8), scales.view(torch.uint8)
