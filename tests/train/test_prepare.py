@@ -12,12 +12,14 @@ from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, FIM_END, SPECIAL
 from pelagos.cli import typer_app
 from pelagos.errors import DataError
 from pelagos.train.corpus import TEXT_KINDS, is_held_out, read_corpus, split
-from pelagos.train.data import KINDS, NO_LOSS, SPLITS, TOKEN_MASK, read_shard
+from pelagos.train.data import KINDS, NO_LOSS, SPLITS, read_shard
 from pelagos.train.prepare import prepare, write_tokenizer
 
 NUM_TLDR = 120
 PAGE = "# tool{0}\n\n> Tool number {0} does things.\n\n- Show all {0} things:\n\n`tool{0} --all`\n"
 CODE = 'def f{0}(x):\n    """Return x and {0} more."""\n    y = x + {0}\n    return y\n'
+
+TOKEN_MASK = NO_LOSS - 1
 
 
 def run(*arguments: str) -> str:

@@ -20,7 +20,7 @@ def make_shard(lengths, kinds=None) -> Shard:
     tokens = (np.arange(offsets[-1]) % NO_LOSS).astype(np.uint16)
     tokens[::3] |= NO_LOSS
     ids = np.array([KINDS.index(kind) for kind in (kinds or ["docs"] * len(lengths))], dtype=np.uint8)
-    return Shard(tokens, offsets, ids, np.ones(len(lengths), dtype=np.int32), {})
+    return Shard(tokens, offsets, ids, np.ones(len(lengths), dtype=np.int32), {"kinds": list(KINDS)})
 
 
 def batches_of(shard, repeats=None, rows=2, size=256, seed=0):

@@ -1,8 +1,9 @@
 """Token shards on disk and the packed batches training reads from them. Needs numpy only.
 
-A shard directory holds `meta.json` and, for each split, `SPLIT.tokens` (uint16 little-endian, samples end to end) and
-`SPLIT.index.npz` (offsets (N+1,) int64, kinds (N,) uint8, text_bytes (N,) int32). Bit 15 of a token says: no loss on
-predicting it (a prompt). Files are checked by size and sha256; another version or tokenizer is refused.
+A shard directory holds `meta.json` and, for each split, `SPLIT.tokens` (little-endian uint16, for vocabularies over
+32,768 uint32, samples end to end) and `SPLIT.index.npz` (offsets (N+1,) int64, kinds (N,) uint8, text_bytes (N,)
+int32). The top bit of a token says: no loss on predicting it (a prompt). Files are checked by size and sha256; another
+version or tokenizer is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ FORMAT_VERSION = 1
 KINDS = ("docs", "code", "books", "chat", "fim")
 SPLITS = ("train", "heldout")
 NO_LOSS = 1 << 15
-TOKEN_MASK = NO_LOSS - 1
 IGNORE = -100  # target of a position without loss
+HELD_SAMPLES = 1024  # a writer holds before it writes them
 ALIGN = 128  # samples start where every compressor closes a group: the least common multiple of 4 and 128
 
 
@@ -40,7 +41,12 @@ class Shard:
 
     def bytes_of(self, kind: str) -> int:
         """Return the UTF-8 bytes of text behind all samples of a kind (0 for chat and fim)."""
-        return int(self.text_bytes[self.kinds == KINDS.index(kind)].sum(dtype=np.int64))
+        return int(self.text_bytes[self.kinds == self.meta["kinds"].index(kind)].sum(dtype=np.int64))
+
+    @property
+    def no_loss(self) -> int:
+        """The bit of a token that says: no loss on predicting it."""
+        return 1 << (8 * self.tokens.itemsize - 1)
 
 
 class Batch(NamedTuple):
@@ -71,37 +77,77 @@ def sha256_of(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+class ShardWriter:
+    """Writes one split sample by sample; tokens go to disk as they come. `wide` tokens have 32 bits, others 16."""
+
+    def __init__(self, directory: Path, split: str, kinds: Sequence[str] = KINDS, *, wide: bool = False) -> None:
+        self.dtype = np.dtype("<u4" if wide else "<u2")
+        self._directory, self._split, self._kinds = directory, split, list(kinds)
+        self._lengths: list[int] = []
+        self._kind_ids: list[int] = []
+        self._sizes: list[int] = []
+        self._held: list[bytes] = []
+        self._path = directory / f"{split}.tokens"
+        self._path.write_bytes(b"")
+
+    def add(self, sample: np.ndarray, kind: str, text_bytes: int) -> None:
+        """Append a sample (n,) of n >= 2 tokens, with the UTF-8 bytes of text behind it; raises DataError for less."""
+        if sample.size < 2:
+            raise DataError(f"{self._split}: expected samples of at least 2 tokens, got {sample.size}")
+        self._held.append(sample.astype(self.dtype).tobytes())
+        if len(self._held) >= HELD_SAMPLES:
+            self._flush()
+        self._lengths.append(sample.size)
+        self._kind_ids.append(self._kinds.index(kind))
+        self._sizes.append(text_bytes)
+
+    def close(self) -> dict[str, Any]:
+        """Write the index and return the split's entry for `meta.json`; raises DataError for a split of no samples."""
+        self._flush()
+        directory, split = self._directory, self._split
+        if not self._lengths:
+            raise DataError(f"{split}: no samples at all; expected some in each of {', '.join(SPLITS)}")
+        lengths, sizes = np.array(self._lengths, dtype=np.int64), np.array(self._sizes, dtype=np.int64)
+        kind_ids = np.array(self._kind_ids, dtype=np.uint8)
+        index = {"offsets": np.append(0, np.cumsum(lengths)), "kinds": kind_ids, "text_bytes": sizes.astype(np.int32)}
+        np.savez_compressed(directory / f"{split}.index.npz", **index)
+        summary = {}
+        for number, kind in enumerate(self._kinds):
+            mine = kind_ids == number
+            counts = {"tokens": int(lengths[mine].sum()), "bytes": int(sizes[mine].sum())}
+            summary[kind] = {"samples": int(mine.sum()), **counts}
+        files = {}
+        for name in (f"{split}.tokens", f"{split}.index.npz"):
+            files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
+        return {"samples": len(lengths), "tokens": int(lengths.sum()), "kinds": summary, "files": files}
+
+    def _flush(self) -> None:
+        with self._path.open("ab") as file:
+            file.write(b"".join(self._held))
+        self._held.clear()
+
+
 def write_shard(
     directory: Path, split: str, samples: Sequence[np.ndarray], kinds: Sequence[str], text_bytes: Sequence[int]
 ) -> dict[str, Any]:
     """Write one split's files and return its entry for `meta.json`; samples are (n,) uint16 with n >= 2."""
-    lengths = np.array([sample.size for sample in samples], dtype=np.int64)
-    if lengths.size == 0 or lengths.min() < 2:
-        raise DataError(f"{split}: expected samples of at least 2 tokens, got {lengths.min() if lengths.size else 0}")
-    kind_ids = np.array([KINDS.index(kind) for kind in kinds], dtype=np.uint8)
-    sizes = np.array(text_bytes, dtype=np.int32)
-    np.concatenate(samples).astype("<u2").tofile(directory / f"{split}.tokens")
-    np.savez_compressed(
-        directory / f"{split}.index.npz", offsets=np.append(0, np.cumsum(lengths)), kinds=kind_ids, text_bytes=sizes
-    )
-    summary = {}
-    for index, kind in enumerate(KINDS):
-        mine = kind_ids == index
-        num_tokens, num_bytes = int(lengths[mine].sum()), int(sizes[mine].sum(dtype=np.int64))
-        summary[kind] = {"samples": int(mine.sum()), "tokens": num_tokens, "bytes": num_bytes}
-    files = {}
-    for name in (f"{split}.tokens", f"{split}.index.npz"):
-        files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
-    return {"samples": len(samples), "tokens": int(lengths.sum()), "kinds": summary, "files": files}
+    writer = ShardWriter(directory, split)
+    for sample, kind, size in zip(samples, kinds, text_bytes, strict=True):
+        writer.add(sample, kind, size)
+    return writer.close()
 
 
-def write_meta(directory: Path, tokenizer: Path, splits: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Write `meta.json`, the last file of a shard directory: version, tokenizer, splits, where the texts are from."""
+def write_meta(
+    directory: Path, tokenizer: Path, splits: Mapping[str, Any], provenance: Mapping[str, Any], *,
+    kinds: Sequence[str] = KINDS, wide: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write and return `meta.json`, the last file of shards: version, tokenizer, splits, where the texts are from."""
     meta = {
         "format": "pelagos shards", "version": FORMAT_VERSION, "tokenizer_sha256": sha256_of(tokenizer),
-        "kinds": list(KINDS), "splits": splits, **provenance,
+        "kinds": list(kinds), "token_bytes": 4 if wide else 2, "splits": dict(splits), **provenance,
     }  # fmt: skip
     (directory / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return meta
 
 
 def read_shard(directory: Path, split: str, *, tokenizer: Path | None = None) -> Shard:
@@ -113,12 +159,12 @@ def read_shard(directory: Path, split: str, *, tokenizer: Path | None = None) ->
     path = directory / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version, files = meta["version"], meta["splits"][split]["files"]
+        version, kinds, files = meta["version"], meta["kinds"], meta["splits"][split]["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: no token shards with a {split!r} split here ({error!r}); run `pelagos data`"
         ) from None
-    if version != FORMAT_VERSION or meta["kinds"] != list(KINDS):
+    if version != FORMAT_VERSION or not isinstance(kinds, list):
         raise DataError(f"{path}: format {version}, this build reads {FORMAT_VERSION}; run `pelagos data` again")
     if tokenizer is not None and sha256_of(tokenizer) != meta["tokenizer_sha256"]:
         raise DataError(f"{path}: shards were made with another tokenizer than {tokenizer}; run `pelagos data` again")
@@ -129,7 +175,7 @@ def read_shard(directory: Path, split: str, *, tokenizer: Path | None = None) ->
             raise DataError(f"{file}: {size} bytes, expected {expected['bytes']}; copy or make it again")
         if sha256_of(file) != expected["sha256"]:
             raise DataError(f"{file}: damaged (sha256 differs from meta.json); copy or make it again")
-    tokens = np.memmap(directory / f"{split}.tokens", dtype="<u2", mode="r")
+    tokens = np.memmap(directory / f"{split}.tokens", dtype=f"<u{meta.get('token_bytes', 2)}", mode="r")
     try:
         with np.load(directory / f"{split}.index.npz", allow_pickle=False) as index:
             shard = Shard(tokens, index["offsets"], index["kinds"], index["text_bytes"], meta)
@@ -152,10 +198,11 @@ class PackedBatches:
         """Raise ConfigError for a row that is no multiple of ALIGN, an unknown kind, or a mixture without samples."""
         if row_tokens < ALIGN or row_tokens % ALIGN or batch_rows < 1:
             raise ConfigError(f"{batch_rows} rows of {row_tokens} tokens: expected >= 1 rows of a multiple of {ALIGN}")
-        if unknown := set(repeats) - set(KINDS):
-            raise ConfigError(f"unknown kinds {sorted(unknown)} in the mixture; known: {', '.join(KINDS)}")
+        kinds = shard.meta["kinds"]
+        if unknown := {kind for kind in repeats if kind not in kinds and repeats[kind] and kind not in KINDS}:
+            raise ConfigError(f"unknown kinds {sorted(unknown)} in the mixture; known: {', '.join(kinds)}")
         self.shard, self.batch_rows, self.row_tokens, self.seed = shard, batch_rows, row_tokens, seed
-        per_kind = np.array([repeats.get(kind, 0.0) for kind in KINDS], dtype=np.float64)
+        per_kind = np.array([repeats.get(kind, 0.0) for kind in kinds], dtype=np.float64)
         self._repeats = per_kind[shard.kinds]  # (N,)
         if per_kind.min() < 0 or not self._repeats.any():
             raise ConfigError(f"mixture {dict(repeats)} selects no sample: expected repeats >= 0 of kinds that exist")
@@ -243,10 +290,11 @@ class PackedBatches:
             np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1, np.int32),
             np.full(shape, IGNORE, np.int64),
         )  # fmt: skip
-        batch.ids.ravel()[to] = self.shard.tokens[source] & TOKEN_MASK
+        no_loss = self.shard.no_loss
+        batch.ids.ravel()[to] = self.shard.tokens[source] & (no_loss - 1)
         batch.positions.ravel()[to] = within
         batch.segments.ravel()[to] = np.repeat(segment, lengths)
-        batch.targets.ravel()[to] = np.where(following & NO_LOSS, IGNORE, following.astype(np.int64))
+        batch.targets.ravel()[to] = np.where(following & no_loss, IGNORE, following.astype(np.int64))
         return batch
 
 

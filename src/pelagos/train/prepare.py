@@ -114,8 +114,7 @@ def write_shards(texts: Split, tokenizer_dir: Path, directory: Path) -> dict[str
             kind: sorted({d.source.split("/")[0] for d in everything if d.kind == kind}) for kind in TEXT_KINDS
         },
     }
-    write_meta(directory, tokenizer_dir / "tokenizer.json", entries, provenance)
-    return json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    return write_meta(directory, tokenizer_dir / "tokenizer.json", entries, provenance)
 
 
 def write_heldout_text(texts: Split, directory: Path) -> None:
@@ -143,7 +142,12 @@ def report(directory: Path, row_tokens: int) -> str:
                 f"{name:8}{kind:7}{entry['samples']:9,}{entry['tokens']:12,}{entry['bytes']:12,}{rate:>13}"
                 f"{batches.padding_frac(0):9.1%}"
             )
-    lines.append(f"near-duplicates moved to train: {len(shards['train'].meta['near_duplicates_moved'])}")
+    meta = shards["train"].meta
+    if "near_duplicates_moved" in meta:
+        lines.append(f"near-duplicates moved to train: {len(meta['near_duplicates_moved'])}")
+    if "duplicates" in meta:
+        exact, near = meta["duplicates"]["exact"], meta["duplicates"]["near"]
+        lines.append(f"duplicates dropped: {exact:,} exact, {'not sought:' if near is None else near} near")
     return "\n".join(lines)
 
 
@@ -185,7 +189,8 @@ def _samples(
         text_bytes.append(len(document.text.encode()))
     extra = [(_chat_sample(chat, talk), "chat") for talk in talks]
     if with_fim:
-        extra += [(sample, "fim") for sample in _fim_samples(documents, text_tokenizer, chat)]
+        pieces = (fim_sample(d, text_tokenizer, chat, np.dtype("<u2")) for d in documents if d.kind == "code")
+        extra += [(piece, "fim") for piece in pieces if piece is not None]
     for sample, kind in extra:
         samples.append(sample)
         kinds.append(kind)
@@ -214,20 +219,21 @@ def _chat_sample(chat: Tokenizer, talk: Conversation) -> np.ndarray:
     return sample
 
 
-def _fim_samples(
-    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, chat: Tokenizer
-) -> Iterable[np.ndarray]:
+def fim_sample(
+    document: Document, tokenizer: tokenizers.Tokenizer, chat: Tokenizer, dtype: np.dtype
+) -> np.ndarray | None:
+    """Return one fill-in-the-middle sample (n,) of a document, loss on the middle only, or None for most documents."""
+    rng = random.Random(document.source)
+    if rng.randrange(FIM_ONE_IN):
+        return None
     bos, eos, begin, hole, end = (chat.id(token) for token in (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END))
-    for document in documents:
-        rng = random.Random(document.source)
-        if document.kind != "code" or rng.randrange(FIM_ONE_IN):
-            continue
-        start = rng.randrange(max(len(document.text) - FIM_CHARS, 1))
-        snippet = document.text[start : start + FIM_CHARS]
-        first, last = sorted(rng.sample(range(len(snippet) + 1), 2))
-        parts = [e.ids for e in tokenizer.encode_batch_fast([snippet[:first], snippet[last:], snippet[first:last]])]
-        prompt = np.array([bos, begin, *parts[0], hole, *parts[1], end], dtype=np.uint16)
-        yield np.concatenate([prompt | NO_LOSS, np.array([*parts[2], eos], dtype=np.uint16)])
+    start = rng.randrange(max(len(document.text) - FIM_CHARS, 1))
+    snippet = document.text[start : start + FIM_CHARS]
+    first, last = sorted(rng.sample(range(len(snippet) + 1), 2))
+    parts = [e.ids for e in tokenizer.encode_batch_fast([snippet[:first], snippet[last:], snippet[first:last]])]
+    prompt = np.array([bos, begin, *parts[0], hole, *parts[1], end], dtype=dtype)
+    no_loss = dtype.type(1 << (8 * dtype.itemsize - 1))
+    return np.concatenate([prompt | no_loss, np.array([*parts[2], eos], dtype=dtype)])
 
 
 def _pack(directory: Path, names: Iterable[str], archive: Path) -> None:

@@ -23,7 +23,7 @@ from pelagos.load import load_model, save_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import LOSSLESS_BINADES
 from pelagos.train import lora
-from pelagos.train.data import IGNORE, SPLITS, TOKEN_MASK, Batch, PackedBatches, Shard, read_shard, sha256_of
+from pelagos.train.data import IGNORE, SPLITS, Batch, PackedBatches, Shard, read_shard, sha256_of
 from pelagos.train.forward import Forward
 from pelagos.train.guard import Ahead, SpikeDetector, routed, routers
 from pelagos.train.init import initialise
@@ -463,7 +463,7 @@ class Trainer:
 
 
 def _check_vocabulary(shard: Shard, model: ModelConfig, path: Path) -> None:
-    largest = int((shard.tokens & TOKEN_MASK).max())
+    largest = int((shard.tokens & (shard.no_loss - 1)).max())
     if largest >= model.vocab_size:
         raise DataError(
             f"{path}: holds token {largest}, the model's vocab_size is {model.vocab_size}; "
