@@ -1,0 +1,114 @@
+"""What a prompt's tokens leave in the cache, and the keys they attend, decoded once a layer: contract and dispatch.
+
+On CUDA up to five Triton launches; elsewhere `ref.prefill_cache`, which defines the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.cache_write import CacheWeights, check_pools, widths
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.ref import prefill_cache as ref
+
+QUERIES = 64  # of one sequence that are scored together
+
+
+class Entries(NamedTuple):
+    """Where the B sequences of a call have the entries of one ratio, and which of its windows are to be written."""
+
+    base: Tensor  # (B,) int32 row of `Keys.index` of a sequence's first entry
+    count: Tensor  # (B,) int32 entries that its last token sees
+    seen: Tensor  # (T,) int32 entries that a token sees
+    ends: Tensor  # (N,) int32 rows at which a window ends that is not there already
+    total: int
+    most: int
+
+
+class Prompt(NamedTuple):
+    """The T rows of a call, none of them padding, spans behind each other; what all its layers share."""
+
+    rows: Rows
+    end: Tensor  # (T,) int32 position behind its span
+    start: Tensor  # (B,) int32 first position of a span
+    slot: Tensor  # (B,) int32
+    window: Tensor  # (B,) int32 row of `Keys.main` of position start - sliding_window + 1
+    windows: int  # rows of all windows; entries follow
+    entries: dict[int, Entries]  # by ratio
+    blocks: Tensor  # (N, 3) int32 queries that are scored together: first row, rows, sequence
+
+
+class Keys(NamedTuple):
+    """Decoded rows that a call attends: windows, then entries; index keys as E4M3 codes of value / scale."""
+
+    main: Tensor  # (R, C) bfloat16
+    index: Tensor | None  # (E, D) uint8
+    index_scale: Tensor | None  # (E,) float32
+
+
+def prompt(spans: Sequence[Span], layout: CacheLayout, device: torch.device | str) -> Prompt:
+    """Describe a call over spans; one copy to the device."""
+    lengths = np.array([len(span.tokens) for span in spans])
+    start, slot, frozen = (np.array([getattr(span, name) for span in spans]) for name in ("start", "slot", "frozen"))
+    owner = np.arange(len(spans)).repeat(lengths)
+    begin = lengths.cumsum() - lengths
+    positions = np.arange(lengths.sum()) - begin.repeat(lengths) + start.repeat(lengths)
+    table = np.zeros((len(spans), max(len(span.pages) for span in spans)), np.int32)
+    for row, span in zip(table, spans, strict=True):
+        row[: len(span.pages)] = span.pages
+    sizes = lengths + layout.config.sliding_window - 1
+    blocks = [(b + i, min(QUERIES, n - i), j) for j, (b, n) in enumerate(zip(begin, lengths, strict=True))
+              for i in range(0, n, QUERIES)]  # fmt: skip
+    parts = [positions, slot[owner], start[owner], owner, table, frozen[owner], (start + lengths)[owner], start, slot,
+             sizes.cumsum() - sizes, np.array(blocks)]  # fmt: skip
+    ratios = sorted({ratio for ratio in layout.config.layer_ratios if ratio})
+    for ratio in ratios:
+        count = (start + lengths) // ratio
+        ends = np.flatnonzero(((positions + 1) % ratio == 0) & (positions >= frozen[owner]))
+        parts += [count.cumsum() - count, count, (positions + 1) // ratio, ends]
+    flat = torch.from_numpy(np.concatenate([each.ravel() for each in parts]).astype(np.int32)).to(device)
+    found = [each.view(part.shape) for each, part in zip(flat.split([p.size for p in parts]), parts, strict=True)]
+    entries = {
+        ratio: Entries(*found[11 + 4 * i : 15 + 4 * i], total=int(parts[12 + 4 * i].sum()), most=int(parts[12 + 4 * i].max()))
+        for i, ratio in enumerate(ratios)
+    }  # fmt: skip
+    positions, slots, first, owners, tables, frozens = found[:6]
+    return Prompt(Rows(positions, slots, first, owners, tables, frozens), *found[6:10], int(sizes.sum()), entries,
+                  found[10])  # fmt: skip
+
+
+def cache_write(
+    first: Tensor, wide: Tensor | None, call: Prompt, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor,
+    weights: CacheWeights, turn: Tensor, entry_turn: Tensor | None,
+) -> Keys:  # fmt: skip
+    """Write what a prompt's rows leave in pages and slots, as `cache_write.cache_write` does; return what they attend.
+
+    first (T, q_lora + C) bfloat16 and wide (T, >= the rest of `widths`) float32 are products of the normed input; turn
+    and entry_turn as there. Raises ConfigError for other shapes. Source: inference/model.py Attention, Compressor.
+    """
+    config, place, tokens = layout.config, layout.layers[layer], len(call.rows.positions)
+    latent, width, *rest = widths(config, place.ratio)
+    half = config.qk_rope_head_dim // 2
+    if layout.mode != "released" or first.dtype != torch.bfloat16 or tuple(first.shape) != (tokens, latent + width):
+        raise ConfigError(f"prefill_cache: layout of mode {layout.mode!r}, first {first.dtype} {tuple(first.shape)}: "
+                          f"expected released, bfloat16 {(tokens, latent + width)}")  # fmt: skip
+    if rest and (wide is None or wide.dtype != torch.float32 or len(wide) != tokens or wide.shape[1] < sum(rest)):
+        raise ConfigError(f"prefill_cache: wide is {wide if wide is None else tuple(wide.shape)}, expected float32 "
+                          f"({tokens}, >= {sum(rest)})")  # fmt: skip
+    for name, each in (("turn", turn), *((("entry_turn", entry_turn),) if place.ratio else ())):
+        if each is None or tuple(each.shape) != (tokens, 2, half) or not each.is_contiguous():
+            raise ConfigError(f"prefill_cache: {name}: expected contiguous {(tokens, 2, half)}")
+    check_pools(call.rows, layout, pages, slots)
+    inputs = (first, wide, call, layout, layer, pages, slots, weights, turn, entry_turn)
+    if not first.is_cuda:
+        return Keys(*ref.cache_write(*inputs))
+    from pelagos.kernels.triton import prefill_cache as kernel
+
+    return Keys(*kernel.cache_write(*inputs))

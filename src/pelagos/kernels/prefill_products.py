@@ -1,0 +1,71 @@
+"""FP8 products with many rows, weights as released, and what quantises between them: contracts, checks and dispatch.
+
+On CUDA the library's block-scaled product in calls of a fixed number of rows; elsewhere `ref.prefill_products`, which
+defines the meaning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.ref import prefill_products as ref
+
+BLOCK = 128
+
+
+def factors(weight_scales: Tensor) -> Tensor:
+    """Return UE8M0 block scales (..., uint8) as the float32 that `product` wants of a weight; made once a weight."""
+    return weight_scales.view(torch.float8_e8m0fnu).float()
+
+
+def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tensor, *, groups: int = 1) -> Tensor:
+    """Return x W^T (T, O) bfloat16 of quantised rows x and weights W, summed in float32.
+
+    codes (T, G * I) E4M3 with scales (T, G * I / 128) UE8M0, weight (O, I) E4M3, all as uint8, weight_factors
+    (O/128, I/128) float32 (`factors`). With G `groups` (wo_a) rows O/G of the weight multiply columns I of x. A row's
+    bits do not depend on the other rows or their number. Raises ConfigError for other shapes. Source:
+    inference/kernel.py fp8_gemm.
+    """
+    (rows, columns), (outputs, depth) = codes.shape, weight.shape
+    if columns != groups * depth or outputs % (groups * BLOCK) or depth % (4 * BLOCK if codes.is_cuda else BLOCK):
+        raise ConfigError(
+            f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: expected columns "
+            f"of x = groups * columns of weight, outputs in multiples of {BLOCK}, columns of {4 * BLOCK} on CUDA"
+        )
+    expected = {"scales": (scales, (rows, columns // BLOCK)),
+                "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ConfigError(f"prefill_products: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
+    if not codes.is_cuda:
+        return ref.product(codes, scales, weight, weight_factors, groups)
+    from pelagos.kernels.triton import prefill_products as kernel
+
+    return kernel.product(codes, scales, weight, weight_factors, groups)
+
+
+def quantise(x: Tensor, norm: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the E4M3 codes (T, N) and UE8M0 scales (T, N/128), as uint8, of x (T, N) bfloat16.
+
+    With a norm (N,) x is first divided by its root mean square, multiplied and rounded. Raises ConfigError for other N.
+    """
+    if x.shape[1] % BLOCK or x.dtype != torch.bfloat16 or x.stride(1) != 1:
+        raise ConfigError(f"quantise: x is {x.dtype} {tuple(x.shape)}, expected bfloat16 (T, multiple of {BLOCK})")
+    if not x.is_cuda:
+        return ref.quantise(x, norm, eps)
+    from pelagos.kernels.triton import prefill_products as kernel
+
+    return kernel.quantise(x, norm, eps)
+
+
+def swiglu(up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return the codes (T, F) and scales (T, F/128) of the clamped SwiGLU of up (T, 2F) bfloat16, gate before up."""
+    if up.shape[1] % (2 * BLOCK) or up.dtype != torch.bfloat16 or not up.is_contiguous():
+        raise ConfigError(f"swiglu: up is {up.dtype} {tuple(up.shape)}, expected bfloat16 (T, multiple of {2 * BLOCK})")
+    if not up.is_cuda:
+        return ref.swiglu(up, limit)
+    from pelagos.kernels.triton import prefill_products as kernel
+
+    return kernel.swiglu(up, limit)

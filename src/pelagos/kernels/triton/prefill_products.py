@@ -1,0 +1,99 @@
+"""Between the library's FP8 products: scales as it wants them, norm, SwiGLU and quantisation of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from pelagos.kernels.triton.formats import e4m3_code, fp8_scale_exponent, power_of_two, quantise_block, target
+from pelagos.kernels.triton.query import rounded
+
+COLUMNS = 1024
+
+
+@triton.jit
+def _factor_kernel(scales, factors, rows, room, blocks, TILE: tl.constexpr):
+    """float32 scales, those of a block of columns next to each other; rows past the end count 1."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    block = tl.program_id(1) * 16 + tl.arange(0, 16)
+    inside = (block < blocks)[None, :]
+    byte = tl.load(scales + row[:, None] * blocks + block[None, :], mask=(row < rows)[:, None] & inside, other=127)
+    tl.store(factors + block[None, :] * room + row[:, None], power_of_two(byte), mask=(row < room)[:, None] & inside)
+
+
+@triton.jit
+def _quantise_kernel(
+    x, norm, codes, scales, stride, limit, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
+    SWIGLU: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < WIDTH
+    own = x + row.to(tl.int64) * stride + column
+    value = tl.load(own, mask=live, other=0.0).to(tl.float32)
+    if SWIGLU:
+        up = tl.load(own + WIDTH, mask=live, other=0.0).to(tl.float32)
+        gate = tl.minimum(value, limit)
+        value = rounded(gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit), TARGET)
+    if NORM:
+        weight = tl.load(norm + column, mask=live, other=0.0).to(tl.float32)
+        value = rounded(value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * weight, TARGET)
+    value = value.reshape(COLUMNS // 128, 128)
+    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 1))
+    code = e4m3_code(quantise_block(value, exponent[:, None])).reshape(COLUMNS)
+    tl.store(codes + row.to(tl.int64) * WIDTH + column, code, mask=live)
+    block = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
+    tl.store(scales + row * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=block < WIDTH // 128)
+
+
+def _quantised(x: Tensor, norm: Tensor | None, width: int, limit: float, eps: float, swiglu: bool) -> tuple[Tensor, ...]:
+    rows = x.shape[0]
+    codes, scales = (torch.empty((rows, width // n), dtype=torch.uint8, device=x.device) for n in (1, 128))
+    columns = COLUMNS if norm is None else max(128, triton.next_power_of_2(width))
+    _quantise_kernel[(rows, triton.cdiv(width, columns))](
+        x, norm, codes, scales, x.stride(0), limit, eps, WIDTH=width, COLUMNS=columns, NORM=norm is not None,
+        SWIGLU=swiglu, TARGET=target(),
+    )  # fmt: skip
+    return codes, scales
+
+
+def quantise(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (codes, scales) as `kernels.prefill_products.quantise` does."""
+    codes, scales = _quantised(x, norm, x.shape[1], 0.0, eps, False)
+    return codes, scales
+
+
+def swiglu(up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return (codes, scales) as `kernels.prefill_products.swiglu` does."""
+    codes, scales = _quantised(up, None, up.shape[1] // 2, limit, 0.0, True)
+    return codes, scales
+
+
+def scale_factors(scales: Tensor, room: int) -> Tensor:
+    """Return float32 (blocks, room) of UE8M0 scales (T, blocks), 1 past T."""
+    rows, blocks = scales.shape
+    factors = torch.empty((blocks, room), dtype=torch.float32, device=scales.device)
+    _factor_kernel[(triton.cdiv(room, 64), triton.cdiv(blocks, 16))](scales, factors, rows, room, blocks, TILE=64)
+    return factors
+
+
+def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
+    """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
+    rows, (outputs, depth) = codes.shape[0], weight.shape
+    pad = -rows % 4
+    x = (functional.pad(codes, (0, 0, 0, pad)) if pad else codes).view(torch.float8_e4m3fn)
+    row_scales, w = scale_factors(scales, rows + pad), weight.view(torch.float8_e4m3fn)
+    kinds, own, blocks = functional.ScalingType, outputs // groups, depth // 128
+    parts = [
+        functional.scaled_mm(
+            x[:, g * depth : (g + 1) * depth], w[g * own : (g + 1) * own].t(),
+            row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
+            weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )
+        for g in range(groups)
+    ]  # fmt: skip
+    return (parts[0] if groups == 1 else torch.cat(parts, 1))[:rows]
