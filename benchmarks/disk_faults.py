@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pelagos.evals.commit import commit
+
 if TYPE_CHECKING:
     from pelagos.engine.disk import DiskCache
 
@@ -342,10 +344,9 @@ def main() -> int:
         if seed not in cases:
             cases[seed] = run(KINDS[index % len(KINDS)], seed)
             print(json.dumps(cases[seed]), file=sys.stderr)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         result = {
             "bench": "disk_faults",
-            "commit": commit,
+            "commit": commit(),
             "command": f"python -m benchmarks.disk_faults --cases {args.cases} --seed {args.seed}",
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "done": len(cases),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from tests.model.test_transformers_parity import Margins, load_oracle, make_case, random_model
 
+from pelagos.evals.commit import commit
 from pelagos.load import load_model, save_model
 from pelagos.model import ContiguousCache
 
@@ -38,12 +38,11 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "bench": "parity",
         "command": "python -m benchmarks.parity",
         "device": f"CPU, {platform.machine()}, one thread",
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "reference": against_transformers(args.cases),

@@ -21,7 +21,6 @@ import gzip
 import heapq
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from pelagos.chat import Tokenizer
 from pelagos.config import preset
 from pelagos.engine.pages import PagePool
 from pelagos.engine.prefix import KeyChain, Match, PrefixCache
+from pelagos.evals.commit import commit
 from pelagos.kernels.layout import CacheLayout
 
 BEGIN, END, USER, ASSISTANT, THINK = 0, 1, 2, 3, 4  # stand-ins for the protocol's tokens; text ids start above them
@@ -387,9 +387,7 @@ def main() -> int:
         runs.append({"seed": seed, "text_used": text.times_used} | measure(trace, layout, percent=args.percent))
     result = {
         "bench": "trace",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
         "command": "python -m benchmarks.trace " + " ".join(sys.argv[1:]),
         "habits": asdict(Habits()),
         "page_tokens": layout.page_tokens,
