@@ -493,6 +493,19 @@ def decode_step(c: ModelConfig, context: int, batch: int) -> KernelCost:
     return KernelCost(weights + batch * kv_read_bytes(c, context), batch * sum(flops(c, context).values()))
 
 
+def attention_kernel(c: ModelConfig, ratio: int, context: int, tokens: int) -> KernelCost:
+    """Cost decode attention: cache rows of a layer kind at a context, BF16 queries in, BF16 values out."""
+    rows, heads, width = _attended_rows(c, ratio, context), c.num_attention_heads, c.head_dim
+    return KernelCost(tokens * (rows * row_bytes(c)[0] + 4 * heads * width), tokens * rows * heads * width * 4)
+
+
+def indexer_kernel(c: ModelConfig, context: int, tokens: int) -> KernelCost:
+    """Cost index scores and picks: every FP4 key of each sequence once, BF16 queries in, int32 picks out."""
+    keys, heads, width = context // 4, c.index_n_heads, c.index_head_dim
+    moved = keys * row_bytes(c)[1] + heads * (2 * width + 4) + 4 * c.index_topk
+    return KernelCost(tokens * moved, tokens * keys * heads * width * 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Weighting:
     """What one FLOP counts as: core attention, V4's and V3.2's index scoring, BF16 compressors and head; else 1."""

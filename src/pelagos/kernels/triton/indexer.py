@@ -207,32 +207,46 @@ def _select_kernel(
                     low += TILE
 
 
+def score(
+    index_q: Tensor, head_weights: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """Return scores (T, most) int32 in the order of the floats, written where visible, and the largest of every few."""
+    (tokens, heads, width), place = index_q.shape, layout.layers[layer]
+    section, new, made_for = place.index, rows.table.new_empty, target()
+    assert section is not None
+    group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
+    groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
+    each = triton.cdiv(tokens * tiles, PROGRAMS)
+    scores, bounds = new((tokens, most)), new((tokens, groups))
+    _score_kernel[(triton.cdiv(tiles, each), tokens)](
+        index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
+        rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
+        RATIO=place.ratio, TOPK=layout.config.index_topk, PER_PAGE=section.rows, WIDTH=width, HEADS=heads,
+        PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group, TARGET=made_for,
+        **launch(made_for, num_warps=4),
+    )  # fmt: skip
+    return scores, bounds
+
+
+def choose(scores: Tensor, bounds: Tensor, positions: Tensor, ratio: int, topk: int, arrived: Tensor) -> Tensor:
+    """Return picks (T, topk) int32 from what `score` returns; `arrived` is int32 zeros, left as it was."""
+    (tokens, most), groups, new, made_for = scores.shape, bounds.shape[1], scores.new_empty, target()
+    chunks, picks = triton.cdiv(most, CHUNK), new((tokens, topk))
+    found, sizes = (new((tokens, most)), new((tokens, chunks))) if chunks > 1 else (scores, bounds)
+    _select_kernel[(chunks, tokens)](
+        scores, bounds, positions, found, sizes, arrived, picks, most, groups, chunks,
+        RATIO=ratio, TOPK=topk, GROUP=triton.next_power_of_2(triton.cdiv(most, groups)), CHUNK=CHUNK,
+        GROUPS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks), ROUNDS=(chunks - 1).bit_length(),
+        TILE=max(triton.next_power_of_2(4 * topk), CHUNK if chunks == 1 else 0), TARGET=made_for,
+        **launch(made_for, num_warps=16),
+    )  # fmt: skip
+    return picks
+
+
 def forward(
     index_q: Tensor, head_weights: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, arrived: Tensor,
     most: int,
 ) -> Tensor:  # fmt: skip
-    """Return picks (T, topk) int32 as `kernels.indexer.pick` does; `arrived` is int32 zeros, left as it was."""
-    (tokens, heads, width), place = index_q.shape, layout.layers[layer]
-    section, topk, made_for = place.index, layout.config.index_topk, target()
-    assert section is not None
-    new, chunks = rows.table.new_empty, triton.cdiv(most, CHUNK)
-    group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
-    groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
-    each = triton.cdiv(tokens * tiles, PROGRAMS)
-    scores, bounds, picks = new((tokens, most)), new((tokens, groups)), new((tokens, topk))
-    found, sizes = (new((tokens, most)), new((tokens, chunks))) if chunks > 1 else (scores, bounds)
-    shared = {"RATIO": place.ratio, "TOPK": topk, "GROUP": group, "TARGET": made_for}
-    _score_kernel[(triton.cdiv(tiles, each), tokens)](
-        index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
-        rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
-        PER_PAGE=section.rows, WIDTH=width, HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS,
-        **shared, **launch(made_for, num_warps=4),
-    )  # fmt: skip
-    tile = max(triton.next_power_of_2(4 * topk), CHUNK if chunks == 1 else 0)
-    _select_kernel[(chunks, tokens)](
-        scores, bounds, rows.positions, found, sizes, arrived, picks, most, groups, chunks,
-        CHUNK=CHUNK, GROUPS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks),
-        ROUNDS=(chunks - 1).bit_length(), TILE=tile,
-        **shared, **launch(made_for, num_warps=16),
-    )  # fmt: skip
-    return picks
+    """Return picks (T, topk) int32 as `kernels.indexer.pick` does."""
+    found = score(index_q, head_weights, rows, layout, layer, pages, most)
+    return choose(*found, rows.positions, layout.layers[layer].ratio, layout.config.index_topk, arrived)
