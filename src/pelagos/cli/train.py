@@ -8,6 +8,7 @@ import difflib
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,15 +27,29 @@ def main(argv: Sequence[str]) -> int:
 
     SIGINT and SIGTERM save after the present step and return 128 + the signal's number; a second one ends at once.
     """
+    from pelagos.train.ablate import ablate, table
+    from pelagos.train.dry_run import check_memory, measure, report
+    from pelagos.train.meter import plot
     from pelagos.train.recipe import TrainConfig
     from pelagos.train.trainer import Trainer
 
-    args = _parser(TrainConfig).parse_args(argv)
+    study = argv[0] == "ablate" if argv else False
+    args = _parser(TrainConfig, study=study).parse_args(argv[1:] if study else argv)
     model, config = preset(args.model), TrainConfig(steps=args.steps, **_overrides(args.set, TrainConfig))
     bundled = bundled_model_dir(args.model)
     tokenizer = bundled if (bundled / "tokenizer.json").is_file() else None
     device = args.device or _default_device()
-    trainer = Trainer(model, config, data=args.data, out=args.out, device=device, tokenizer=tokenizer)
+    place: dict[str, Any] = {"data": args.data, "out": args.out, "device": device, "tokenizer": tokenizer}
+    if study:
+        print(table(ablate(args.study, model, config, **place)), end="")
+        return 0
+    if args.dry_run:
+        memory = check_memory(model, device)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = measure(Trainer(model, config, **{**place, "out": Path(scratch)}, start=args.start))
+        print(report(rows, *memory))
+        return 0
+    trainer = Trainer(model, config, **place, start=args.start)
     if args.export:
         trainer.check_export(args.export)
     resumed = trainer.resume()
@@ -46,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 128 + received
+    if args.plot:
+        print(f"curves in {plot(args.out)}", file=sys.stderr)
     if args.export:
         trainer.export(args.export)
         print(f"exported to {args.export}", file=sys.stderr)
@@ -77,12 +94,13 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parser(config: type[TrainConfig]) -> argparse.ArgumentParser:
+def _parser(config: type[TrainConfig], *, study: bool = False) -> argparse.ArgumentParser:
     settings = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(config) if f.name != "steps")
     parser = argparse.ArgumentParser(
         prog="pelagos train",
-        description="Pre-train a preset from zero on token shards. Run the same command again to continue a run that "
-        "was interrupted (Ctrl-C and SIGTERM save first).",
+        description="Train a preset from zero, or a checkpoint further, on token shards; `pelagos train ablate` with "
+        "the same options trains the arms of a --study at equal FLOPs. Run the same command again to continue a run "
+        "that was interrupted (Ctrl-C and SIGTERM save first).",
         epilog=f"Settings for --set and their defaults: {settings}. decay_from, sparse_from and quantise_from are "
         "fractions of --steps. Example: pelagos train --data shards --out run --steps 3300 --export run/model "
         "--set lr=0.004 --set compile=true",
@@ -91,6 +109,11 @@ def _parser(config: type[TrainConfig]) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shards written by `pelagos data`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory: state.pt, log.jsonl")
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of the whole run")
+    parser.add_argument("--from", dest="start", metavar="MODEL", help="fine-tune this checkpoint (name, directory)")
+    parser.add_argument("--plot", action="store_true", help="at the end, draw OUT/curves.png")
+    parser.add_argument("--dry-run", action="store_true", help="say whether it fits and how long it takes, and stop")
+    if study:
+        parser.add_argument("--study", required=True, help="optimizer, residual, attention, precision or mtp")
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="at the end, write the released-format checkpoint here"
     )

@@ -26,10 +26,10 @@ def site(
     """Return (streams, x, post, comb): `pending` enters streams (..., n, D), which collapse to this site's input x.
 
     fn ((2 + n) n, n D), base, scale (3,) float32; post (..., n) and comb (..., n, n) float32; `ordered` as in
-    `ref.hyper_connection.mix_logits`. The first site has nothing pending. Differentiable. On CUDA: n = 4, bfloat16
-    streams, D a multiple of 64, else ConfigError. Source: technical report 2.2, 5.1; Block.hc_pre, hc_post.
+    `ref.hyper_connection.mix_logits`. The first site has nothing pending. Differentiable. On CUDA n is 4 with bfloat16
+    streams and D a multiple of 64, or 1 (by the reference), else ConfigError. Source: technical report 2.2, 5.1.
     """
-    if not streams.is_cuda:
+    if not streams.is_cuda or streams.shape[-2] == 1:
         entered = streams if pending is None else hc.hc_post(pending[0], streams, *pending[1:])
         options = {"iters": iters, "eps": eps, "norm_eps": norm_eps, "ordered": ordered}
         return entered, *ref.enter(entered, fn, base, scale, **options)
@@ -38,7 +38,7 @@ def site(
 
 def leave(pending: Pending, streams: Tensor) -> Tensor:
     """Return streams (..., n, D) after `pending` entered them: X'_k = post_k y + sum_j comb[j, k] X_j."""
-    if not streams.is_cuda:
+    if not streams.is_cuda or streams.shape[-2] == 1:
         return hc.hc_post(pending[0], streams, *pending[1:])
     return _apply(pending, streams, None, None, None, 0, 0.0, 0.0)[0]
 
