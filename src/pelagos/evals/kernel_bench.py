@@ -19,7 +19,7 @@ from torch.nn import functional
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
 from pelagos.errors import ConfigError, KernelUnavailable
-from pelagos.evals import attention_bench
+from pelagos.evals import attention_bench, prefill_bench
 from pelagos.evals.commit import commit
 from pelagos.kernels import fp4_experts, site, skinny_gemm
 from pelagos.kernels.ref import fp4_experts as experts_ref
@@ -28,9 +28,9 @@ from pelagos.kernels.ref import skinny_gemm as gemm_ref
 
 ROUNDS = 9  # replays of which the median counts
 COLD_BYTES = 512 << 20  # operands of one round
-BENCHES = ("site", "fp4_experts", "skinny_gemm", *attention_bench.MAKERS)
+BENCHES = ("site", "fp4_experts", "skinny_gemm", *attention_bench.MAKERS, *prefill_bench.MAKERS)
 TOKENS = {"site": (1, 16, 64, 128, 1024, 8192), "fp4_experts": (1, 8, 32, 128), "skinny_gemm": (1, 16, 32, 64),
-          **attention_bench.TOKENS}  # fmt: skip
+          **attention_bench.TOKENS, **prefill_bench.TOKENS}  # fmt: skip
 
 Call = Callable[[], Any]
 
@@ -192,4 +192,5 @@ def _sets(size: float, make: Callable[[int], tuple[Tensor, ...]]) -> list[tuple[
     return [make(seed) for seed in range(max(2, min(64, int(COLD_BYTES // size))))]
 
 
-_MAKERS = {"site": _site, "fp4_experts": _experts, "skinny_gemm": _products, **attention_bench.MAKERS}
+_MAKERS = {"site": _site, "fp4_experts": _experts, "skinny_gemm": _products, **attention_bench.MAKERS,
+           **prefill_bench.MAKERS}  # fmt: skip

@@ -20,11 +20,13 @@ def factors(weight_scales: Tensor) -> Tensor:
     return weight_scales.view(torch.float8_e8m0fnu).float()
 
 
-def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tensor, *, groups: int = 1) -> Tensor:
-    """Return x W^T (T, O) bfloat16 of quantised rows x and weights W, summed in float32.
+def product(
+    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, *, groups: int = 1
+) -> Tensor:
+    """Return x W^T (T, O) bfloat16 of rows x and FP8 weights W, summed in float32.
 
     codes (T, G * I) E4M3 with scales (T, G * I / 128) UE8M0, weight (O, I) E4M3, all as uint8, weight_factors
-    (O/128, I/128) float32 (`factors`). With G `groups` (wo_a) rows O/G of the weight multiply columns I of x. A row's
+    (O/128, I/128) float32 (`factors`). Without scales x is bfloat16 (T, G * I). With G `groups` (wo_a) rows O/G of the weight multiply columns I of x. A row's
     bits do not depend on the other rows or their number. Raises ConfigError for other shapes. Source:
     inference/kernel.py fp8_gemm.
     """
@@ -34,16 +36,28 @@ def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tenso
             f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: expected columns "
             f"of x = groups * columns of weight, outputs in multiples of {BLOCK}, columns of {4 * BLOCK} on CUDA"
         )
-    expected = {"scales": (scales, (rows, columns // BLOCK)),
+    expected = {"scales": (scales, (rows, columns // BLOCK)), "codes": (codes, (rows, columns)),
                 "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
             raise ConfigError(f"prefill_products: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
     if not codes.is_cuda:
         return ref.product(codes, scales, weight, weight_factors, groups)
     from pelagos.kernels.triton import prefill_products as kernel
 
     return kernel.product(codes, scales, weight, weight_factors, groups)
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (T, O) float32 of bfloat16 x (T, I) and weight (O, I); a row's bits are its own."""
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or x.shape[1:] != weight.shape[1:]:
+        raise ConfigError(f"wide_product: x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}: "
+                          "expected bfloat16 with as many columns")  # fmt: skip
+    if not x.is_cuda:
+        return x.float() @ weight.float().T
+    from pelagos.kernels.triton import prefill_products as kernel
+
+    return kernel.wide_product(x, weight)
 
 
 def quantise(x: Tensor, norm: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -60,9 +60,11 @@ def cache_write(
         owner = torch.arange(len(found.count), device=first.device).repeat_interleave(found.count)
         index = torch.arange(found.total, device=first.device) - found.base[owner]
         place = rows.table[owner, index // kept.main.count].long(), index % kept.main.count
-        parts.append(kept.main.read(*place))
+        if found.total:
+            parts.append(kept.main.read(*place))
         if kept.index is not None:
-            codes, scales = index_operand(kept.index.read(*place))
+            values = kept.index.read(*place) if found.total else first.new_empty((0, kept.index.width))
+            codes, scales = index_operand(values)
     return torch.cat(parts).bfloat16(), codes, scales
 
 

@@ -17,9 +17,12 @@ CASES = (
 )  # fmt: skip
 
 
-def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tensor, groups: int = 1) -> Tensor:
+def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int = 1) -> Tensor:
     """Return the product (T, O) bfloat16; see `kernels.prefill_products.product`."""
-    x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
+    if scales is None:
+        x = codes.float()
+    else:
+        x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
     w = numerics.decode_fp8(weight.view(torch.float8_e4m3fn), weight_factors, numerics.FP8_BLOCK)
     parts = zip(x.chunk(groups, 1), w.chunk(groups, 0), strict=True)
     return torch.cat([a @ b.T for a, b in parts], 1).to(torch.bfloat16)

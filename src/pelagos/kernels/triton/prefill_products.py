@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.triton.formats import e4m3_code, fp8_scale_exponent, power_of_two, quantise_block, target
+from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, fp8_scale_exponent, power_of_two, quantise_block, target
 from pelagos.kernels.triton.query import rounded
 
 COLUMNS = 1024
+CALL_ROWS = 512
 
 
 @triton.jit
@@ -80,20 +83,56 @@ def scale_factors(scales: Tensor, room: int) -> Tensor:
     return factors
 
 
-def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
+@triton.jit
+def _widen_kernel(codes, factors, out, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """bfloat16 values of FP8 weights, which hold them exactly."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < DEPTH
+    place = row.to(tl.int64) * DEPTH + column
+    factor = tl.load(factors + row // 128 * (DEPTH // 128) + column // 128, mask=live, other=1.0)
+    value = e4m3_to_float(tl.load(codes + place, mask=live, other=0)) * factor
+    tl.store(out + place, value.to(tl.bfloat16), mask=live)
+
+
+def _calls(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cut rows into calls of CALL_ROWS, the last filled up with any: the library's order depends on their number."""
+    for begin in range(0, len(x), CALL_ROWS):
+        part = x[begin : begin + CALL_ROWS]
+        missing = CALL_ROWS - len(part)
+        yield slice(begin, begin + len(part)), functional.pad(part, (0, 0, 0, missing)) if missing else part
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return (T, O) float32 as `kernels.prefill_products.wide_product` does."""
+    out = torch.empty((len(x), len(weight)), dtype=torch.float32, device=x.device)
+    for rows, part in _calls(x):
+        out[rows] = torch.mm(part, weight.t(), out_dtype=torch.float32)[: rows.stop - rows.start]
+    return out
+
+
+def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
     """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
-    rows, (outputs, depth) = codes.shape[0], weight.shape
-    pad = -rows % 4
-    x = (functional.pad(codes, (0, 0, 0, pad)) if pad else codes).view(torch.float8_e4m3fn)
-    row_scales, w = scale_factors(scales, rows + pad), weight.view(torch.float8_e4m3fn)
-    kinds, own, blocks = functional.ScalingType, outputs // groups, depth // 128
-    parts = [
-        functional.scaled_mm(
-            x[:, g * depth : (g + 1) * depth], w[g * own : (g + 1) * own].t(),
-            row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
-            weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
-            output_dtype=torch.bfloat16,
-        )
-        for g in range(groups)
-    ]  # fmt: skip
-    return (parts[0] if groups == 1 else torch.cat(parts, 1))[:rows]
+    (outputs, depth), kinds = weight.shape, functional.ScalingType
+    own, blocks = outputs // groups, depth // 128
+    out = torch.empty((len(codes), outputs), dtype=torch.bfloat16, device=codes.device)
+    if scales is None:
+        wide = torch.empty_like(weight, dtype=torch.bfloat16)
+        _widen_kernel[(outputs, triton.cdiv(depth, COLUMNS))](weight, weight_factors, wide, DEPTH=depth, COLUMNS=COLUMNS)
+    for rows, x in _calls(codes):
+        count = rows.stop - rows.start
+        if scales is not None:
+            x, row_scales = x.view(torch.float8_e4m3fn), scale_factors(scales[rows], len(x))
+        for g in range(groups):
+            some, inner = slice(g * own, (g + 1) * own), slice(g * depth, (g + 1) * depth)
+            if scales is None:
+                found = torch.mm(x[:, inner], wide[some].t())
+            else:
+                found = functional.scaled_mm(
+                    x[:, inner], weight[some].view(torch.float8_e4m3fn).t(),
+                    row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
+                    weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
+                    output_dtype=torch.bfloat16,
+                )  # fmt: skip
+            out[rows, some] = found[:count]
+    return out
