@@ -113,9 +113,9 @@ def _product_kernel(
 
     SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first FP8_PARTS slots are the shared expert's.
     """
+    slot, part = tl.program_id(2) - FP8_PARTS, tl.program_id(1)
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
-    slot, part = tl.program_id(2) - FP8_PARTS, tl.program_id(1)
     if FP8_PARTS > 0 and slot < 0:
         if part == 0:
             share: tl.constexpr = DEPTH // max(FP8_PARTS, 1)

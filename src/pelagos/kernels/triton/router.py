@@ -74,26 +74,26 @@ def _choose(
 
 
 @triton.jit
-def _kernel(
+def _route_kernel(
     x, codes, pairs, scales, gate, bias, table, ids, shared, shared_scales, out, planes, partial, shared_partial,
     arrived, chosen, weights, rows, experts, outputs, scaling,
     DEPTH: tl.constexpr, GATE_PARTS: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     PICKS: tl.constexpr, BY_TABLE: tl.constexpr, CHOOSE: tl.constexpr, CUT: tl.constexpr, COLUMNS: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
     at = tl.program_id(0)
     row = tl.arange(0, WIDE)
     live = row < rows
     tall = tl.arange(0, TALL)
     gates: tl.constexpr = EXPERTS // TALL * GATE_PARTS
     shares = outputs // TALL * PARTS
+    wait_for_inputs(TARGET)
     if at < gates:
         first = at // GATE_PARTS * TALL
         part = at % GATE_PARTS
         share: tl.constexpr = DEPTH // GATE_PARTS
         total = bf16_tile(x, gate, first, part * share, row, live, DEPTH, share, TALL, WIDE, TARGET)
+        let_next_start(TARGET)
         place = (part * rows + row)[None, :] * PADDED + (first + tall)[:, None]
         tl.store(partial + place, total, mask=live[None, :])
         if CHOOSE:
@@ -110,6 +110,7 @@ def _kernel(
             codes, scales, shared, shared_scales, tile * TALL, part * (DEPTH // PARTS), row, live, DEPTH,
             DEPTH, DEPTH // PARTS, TALL, WIDE, TARGET,
         )  # fmt: skip
+        let_next_start(TARGET)
         place = row[None, :] * outputs + (tile * TALL + tall)[:, None]
         store_parts(total, out, shared_partial, arrived + 1 + tile, place, live[None, :], rows * outputs, part, PARTS)
     else:
@@ -146,7 +147,7 @@ def forward(
     lookup = (arrived if bias is None else bias, arrived if table is None else table, ids, chosen, weights)
     common = {"PICKS": picks, "BY_TABLE": by_table, "TARGET": made_for}
     grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * columns
-    _kernel[(grid,)](
+    _route_kernel[(grid,)](
         x, codes, codes.view(torch.int16), scales, gate, *lookup[:3], shared13, shared13_scales, shared, planes,
         partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
         DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded, CHOOSE=rows == 1,

@@ -28,8 +28,8 @@ from pelagos.kernels.triton.formats import (
 
 BLOCK = 128
 STAGES = 4  # of the pipeline, the best of 3 to 8 on an H200
-TILES = 128  # programs that a weight should at least be cut into
-MERGED_TALL, MERGED_TILES = 64, 256  # outputs a program, and programs, of a merged product
+TILES = 256  # programs that a weight should at least be cut into
+MERGED_TALL = 64  # outputs a program of a merged product
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _quantise(total, out, out_scales, row, live, first, width, TALL: tl.constexp
 
 
 @triton.jit
-def _kernel(
+def _plain_kernel(
     codes, scales, weight, weight_scales, out, out_scales, partial, arrived, rows, outputs, stride,
     DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, QUANTISE: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
@@ -130,6 +130,7 @@ def _kernel(
     row = tl.arange(0, WIDE)
     live = row < rows
     first = group * outputs + tile * TALL
+    wait_for_inputs(TARGET)
     if codes.dtype.element_ty == tl.bfloat16:
         total = _unquantised_tile(codes + group * DEPTH, weight, weight_scales, first, part * PART, row, live, stride,
                                   DEPTH, PART, TALL, WIDE, TARGET)  # fmt: skip
@@ -138,6 +139,7 @@ def _kernel(
             codes + group * DEPTH, scales + group * (DEPTH // 128), weight, weight_scales, first, part * PART, row,
             live, stride, DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
+    let_next_start(TARGET)
     width = tl.num_programs(2) * outputs
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
     counter = arrived + group * tl.num_programs(0) + tile
@@ -186,12 +188,11 @@ def _merged_kernel(
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """`narrow` FP8 outputs before `wide` bfloat16 ones; the latter's tiles, being longer, go first."""
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
     tile, part = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, WIDE)
     live = row < rows
     width = narrow + wide
+    wait_for_inputs(TARGET)
     if tile < wide // TALL:
         first = narrow + tile * TALL
         total = bf16_tile(x, wide_weight, tile * TALL, part * PART, row, live, DEPTH, PART, TALL, WIDE, TARGET)
@@ -201,6 +202,7 @@ def _merged_kernel(
             codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH,
             DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
+    let_next_start(TARGET)
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
     store_parts(total, out, partial, arrived + tile, place, live[None, :], rows * width, part, PARTS)
 
@@ -238,10 +240,11 @@ def forward(
     out = new((rows, groups * outputs), dtype=torch.uint8 if quantise else torch.bfloat16)
     out_scales = new((rows, groups * outputs // BLOCK), dtype=torch.uint8) if quantise else out
     partial = new(parts * rows * groups * outputs if parts > 1 else 1, dtype=torch.float32)
-    _kernel[(outputs // tall, parts, groups)](
+    made_for = target()
+    _plain_kernel[(outputs // tall, parts, groups)](
         codes, codes if scales is None else scales, weight, weight_scales, out, out_scales, partial, arrived, rows,
         outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, TALL=tall,
-        WIDE=wide_of(rows), TARGET=target(), num_stages=STAGES,
+        WIDE=wide_of(rows), TARGET=made_for, **launch(made_for, num_stages=STAGES),
     )  # fmt: skip
     return out, out_scales
 
@@ -253,16 +256,16 @@ def merged(
     """Return (T, O + O') float32; operands as in `kernels.skinny_gemm.merged`."""
     (rows, depth), narrow, wide = x.shape, 0 if weight is None else weight.shape[0], wide_weight.shape[0]
     tiles = (narrow + wide) // MERGED_TALL
-    parts = parts_of(tiles, depth, MERGED_TILES)
+    parts = parts_of(tiles, depth, TILES)
     out = x.new_empty((rows, narrow + wide), dtype=torch.float32)
     partial = x.new_empty(parts * out.numel() if parts > 1 else 1, dtype=torch.float32)
     codes, scales, weight, weight_scales = (
-        x if each is None else each for each in (codes, scales, weight, weight_scales)
+        arrived.view(torch.uint8) if each is None else each for each in (codes, scales, weight, weight_scales)
     )
     made_for = target()
     _merged_kernel[(tiles, parts)](
         codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
-        DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=MERGED_TALL, WIDE=wide_of(rows), TARGET=made_for,
-        **launch(made_for, num_stages=STAGES),
+        DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=MERGED_TALL, WIDE=wide_of(rows),
+        TARGET=made_for, **launch(made_for, num_stages=STAGES),
     )  # fmt: skip
     return out
