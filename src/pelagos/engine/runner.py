@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pelagos.errors import ConfigError, MissingDependency
+from pelagos.errors import CheckpointError, ConfigError, MissingDependency
 from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
 from pelagos.kernels.native import NativeForward
 from pelagos.model import Transformer
+from pelagos.model.cuda_forward import CudaForward
+from pelagos.model.cuda_weights import Weights
 from pelagos.model.paged import PagedForward
 
 _log = logging.getLogger(__name__)
@@ -145,11 +147,14 @@ def available_bytes(device: torch.device) -> int | None:
 
 @torch.inference_mode()
 def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native: bool | None) -> Forward:
-    """Choose the forward: `native` None takes the compiled helper where it can run, False never, True insists.
+    """Choose the forward: the captured step on CUDA in released mode, else by `native` (the compiled helper: None
+    where it can run, False never, True insists), else torch.
 
     `exact` None is exact where this host's library can keep it, and else says in a warning that it does not.
     Raises ConfigError when it is insisted on and cannot be had, saying why.
     """
+    if not native and (found := _captured(model, pools)) is not None:
+        return found
     reason = "" if native is False else _uncovered(model)
     if native is not False and not reason:
         tensors = {name: tensor.detach().numpy() for name, tensor, _ in model.released_tensors()}
@@ -169,6 +174,21 @@ def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native
                 raise
             _log.warning("logits depend on their batch in the last bits, as with exact=False: %s", error)
     return PagedForward(*buffers, exact=False)
+
+
+def _captured(model: Transformer, pools: Pools) -> Forward | None:
+    """The captured step over kernels of CUDA, for a model in released mode whose shapes they take."""
+    device = model.embed.weight.device
+    if device.type != "cuda" or model.mode != "released":
+        return None
+    tensors = ((name, tensor) for name, tensor, _ in model.released_tensors())
+    positions = min(len(pools.pages) * pools.layout.page_tokens, model.config.max_position_embeddings)
+    try:
+        weights = Weights(model.config, device).fill(tensors)
+        return CudaForward(weights, pools.layout, pools.pages, pools.slots, positions=positions)
+    except (ConfigError, CheckpointError) as error:
+        _log.warning("the captured step does not take this model, it runs in torch: %s", error)
+        return None
 
 
 def _uncovered(model: Transformer) -> str:

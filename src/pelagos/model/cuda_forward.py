@@ -1,4 +1,4 @@
-"""The captured step: decode and verification of up to 64 rows as one CUDA graph over static buffers.
+"""The forward on CUDA: prompts by their own kernels, decode and verification of up to 64 rows as one captured graph.
 
 A graph per bucket of rows and kind of context (whether every row sees no more entries than the indexer picks), another
 for the draft layer. One copy of a pinned buffer tells a graph its rows; it reads lengths on the device, so that one
@@ -21,12 +21,15 @@ from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, skinny_gemm
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
 from pelagos.kernels.site import site
 from pelagos.model.attention import CSA_RATIO, frequencies
+from pelagos.model.cuda_prefill import Prefill
 from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+PROMPT_TOKENS = 8192  # of a call of the prompt kernels; longer ones run in turns, which changes no bit
 _FIELDS = 6  # ids, positions, slots, first, owner, frozen
 
 
@@ -68,6 +71,8 @@ class CudaForward:
     another mode or model. On a CPU (tests) the same calls run eagerly through the references.
     """
 
+    two_kinds = True  # prompts have kernels of their own
+
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
             raise ConfigError(f"captured step: cache layout of mode {layout.mode!r}: expected this model's, released")
@@ -90,6 +95,7 @@ class CudaForward:
         self._freqs = torch.stack(freqs).unsqueeze(1)  # (N, 1, rope / 2)
         back = [0, 0, *(ratio - 1 for ratio in ratios)]
         self._back = torch.tensor(back, dtype=torch.int32, device=device).unsqueeze(1)
+        self.prefill = Prefill(weights, layout, pages, slots)
         self._calls: dict[tuple[int, bool, bool], _Call] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
@@ -106,7 +112,8 @@ class CudaForward:
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of what calls take beside weights and pools, static buffers included."""
-        return step_bytes(self.layout, min(BUCKETS[-1], bucket_of(min(tokens, BUCKETS[-1]))), self.positions)
+        rows = bucket_of(min(tokens, BUCKETS[-1]))
+        return step_bytes(self.layout, rows, self.positions) + prompt_bytes(self.layout, min(tokens, PROMPT_TOKENS))
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Output:
@@ -136,20 +143,34 @@ class CudaForward:
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         kept: list[list[np.ndarray]] = [[] for _ in spans]
-        for staged in self.launch(spans, past):
+        if past is None:
+            self._prompts(spans, logits, kept)
+        decoding = [which for which, span in enumerate(spans) if span.decode or past is not None]
+        for staged in self.launch([spans[which] for which in decoding], past):
             call = staged.call
             for found, rows, results in ((logits, staged.wanted, call.logits), (kept, staged.kept, call.streams)):
                 if rows:
                     index = torch.tensor([row for _, row in rows], device=self._device)
                     values = results.index_select(0, index).float().cpu().numpy()
                     for (which, _), value in zip(rows, values, strict=True):
-                        found[which].append(value)
+                        found[decoding[which]].append(value)
         config = self.weights.config
         shapes = ((0, config.vocab_size), (0, config.hc_mult, config.hidden_size))
-        flat = [[row for each in found for row in each] for found in (logits, kept)]
-        return Output(
-            *(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in zip(flat, shapes, strict=True))
-        )
+        flat = ([row for each in found for row in each] for found in (logits, kept))
+        both = zip(flat, shapes, strict=True)
+        return Output(*(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in both))
+
+    def _prompts(self, spans: Sequence[Span], logits: list[list[np.ndarray]], kept: list[list[np.ndarray]]) -> None:
+        """Run what was given through the prompt kernels, and hand each span its rows."""
+        given = [which for which, span in enumerate(spans) if not span.decode]
+        for which in given:
+            self._check(which, spans[which], spans[which].start + len(spans[which].tokens), paged=True)
+        parts = [self.prefill.run(part) for part in turns([spans[which] for which in given], PROMPT_TOKENS)]
+        for found, at, name in ((logits, 0, "logits"), (kept, 1, "streams")):
+            rows = [row for part in parts for row in part[at].float().cpu().numpy()]
+            for which in given:
+                count = getattr(spans[which], name)
+                found[which], rows = rows[:count], rows[count:]
 
     def _parts(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int, int]]]:
         """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
@@ -291,7 +312,7 @@ class CudaForward:
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
         attended = decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
-        codes, scales = skinny_gemm.quantised_product(*_pair(attended), *layer.wo_a, arrived, groups=c.o_groups)
+        codes, scales = skinny_gemm.quantised_product(*attended, *layer.wo_a, arrived, groups=c.o_groups)
         y = skinny_gemm.product(codes, scales, *layer.wo_b, arrived)
         streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
         routed = router.route(
@@ -315,10 +336,6 @@ class CudaForward:
         return skinny_gemm.product(codes, scales, *weight, self._arrived)
 
 
-def _pair(attended: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return (attended, None) if isinstance(attended, Tensor) else attended
-
-
 def bucket_of(rows: int) -> int:
     """Return the least bucket that holds so many rows."""
     return next(bucket for bucket in BUCKETS if bucket >= rows)
@@ -333,3 +350,10 @@ def step_bytes(layout: CacheLayout, rows: int, positions: int) -> int:
     row = 4 * c.vocab_size + 2 * c.hidden_size * (6 * c.hc_mult + 8) + 4 * picks * (4 * inner + 2 * c.hidden_size)
     row += c.num_attention_heads * c.head_dim * 16 + 4 * 40 * c.hidden_size // 128
     return static + rows * row
+
+
+def prompt_bytes(layout: CacheLayout, tokens: int) -> int:
+    """Bound of what a prompt call of so many tokens takes for a moment: queries, streams, picks, index scores."""
+    c = layout.config
+    picks = c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size)
+    return tokens * (8 * c.num_attention_heads * c.head_dim + 6 * picks + 16 * c.hc_mult * c.hidden_size) + (1 << 30)
