@@ -42,11 +42,18 @@ def main(argv: Sequence[str]) -> int:
     kernels.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     about = "Whole decode steps of random models of true shape on one CUDA device, one JSON line a figure."
     decode = benches.add_parser("decode", help=about, description=about)
-    decode.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes")
-    decode.add_argument("--layers", type=int, metavar="N", help="the first N layers (default: all; 39 of flash fit)")
-    decode.add_argument("--context", default="8K,1M", help="positions before and with the step's")
     decode.add_argument("--batch", default="1,8,32,128", help="sequences that decode together")
-    decode.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
+    about = "Prompts of random models of true shape on one CUDA device, one JSON line a context."
+    prefill = benches.add_parser("prefill", help=about, description=about)
+    for command in (decode, prefill):
+        command.add_argument(
+            "--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes"
+        )
+        command.add_argument(
+            "--layers", type=int, metavar="N", help="the first N layers (default: all; 39 of flash fit)"
+        )
+        command.add_argument("--context", default="8K,1M", help="positions, the measured ones among them")
+        command.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     about = "A roofline chart of result files, as PNG; needs matplotlib."
     plot = benches.add_parser("plot", help=about, description=about)
     plot.add_argument("files", nargs="+", type=Path, help="JSON lines of the other benches, ceilings among them")
@@ -56,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         return _plot(args)
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    rows = {"kernels": _kernels, "decode": _decode, "engine": _engine}[args.bench](args)
+    rows = {"kernels": _kernels, "decode": _decode, "prefill": _prefill, "engine": _engine}[args.bench](args)
     columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
@@ -94,6 +101,13 @@ def _decode(args: argparse.Namespace) -> Any:
 
     contexts, batches = ([parse_tokens(each, name) for each in getattr(args, name).split(",")] for name in _STEP_LISTS)
     return decode_rows(args.shape, layers=args.layers, contexts=contexts, batches=batches)
+
+
+def _prefill(args: argparse.Namespace) -> Any:
+    from pelagos.evals.step_bench import prefill_rows
+
+    contexts = [parse_tokens(each, "context") for each in args.context.split(",")]
+    return prefill_rows(args.shape, layers=args.layers, contexts=contexts)
 
 
 def _plot(args: argparse.Namespace) -> int:

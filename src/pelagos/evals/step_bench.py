@@ -1,4 +1,4 @@
-"""What `pelagos bench decode` measures: whole decode steps of random models of true shape, beside their floor.
+"""What `pelagos bench decode` and `prefill` measure: random models of true shape, beside their floor.
 
 Weights are random bytes made on the device, caches random bytes of valid codes; every row of a step is a sequence of
 its own at the context's last position. The time of a step is that of its graphs, replayed on the same rows.
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from pelagos.evals.commit import commit
 from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.rows import LayerRows, Rows
-from pelagos.model.cuda_forward import BUCKETS, CudaForward, step_bytes
+from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, prompt_bytes, step_bytes
 from pelagos.model.cuda_weights import Weights
 
-ROUNDS = 30  # steps of which the median counts
+Measure = Callable[[Weights, Ceilings, int, int], dict[str, Any]]
+ROUNDS = 12  # steps of which the median counts
 SPARE_BYTES = 1 << 30  # left to the driver, graphs and libraries
 _CHUNK = 512  # units of a pool filled at once
 _SCALE_BYTE = 120  # of random cache rows: values around 1
@@ -53,8 +54,19 @@ def decode_rows(
 
     Raises KernelUnavailable without CUDA, ConfigError for bad values.
     """
+    yield from _rows("decode", shape, layers, [(context, batch) for context in contexts for batch in batches], _decode)
+
+
+def prefill_rows(shape: str, *, layers: int | None, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the ceilings, then one row a context; the rest as `decode_rows`."""
+    yield from _rows("prefill", shape, layers, [(context, 1) for context in contexts], _prefill)
+
+
+def _rows(
+    bench: str, shape: str, layers: int | None, cases: Sequence[tuple[int, int]], measure: Measure
+) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available():
-        raise KernelUnavailable("bench decode: no CUDA device here; steps are only timed where they run")
+        raise KernelUnavailable(f"bench {bench}: no CUDA device here; a model is only timed where it runs")
     config = cut_config(shape, layers)
     head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
     ceilings = measure_ceilings()
@@ -64,14 +76,14 @@ def decode_rows(
     weights = Weights(config, torch.device("cuda")).fill_random()
     torch.cuda.synchronize()
     made = round(time.perf_counter() - begun, 2)
-    for context in contexts:
-        for batch in batches:
-            case = f"{shape} layers={config.num_hidden_layers} context={context} batch={batch}"
-            row = {"bench": "decode", "case": case, **head, "weights": "random", "made_s": made}
-            try:
-                yield row | _measure(weights, ceilings, context, batch)
-            except CapacityError as error:
-                yield row | {"refused": str(error)}
+    for context, batch in cases:
+        case = f"{shape} layers={config.num_hidden_layers} context={context} batch={batch}"
+        row = {"bench": bench, "case": case, **head, "weights": "random", "made_s": made}
+        try:
+            yield row | measure(weights, ceilings, context, batch)
+        except CapacityError as error:
+            yield row | {"refused": str(error)}
+        torch.cuda.empty_cache()
 
 
 def ceilings_row(ceilings: Ceilings, head: dict[str, str]) -> dict[str, Any]:
@@ -83,49 +95,92 @@ def ceilings_row(ceilings: Ceilings, head: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measure(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> dict[str, Any]:
+def _forward(weights: Weights, context: int, batch: int, extra: int) -> tuple[CudaForward, np.ndarray, int]:
+    """Return a forward over filled caches, each sequence's pages, and the planned bytes; CapacityError if too many."""
     config, layout = weights.config, CacheLayout(weights.config, "released", 0)
-    rows = min(batch, BUCKETS[-1])
     pages_each = layout.pages_for(context)
-    planned = (
-        cost.weights_bytes(config, draft=False) + batch * cost.sequence_bytes(config, context)
-        + step_bytes(layout, rows, context)
-    )  # fmt: skip
+    planned = cost.weights_bytes(config, draft=False) + batch * cost.sequence_bytes(config, context) + extra
     total = torch.cuda.get_device_properties(0).total_memory - SPARE_BYTES
     if planned > total:
-        raise CapacityError(f"a step over {batch} x {context:,} positions takes {planned:,} bytes, there are {total:,}")
+        raise CapacityError(f"{batch} x {context:,} positions take {planned:,} bytes, there are {total:,}")
     pages = torch.zeros((batch * pages_each, layout.page_bytes), dtype=torch.uint8, device="cuda")
     slots = torch.zeros((batch, layout.slot_bytes), dtype=torch.uint8, device="cuda")
     fill_caches(layout, pages, slots)
-    forward = CudaForward(weights, layout, pages, slots, positions=context)
     tables = np.random.default_rng(0).permutation(batch * pages_each).astype(np.int32).reshape(batch, -1)
-    spans = [Span(np.array([7 + i]), context - 1, i, tables[i]) for i in range(batch)]
-    parts = [spans[i : i + rows] for i in range(0, batch, rows)]
-    for part in parts:
+    return CudaForward(weights, layout, pages, slots, positions=context), tables, planned
+
+
+def _decode(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> dict[str, Any]:
+    """Time four steps in a row, of which one ends a window of CSA and none one of HCA; `us` is their mean."""
+    config, rows = weights.config, min(batch, BUCKETS[-1])
+    extra = step_bytes(CacheLayout(config, "released", 0), rows, context)
+    forward, tables, planned = _forward(weights, context, batch, extra)
+
+    def parts(position: int) -> list[list[Span]]:
+        spans = [Span(np.array([7 + i]), position, i, tables[i], decode=True) for i in range(batch)]
+        return [spans[i : i + rows] for i in range(0, batch, rows)]
+
+    for part in parts(context - 2):
         forward.forward(part)
     reserved = torch.cuda.memory_reserved()
-    times, walls = [], []
-    for _ in range(ROUNDS):
-        took = 0.0
-        for part in parts:
-            took += _replayed(forward, part)
-        times.append(took)
+    times = {
+        position: statistics.median(sum(_replayed(forward, part) for part in parts(position)) for _ in range(ROUNDS))
+        for position in range(context - 5, context)
+    }
+    walls = []
     for _ in range(5):
         begun = time.perf_counter()
-        for part in parts:
+        for part in parts(context - 2):
             forward.forward(part)
         walls.append(time.perf_counter() - begun)
-    least, took = cost.decode_step(config, context, batch), statistics.median(times)
-    kernels = profiled(forward, parts[0])
+    least, took = cost.decode_step(config, context, batch), statistics.mean(list(times.values())[:4])
+    calls = len(parts(context - 2))
+    kernels = profiled(forward, parts(context - 2)[0])
     launches = sum(count for count, _ in kernels.values())
+    return _figures(ceilings, least, took) | {
+        "steps_us": [round(each * 1e6, 1) for each in times.values()], "tok_s": round(batch / took, 1),
+        "wall_us": round(statistics.median(walls) * 1e6, 1), "launches": launches * calls, "calls": calls,
+        "launches_per_layer": round(launches / config.num_hidden_layers, 2),
+        "planned_bytes": planned, "reserved_bytes": reserved, "reserved_frac": round(reserved / planned, 4),
+        "kernels": kernels, "peer": {},
+    }  # fmt: skip
+
+
+def _prefill(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> dict[str, Any]:
+    """Time the first, the middle and the last chunk of a prompt; `us` is the whole prompt's, by Simpson's rule."""
+    config, chunk = weights.config, min(context, PROMPT_TOKENS)
+    extra = prompt_bytes(CacheLayout(config, "released", 0), chunk)
+    forward, tables, planned = _forward(weights, context, batch, extra)
+    ids, before = np.random.default_rng(0).integers(0, config.vocab_size, chunk), torch.cuda.memory_allocated()
+    starts = sorted({0, (context - chunk) // 2 // chunk * chunk, context - chunk})
+    took: list[float] = []
+    for start in starts:
+        span = Span(ids, start, 0, tables[0])
+        times = []
+        for _ in range(3):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            forward.prefill.run([span])
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        took.append(min(times))
+    whole = context / chunk * (took[0] if len(took) < 3 else (took[0] + 4 * took[1] + took[2]) / 6)
+    moved = cost.decode_step(config, 1, 1 << 16).moved * context / chunk
+    flops = context * cost.weighted_flops(config, max(1, context // 2), "index_x1")  # BF16 attention counts twice
+    return _figures(ceilings, cost.KernelCost(moved, flops), whole) | {
+        "chunk_us": {start: round(each * 1e6, 1) for start, each in zip(starts, took, strict=True)},
+        "tok_s": round(context / whole), "chunk": chunk, "planned_bytes": planned,
+        "transient_bytes": torch.cuda.max_memory_allocated() - before, "peer": {},
+    }  # fmt: skip
+
+
+def _figures(ceilings: Ceilings, least: cost.KernelCost, took: float) -> dict[str, Any]:
     floor = ceilings.floor(least.moved, least.flops)
     return {
-        "us": round(took * 1e6, 1), "spread_us": [round(1e6 * each, 1) for each in (min(times), max(times))],
-        "wall_us": round(statistics.median(walls) * 1e6, 1), "tok_s": round(batch / took, 1),
-        "gbps": round(least.moved / took / 1e9), "tflops": round(least.flops / took / 1e12, 1),
-        "floor_us": round(floor * 1e6, 1), "floor_frac": round(floor / took, 3), "launches": launches,
-        "launches_per_layer": round(launches / config.num_hidden_layers, 2), "calls": len(parts), "kernels": kernels,
-        "planned_bytes": planned, "reserved_bytes": reserved, "reserved_frac": round(reserved / planned, 4), "peer": {},
+        "us": round(took * 1e6, 1), "gbps": round(least.moved / took / 1e9),
+        "tflops": round(least.flops / took / 1e12, 1), "floor_us": round(floor * 1e6, 1),
+        "floor_frac": round(floor / took, 3),
     }  # fmt: skip
 
 
