@@ -1,13 +1,14 @@
 """Exactness of the serving engine: every way of serving a prompt gives the bits of the plainest one.
 
-python -m benchmarks.engine_exactness [--tiny] [--nano] [--cuts] [--path helper|torch] [--sample FRACTION --seed N]
+python -m benchmarks.engine_exactness [--tiny] [--nano] [--cuts] [--path helper|torch|cuda] [--sample FRACTION --seed N]
                                       [--json FILE]
 
 The plain run of a prompt: alone, cold, in chunks of 1,024, without speculation, on the same numeric path. Each case
 serves a batch in another way and counts tokens that differ and log-probabilities that differ in any bit. A case that
 did not do what it is for (no hit, no accepted draft, no preemption) fails. tiny (random weights, made here) gets the
 full factorial, nano a list in which every pair of factors meets. `--cuts` restores one prompt at every cut point under
-each disk policy. Finished cases are kept in FILE and not run again while the code of the engine stays the same.
+each disk policy. `cuda` is released mode on a CUDA device. Finished cases are kept in
+FILE and not run again while the code of the engine stays the same.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sampling": ("greedy", "seeded"),
     "pressure": ("none", "recompute", "swap"),
 }
+PATHS = (*FACTORS["path"], "cuda")
 NANO_RUNS = 400
 OUTPUT_TOKENS = 64
 SHORTEST, LONGEST = 300, 3000
@@ -158,10 +160,11 @@ class RandomDepth(FixedDepth):
 class Bed:
     """A model, prompts for it and the plain runs they are compared with."""
 
-    def __init__(self, folder: str | Path, *, name: str) -> None:
+    def __init__(self, folder: str | Path, *, name: str, cuda: bool = False) -> None:
         """Load a model; tiny gets random prompts, any other pieces of real text."""
         self.name = name
-        self.model, self.tokenizer = load_model(folder), Tokenizer.load(folder)
+        options: dict[str, Any] = {"mode": "released", "dtype": torch.bfloat16, "device": "cuda"} if cuda else {}
+        self.model, self.tokenizer = load_model(folder, **options), Tokenizer.load(folder)
         self.vocab = self.tokenizer.vocab_size
         self._text = [] if name == "tiny" else text_ids(self.tokenizer, 120_000)
         self._plain: dict[str, LLM] = {}
@@ -332,13 +335,13 @@ def squeeze(bed: Bed, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
 
     A quarter of what the slots leave is for snapshots and swapped sequences: room for three and for two of them.
     """
-    config = bed.model.config
+    config, layout = bed.model.config, "float32" if bed.model.mode == "reference" else "released"
     slots, tokens = -(-case.batch // 4), cost.page_tokens(config)
     lengths = [len(prompt) + OUTPUT_TOKENS for prompt in prompts]
     longest = -(-max(lengths) // tokens) + 1
     pages = max(longest, -(-case.chunk // tokens), sum(lengths) // (3 * tokens))
-    page = sum(cost.page_bytes(config, tokens=tokens, layout="float32").values())
-    state = sum(cost.state_bytes(config, layout="float32", draft=True, rewind=MAX_DRAFT).values())
+    page = sum(cost.page_bytes(config, tokens=tokens, layout=layout).values())
+    state = sum(cost.state_bytes(config, layout=layout, draft=True, rewind=MAX_DRAFT).values())
     kept = 3 * (state + page) * (case.source != "cold") + 2 * (state + longest * page) * (case.pressure == "swap")
     return {"max_requests": slots, "kv_bytes": slots * state + 4 * max(-(-pages * page // 3), kept)}
 
@@ -456,7 +459,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_exactness", description=__doc__.splitlines()[0])
     for name in ("tiny", "nano", "cuts"):
         parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--path", choices=FACTORS["path"], action="append", help="default: both")
+    parser.add_argument("--path", choices=PATHS, action="append", help="default: those of a CPU")
     parser.add_argument("--sample", type=float, default=1.0, help="share of the cases to run")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--json", type=Path)
@@ -480,11 +483,14 @@ def main() -> int:
             args.json.with_suffix(".part").replace(args.json)
 
     paths = args.path or FACTORS["path"]
+    if "cuda" in paths and len(paths) > 1:
+        parser.error("--path cuda: a run of its own, the weights lie elsewhere")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tiny", "nano"):
             if not getattr(args, name):
                 continue
-            bed = Bed(make_tiny(Path(folder) / "tiny") if name == "tiny" else name, name=name)
+            made = make_tiny(Path(folder) / "tiny") if name == "tiny" else name
+            bed = Bed(made, name=name, cuda=tuple(paths) == ("cuda",))
             cases = factorial(name, paths) if name == "tiny" else pairwise(name, paths, NANO_RUNS)
             draw = random.Random(args.seed)
             for case in [case for case in cases if draw.random() < args.sample]:
