@@ -15,6 +15,7 @@ from torch.nn import functional
 from pelagos.checkpoint import open_checkpoint
 from pelagos.load import save_model
 from pelagos.model import FullSequence, Transformer
+from pelagos.train import forward as forward_module
 from pelagos.train.forward import Forward, Marks
 from pelagos.train.init import initialise
 from pelagos.train.objective import LossWeights, losses, prepare_step
@@ -125,6 +126,32 @@ def test_training_forward_is_the_models_bitwise() -> None:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
     assert all(map(torch.equal, results[1], results[2]))  # recomputation changes no bit
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_attention_of_the_device_path_is_the_models(dense: bool) -> None:
+    """What CUDA runs, here by its kernels' reference: loss terms and gradients of packed rows, dense and picked."""
+    model, found = drawn_model(), []
+    batch, weights = packed([[128, 100], [90, 60]], 256), LossWeights()
+    for patched in (False, True):
+        model.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            if patched:
+                plain = forward_module._attend
+                patch.setattr(
+                    forward_module, "_attend",
+                    lambda block, norm, x, step, cache, notes, bounds: forward_module.attention(
+                        block.attn, norm(x), step, cache, notes, bounds
+                    ),
+                )  # fmt: skip
+                assert plain is not forward_module._attend
+            terms = losses(model, *batch, weights, dense=dense)
+        terms.total.backward()
+        values = torch.stack([terms.next_token, terms.mtp, terms.indexer, terms.balance])
+        found.append((values, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-5, atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    assert_close(found[1][1], found[0][1])
 
 
 def test_a_marked_tensor_is_made_again_once() -> None:

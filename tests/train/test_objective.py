@@ -41,13 +41,23 @@ def test_token_loss_ignores_and_averages():
 def test_balance_is_one_when_uniform_and_grows_with_skew():
     scores = torch.ones(2, 8, 4)
     turns = torch.stack((torch.arange(8) % 4, (torch.arange(8) + 1) % 4), -1).expand(2, -1, -1)
-    assert sequence_balance(scores, turns).item() == pytest.approx(1.0)
+    assert sequence_balance(scores, turns)[0].item() == pytest.approx(1.0)
     skewed = scores.clone()
     skewed[..., 0] = 3.0
     same = torch.tensor([0, 1]).expand(2, 8, -1)
     # shares (3, 1, 1, 1) / 6, counts (2, 2, 0, 0) of a mean of 1
-    assert sequence_balance(skewed, same).item() == pytest.approx(2 * 3 / 6 + 2 * 1 / 6)
-    assert sequence_balance(skewed, turns).item() == pytest.approx(1.0)
+    assert sequence_balance(skewed, same)[0].item() == pytest.approx(2 * 3 / 6 + 2 * 1 / 6)
+    assert sequence_balance(skewed, turns)[0].item() == pytest.approx(1.0)
+
+
+def test_padding_counts_neither_in_balance_nor_in_load():
+    generator = torch.Generator().manual_seed(0)
+    scores, chosen = torch.rand(2, 8, 4, generator=generator), torch.randint(4, (2, 8, 2), generator=generator)
+    real = torch.arange(8).expand(2, -1) < 5
+    for with_padding, without in zip(
+        sequence_balance(scores, chosen, real), sequence_balance(scores[:, :5], chosen[:, :5]), strict=True
+    ):
+        torch.testing.assert_close(with_padding, without)
 
 
 def test_divergence_is_zero_when_equal_and_by_hand_otherwise():

@@ -57,7 +57,7 @@ def test_ten_steps_bring_singular_values_to_one(shape):
 def test_singular_values_in_float32(shape):
     """V4's eight fast and two landing steps, against issue 7's bound; the other schedules to their own."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
-    bounds = {"deepseek_v4": (0.999, 1.001), "polar_express": (0.5, 1.001), "quintic5": (0.01, 1.25)}
+    bounds = {"deepseek_v4": (0.999, 1.001), "polar_express": (0.4, 1.001), "quintic5": (0.01, 1.25)}
     for name, (low, high) in bounds.items():
         values = torch.linalg.svdvals(newton_schulz(x, SCHEDULES[name], dtype=torch.float32).double())
         assert values.min() >= low, name

@@ -6,6 +6,7 @@ run directory and resumes as one. What comes out stands as measured.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 
 from pelagos.config import ModelConfig
-from pelagos.errors import ConfigError
+from pelagos.errors import ConfigError, MissingDependency
 from pelagos.model.attention import CSA_RATIO
-from pelagos.train.meter import Meter, training_flops
+from pelagos.train.meter import Meter, chart, training_flops
 from pelagos.train.precision import Stored, set_precision
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
@@ -134,21 +135,12 @@ def _open_residual(trainer: Trainer) -> None:
 
 
 def _chart(study: str, rows: list[dict[str, Any]], arms: list[Arm], out: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError:
-        return
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    lines = {}
     for row, arm in zip(rows, arms, strict=True):
-        logged = [r for r in Meter(out / (arm.run or arm.name)).rows() if "loss" in r]
         scale = row["flops"] / max(1, row["tokens"])
+        logged = Meter(out / (arm.run or arm.name)).rows()
         label = row["arm"] + ("" if row["mean"] is None else f" {row['mean']:.3f}")
-        axis.plot([r["tokens"] * scale for r in logged], [r["loss"] for r in logged], label=label, linewidth=1)
-    axis.set(xlabel="training FLOPs", ylabel="training loss", title=f"{study}: legend has held-out bits per byte")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(out / f"{study}.png", dpi=120)
-    pyplot.close(figure)
+        lines[label] = [(r["tokens"] * scale, r["loss"]) for r in logged if "loss" in r]
+    with contextlib.suppress(MissingDependency):
+        title = f"{study}: training loss, held-out bits a byte in the legend"
+        chart(out / f"{study}.png", {title: lines}, "training FLOPs")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from pelagos.kernels import mhc
+from pelagos.kernels import mhc, training_attention
+from pelagos.kernels.ref.compress import index_scores
 from pelagos.model import Transformer
-from pelagos.model.attention import Step
+from pelagos.model.attention import Attention, Step
 from pelagos.model.cache import Cache, LayerCache
 from pelagos.model.transformer import Block, MTPBlock
 
@@ -46,6 +47,7 @@ class Forward:
     def run(self, step: Step, cache: Cache, notes: list[Notes]) -> Tensor:
         """Return the backbone's streams (B, S, n, D); `notes` receives one dict a layer. Compare `Transformer.run`."""
         model, pending = self.model, None
+        self._bounds = sample_bounds(step)
         embedded = model.embed(step.ids).to(model.carrier)
         streams = embedded.unsqueeze(2).repeat(1, 1, model.config.hc_mult, 1)
         for index, block in enumerate(model.blocks):
@@ -74,15 +76,65 @@ class Forward:
             weights = [getattr(block, f"hc_{site}_{part}") for part in ("fn", "base", "scale")]
             streams, x, post, comb = mhc.site(pending, streams, *weights, ordered=block.simulate, **options)
             with self._marks or nullcontext():
-                y = attend(x, step, cache, notes) if site == "attn" else mix(x, step.ids, notes)
+                y = attend(x, step, cache, notes, self._bounds) if site == "attn" else mix(x, step.ids, notes)
             pending = (y, post, comb)
         return streams, pending
 
 
 def _attend(
-    block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache, notes: Notes
-) -> Tensor:
+    block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache, notes: Notes,
+    bounds: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    if x.is_cuda:
+        return attention(block.attn, norm(x), step, cache, notes, bounds)
     return block.attn(norm(x), step, cache, notes)
+
+
+def sample_bounds(step: Step) -> tuple[Tensor, Tensor]:
+    """Return where each token's sample starts and ends in its row, both (B, S) int32."""
+    ids, segments = step.ids, step.segments
+    place = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    if segments is None:
+        return torch.zeros_like(place, dtype=torch.int32), torch.full_like(place, ids.shape[1], dtype=torch.int32)
+    opens = torch.ones_like(segments, dtype=torch.bool)
+    opens[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    closes = torch.ones_like(opens)
+    closes[:, :-1] = opens[:, 1:]
+    starts = place.where(opens, 0).cummax(1).values
+    ends = (place + 1).where(closes, ids.shape[1]).flip(1).cummin(1).values.flip(1)
+    return starts.int(), ends.int()
+
+
+def attention(
+    attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attend as `Attention.forward` with notes does, by `kernels.training_attention`: nothing queries x entries large.
+
+    But for dense CSA, whose indexer learns from all entries; sparse CSA notes scores and weights of the picks alone.
+    """
+    latent, q, kv = attn.inputs(x, step)
+    rows, entries, picks = attn._store(kv), None, None
+    if attn.compressor is not None:
+        entries = cache.entries("main", attn._store(attn.compressor(x, step, cache, "main")))
+    keys = attn.indexer.keys(x, step, cache) if attn.indexer is not None else None
+    if attn.indexer is not None and keys is not None and keys.shape[1] > attn.indexer.topk and not step.dense:
+        with torch.no_grad():
+            picks = attn.indexer.picks(x, latent, keys, step)
+    options = {"window": attn.window_size, "ratio": attn.ratio}
+    chosen = None if picks is None else picks.int()
+    out, weights = training_attention.attend(q, rows, entries, attn.attn_sink, chosen, *bounds, **options)
+    if attn.indexer is not None and keys is not None and weights is not None:
+        notes["entry_weights"] = weights.unsqueeze(2)
+        if picks is None:
+            notes["index_scores"] = attn.indexer.scores(x, latent, keys, step)
+        else:
+            queries, gates = attn.indexer.queries(x, latent, step)
+            sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
+            own = keys[sequence, picks.clamp_min(0)].flatten(0, 1)  # (B*S, K, D): a sorted sum in the backward
+            flat = (queries.flatten(0, 1).unsqueeze(1), own, gates.flatten(0, 1).unsqueeze(1))
+            notes["index_scores"] = index_scores(*flat).view(picks.shape)
+            notes["picked"] = picks >= 0
+    return attn.output(out, step)
 
 
 def _mix(block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, ids: Tensor, notes: Notes) -> Tensor:

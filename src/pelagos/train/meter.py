@@ -115,36 +115,46 @@ class Meter:
             file.write(b"".join(parts))
 
 
+Lines = dict[str, list[tuple[float, float]]]
+
+
 def plot(out: Path) -> Path:
     """Draw a run's curves from its log into `curves.png` beside it; return that path.
 
     Raises MissingDependency without matplotlib.
     """
+    rows = Meter(out).rows()
+    panels: dict[str, Lines] = {}
+    groups = {"nats a token": ("loss", "mtp", "indexer"), "": ("grad_norm", "max_load"), "a second": ("tokens_per_s",)}
+    for title, names in groups.items():
+        panels[title] = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
+    checks = [r for r in rows if "heldout" in r]
+    kinds = checks[-1]["heldout"] if checks else ()
+    panels["held-out: bits a byte, chat nats a token"] = {
+        k: [(r["step"], r["heldout"][k]) for r in checks] for k in kinds
+    }
+    return chart(out / "curves.png", panels, "step")
+
+
+def chart(path: Path, panels: Mapping[str, Lines], axis_name: str) -> Path:
+    """Draw titled panels of labelled lines into a PNG; raises MissingDependency without matplotlib."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ModuleNotFoundError:
-        raise MissingDependency("--plot needs matplotlib; `pip install matplotlib`") from None
-    rows = Meter(out).rows()
-    trained, checks = [r for r in rows if "loss" in r], [r for r in rows if "heldout" in r]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
-    panels = (("loss", "mtp", "indexer"), ("grad_norm", "max_load"), ("tokens_per_s",))
-    for axis, names in zip(axes.flat, panels, strict=False):
-        for name in names:
-            points = [(r["step"], r[name]) for r in trained if name in r]
-            axis.plot(*zip(*points, strict=True), label=name) if points else None
-        axis.legend(fontsize=8)
-        axis.set_yscale("log" if "grad_norm" in names else "linear")
-    for kind in checks[-1]["heldout"] if checks else ():
-        axes.flat[3].plot([c["step"] for c in checks], [c["heldout"][kind] for c in checks], "o-", label=kind)
-    axes.flat[3].set_title("held-out: bits per byte, chat in nats a token", fontsize=8)
-    axes.flat[3].legend(fontsize=8) if checks else None
-    for axis in axes[1]:
-        axis.set_xlabel("step")
+        raise MissingDependency("curves need matplotlib; `pip install matplotlib`") from None
+    wide = min(2, len(panels))
+    figure, axes = pyplot.subplots(-(-len(panels) // wide), wide, figsize=(5.5 * wide, 4.2), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for label, points in lines.items():
+            axis.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(axis_name, fontsize=8)
+        if lines:
+            axis.legend(fontsize=7)
     figure.tight_layout()
-    path = out / "curves.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pelagos.kernels.ref.compress import index_topk
 from pelagos.model import FullSequence, Transformer
 from pelagos.model.attention import CSA_RATIO, Step
 from pelagos.model.experts import Router
@@ -46,47 +46,6 @@ class Losses:
     recall: list[Tensor]
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Sum of cross-entropies; logits exist for one chunk of the vocabulary at a time, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int):
-        top = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=torch.float32)
-        total, picked = torch.zeros_like(top), torch.zeros_like(top)
-        for begin in range(0, len(head), chunk):
-            logits = functional.linear(hidden, head[begin : begin + chunk].to(hidden.dtype)).float()
-            largest = torch.maximum(top, logits.amax(-1))
-            total = total * (top - largest).exp() + (logits - largest.unsqueeze(-1)).exp().sum(-1)
-            top, place = largest, targets - begin
-            inside = (place >= 0) & (place < logits.shape[1])
-            own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-            picked = torch.where(inside, own, picked)
-        each = top + total.log()
-        ctx.save_for_backward(hidden, head, targets, each)
-        ctx.chunk = chunk
-        return (each - picked).masked_fill(targets == IGNORE, 0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, head, targets, each = ctx.saved_tensors
-        weight = (grad * (targets != IGNORE)).unsqueeze(1)
-        to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(head)
-        for begin in range(0, len(head), ctx.chunk):
-            part = head[begin : begin + ctx.chunk].to(hidden.dtype)
-            chances = (functional.linear(hidden, part).float() - each.unsqueeze(1)).exp()
-            place = torch.arange(begin, begin + len(part), device=targets.device)
-            change = ((chances - (targets.unsqueeze(1) == place).float()) * weight).to(hidden.dtype)
-            to_hidden += change @ part
-            to_head[begin : begin + ctx.chunk] = change.T @ hidden
-        return to_hidden.to(hidden.dtype), to_head, None, None
-
-
-def chunked_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, chunk: int = 16384) -> Tensor:
-    """Return `token_loss` with logits for `chunk` words of the vocabulary at a time: (T, chunk) instead of (T, V)."""
-    count = (targets != IGNORE).sum().clamp_min(1)
-    return _ChunkedLoss.apply(hidden, head, targets, chunk) / count
-
-
 def token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of normed vectors (T, D) under head (V, D) where targets (T,) are not IGNORE."""
     logits = functional.linear(hidden, head.to(hidden.dtype)).float()
@@ -94,20 +53,24 @@ def token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
 
 
-def sequence_balance(scores: Tensor, chosen: Tensor) -> Tensor:
-    """Return sum_e f_e P_e averaged over sequences: scores (B, S, E), chosen (B, S, K). It is 1 when balanced."""
+def sequence_balance(scores: Tensor, chosen: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return sum_e f_e P_e averaged over sequences, 1 when balanced, and tokens an expert (E,).
+
+    scores (B, S, E), chosen (B, S, K); padding, where `real` (B, S) is False, counts nowhere.
+    """
     experts, picks = scores.shape[-1], chosen.shape[-1]
-    share = scores / scores.sum(-1, keepdim=True)
-    counts = functional.one_hot(chosen, experts).sum((1, 2)).float()  # (B, E)
-    fraction = counts * experts / (chosen.shape[1] * picks)
-    return (fraction * share.mean(1)).sum(-1).mean()
+    real = torch.ones_like(scores[..., :1]) if real is None else real.unsqueeze(-1).float()  # (B, S, 1)
+    tokens = real.sum(1).clamp_min(1)  # (B, 1)
+    share = (scores / scores.sum(-1, keepdim=True) * real).sum(1) / tokens
+    counts = (functional.one_hot(chosen, experts).sum(2) * real).sum(1)  # (B, E)
+    return (counts * experts / (tokens * picks) * share).sum(-1).mean(), counts.sum(0).long()
 
 
 def indexer_divergence(scores: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
     """KL from the main attention over compressed entries to the indexer, averaged over queries that see any.
 
-    scores (B, S, M), weights (B, S, H, M), visible broadcastable (B, S, M) bool. The target sums the heads and is
-    normalised over entries; it is detached.
+    scores (B, S, M), weights (B, S, H, M), visible broadcastable (B, S, M) bool: the entries attended, all or picked.
+    The target sums the heads and is normalised over entries; it is detached.
     """
     target = weights.detach().sum(2)
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -172,20 +135,34 @@ def losses(
         drafted = forward.draft(streams, next_ids, step, cache, draft_notes)
         notes.append(draft_notes)
         draft = cross_entropy(drafted.flatten(0, 1), model.head.weight, after.flatten())
-    balance, indexer, load, recall = zero, zero, [], []
+    balance, indexer, load, recall, real = zero, zero, [], [], segments >= 0
     for note in notes:
         scores, chosen = (note[k].unflatten(0, ids.shape) for k in ("router_scores", "chosen"))
-        balance = balance + sequence_balance(scores, chosen)
-        load.append(functional.one_hot(chosen.flatten(), scores.shape[-1]).sum(0))
+        uneven, counts = sequence_balance(scores, chosen, real)
+        balance = balance + uneven
+        load.append(counts)
         if "index_scores" in note:
-            visible = step.visible(CSA_RATIO, note["index_scores"].shape[-1])
-            indexer = indexer + indexer_divergence(note["index_scores"], note["entry_weights"], visible)
-            if dense and visible.shape[-1] > model.config.index_topk:
-                found = (note["index_scores"], note["entry_weights"], visible)
+            found = (note["index_scores"], note["entry_weights"], _attended(note, step, model.config.index_topk, real))
+            indexer = indexer + indexer_divergence(*found)
+            if dense and found[0].shape[-1] > model.config.index_topk:
                 recall.append(indexer_recall(*found, model.config.index_topk))
     terms = ((weights.main, main), (weights.mtp, draft), (weights.balance, balance), (weights.indexer, indexer))
     total = sum((weight * term for weight, term in terms if weight), zero)
     return Losses(total, main.detach(), draft.detach(), balance.detach(), indexer.detach(), torch.stack(load), recall)
+
+
+def _attended(note: dict[str, Tensor], step: Step, topk: int, real: Tensor) -> Tensor:
+    """Return which of the scored entries (B, S, M or K) took part in attention: the indexer learns on these."""
+    real = real.unsqueeze(-1)
+    if "picked" in note:
+        return note["picked"] & real
+    scores = note["index_scores"].detach()
+    visible = step.visible(CSA_RATIO, scores.shape[-1]) & real
+    if step.dense or scores.shape[-1] <= topk:
+        return visible
+    picks = index_topk(scores, visible, topk)
+    mask = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
+    return mask.scatter(2, picks.where(picks >= 0, scores.shape[2]), True)[..., :-1]
 
 
 def prepare_step(model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, *, dense: bool) -> Step:

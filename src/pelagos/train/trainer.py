@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
+from pelagos.kernels.cross_entropy import cross_entropy
 from pelagos.load import load_model, save_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import LOSSLESS_BINADES
@@ -28,7 +29,7 @@ from pelagos.train.forward import Forward
 from pelagos.train.guard import Ahead, SpikeDetector, routed, routers
 from pelagos.train.init import initialise
 from pelagos.train.meter import ClampHits, Meter, peak_flops, training_flops
-from pelagos.train.objective import Losses, LossWeights, chunked_token_loss, losses, token_loss, update_balance_bias
+from pelagos.train.objective import Losses, LossWeights, losses, token_loss, update_balance_bias
 from pelagos.train.optim import SCHEDULES, OptimConfig, Optimizer
 from pelagos.train.precision import Stored, fp4_binades, set_precision
 from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
@@ -98,7 +99,7 @@ class Trainer:
         self.spikes = SpikeDetector(config.spike_window, config.spike_sigmas)
         self.ahead = Ahead(config.anticipate, self._fetch, self._route, self._data_state)
         self.meter, self.hits = Meter(out), ClampHits(self.model)
-        self.cross_entropy = chunked_token_loss if model.vocab_size >= LARGE_VOCABULARY else token_loss
+        self.cross_entropy = cross_entropy if model.vocab_size >= LARGE_VOCABULARY else token_loss
         if config.compile:
             self.cross_entropy = torch.compile(self.cross_entropy, dynamic=False)
             torch._dynamo.config.recompile_limit = 64  # layer kinds x stages

@@ -1,0 +1,65 @@
+"""FP8 products in training, forward and both gradients: contract and dispatch.
+
+E4M3 times E4M3 under UE8M0 scales: activations and gradients in 1x128 blocks along the summed dimension, weights in
+128x128. On CUDA (Hopper or later) torch's `scaled_mm` multiplies the codes; elsewhere the same values meet in the
+carrier, by the reference of quantised products. Source: technical report 4; V3's framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pelagos import numerics
+from pelagos.kernels.ref.gemm import quantized_linear
+
+BLOCK = numerics.ACT_BLOCK[1]
+
+
+class _Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, numerics.FP8_BLOCK)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        to_x = _multiply(grad, weight.T, numerics.FP8_BLOCK)  # a 128x128 block keeps its codes when transposed
+        rows = -grad.shape[0] % BLOCK
+        turned = [functional.pad(t, (0, 0, 0, rows)).T.contiguous() for t in (grad, x)]
+        return to_x, _multiply(turned[0], turned[1], numerics.ACT_BLOCK).to(weight.dtype)
+
+
+def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x (..., I) times weight (O, I) transposed in x's dtype, every operand of every product in FP8.
+
+    The gradient of the float32 master `weight` is that of its FP8 value (straight through).
+    """
+    return _Fp8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+def _multiply(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """x (T, K) in 1x128 blocks times weight (O, K) in `block`s, transposed: (T, O) in x's dtype."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and not (weight.shape[0] % BLOCK or x.shape[1] % BLOCK):
+        return _scaled_mm(x, weight, block)
+    rounded = numerics.fake_quant_fp8(weight.detach(), block).to(x.dtype)
+    return quantized_linear(numerics.fake_quant_fp8(x.detach(), numerics.ACT_BLOCK), rounded)
+
+
+def _scaled_mm(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+    recipes = functional.ScalingType
+    codes, scale = numerics.encode_fp8(x, numerics.ACT_BLOCK)
+    other, other_scale = numerics.encode_fp8(weight, block)
+    square = block == numerics.FP8_BLOCK
+    # Scales of 1x128 blocks are wanted column by column, those of square blocks padded to four along the sum.
+    first = scale.float().T.contiguous().T
+    second = other_scale.float()
+    second = functional.pad(second, (0, -second.shape[1] % 4)) if square else second.T.contiguous().T
+    return functional.scaled_mm(
+        codes, other.T, first, recipes.BlockWise1x128, second,
+        recipes.BlockWise128x128 if square else recipes.BlockWise1x128, output_dtype=x.dtype,
+    )  # fmt: skip

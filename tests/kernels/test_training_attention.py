@@ -1,0 +1,175 @@
+"""Attention in training: the reference against the model's attention, the Triton kernels against its autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import error, run
+
+from pelagos.errors import ConfigError
+from pelagos.kernels import training_attention as op
+from pelagos.kernels.ref import training_attention as ref
+from pelagos.kernels.ref.attention import sparse_attention, window_mask
+
+LEARNT = ("q", "rows", "entries", "sink")
+
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from pelagos.kernels.ref import training_attention as ref
+from test_training_attention import through, worst
+for case in ref.CASES[: ref.SMALL]:
+    inputs = ref.make_inputs(*case, dtype=torch.float32, batch=2)
+    off = worst(through(inputs, kernels=True), through(inputs, kernels=False))
+    assert off[0] < 2e-5, (case, off)
+print("compared")
+"""
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pelagos.kernels.triton import mhc, training_attention as attention
+
+BF16, F32, I32 = "*bf16", "*fp32", "*i32"
+TYPES = dict.fromkeys("q rows entries keys out grad grad_q grad_keys grad_entries y streams x grad_x grad_out grad_y "
+    "grad_streams".split(), BF16)
+TYPES |= dict.fromkeys("sink lse weights delta grad_sink post comb fn mix square base scale pre normalisers grad_pre "
+    "grad_post grad_comb grad_mix grad_square parts".split(), F32)
+TYPES |= dict.fromkeys("picks starts ends queries begins".split(), I32)
+TYPES |= dict(eps="fp32", norm_eps="fp32")
+BOTH = dict(HEADS=8, PADDED=16, WIDTH=128, WINDOW=128, N=64, SCALE=0.1)
+KEYS = dict(HEADS=8, WIDTH=128, SCALE=0.1)
+WALK = dict(WIDTH=512, BT=32, BD=64)
+KERNELS = [
+    (kernel, dict(RATIO=ratio, PICKS=picks, **BOTH))
+    for kernel in (attention._forward_kernel, attention._query_grad_kernel)
+    for ratio, picks in ((0, 0), (128, 0), (4, 128))
+] + [(attention._key_grad_kernel, dict(RATIO=ratio, WINDOW=128, TILE=16, ROWS=64, **KEYS)) for ratio in (0, 4)] + [
+    (attention._picked_grad_kernel, dict(ROWS=32, **KEYS)),
+    (mhc._mix_kernel, dict(PENDING=True, MIX=True, PRECISION="tf32x3", **WALK)),
+    (mhc._mix_kernel, dict(PENDING=True, MIX=False, PRECISION="tf32x3", **WALK)),
+    (mhc._gates_kernel, dict(WIDTH=512, ITERS=20, BT=64)),
+    (mhc._collapse_kernel, WALK), (mhc._pre_grad_kernel, WALK),
+    (mhc._gates_grad_kernel, dict(WIDTH=512, ITERS=20, BT=64)),
+    (mhc._streams_grad_kernel, dict(PENDING=True, MIX=True, PRECISION="tf32x3", **(WALK | dict(BT=16)))),
+    (mhc._fn_grad_kernel, dict(PRECISION="tf32x3", **WALK)),
+]
+for kernel, constants in KERNELS:
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
+    triton.compile(ASTSource(kernel, signature, places, attributes), target=GPUTarget("cuda", 90, 32))
+print("compiled", len(KERNELS))
+"""
+
+
+def through(inputs: dict, *, kernels: bool) -> dict[str, torch.Tensor]:
+    """Values and gradients by the kernels or under autograd of the reference."""
+    given = dict(inputs)
+    for name in LEARNT:
+        if given[name] is not None:
+            given[name] = given[name].detach().clone().requires_grad_()
+    if kernels:
+        names = (*LEARNT, "picks", "starts", "ends", "window", "ratio")
+        out, weights = op.Attend.apply(*(given[name] for name in names))
+    else:
+        out, weights = ref.attend(**given)
+    generator = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=generator).to(out))
+    found = {f"grad {name}": given[name].grad for name in LEARNT if given[name] is not None}
+    return found | {"out": out.detach()} | ({} if weights is None else {"weights": weights})
+
+
+def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
+    assert got.keys() == want.keys()
+    return max((error(got[name], want[name]), name) for name in want)
+
+
+@pytest.mark.parametrize("case", ref.CASES[: ref.SMALL], ids=str)
+def test_reference_is_the_models_attention(case):
+    """One mask of window, sample and entries here, tiles around the diagonal there."""
+    inputs = ref.make_inputs(*case, dtype=torch.float32)
+    starts, window, ratio, picks = inputs["starts"], inputs["window"], inputs["ratio"], inputs["picks"]
+    length = starts.shape[1]
+    padded = torch.nn.functional.pad(inputs["rows"], (0, 0, window, 0))
+    entry_mask = None
+    if ratio:
+        place, at = torch.arange(length // ratio), torch.arange(length)
+        entry_mask = (starts[:, ::ratio][:, None, : length // ratio] == starts[:, :, None]) & (
+            (place + 1) * ratio <= at[:, None] + 1
+        )
+        if picks is not None:
+            chosen = torch.zeros_like(entry_mask)
+            for b, t, k in (picks >= 0).nonzero().tolist():
+                chosen[b, t, picks[b, t, k]] = True
+            assert (chosen & ~entry_mask).sum() == 0
+            entry_mask = chosen
+    masks = (window_mask(0, length, window, starts, starts.device), inputs["entries"], entry_mask)
+    out, weights = sparse_attention(inputs["q"], padded, *masks, inputs["sink"], window=window)
+    got, summed = ref.attend(**inputs)
+    torch.testing.assert_close(got, out, rtol=1e-5, atol=1e-5)
+    if weights is not None:
+        full = weights.sum(2)
+        wanted = full if picks is None else full.gather(2, picks.clamp_min(0).long()).masked_fill(picks < 0, 0)
+        torch.testing.assert_close(summed, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_the_reference():
+    inputs = ref.make_inputs((12, 8), 2, 16, 5, 4, 2, dtype=torch.float64, batch=1)
+    learnt = [inputs[name].double().requires_grad_() for name in LEARNT]
+
+    def plain(q, rows, entries, sink):  # the reference's formula without its casts to float32
+        at = torch.arange(20)
+        near = (at[:, None] - at >= 0) & (at[:, None] - at < 5) & (at >= inputs["starts"].unsqueeze(2))
+        far = torch.zeros(1, 20, 6, dtype=torch.bool).scatter(2, inputs["picks"].long() + 1, True)[..., 1:]
+        logits = torch.einsum("bshc,bkc->bshk", q, torch.cat((rows, entries), 1)) / 4
+        logits = logits.masked_fill(~torch.cat((near, far), 2).unsqueeze(2), -torch.inf)
+        chances = torch.cat((logits, sink[:, None].expand(1, 20, 2, 1)), -1).softmax(-1)[..., :-1]
+        return torch.einsum("bshk,bkc->bshc", chances, torch.cat((rows, entries), 1))
+
+    assert torch.autograd.gradcheck(plain, learnt, fast_mode=True)
+    single = {**inputs, **{name: inputs[name].float() for name in LEARNT}}
+    torch.testing.assert_close(ref.attend(**single)[0].double(), plain(*learnt).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_lists_hold_every_pick_once_in_order():
+    inputs = ref.make_inputs(*ref.CASES[2])
+    picks, entries = inputs["picks"], inputs["entries"].shape[1]
+    queries, begins = op.lists_of(picks, entries)
+    batch, length, _ = picks.shape
+    for flat in range(batch * entries):
+        b, e = divmod(flat, entries)
+        wanted = [b * length + t for t in range(length) if e in picks[b, t].tolist()]
+        assert queries[begins[flat] : begins[flat + 1]].tolist() == wanted
+
+
+def test_widths_are_checked_on_a_device(monkeypatch):
+    q = torch.zeros(1, 2, 2, 24)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(ConfigError, match="head_dim=24"):
+        op.attend(q, q[:, :, 0], None, q[0, 0, :, 0], None, q, q, window=2, ratio=0)
+
+
+def test_kernels_in_the_interpreter():
+    """Values, entries' weights and four gradients: window alone, ranges of entries, picks; several samples a row."""
+    assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+@pytest.mark.slow
+def test_training_kernels_compile_for_hopper(tmp_path):
+    (tmp_path / "script.py").write_text(COMPILE)
+    script = f"import runpy; runpy.run_path({str(tmp_path / 'script.py')!r})"
+    assert run(script, interpret=False) == "compiled 17\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ref.CASES[ref.SMALL :], ids=str)
+def test_kernels_on_the_device(case):
+    inputs = ref.make_inputs(*case, device="cuda", batch=1)
+    got = through(inputs, kernels=True)
+    exact = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    off = worst(got, through(exact, kernels=False))
+    assert off[0] < 2e-2, off
+    again = through(inputs, kernels=True)
+    assert all(torch.equal(got[name], again[name]) for name in got)
