@@ -78,7 +78,7 @@ def test_kernel_on_the_device(case, ratio, picked):
     assert torch.equal(got, prefill_attention.attend(*own)[0])
     codes, scales = prefill_attention.attend(*own, quantised=True)
     want = numerics.encode_fp8(got, numerics.ACT_BLOCK)
-    assert torch.equal(codes, want[0].view(torch.uint8))
+    assert torch.equal(codes.view(torch.float8_e4m3fn).float(), want[0].float())  # a zero may lose its sign
     assert torch.equal(scales, want[1].view(torch.uint8))
     (_, count), *others = case[1]
     if not others and count > 1:

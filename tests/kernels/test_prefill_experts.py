@@ -12,7 +12,8 @@ from pelagos.kernels.ref import fp4_experts as inputs_ref
 from pelagos.kernels.ref import prefill_experts as ref
 
 LIMIT = 10.0
-TOLERANCE = 4e-3  # bfloat16 results, and what the FP8 matrix unit drops within 128 columns
+# What the FP8 matrix unit drops within 128 columns decides some roundings to bfloat16, and those some to E4M3.
+TOLERANCE = 1.5e-2
 
 SCRIPT = f"""
 import torch

@@ -85,12 +85,13 @@ def _row_kernel(
         own = tl.load(windows + owner) + SIZE - 1 + position - tl.load(starts + owner)
         x = tl.where(nope, stored, x).reshape(WIDTH)
         tl.store(keys + own.to(tl.int64) * WIDTH + lane, x.to(tl.bfloat16))
-    elif position >= end - TAIL:
-        slot = slot // 4
-        _append(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, SPAN, RATIO, TAIL)
-        if INDEX > 0:
-            _append(index_source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
-                   2 * INDEX, RATIO, TAIL)  # fmt: skip
+    elif RATIO > 0:
+        if position >= end - TAIL:
+            slot = slot // 4
+            _append(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, SPAN, RATIO, TAIL)
+            if INDEX > 0:
+                _append(index_source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
+                        2 * INDEX, RATIO, TAIL)  # fmt: skip
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from pelagos.kernels.triton.formats import (
     to_bfloat16,
 )
 
-TILE = 128  # weight rows and picks of a program; columns of an activation scale
+TILE = 128  # picks of a program
 PICKS = 256  # picks a program of the sort
 ALIGN = 8  # places at which an expert's picks begin
 COLUMNS = 1024  # of the last kernel
@@ -100,19 +100,25 @@ def _place_kernel(chosen, counts, order, place_of, picks, EXPERTS: tl.constexpr,
 
 
 @triton.jit
-def _turned_row(lane):
+def _turned_row(lane, WARPS: tl.constexpr):
     """Which of 128 weight rows is loaded as row `lane`, for `_turned`."""
-    return lane // 64 * 8 + lane // 8 % 8 * 16 + lane % 8
+    if WARPS == 8:
+        return lane // 64 * 8 + lane // 8 % 8 * 16 + lane % 8
+    else:
+        return lane // 64 * 64 + lane // 32 % 2 * 8 + lane // 8 % 4 * 16 + lane % 8
 
 
 @triton.jit
-def _turned(even, odd):
+def _turned(even, odd, WARPS: tl.constexpr):
     """A matrix operand (128, 128) of even and odd columns (128, 64), no value of which has to change its lane.
 
     Of a row 16 consecutive bytes are one lane's share, and rows come as `_turned_row` says.
     """
-    both = tl.join(even, odd).reshape(2, 8, 8, 4, 4, 4, 2)
-    return tl.permute(both, (1, 0, 2, 6, 4, 3, 5)).reshape(128, 128)
+    if WARPS == 8:
+        both = tl.permute(tl.join(even, odd).reshape(2, 8, 8, 4, 4, 4, 2), (1, 0, 2, 6, 4, 3, 5))
+    else:
+        both = tl.permute(tl.join(even, odd).reshape(2, 2, 4, 8, 4, 4, 4, 2), (0, 2, 1, 3, 7, 5, 4, 6))
+    return both.reshape(128, 128)
 
 
 @triton.jit
@@ -148,7 +154,7 @@ def _tables(scale, base):
 
 
 @triton.jit
-def _weights(byte, word, base, TARGET: tl.constexpr):
+def _weights(byte, word, base, WARPS: tl.constexpr, TARGET: tl.constexpr):
     """A matrix operand (128, 128) of 64 weight bytes a row and their four scale bytes; but for PTX times 2^-6."""
     ROWS: tl.constexpr = 128
     group = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
@@ -163,7 +169,7 @@ def _weights(byte, word, base, TARGET: tl.constexpr):
     else:
         factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
         even, odd = e2m1_pair(byte, factor, TARGET)
-    return _turned(even, odd)
+    return _turned(even, odd, WARPS)
 
 
 @triton.jit
@@ -175,37 +181,38 @@ def _operand(value, TARGET: tl.constexpr):
 @triton.jit
 def _product_kernel(
     x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, out, room,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
-    """TILE rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
+    """128 rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
 
-    Column n of the product belongs to the place at which a lane finds its 32 scales next to each other.
+    Column n of the product belongs to the place at which a lane finds its scales next to each other.
     """
     tile = tl.program_id(1)
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     if first < end:
         expert = tl.load(tile_expert + tile).to(tl.int64)
-        lane = tl.arange(0, TILE)
-        place = first + lane // 2 % 4 * 32 + lane // 8 * 2 + lane % 2
+        lane, column = tl.arange(0, 128), tl.arange(0, TILE)
+        place = first + column // 2 % 4 * (TILE // 4) + column // 8 * 2 + column % 2
         live = place < end
         if SHARED > 0:
             source = tl.load(order + place, mask=live, other=0) // SHARED
         else:
             source = tl.where(live, place, first)
-        row = tl.program_id(0) * TILE + lane
+        row = tl.program_id(0) * 128 + lane
         blocks: tl.constexpr = DEPTH // 128
         values = x + source.to(tl.int64)[:, None] * DEPTH + tl.arange(0, 128)[None, :]
-        factors = xs + tl.multiple_of(first, 8) + lane
-        turned = expert * OUTPUTS + tl.program_id(0) * TILE + _turned_row(lane)
+        factors = xs + tl.multiple_of(first, 8) + column
+        turned = expert * OUTPUTS + tl.program_id(0) * 128 + _turned_row(lane, WARPS)
         weight = w + turned[:, None] * (DEPTH // 2) + tl.arange(0, 64)[None, :]
         words = scale + turned * blocks
-        low = tl.load(base + expert * (OUTPUTS // TILE) + tl.program_id(0)).to(tl.int32)
-        total = tl.zeros((TILE, TILE), tl.float32)
+        low = tl.load(base + expert * (OUTPUTS // 128) + tl.program_id(0)).to(tl.int32)
+        total = tl.zeros((128, TILE), tl.float32)
         for k in tl.range(0, blocks):
-            factor = tl.permute(tl.load(factors + k * room).reshape(4, 16, 2), (1, 0, 2)).reshape(TILE)
+            factor = tl.permute(tl.load(factors + k * room).reshape(4, TILE // 8, 2), (1, 0, 2)).reshape(TILE)
             rows = _operand(tl.load(values + k * 128), TARGET)
-            tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, TARGET)
-            total += dot(tall, tl.trans(rows), tl.zeros((TILE, TILE), tl.float32), TARGET) * factor[None, :]
+            tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, WARPS, TARGET)
+            total += dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
         total *= power_of_two(low if TARGET == "ptx" else low + 6)
         tl.store(out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None], to_bfloat16(total, TARGET), mask=live[None, :])
 
@@ -275,16 +282,16 @@ def forward(
     )
     up, down = (new(room, size, dtype=torch.bfloat16) for size in (2 * inner, width))
     hidden, hs = new(room, inner, dtype=torch.uint8), new(inner // 128, room, dtype=torch.float32)
-    options = {"TILE": TILE, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
+    options = {"TILE": TILE, "WARPS": WARPS, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
     kind = torch.float8_e4m3fn if made_for == PTX else torch.uint8
-    _product_kernel[(2 * inner // TILE, tiles)](
+    _product_kernel[(2 * inner // 128, tiles)](
         turned.view(kind), xs, order, *table, w13, s13.view(torch.int32), bases[0], up, room,
         SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, **options,
     )  # fmt: skip
     _hidden_kernel[(picks, inner // 128)](
         up, place_of, weights, hidden, hs, limit, room, INNER=inner, TARGET=made_for, num_warps=1
     )
-    _product_kernel[(width // TILE, tiles)](
+    _product_kernel[(width // 128, tiles)](
         hidden.view(kind), hs, order, *table, w2, s2.view(torch.int32), bases[1], down, room,
         SHARED=0, DEPTH=inner, OUTPUTS=width, **options,
     )  # fmt: skip

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KEYS = 128  # a tile
 CHUNK = 8192  # keys scored before a selection: 256 MiB of scores for 8192 queries
-STAGES = 4
+STAGES, WARPS = 4, 4
 _LEAST = tl.constexpr(-(1 << 31))
 
 
@@ -130,7 +130,7 @@ def pick(
         old, new = (best[:2], best[2:]) if turn % 2 else (best[2:], best[:2])
         _score_kernel[(triton.cdiv(min(chunk, max(1, found.most - low)), KEYS), len(call.blocks))](
             q.view(kind), weights, codes.view(kind), scales, call.blocks, found.base, found.seen, out, low, CHUNK=chunk,
-            HEADS=heads, WIDTH=width, KEYS=KEYS, TARGET=made_for, num_warps=4, num_stages=STAGES,
+            HEADS=heads, WIDTH=width, KEYS=KEYS, TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         _select_kernel[(tokens,)](
             out, found.seen, low, *old, *new, CHUNK=chunk, TOPK=topk, FIRST=low == 0, num_warps=4 if chunk <= 2048 else 8

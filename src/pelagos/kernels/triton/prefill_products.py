@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,7 @@ from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, fp8_scale_e
 from pelagos.kernels.triton.query import rounded
 
 COLUMNS = 1024
-CALL_ROWS = 512
+LEAST_ROWS = 512  # of a BF16 product: with less than 256 the library adds in another order
 
 
 @triton.jit
@@ -95,44 +93,45 @@ def _widen_kernel(codes, factors, out, DEPTH: tl.constexpr, COLUMNS: tl.constexp
     tl.store(out + place, value.to(tl.bfloat16), mask=live)
 
 
-def _calls(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cut rows into calls of CALL_ROWS, the last filled up with any: the library's order depends on their number."""
-    for begin in range(0, len(x), CALL_ROWS):
-        part = x[begin : begin + CALL_ROWS]
-        missing = CALL_ROWS - len(part)
-        yield slice(begin, begin + len(part)), functional.pad(part, (0, 0, 0, missing)) if missing else part
+def _filled(x: Tensor, least: int) -> Tensor:
+    """x with rows of zeros after it, up to a multiple of 4 and `least`."""
+    missing = max(least, len(x) + -len(x) % 4) - len(x)
+    return functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return (T, O) float32 as `kernels.prefill_products.wide_product` does."""
-    out = torch.empty((len(x), len(weight)), dtype=torch.float32, device=x.device)
-    for rows, part in _calls(x):
-        out[rows] = torch.mm(part, weight.t(), out_dtype=torch.float32)[: rows.stop - rows.start]
-    return out
+    return torch.mm(_filled(x, LEAST_ROWS), weight.t(), out_dtype=torch.float32)[: len(x)]
 
 
 def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
     """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
     (outputs, depth), kinds = weight.shape, functional.ScalingType
-    own, blocks = outputs // groups, depth // 128
-    out = torch.empty((len(codes), outputs), dtype=torch.bfloat16, device=codes.device)
+    own, blocks, rows = outputs // groups, depth // 128, len(codes)
+    wide = row_scales = codes
     if scales is None:
-        wide = torch.empty_like(weight, dtype=torch.bfloat16)
+        x, wide = _filled(codes, LEAST_ROWS), torch.empty_like(weight, dtype=torch.bfloat16)
         _widen_kernel[(outputs, triton.cdiv(depth, COLUMNS))](weight, weight_factors, wide, DEPTH=depth, COLUMNS=COLUMNS)
-    for rows, x in _calls(codes):
-        count = rows.stop - rows.start
-        if scales is not None:
-            x, row_scales = x.view(torch.float8_e4m3fn), scale_factors(scales[rows], len(x))
-        for g in range(groups):
-            some, inner = slice(g * own, (g + 1) * own), slice(g * depth, (g + 1) * depth)
-            if scales is None:
-                found = torch.mm(x[:, inner], wide[some].t())
-            else:
-                found = functional.scaled_mm(
-                    x[:, inner], weight[some].view(torch.float8_e4m3fn).t(),
-                    row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
-                    weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
-                    output_dtype=torch.bfloat16,
-                )  # fmt: skip
-            out[rows, some] = found[:count]
-    return out
+    else:
+        x = _filled(codes, 4).view(torch.float8_e4m3fn)
+        row_scales = scale_factors(scales, len(x))
+    out = torch.empty((len(x), outputs), dtype=torch.bfloat16, device=codes.device) if groups > 1 else x
+    for g in range(groups):
+        some, inner = slice(g * own, (g + 1) * own), slice(g * depth, (g + 1) * depth)
+        if scales is None and groups > 1:
+            torch.mm(x[:, inner], wide[some].t(), out=out[:, some])
+            continue
+        if scales is None:
+            found = torch.mm(x, wide.t())
+        else:
+            found = functional.scaled_mm(
+                x[:, inner], weight[some].view(torch.float8_e4m3fn).t(),
+                row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
+                weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
+                output_dtype=torch.bfloat16,
+            )  # fmt: skip
+        if groups == 1:
+            out = found
+        else:
+            out[:, some] = found
+    return out[:rows]
