@@ -44,7 +44,7 @@ KERNELS = [
     (fp4_experts._combine_kernel, dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),
     (skinny_gemm._plain_kernel, PRODUCT, dict()),
     (skinny_gemm._plain_kernel, PRODUCT | dict(PART=512, PARTS=1, TALL=128, WIDE=64), dict()),
-    (skinny_gemm._plain_kernel, PRODUCT | dict(TALL=128, QUANTISE=True), dict(codes=BF16, out=U8)),
+    (skinny_gemm._plain_kernel, PRODUCT | dict(QUANTISE=True), dict(codes=BF16, out=U8)),
     (skinny_gemm._merged_kernel, {{k: v for k, v in PRODUCT.items() if k != "QUANTISE"}}, dict(out=F32)),
     (router._route_kernel, ROUTER | dict(EXPERTS=64), ROUTED),
     (router._choose_kernel, dict(PARTS=2, EXPERTS=64, **CHOICE), dict(table="*i64")),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.triton.formats import (
+    PTX,
     dot,
     e4m3_code,
     e4m3_times,
@@ -27,7 +28,7 @@ from pelagos.kernels.triton.formats import (
 )
 
 BLOCK = 128
-STAGES = 4  # of the pipeline, the best of 3 to 8 on an H200
+STAGES = 3  # of the pipeline: residency counts for more than a fourth
 TILES = 256  # programs that a weight should at least be cut into
 MERGED_TALL = 64  # outputs a program of a merged product
 
@@ -110,13 +111,24 @@ def store_parts(total, out, partial, counter, place, live, size, part, PARTS: tl
 
 
 @triton.jit
-def _quantise(total, out, out_scales, row, live, first, width, TALL: tl.constexpr):
-    """Store 128 bfloat16 outputs of each row as E4M3 codes with a scale."""
-    wide = total.to(tl.bfloat16).to(tl.float32)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(wide), 0))
-    place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
-    tl.store(out + place, e4m3_code(quantise_block(wide, exponent[None, :])), mask=live[None, :])
-    tl.store(out_scales + row * (width // 128) + first // 128, exponent.to(tl.uint8), mask=live)
+def _quantise_parts(
+    total, out, out_scales, partial, counter, place, first, row, live, width, size, part,
+    PARTS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`store_parts` for the next product: whoever comes last of a block of 128 outputs stores its codes and scales."""
+    tl.store(partial + part * size + place, total, mask=live[None, :])
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS * (128 // TALL) - 1:
+        tl.debug_barrier()
+        block = row[None, :] * width + (first // 128 * 128 + tl.arange(0, 128))[:, None]
+        whole = tl.zeros((128, WIDE), tl.float32)
+        for other in tl.static_range(PARTS):
+            whole += tl.load(partial + other * size + block, mask=live[None, :], other=0.0)
+        wide = whole.to(tl.bfloat16).to(tl.float32)
+        exponent = fp8_scale_exponent(tl.max(tl.abs(wide), 0))
+        tl.store(out + block, e4m3_code(quantise_block(wide, exponent[None, :])), mask=live[None, :])
+        tl.store(out_scales + row * (width // 128) + first // 128, exponent.to(tl.uint8), mask=live)
+        tl.store(counter, 0)
 
 
 @triton.jit
@@ -142,22 +154,13 @@ def _plain_kernel(
     let_next_start(TARGET)
     width = tl.num_programs(2) * outputs
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
-    counter = arrived + group * tl.num_programs(0) + tile
-    if not QUANTISE:
-        store_parts(total, out, partial, counter, place, live[None, :], rows * width, part, PARTS)
-    elif PARTS == 1:
-        _quantise(total, out, out_scales, row, live, first, width, TALL)
+    size = rows * width
+    if QUANTISE:
+        _quantise_parts(total, out, out_scales, partial, arrived + first // 128, place, first, row, live, width, size,
+                        part, PARTS, TALL, WIDE)  # fmt: skip
     else:
-        both = live[None, :]
-        tl.store(partial + part * (rows * width) + place, total, mask=both)
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1:
-            tl.debug_barrier()
-            total = tl.load(partial + place, mask=both, other=0.0)
-            for other in tl.static_range(1, PARTS):
-                total += tl.load(partial + other * (rows * width) + place, mask=both, other=0.0)
-            _quantise(total, out, out_scales, row, live, first, width, TALL)
-            tl.store(counter, 0)
+        counter = arrived + group * tl.num_programs(0) + tile
+        store_parts(total, out, partial, counter, place, live[None, :], size, part, PARTS)
 
 
 @triton.jit
@@ -208,9 +211,9 @@ def _merged_kernel(
 
 
 def cut(outputs: int, depth: int, groups: int, quantise: bool = False) -> tuple[int, int]:
-    """Return (outputs a program, parts of k) of a weight's shape; whole blocks where they are quantised."""
-    tall = 128 if quantise or groups * outputs >= 32 * 128 else 64
-    return tall, parts_of(groups * outputs // tall, depth, TILES)
+    """Return (outputs a program, parts of k) of a weight's shape; smaller ones for the product that quantises."""
+    tall = 64 if quantise or groups * outputs < 32 * 128 else 128
+    return tall, parts_of(groups * outputs // tall, depth, 2 * TILES if quantise else TILES)
 
 
 def parts_of(programs: int, depth: int, wanted: int) -> int:
@@ -239,12 +242,16 @@ def forward(
     tall, parts = cut(outputs, depth, groups, quantise)
     out = new((rows, groups * outputs), dtype=torch.uint8 if quantise else torch.bfloat16)
     out_scales = new((rows, groups * outputs // BLOCK), dtype=torch.uint8) if quantise else out
-    partial = new(parts * rows * groups * outputs if parts > 1 else 1, dtype=torch.float32)
+    partial = new(parts * rows * groups * outputs if quantise or parts > 1 else 1, dtype=torch.float32)
     made_for = target()
+    # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
+    options = launch(made_for, num_stages=STAGES)
+    if quantise and made_for == PTX:
+        options |= {"launch_pdl": False, "maxnreg": 128}  # four programs a multiprocessor
     _plain_kernel[(outputs // tall, parts, groups)](
         codes, codes if scales is None else scales, weight, weight_scales, out, out_scales, partial, arrived, rows,
         outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, TALL=tall,
-        WIDE=wide_of(rows), TARGET=made_for, **launch(made_for, num_stages=STAGES),
+        WIDE=wide_of(rows), TARGET=made_for, **options,
     )  # fmt: skip
     return out, out_scales
 
