@@ -146,17 +146,20 @@ def test_what_was_not_planned_is_refused(model: Transformer, step: CudaForward) 
 
 @pytest.mark.gpu
 def test_the_captured_step_on_the_device(model: Transformer) -> None:
-    """nano, 64 greedy tokens: logits within tolerance of the CPU's, the same tokens, and bits of batch 1 in 16."""
+    """nano, 64 greedy tokens: logits within tolerance of the CPU's and the same tokens.
+
+    Both carriers of the CPU's forward go on alike from this prompt, the two best logits 0.3 apart at the least.
+    """
     device, reference = step_of(model, "cuda"), paged(model)
-    prompt = tokens(20, 5)
+    prompt = np.array([0, 377, 953, 1806, 29, 305, 766, 443])  # "def add(a, b):\n    return"
     results: list[Output] = [each.forward([span(prompt, 0)._replace(logits=1)]) for each in (device, reference)]
     found: list[int] = []
-    for position in range(20, 84):
+    for position in range(len(prompt), len(prompt) + 64):
         assert off(results[0].logits, results[1].logits) < LOGITS
         assert results[0].logits.argmax() == results[1].logits.argmax()
         found.append(int(results[1].logits.argmax()))
         results = [each.forward([span(np.array(found[-1:]), position)]) for each in (device, reference)]
-    assert len(set(found)) > 1
+    assert len(set(found)) > 10
 
 
 @pytest.mark.gpu
