@@ -264,6 +264,11 @@ def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
         runner.run(box.wrapped.exec("true"))
 
 
+def test_limits_beyond_the_default_are_set(make: Any) -> None:
+    box = make(memory_mb=1500, cpu=2)
+    assert box.exec(["python3", "-c", "x = b'x' * (700 << 20); print(len(x))"]).text == f"{700 << 20}\n"
+
+
 def test_close_leaves_no_process_mount_or_group(store: Store) -> None:
     box = Sandbox.create(store=store)
     box.exec("sleep 60 >/dev/null 2>&1 &")

@@ -29,6 +29,9 @@ COMMANDS = {
     "train": "Train a model.",
     "eval": "Measure a model.",
     "bench": "Measure speed on this machine.",
+    "sandbox": "Probe the sandbox's substrates; verify, export or replay a trajectory log.",
+    "tasks": "List, run and grade the environments agents work in.",
+    "agent": "Have a model do a task in a sandbox.",
     "cache": "List, verify or purge the prefix cache on disk.",
     "inspect": "Show what a checkpoint holds, or trace a text through it.",
 }

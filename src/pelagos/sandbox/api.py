@@ -33,14 +33,15 @@ class Limits:
 class Capabilities:
     """How strong each promise is on this host; a weaker way is named here and never taken silently."""
 
-    memory_limit: str  # "cgroup" (the whole sandbox) or "per_process" (RLIMIT_AS)
-    process_limit: str  # "cgroup" or "per_user_namespace" (RLIMIT_NPROC counted in the sandbox's namespace)
-    cpu_limit: str  # "cgroup" or "none"
+    memory_limit: str  # "cgroup" (the whole sandbox), "vm" or "per_process" (RLIMIT_AS)
+    process_limit: str  # "cgroup", "vm" or "per_user_namespace" (RLIMIT_NPROC counted in the sandbox's namespace)
+    cpu_limit: str  # "cgroup", "vm" (so many processors) or "none"
     disk_limit: str  # "hard", "watched" (files hard, sum polled) or "memory" (tmpfs, charged as memory)
     pause: str  # "freezer", "signals" (SIGSTOP, which the inside can undo) or "none"
     files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
     host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
     network: str = "none"
+    kernel: str = "shared"  # the host's own; or the guest's under "kvm" or "tcg"
 
     def check(self, required: Mapping[str, str]) -> None:
         """Raise SandboxError naming the first flag of `required` that this host does not have."""

@@ -41,12 +41,8 @@ class Group:
             except OSError:
                 continue
         group = cls(made, unified)
-        try:
-            if {"memory", "pids"} <= set(made):
-                group.limit(Limits())
-                return group
-        except OSError:
-            pass
+        if {"memory", "pids"} <= set(made) and all(os.access(d / "cgroup.procs", os.W_OK) for d in made.values()):
+            return group
         group.remove()
         return None
 

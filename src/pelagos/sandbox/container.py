@@ -259,7 +259,7 @@ class Container:
         assert self._home is not None, "made in the process that is inside already"
         ask = {"argv": command.argv, "env": dict(command.env), "cwd": command.cwd}
         try:
-            return Running(*_hand_over(self._home.control, json.dumps(ask).encode(), stdio))
+            return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
         except OSError as error:
             raise SandboxError(f"sandbox {self._spec.id}: the process that forks commands ended ({error})") from None
 
@@ -311,7 +311,7 @@ class Container:
                     pid, status, other, is_leash = ends[fd]
                     poll.unregister(fd)
                     if is_leash:
-                        _kill_session(pid)
+                        linux.kill_session(pid)
                         continue
                     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     with contextlib.suppress(OSError):  # the keeper wants to know no more
@@ -418,7 +418,7 @@ class Container:
         self._hold = self._said = self._first = self._upper = -1
 
 
-def _hand_over(control: socket.socket, ask: bytes, stdio: tuple[int, int, int]) -> tuple[int, int]:
+def hand_over(control: socket.socket, ask: bytes, stdio: tuple[int, int, int]) -> tuple[int, int]:
     """Send a command with its three descriptors to the process that runs it; return its status's end and its leash."""
     text = linux.file_of(ask)
     status, status_w = os.pipe()
@@ -445,16 +445,3 @@ def _until_ready(fd: int) -> bytes:
             return text or b"it ended without a word"
         text += piece
     return text
-
-
-def _kill_session(leader: int) -> None:
-    """Kill every process of a session, twice, since some may be forking."""
-    for _ in range(2):
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit():
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                with open(f"/proc/{entry}/stat", "rb") as file:
-                    session = int(file.read().rpartition(b")")[2].split()[3])
-                if session == leader:
-                    os.kill(int(entry), signal.SIGKILL)

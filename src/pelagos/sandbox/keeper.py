@@ -32,6 +32,7 @@ SOCKET = "s"
 LAYERS = "layers"  # beside the directory of sandboxes
 SPEC = "spec.json"
 WATCH_S = 0.2
+KILL_S = 5.0  # what does not end when it is told to takes the sandbox with it
 OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
 SPARES = 2  # keepers kept ready; each is about 3 MB
 DRAIN_BYTES = 1 << 16
@@ -41,11 +42,22 @@ PURE = frozenset(
 )  # change nothing that stays, as nothing stateless does: no intent, may be asked again
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
+
 # The substrates that exist; each takes (the sandbox's directory, the directory of layers, spec, where it will live).
+def _virtual(name: str) -> Callable[[Path, Path, Spec, Home | None], Substrate]:
+    """Load what virtual machines need when one is asked for: keepers of containers stay small."""
+
+    def make(box: Path, layers: Path, spec: Spec, home: Home | None) -> Substrate:
+        from pelagos.sandbox import vm
+
+        return getattr(vm, name)(box, layers, spec, home)
+
+    return make
+
+
 SUBSTRATES: dict[str, Callable[[Path, Path, Spec, Home | None], Substrate]] = {
-    "container": Container,
-    "function": Function,
-}
+    "container": Container, "function": Function, "microvm": _virtual("VirtualMachine"), "fullvm": _virtual("FullVM"),
+}  # fmt: skip
 
 Emit = Callable[[str, bytes], None]
 Outcome = tuple[dict[str, Any], dict[str, bytes]]
@@ -255,6 +267,7 @@ class Keeper:
             nonlocal timed_out
             if not report.settled:
                 timed_out = True
+                self._loop.later(KILL_S, lambda: report.settled or self._substrate.stop())
                 with contextlib.suppress(OSError):  # it ended this moment
                     child.kill()
                 if self._paused:

@@ -6,6 +6,7 @@ Numbers are from the kernel's headers; the seccomp program is classic BPF as `se
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -228,3 +229,16 @@ def sync_filesystem(path: os.PathLike[str]) -> None:
         _call("syncfs", fd)
     finally:
         os.close(fd)
+
+
+def kill_session(leader: int) -> None:
+    """Kill every process of a session, twice, since some may be forking."""
+    for _ in range(2):
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit():
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    session = int(file.read().rpartition(b")")[2].split()[3])
+                if session == leader:
+                    os.kill(int(entry), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`python -m pelagos.sandbox`: doctor, and what one asks of a trajectory log. Data on stdout, complaints on stderr."""
+"""`pelagos sandbox`: doctor, and what one asks of a trajectory log. Data on stdout, complaints on stderr."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError
 from pelagos.sandbox import log
 from pelagos.sandbox.doctor import examine, table
+from pelagos.sandbox.keeper import SUBSTRATES
 from pelagos.sandbox.sdk import replay
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit status: 1 where something does not work, verify or repeat."""
-    parser = argparse.ArgumentParser(prog="python -m pelagos.sandbox", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pelagos sandbox", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
         "doctor": "start every substrate here and say what is missing",
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         if name == "doctor":
             command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+            command.add_argument("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
         else:
             command.add_argument("directory", type=Path)
         if name == "verify":
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines: list[dict[str, Any]] = []
     try:
         if asked.command == "doctor":
-            report = examine()
+            report = examine(names=asked.substrate)
             print(json.dumps(report) if asked.json else table(report))
             return 0 if all(found["works"] for found in report["substrates"].values()) else 1
         if asked.command == "verify":
@@ -59,7 +62,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog} {asked.command}: {error}", file=sys.stderr)
         return 1
     return 1 if asked.command == "replay" and lines else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The first program of a virtual machine's guest: runs commands and file tasks that come as frames on a virtio port.
+
+Runs as the text of `linux.py`, `inside.py` and this file, standard library only, as root of the guest; commands run as
+its user, without capabilities, on an overlay whose upper directory is all that a snapshot keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import tarfile
+import time
+import traceback
+from typing import Any
+
+from pelagos.sandbox import inside, linux
+
+HEAD = struct.Struct("!IcI")  # command, kind, bytes that follow
+PIECE_BYTES = 1 << 15
+PLACES = {
+    "proc": "proc",
+    "dev": "devtmpfs",
+    "sys": "sysfs",
+    "dev/pts": "devpts",
+    "dev/shm": "tmpfs",
+    "tmp": "tmpfs",
+    "run": "tmpfs",
+}
+ROOT, DATA = "/mnt", "/d"
+
+
+class Agent:
+    """One port's commands: what each writes is sent on, up to its limit, and how it ends."""
+
+    def __init__(self, port: int, uid: int) -> None:
+        self._port, self._uid, self._in = port, uid, bytearray()
+        self._poll = select.poll()
+        self._poll.register(port, select.POLLIN)
+        self._reads: dict[int, list[Any]] = {}  # descriptor: [command, kind, bytes it may still send]
+        self._ends: dict[int, tuple[int, int, list[int]]] = {}  # pidfd: command, pid, its pipes
+
+    def send(self, number: int, kind: bytes, data: bytes) -> None:
+        """Write one frame."""
+        inside.write_all(self._port, HEAD.pack(number, kind, len(data)) + data)
+
+    def serve(self) -> None:
+        """Answer for ever."""
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd == self._port:
+                    self._in += os.read(fd, 1 << 18)
+                    while len(self._in) >= HEAD.size:
+                        number, kind, size = HEAD.unpack_from(self._in)
+                        if len(self._in) < HEAD.size + size:
+                            break
+                        data = bytes(self._in[HEAD.size : HEAD.size + size])
+                        del self._in[: HEAD.size + size]
+                        self._frame(number, kind, data)
+                elif fd in self._reads:
+                    self._pass_on(fd)
+                elif fd in self._ends:
+                    self._end(fd)
+
+    def _frame(self, number: int, kind: bytes, data: bytes) -> None:
+        if kind == b"K":
+            for pid in [pid for n, pid, _ in self._ends.values() if n == number]:
+                linux.kill_session(pid)
+            return
+        head, _, rest = data.partition(b"\n")
+        ask = json.loads(head)
+        if "layers" in ask:
+            self._mount(ask["layers"], rest)
+            self.send(number, b"X", b'{"exit_code":0}')
+        elif "now" in ask:  # a restored guest has the clock and the randomness of its snapshot
+            with contextlib.suppress(OSError), open("/dev/urandom", "wb") as random:
+                fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(rest), len(rest)) + rest)
+                fcntl.ioctl(random, 0x5207)
+            time.clock_settime(time.CLOCK_REALTIME, ask["now"])
+        else:
+            self._begin(number, ask, rest)
+
+    def _mount(self, sizes: list[int], data: bytes) -> None:
+        """Unpack the layers that are not there yet and put the overlay together."""
+        lower, stream = ["/"], io.BytesIO(data)
+        for n, size in enumerate(sizes):
+            place = f"{DATA}/layer{n}"
+            if not os.path.exists(place) and size:
+                os.mkdir(f"{place}.new")
+                with tarfile.open(fileobj=io.BytesIO(stream.read(size))) as tar:
+                    for info in tar:
+                        _unpack_one(tar, info, f"{place}.new", self._uid)
+                os.rename(f"{place}.new", place)
+            lower.insert(0, place)
+        for name in ("upper", "work"):
+            os.makedirs(f"{DATA}/{name}", exist_ok=True)
+        options = f"userxattr,lowerdir={':'.join(lower)},upperdir={DATA}/upper,workdir={DATA}/work"
+        linux.mount("overlay", ROOT, "overlay", linux.MS_NODEV, options)
+        for place, kind in PLACES.items():
+            os.makedirs(f"{ROOT}/{place}", exist_ok=True)
+            linux.mount(
+                kind,
+                f"{ROOT}/{place}",
+                kind,
+                linux.MS_NOSUID | (linux.MS_RDONLY if kind == "sysfs" else 0),
+                "mode=1777" if kind == "tmpfs" else None,
+            )
+        subprocess.run(["sync"], check=True)
+
+    def _begin(self, number: int, ask: dict[str, Any], data: bytes) -> None:
+        (out, out_w), (err, err_w), stdin = os.pipe(), os.pipe(), linux.file_of(data)
+
+        def work() -> None:
+            os.setsid()
+            for target, fd in enumerate((stdin, out_w, err_w)):
+                os.dup2(fd, target)
+            linux.close_all_but([])
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            if "argv" not in ask:
+                arguments = ask["arguments"] | ({"data": data} if ask["task"] == "write" else {})
+                if ask["task"] in ("disk", "pack"):
+                    arguments["upper"] = os.open(f"{DATA}/upper", os.O_RDONLY)
+                else:
+                    self._enter()
+                if ask["task"] == "stop":
+                    os.kill(-1, ask["arguments"]["signal"])
+                else:
+                    inside.TASKS[ask["task"]](1, **arguments)
+                return
+            os.umask(0o022)
+            self._enter()
+            os.chdir(ask["cwd"])
+            linux.limit(**ask["limits"])
+            linux.drop_capabilities()
+            os.execvpe(ask["argv"][0], ask["argv"], ask["env"])
+
+        def complain(error: BaseException) -> None:
+            if "argv" in ask:
+                os.write(2, f"sandbox: cannot run {ask['argv'][0]!r} in {ask['cwd']}: {error}\n".encode())
+                os._exit(127)
+            inside.write_all(1, json.dumps({"error": f"{error}"}).encode())
+
+        pid = linux.fork(work, complain)
+        for fd in (stdin, out_w, err_w):
+            os.close(fd)
+        for fd, kind in ((out, b"O"), (err, b"E")):
+            os.set_blocking(fd, False)
+            self._reads[fd] = [number, kind, ask["most"]]
+            self._poll.register(fd, select.POLLIN)
+        pidfd = os.pidfd_open(pid)
+        self._ends[pidfd] = (number, pid, [out, err])
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _enter(self) -> None:
+        os.chroot(ROOT)
+        os.chdir("/")
+        os.setgroups([])
+        os.setresgid(self._uid, self._uid, self._uid)
+        os.setresuid(self._uid, self._uid, self._uid)
+
+    def _pass_on(self, fd: int) -> bool:
+        number, kind, left = self._reads[fd]
+        try:
+            data = os.read(fd, PIECE_BYTES)
+        except BlockingIOError:
+            return False
+        if data[:left]:
+            self._reads[fd][2] -= len(data[:left])
+            self.send(number, kind, data[:left])
+        if not data:
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+        return bool(data) and left > 0
+
+    def _end(self, pidfd: int) -> None:
+        number, pid, pipes = self._ends.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        for fd in pipes:
+            while self._pass_on(fd):
+                pass
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+            del self._reads[fd]
+            os.close(fd)
+        os.sync()  # what is told as done is on the disk, which outlives the machine
+        self.send(number, b"X", b'{"exit_code":%d}' % code)
+
+
+def _unpack_one(tar: tarfile.TarFile, info: tarfile.TarInfo, root: str, uid: int) -> None:
+    """Put one entry of a canonical tar, which our own `pack_tree` wrote, where it belongs."""
+    path = f"{root}/{info.name}"
+    if inside.WHITEOUT in info.pax_headers:
+        os.mknod(path, 0o20600, 0)
+        return
+    info.uid = info.gid = uid
+    info.uname = info.gname = ""
+    tar.extraction_filter = lambda member, path: member  # it is ours, and owners must stay
+    tar.extract(info, root, numeric_owner=True)
+    if inside.OPAQUE in info.pax_headers:
+        os.setxattr(path, inside.OPAQUE_ATTRIBUTE, b"y")
+
+
+def main(uid: int) -> None:
+    """Be the guest's first program."""
+    try:
+        found = next(n for n in sorted(os.listdir("/dev")) if n.startswith("vport"))
+        agent = Agent(os.open(f"/dev/{found}", os.O_RDWR), uid)
+        agent.send(0, b"R", b"")
+        agent.serve()
+    except BaseException:
+        traceback.print_exc()  # on the console; the kernel ends with its first program, and QEMU with the kernel

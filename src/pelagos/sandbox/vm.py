@@ -1,0 +1,639 @@
+"""Virtual machines: QEMU with a kernel of the guest's own, inside bubblewrap, with an agent in it that runs commands.
+
+`microvm` is QEMU's machine without PCI or BIOS, restored once it booted; `fullvm` is a PC that boots.
+KVM is used only where a guest booted with it, else QEMU translates (TCG). Guests have a copy of some of the host's
+packages as a disk, the image's layers on a second one, and no network. Needs a kernel with modules in /boot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pelagos.errors import SandboxError
+from pelagos.sandbox import guest, inside, linux
+from pelagos.sandbox.api import Capabilities, Child, Command, Spec
+from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, PATH, Home, Running, hand_over, host_ids
+
+# What a guest has of the host, with what these packages need; a host without dpkg has no such base.
+PACKAGES = (
+    "bash coreutils dash diffutils findutils gawk git grep gzip libpython3-stdlib make mawk patch procps "
+    "python3-minimal sed tar util-linux"
+)
+_UNWANTED = re.compile(
+    r"^/usr/share/(doc|man|locale|info|lintian|perl|i18n)/|/(__pycache__|test|tests|idlelib|lib2to3)/"
+)
+MODULES = (
+    "virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_mmio virtio_pci virtio_blk "
+    "virtio_console overlay"
+)
+PROGRAMS = {
+    "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs",
+    "busybox": "busybox-static", "dpkg": "dpkg",
+}  # fmt: skip
+OVERHEAD_MB = 224  # of QEMU itself, beside the guest's memory
+BOOT_S = 60.0
+PROBE_S = 10.0
+HELLO = b"pelagos-guest-is-up"
+_INIT = """#!/bin/busybox sh
+PATH=/bin
+busybox mount -t proc p /proc; busybox mount -t devtmpfs d /dev; busybox mount -t sysfs s /sys
+for m in MODULES; do [ -e /$m.ko ] && busybox insmod /$m.ko; done
+if busybox grep -q pelagos.probe /proc/cmdline; then echo HELLO; busybox reboot -f; fi
+n=0; while ! [ -b /dev/vdb ] && [ $n -lt 100 ]; do busybox usleep 20000; n=$((n+1)); done
+busybox mount -t ext4 -o ro /dev/vda /b && busybox mount -t ext4 /dev/vdb /b/d
+busybox mount --move /dev /b/dev; busybox mount --move /proc /b/proc
+exec busybox chroot /b /usr/bin/python3 -I -S -c "$(busybox cat /agent)"
+"""
+
+
+class VirtualMachine:
+    """One guest; see `api.Substrate`."""
+
+    machine = "microvm"
+    bus = "device"  # what a virtio device's name ends in on this machine
+    restores = True
+
+    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
+        self._box, self._layers, self._spec, self._home = box, layers, spec, home
+        self._art = box.parents[1] / "vm"
+        self._art.mkdir(exist_ok=True)
+        self._art.chmod(0o711)
+        self._group = home.group if home else None
+        self._state, self._ended = Path(), -1
+        self.capabilities = Capabilities(
+            memory_limit="vm", process_limit="vm", cpu_limit="cgroup" if self._group else "vm", disk_limit="hard",
+            pause="signals", files="overlay", host_user="separate" if os.geteuid() == 0 else "caller",
+            kernel="tcg" if home is None or self._why_no_kvm() else "kvm",
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Boot, or restore what booted before; raises SandboxError naming what is missing."""
+        assert self._home is not None, "made in the process that is inside already"
+        tools()
+        if self._spec.base != "host":
+            raise SandboxError(f"{self._spec.substrate}: image base {self._spec.base!r}; guests exist for 'host' only")
+        if self._group:
+            limits = self._spec.limits
+            self._group.limit(replace(limits, memory_mb=limits.memory_mb + OVERHEAD_MB, processes=256))
+        base, initrd = self._base(), self._initrd()
+        facts = [base.name, initrd.name, self.machine, *self._spec.layers, self._spec.limits.memory_mb,
+                 self._spec.limits.disk_mb, self.capabilities.kernel]  # fmt: skip
+        self._state = self._art / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        own = self._box / "vm"
+        fresh = not own.exists()
+        with _locked(self._art / "lock" if fresh and self.restores else self._box / "lock"):
+            restore = fresh and self.restores and self._state.exists()
+            if fresh:
+                own.mkdir(mode=0o700)
+                if restore:
+                    _copy_sparse(self._state / "disk", own / "disk")
+                else:
+                    _make_disk(own / "disk", self._spec.limits.disk_mb)
+            uid, gid = host_ids()
+            for path in (own, own / "disk"):
+                os.chown(path, uid, gid)
+            words = [*self._bubblewrap(base, initrd, restore), *self._qemu(restore)]
+            self._home.control.send(os.fsencode(self._box))
+            ready, ready_w = os.pipe()
+            self._ended, ended_w = os.pipe()
+            ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore,
+                   "grouped": self._group is not None}  # fmt: skip
+            socket.send_fds(self._home.control, [json.dumps(ask).encode()], [ready_w, ended_w])
+            for fd in (ready_w, ended_w):
+                os.close(fd)
+            said = _read_all(ready, BOOT_S)
+            os.close(ready)
+            if said != b"ready":
+                self.stop()
+                last = (own / "console").read_bytes()[-600:] if (own / "console").exists() else b""
+                raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said.decode()[-2000:]}; "
+                                   f"last on its console: {last.decode('utf-8', 'replace')}")  # fmt: skip
+            if ask["keep"]:
+                self._keep_state(own)
+
+    def _keep_state(self, own: Path) -> None:
+        if (own / "state").exists():
+            draft = self._state.with_suffix(f".{os.getpid()}")
+            draft.mkdir()
+            draft.chmod(0o711)
+            os.rename(own / "state", draft / "state")
+            os.rename(own / "copy", draft / "disk")
+            (draft / "state").chmod(0o444)
+            os.rename(draft, self._state)
+
+    def _bubblewrap(self, base: Path, initrd: Path, restore: bool) -> list[str]:
+        words = """--unshare-all --die-with-parent --new-session --cap-drop ALL --clearenv --ro-bind /usr /usr
+            --proc /proc --dev /dev --tmpfs /tmp --symlink usr/bin /bin --symlink usr/lib /lib
+            --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin"""
+        places = [("--ro-bind", f"ART/{base.name}", "/base"), ("--ro-bind", f"ART/{initrd.name}", "/initrd"),
+                  ("--ro-bind", _kernel(), "/kernel"), ("--bind", "OWN", "/vm")]  # fmt: skip
+        if restore:
+            places.append(("--ro-bind", f"ART/{self._state.name}/state", "/state"))
+        if self.capabilities.kernel == "kvm":
+            places.append(("--dev-bind", Path("/dev/kvm"), "/dev/kvm"))
+        return ["bwrap", *words.split(), *(str(word) for place in places for word in place), "--"]
+
+    def _qemu(self, restore: bool) -> list[str]:
+        limits, bus = self._spec.limits, self.bus
+        accel = ("-accel kvm -cpu host" if self.capabilities.kernel == "kvm" else "-accel tcg -cpu max").split()
+        words = f"""-M {self.machine} -m {int(limits.memory_mb)} -smp {max(1, int(limits.cpu))} -nodefaults
+            -no-user-config -nographic -no-reboot -kernel /kernel -initrd /initrd -sandbox on,spawn=allow
+            -drive if=none,id=base,file=/base,format=raw,readonly=on
+            -device virtio-blk-{bus},drive=base
+            -drive if=none,id=data,file=/vm/disk,format=raw
+            -device virtio-blk-{bus},drive=data
+            -device virtio-serial-{bus} -device virtserialport,chardev=port,name=pelagos
+            -chardev socket,id=port,fd=PORT -chardev socket,id=qmp,fd=QMP
+            -mon chardev=qmp,mode=control -serial file:/vm/console"""
+        # Translated code is too slow to measure the clock against a timer, and without it this machine has no tick.
+        mhz = re.search(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="ascii"))
+        clock = f"tsc_early_khz={int(float(mhz[1]) * 1000)} " if mhz and self.capabilities.kernel == "tcg" else ""
+        append = clock + "console=ttyS0 reboot=t panic=-1 no_timer_check mitigations=off random.trust_cpu=on"
+        return ["qemu-system-x86_64", *words.split(), *accel, "-append", append,
+                *(["-incoming", "exec:cat /state"] if restore else [])]  # fmt: skip
+
+    def run_inside(self, control: socket.socket) -> None:
+        """In the process of `Home`: start QEMU, and pass frames between its port and the keeper's descriptors."""
+        told, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
+        if not told:
+            return
+        ask, (ready, ended) = json.loads(told), fds
+        (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
+        words = [
+            w.replace("fd=PORT", f"fd={port_vm.fileno()}").replace("fd=QMP", f"fd={qmp_vm.fileno()}")
+            for w in ask["words"]
+        ]
+        notes = os.open(self._box / "qemu.err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+
+        def launch() -> None:
+            os.dup2(notes, 1)
+            os.dup2(notes, 2)
+            linux.close_all_but([port_vm.fileno(), qmp_vm.fileno()])
+            for sock in (port_vm, qmp_vm):
+                sock.set_inheritable(True)
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("900")
+            art, own = str(self._art), str(self._box / "vm")
+            if os.geteuid() == 0:
+                # The unprivileged user may not walk to our directories, so root lends them under names it may walk to.
+                linux.unshare("mnt")
+                linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+                places = {"a": os.open(art, os.O_PATH), "o": os.open(own, os.O_PATH)}
+                linux.mount("tmpfs", "/tmp", "tmpfs")
+                for name, fd in places.items():
+                    os.mkdir(f"/tmp/{name}")
+                    linux.mount(f"/proc/self/fd/{fd}", f"/tmp/{name}", None, linux.MS_BIND)
+                art, own = "/tmp/a", "/tmp/o"
+            lent = [re.sub(r"^ART(?=/)", art, own if word == "OWN" else word) for word in words]
+            linux.become(*host_ids())
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.execvpe(lent[0], lent, {"PATH": PATH})
+
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        pid = linux.fork(launch, traceback.print_exception)
+        port_vm.close()
+        qmp_vm.close()
+        mux = _Mux(control, port, ENVIRONMENT, self._spec)
+        try:
+            say = _monitor(qmp)
+            if not ask["restore"]:
+                mux.until_up(b"R", BOOT_S)
+                layers = [self._layer_tar(digest) for digest in self._spec.layers]
+                mux.ask({"layers": [len(data) for data in layers]}, b"".join(layers))
+                if ask["keep"]:
+                    self._save(say)
+            else:
+                while say("query-status")["status"] == "inmigrate":
+                    time.sleep(0.002)
+                say("cont")  # it was saved while it stood still
+            mux.ask({"now": time.time()}, os.urandom(64), answered=False)
+            os.write(ready, b"ready")
+            os.close(ready)
+            mux.serve()
+        except (OSError, SandboxError) as error:
+            with contextlib.suppress(OSError):
+                os.write(ready, f"{error}; {os.pread(notes, 4096, 0).decode('utf-8', 'replace')}".encode())
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(ended)
+
+    def _layer_tar(self, digest: str) -> bytes:
+        fd = os.open(self._layers / digest, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with tempfile.TemporaryFile() as file:
+                inside.pack_tree(fd, file)
+                file.seek(0)
+                return file.read()
+        finally:
+            os.close(fd)
+
+    def _save(self, say: Callable[..., Any]) -> None:
+        """Write the running guest's memory and a copy of its disk of the same moment."""
+        say("stop")
+        say("migrate", uri="exec:cat > /vm/state")
+        while (status := say("query-migrate").get("status")) not in ("completed", "failed"):
+            time.sleep(0.01)
+        own = self._box / "vm"
+        _copy_sparse(own / "disk", own / "copy")
+        say("cont")
+        if status == "failed":
+            raise SandboxError("QEMU could not write its state; is the disk full?")
+
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+        """Start a command in the guest."""
+        limits = self._spec.limits
+        ask = {"argv": command.argv, "env": ENVIRONMENT | dict(command.env), "cwd": command.cwd, "limits": {
+            "processes": limits.processes, "open_files": limits.open_files, "address_bytes": None,
+            "file_bytes": int(limits.disk_mb * 1024 * 1024)}, "most": limits.output_bytes + 1}  # fmt: skip
+        return self._hand_over(ask, stdio)
+
+    def _hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
+        assert self._home is not None, "made in the process that is inside already"
+        try:
+            return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
+        except OSError as error:
+            raise SandboxError(f"sandbox {self._spec.id}: its virtual machine ended ({error})") from None
+
+    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
+        """Begin a task of `inside.py` in the guest."""
+        out, out_w = os.pipe()
+        data = linux.file_of(arguments.get("data", b""))
+        null = os.open(os.devnull, os.O_WRONLY)
+        plain = {name: value for name, value in arguments.items() if name != "data"}
+        try:
+            running = self._hand_over({"task": task, "arguments": plain, "most": 1 << 40}, (data, out_w, null))
+        finally:
+            for fd in (out_w, data, null):
+                os.close(fd)
+
+        def ended() -> bool:
+            try:
+                return os.read(running.status_fd, 4096).startswith(b'{"exit_code":0}')
+            finally:
+                running.reap()
+
+        return out, ended
+
+    def alive(self) -> bool:
+        """Whether QEMU and the process beside it still run."""
+        return self._ended >= 0 and not select.select([self._ended], [], [], 0)[0]
+
+    def usage(self) -> dict[str, int]:
+        """Return the memory of QEMU as its control group counts it."""
+        return {"memory": self._group.usage()["memory"]} if self._group else {}
+
+    def kills(self) -> int:
+        """Return 0: what the guest's kernel kills is seen by its exit code alone."""
+        return 0
+
+    def pause(self, on: bool) -> None:
+        """Stop every process of the guest's user, or let them go on."""
+        out, ended = self.inside("stop", {"signal": signal.SIGSTOP if on else signal.SIGCONT})
+        _read_all(out, 10)
+        os.close(out)
+        ended()
+
+    def stop(self) -> None:
+        """End QEMU; the disk stays."""
+        if self._home:
+            self._home.close()
+        if self._ended >= 0:
+            os.close(self._ended)
+            self._ended = -1
+
+    def _base(self) -> Path:
+        """Return the disk of the host's packages, made once."""
+        stamp = f"{PACKAGES} {os.stat('/var/lib/dpkg/status').st_mtime_ns}"
+        path = self._art / f"base-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
+        if not path.exists():
+            with _locked(self._art / "lock"), tempfile.TemporaryDirectory(dir=self._art) as stage:
+                if not path.exists():
+                    files = _package_files()
+                    _stage(files, Path(stage))
+                    size = sum(os.lstat(f).st_blocks // 2 + 4 for f in files) * 5 // 4 + (16 << 10)
+                    draft = path.with_suffix(".new")
+                    _run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0",
+                         "-d", stage, str(draft), f"{size}k")  # fmt: skip
+                    draft.chmod(0o444)
+                    draft.rename(path)
+        return path
+
+    def _initrd(self) -> Path:
+        """Return the first file system: modules, busybox and the agent's text."""
+        texts = {m.__name__: Path(str(m.__file__)).read_text(encoding="utf-8") for m in (linux, inside, guest)}
+        agent = f"TEXTS = {texts!r}\n{BOOT_MODULES}\nguest.main({INSIDE_UID})\n"
+        version = _kernel().name.removeprefix("vmlinuz-")
+        init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode())
+        path = self._art / f"initrd-{hashlib.sha256(f'{version}{agent}{init}'.encode()).hexdigest()[:16]}"
+        if not path.exists():
+            squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{_squeeze(agent)}')))"
+            parts = {"init": (0o755, init.encode()), "agent": (0o644, squeezed.encode())}
+            parts |= {"bin/busybox": (0o755, Path(str(linux.which("busybox"))).read_bytes())}
+            wanted = {f"{name}.ko" for name in MODULES.split()}
+            for module in Path("/lib/modules", version).rglob("*.ko"):
+                if module.name in wanted:
+                    parts[module.name] = (0o644, module.read_bytes())
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_bytes(gzip.compress(_cpio(parts), 1, mtime=0))
+            draft.chmod(0o444)
+            draft.rename(path)
+        return path
+
+    def _why_no_kvm(self) -> str:
+        """Return why KVM is not used, found once a boot of the host by booting a guest with it; "" where it is."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        path = self._art / f"kvm-{boot}"
+        with _locked(self._art / "kvm-lock"):
+            if not path.exists():
+                path.write_text(self._probe_kvm(), encoding="utf-8")
+            return path.read_text(encoding="utf-8")
+
+    def _probe_kvm(self) -> str:
+        tools()
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            return "/dev/kvm is missing or may not be opened"
+        words = ["qemu-system-x86_64", *"-M microvm -accel kvm -cpu host -m 128 -nodefaults -no-user-config".split(),
+                 *"-nographic -no-reboot -serial stdio -kernel".split(), str(_kernel()), "-initrd", str(self._initrd()),
+                 "-append", "console=ttyS0 pelagos.probe reboot=t panic=-1"]  # fmt: skip
+        try:
+            done = subprocess.run(words, capture_output=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return f"a guest under KVM said nothing within {PROBE_S:.0f} s"
+        return (
+            ""
+            if HELLO in done.stdout
+            else (done.stderr.decode("utf-8", "replace").strip() or "no guest came up")[-300:]
+        )
+
+
+class FullVM(VirtualMachine):
+    """A PC with PCI, ACPI and a BIOS, booted each time; for programs that want the whole machine."""
+
+    machine = "q35"
+    bus = "pci"
+    restores = False
+
+
+def _monitor(sock: socket.socket) -> Callable[..., Any]:
+    """Return what says one command to QEMU's monitor and gives its answer."""
+    file = sock.makefile("rw", encoding="ascii", newline="\n")
+
+    def say(command: str, **arguments: str) -> Any:
+        file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        file.flush()
+        while "return" not in (answer := json.loads(file.readline() or '{"error": {"desc": "it ended"}}')):
+            if "error" in answer:
+                raise SandboxError(f"QEMU: {answer['error']['desc']}")
+        return answer["return"]
+
+    file.readline()
+    say("qmp_capabilities")
+    return say
+
+
+class _Mux:
+    """Between the keeper, which hands over descriptors, and the guest, which speaks frames."""
+
+    def __init__(self, control: socket.socket, port: socket.socket, environment: dict[str, str], spec: Spec) -> None:
+        self._control, self._port, self._in = control, port, bytearray()
+        self._asked: dict[int, tuple[int, int, int, int]] = {}  # command: stdout, stderr, status, leash
+        self._count = 0
+
+    def ask(self, head: dict[str, Any], data: bytes, *, answered: bool = True) -> None:
+        """Send a request of our own and wait for its end."""
+        self._send(0, b"B", json.dumps(head).encode() + b"\n" + data)
+        if answered:
+            self.until_up(b"X", BOOT_S)
+
+    def until_up(self, kind: bytes, seconds: float) -> None:
+        """Wait for a frame; raises SandboxError where none comes."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if not select.select([self._port], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise SandboxError(f"the guest said nothing within {seconds:.0f} s")
+            if any(got == kind for _, got, _ in self._frames()):
+                return
+
+    def serve(self) -> None:
+        """Pass on until either side ends."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._port, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self._control.fileno():
+                    data, fds, _, _ = socket.recv_fds(self._control, 16, 6)
+                    if not data:
+                        return
+                    poll.register(self._begin(*fds), 0)
+                elif fd == self._port.fileno():
+                    for number, kind, data in self._frames():
+                        self._answer(poll, number, kind, data)
+                else:  # a leash was let go of
+                    poll.unregister(fd)
+                    self._send(next(n for n, asked in self._asked.items() if asked[3] == fd), b"K", b"")
+
+    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> int:
+        self._count += 1
+        with open(text, "rb") as head, open(stdin, "rb") as data:
+            self._send(self._count, b"B", head.read() + b"\n" + data.read())
+        self._asked[self._count] = (stdout, stderr, status, leash)
+        return leash
+
+    def _answer(self, poll: select.poll, number: int, kind: bytes, data: bytes) -> None:
+        if number not in self._asked:
+            return
+        stdout, stderr, status, leash = self._asked[number]
+        with contextlib.suppress(OSError):  # the keeper wants to know no more
+            inside.write_all({b"O": stdout, b"E": stderr}.get(kind, status), data + (b"\n" if kind == b"X" else b""))
+        if kind == b"X":
+            with contextlib.suppress(KeyError):
+                poll.unregister(leash)
+            for fd in self._asked.pop(number):
+                os.close(fd)
+
+    def _send(self, number: int, kind: bytes, data: bytes) -> None:
+        self._port.sendall(guest.HEAD.pack(number, kind, len(data)) + data)
+
+    def _frames(self) -> list[tuple[int, bytes, bytes]]:
+        """Return the frames that are whole now; raises SandboxError when QEMU ended or the guest talks nonsense."""
+        if not (piece := self._port.recv(1 << 18)):
+            raise SandboxError("QEMU ended")
+        self._in += piece
+        found, head = [], guest.HEAD.size
+        while len(self._in) >= head:
+            number, kind, size = guest.HEAD.unpack_from(self._in)
+            if size > guest.PIECE_BYTES * 2:
+                raise SandboxError(f"the guest sent a frame of {size} bytes; it is not our agent any more")
+            if len(self._in) < head + size:
+                break
+            found.append((number, kind, bytes(self._in[head : head + size])))
+            del self._in[: head + size]
+        return found
+
+
+BOOT_MODULES = """
+import sys, types
+package = sys.modules['pelagos'] = sys.modules['pelagos.sandbox'] = types.ModuleType('pelagos.sandbox')
+for name, text in TEXTS.items():
+    module = sys.modules[name] = types.ModuleType(name)
+    setattr(package, name.rpartition('.')[2], module)
+    exec(compile(text, name, 'exec'), module.__dict__)
+from pelagos.sandbox import guest
+"""
+
+
+def tools() -> None:
+    """Raise SandboxError naming the first program or file that virtual machines need and this host lacks."""
+    for program, package in PROGRAMS.items():
+        if linux.which(program) is None:
+            raise SandboxError(f"virtual machines need {program} (Debian: apt-get install {package})")
+    _kernel()
+
+
+def _kernel() -> Path:
+    for path in sorted(Path("/boot").glob("vmlinuz-*"), reverse=True):
+        if Path("/lib/modules", path.name.removeprefix("vmlinuz-")).is_dir() and os.access(path, os.R_OK):
+            return path
+    raise SandboxError(
+        "virtual machines need a readable kernel /boot/vmlinuz-* with modules; install linux-image-cloud-amd64"
+    )
+
+
+def _package_files() -> list[str]:
+    """Return the files of `PACKAGES` and what they depend on, as dpkg lists them."""
+    known: dict[str, str] = {}
+    for entry in Path("/var/lib/dpkg/status").read_text(encoding="utf-8").split("\n\n"):
+        if name := re.search(r"^Package: (.*)$", entry, re.M):
+            provided = re.search(r"^Provides: (.*)$", entry, re.M)
+            for word in (
+                [name[1], *(re.split(r"[ (]", w.strip())[0] for w in provided[1].split(","))] if provided else [name[1]]
+            ):
+                known.setdefault(word, entry)
+    todo, seen, files = [name for name in PACKAGES.split() if name in known], set(), set()
+    while todo:
+        entry = known[todo.pop()]
+        name = entry.partition("Package: ")[2].partition("\n")[0]
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in re.findall(r"^(?:Pre-)?Depends: (.*)$", entry, re.M):
+            for choice in line.split(","):
+                words = [re.split(r"[ (:]", w.strip())[0] for w in choice.split("|")]
+                todo += [w for w in words if w in known][:1]
+        for path in Path("/var/lib/dpkg/info").glob(f"{name}*.list"):
+            if path.name.split(":")[0].removesuffix(".list") == name:
+                files |= set(path.read_text(encoding="utf-8").splitlines())
+    wanted = [f for f in files if not _UNWANTED.search(f) and f.startswith(("/usr/", "/bin", "/sbin", "/lib"))]
+    return sorted(f for f in wanted if os.path.lexists(f))
+
+
+def _stage(files: list[str], stage: Path) -> None:
+    """Copy the files under a directory, as links where that is possible, without setuid bits."""
+    before = os.umask(0o022)
+    stage.chmod(0o755)
+    for name in ("b", "d", "dev", "mnt", "proc", "run", "sys", "tmp", "usr"):
+        (stage / name).mkdir()
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+        if Path("/", name).is_symlink():
+            (stage / name).symlink_to(os.readlink(f"/{name}").lstrip("/"))
+    for file in files:
+        target = stage / os.path.realpath(os.path.dirname(file)).lstrip("/") / os.path.basename(file)
+        kind = os.lstat(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() or target.is_symlink():
+            continue
+        if stat.S_ISLNK(kind.st_mode):
+            target.symlink_to(os.readlink(file))
+        elif stat.S_ISDIR(kind.st_mode):
+            target.mkdir()
+        elif stat.S_ISREG(kind.st_mode) and os.access(file, os.R_OK):
+            target.write_bytes(Path(file).read_bytes())
+            target.chmod(kind.st_mode & 0o755)
+    # What alternatives make is in no package's list.
+    for link in ("awk", "python3"):
+        if not (stage / "usr/bin" / link).is_symlink():
+            (stage / "usr/bin" / link).symlink_to(os.path.realpath(f"/usr/bin/{link}"))
+    os.umask(before)
+
+
+def _make_disk(path: Path, megabytes: float) -> None:
+    _run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0,lazy_itable_init=1",
+         str(path), f"{int(megabytes * 1024)}k")  # fmt: skip
+
+
+def _copy_sparse(source: Path, target: Path) -> None:
+    """Copy what a sparse file holds and leave its holes."""
+    with source.open("rb") as read, target.open("wb") as write:
+        size, at = os.fstat(read.fileno()).st_size, 0
+        os.truncate(write.fileno(), size)
+        while at < size:
+            try:
+                at = os.lseek(read.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(read.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                os.lseek(write.fileno(), at, os.SEEK_SET)
+                at += os.sendfile(write.fileno(), read.fileno(), at, end - at)
+
+
+def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
+    """Return the archive the kernel unpacks as its first file system, with the directories the start needs."""
+    entries = [(name, 0o40755, b"") for name in ("bin", "b", "dev", "proc", "sys")]
+    entries += [(name, 0o100000 | mode, data) for name, (mode, data) in parts.items()]
+    out = bytearray()
+    for number, (name, mode, data) in enumerate([*entries, ("TRAILER!!!", 0, b"")], 1):
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        out += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        out += bytes(-len(out) % 4) + data
+        out += bytes(-len(out) % 4)
+    return bytes(out)
+
+
+def _squeeze(text: str) -> str:
+    import base64
+    import zlib
+
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SandboxError(f"{words[0]}: {done.stderr.strip()}")
+
+
+def _read_all(fd: int, seconds: float) -> bytes:
+    data, deadline = b"", time.monotonic() + seconds
+    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not (piece := os.read(fd, 65536)):
+            return data
+        data += piece
+    return data or f"nothing within {seconds:.0f} s".encode()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Any:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
