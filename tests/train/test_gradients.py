@@ -140,7 +140,7 @@ def test_attention_of_the_device_path_is_the_models(dense: bool) -> None:
                 plain = forward_module._attend
                 patch.setattr(
                     forward_module, "_attend",
-                    lambda block, norm, x, step, cache, notes, bounds: forward_module.attention(
+                    lambda op, block, norm, x, step, cache, notes, bounds: forward_module.attention(
                         block.attn, norm(x), step, cache, notes, bounds
                     ),
                 )  # fmt: skip

@@ -17,6 +17,7 @@ from pelagos import numerics
 from pelagos.kernels.ref.gemm import quantized_linear
 
 BLOCK = numerics.ACT_BLOCK[1]
+SUMMED, ROWS = 512, 4  # what scaled_mm wants multiples of: four scales along the sum, four rows
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _Fp8Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         to_x = _multiply(grad, weight.T, numerics.FP8_BLOCK)  # a 128x128 block keeps its codes when transposed
-        rows = -grad.shape[0] % BLOCK
+        rows = -grad.shape[0] % (SUMMED if grad.is_cuda else BLOCK)
         turned = [functional.pad(t, (0, 0, 0, rows)).T.contiguous() for t in (grad, x)]
         return to_x, _multiply(turned[0], turned[1], numerics.ACT_BLOCK).to(weight.dtype)
 
@@ -44,22 +45,20 @@ def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
     """x (T, K) in 1x128 blocks times weight (O, K) in `block`s, transposed: (T, O) in x's dtype."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and not (weight.shape[0] % BLOCK or x.shape[1] % BLOCK):
+    if x.is_cuda and x.dtype == torch.bfloat16 and not (weight.shape[0] % BLOCK or x.shape[1] % SUMMED):
         return _scaled_mm(x, weight, block)
     rounded = numerics.fake_quant_fp8(weight.detach(), block).to(x.dtype)
     return quantized_linear(numerics.fake_quant_fp8(x.detach(), numerics.ACT_BLOCK), rounded)
 
 
 def _scaled_mm(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
-    recipes = functional.ScalingType
-    codes, scale = numerics.encode_fp8(x, numerics.ACT_BLOCK)
+    recipes, rows = functional.ScalingType, len(x)
+    codes, scale = numerics.encode_fp8(functional.pad(x, (0, 0, 0, -rows % ROWS)), numerics.ACT_BLOCK)
     other, other_scale = numerics.encode_fp8(weight, block)
     square = block == numerics.FP8_BLOCK
-    # Scales of 1x128 blocks are wanted column by column, those of square blocks padded to four along the sum.
-    first = scale.float().T.contiguous().T
     second = other_scale.float()
-    second = functional.pad(second, (0, -second.shape[1] % 4)) if square else second.T.contiguous().T
     return functional.scaled_mm(
-        codes, other.T, first, recipes.BlockWise1x128, second,
+        codes, other.T, scale.float().T.contiguous().T, recipes.BlockWise1x128,
+        second.T if square else second.T.contiguous(),
         recipes.BlockWise128x128 if square else recipes.BlockWise1x128, output_dtype=x.dtype,
-    )  # fmt: skip
+    )[:rows]  # fmt: skip

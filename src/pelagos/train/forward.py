@@ -28,14 +28,16 @@ Notes = dict[str, Tensor]
 
 
 class Forward:
-    """One model's training forward; the compiled parts live as long as this does."""
+    """One model's training forward; the compiled parts live as long as this does. Kernels stay outside of them."""
 
     def __init__(self, model: Transformer, *, compile: bool = False, recompute: bool = False) -> None:
         self.model = model
         self._marks = Marks() if recompute else None
+        op = torch.compiler.disable(training_attention.attend) if compile else training_attention.attend
+        attend = partial(_attend, op)
         blocks = [*model.blocks, *(block for block in model.mtp if isinstance(block, MTPBlock))]
         self._parts = [
-            (self._part(b, _attend, b.attn_norm, compile), self._part(b, _mix, b.ffn_norm, compile)) for b in blocks
+            (self._part(b, attend, b.attn_norm, compile), self._part(b, _mix, b.ffn_norm, compile)) for b in blocks
         ]
 
     def _part(
@@ -82,11 +84,11 @@ class Forward:
 
 
 def _attend(
-    block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache, notes: Notes,
-    bounds: tuple[Tensor, Tensor],
+    op: Callable[..., Any], block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache,
+    notes: Notes, bounds: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
     if x.is_cuda:
-        return attention(block.attn, norm(x), step, cache, notes, bounds)
+        return attention(block.attn, norm(x), step, cache, notes, bounds, op)
     return block.attn(norm(x), step, cache, notes)
 
 
@@ -106,8 +108,9 @@ def sample_bounds(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def attention(
-    attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor]
-) -> Tensor:
+    attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor],
+    op: Callable[..., Any] = training_attention.attend,
+) -> Tensor:  # fmt: skip
     """Attend as `Attention.forward` with notes does, by `kernels.training_attention`: nothing queries x entries large.
 
     But for dense CSA, whose indexer learns from all entries; sparse CSA notes scores and weights of the picks alone.
@@ -122,7 +125,7 @@ def attention(
             picks = attn.indexer.picks(x, latent, keys, step)
     options = {"window": attn.window_size, "ratio": attn.ratio}
     chosen = None if picks is None else picks.int()
-    out, weights = training_attention.attend(q, rows, entries, attn.attn_sink, chosen, *bounds, **options)
+    out, weights = op(q, rows, entries, attn.attn_sink, chosen, *bounds, **options)
     if attn.indexer is not None and keys is not None and weights is not None:
         notes["entry_weights"] = weights.unsqueeze(2)
         if picks is None:

@@ -1,0 +1,174 @@
+"""Training on one CUDA device: kernels beside their floor, then whole steps of S and M (complete V4 blocks).
+
+`python -m benchmarks.training kernels` times the hyper-connection site and the attention of training, forward and
+backward, in GB/s and as a share of the measured copy rate. `python -m benchmarks.training steps --size S` times whole
+steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. One JSON object
+a line on stdout, a table on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pelagos.config import ModelConfig, nano
+from pelagos.kernels import mhc, training_attention
+from pelagos.kernels.ref import mhc as mhc_ref
+from pelagos.kernels.ref import training_attention as attention_ref
+from pelagos.train.ablate import _open_residual
+from pelagos.train.data import write_meta, write_shard
+from pelagos.train.meter import peak_flops, training_flops
+from pelagos.train.recipe import TrainConfig
+from pelagos.train.trainer import Trainer
+
+RATIOS = (0, 4, 128, 4, 128, 4, 128, 4, 128, 4, 128, 4)
+# (hidden, layers, heads, experts, expert width): specification of training, part F.
+SIZES = {"S": (512, 8, 8, 32, 256), "M": (768, 12, 8, 64, 384)}
+
+
+def sized(name: str) -> ModelConfig:
+    """The model of a size: 39M active of 113M, or 116M active of 721M, vocabulary 16K."""
+    hidden, layers, heads, experts, width = SIZES[name]
+    return dataclasses.replace(
+        nano(), vocab_size=16384, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        q_lora_rank=256, o_lora_rank=128, compress_ratios=(*RATIOS[:layers], 0), n_routed_experts=experts,
+        num_experts_per_tok=6, moe_intermediate_size=width,
+    )  # fmt: skip
+
+
+def seconds(run: Callable[[], object], *, repeats: int = 10) -> float:
+    """Median of timed runs after three to warm up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def say(row: dict) -> None:
+    print(json.dumps(row), flush=True)
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), file=sys.stderr)
+
+
+def kernels(tokens: int) -> None:
+    buffer = torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    copy = 2 * buffer.numel() / seconds(lambda: buffer.clone())
+    for width in (256, 512, 768):
+        y, streams, post, comb, fn, base, scale = (
+            t.requires_grad_() for t in mhc_ref.make_inputs(tokens, width, device="cuda")
+        )
+        stream_bytes = 2 * streams.numel()
+        grads = [torch.randn_like(t) for t in (streams, y, post, comb)]
+
+        def forward(args=(y, streams, post, comb, fn, base, scale)):
+            y, streams, post, comb, fn, base, scale = args
+            return mhc.site((y, post, comb), streams, fn, base, scale, **mhc_ref.OPTIONS)
+
+        def both(forward=forward, grads=grads, learnt=(y, streams, post, comb, fn, base, scale)):
+            torch.autograd.grad(forward(), learnt, grads)
+
+        for name, run, passes in (("mhc forward", forward, 3.5), ("mhc forward + backward", both, 10.5)):
+            took = seconds(run)
+            floor = passes * stream_bytes / copy
+            say({"bench": name, "tokens": tokens, "width": width, "us": took * 1e6, "floor_frac": floor / took})
+    for case in (((2048,), 8, 128, 128, 0, 0), ((2048,), 8, 128, 128, 128, 0), ((2048,), 8, 128, 128, 4, 0),
+                 ((2048,), 8, 128, 128, 4, 128), ((16384,), 8, 128, 128, 4, 128)):  # fmt: skip
+        rows = max(1, tokens // sum(case[0]))
+        given = attention_ref.make_inputs(*case, device="cuda", batch=rows)
+        names = ("q", "rows", "entries", "sink")
+        learnt = [given[n].requires_grad_() for n in names if given[n] is not None]
+
+        def attend(given=given):
+            return training_attention.attend(**given)[0]
+
+        up = torch.randn_like(given["q"])
+
+        def step(attend=attend, learnt=learnt, up=up):
+            torch.autograd.grad(attend(), learnt, up)
+
+        shape = {"row": sum(case[0]), "rows": rows, "ratio": case[4], "picks": case[5]}
+        say({"bench": "attention forward", **shape, "us": seconds(attend, repeats=5) * 1e6})
+        say({"bench": "attention forward + backward", **shape, "us": seconds(step, repeats=5) * 1e6})
+
+
+def shards(directory: Path, vocabulary: int) -> Path:
+    """Random tokens: speed does not read them."""
+    rng = np.random.default_rng(0)
+    (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
+    entries = {}
+    for split, count in (("train", 2000), ("heldout", 8)):
+        samples = [rng.integers(2, vocabulary, 2049).astype(np.uint16) for _ in range(count)]
+        entries[split] = write_shard(directory, split, samples, ["docs"] * count, [4 * 2049] * count)
+    write_meta(directory, directory / "tokenizer.json", entries, {})
+    return directory
+
+
+def steps(size: str, *, compiled: bool, precision: str, rows: int, accumulate: int, sparse: bool, plain: bool) -> None:
+    config = TrainConfig(
+        steps=1000, batch_rows=rows, accumulate=accumulate, compile=compiled, precision=precision, quantise_from=1,
+        sparse_from=0 if sparse else 1, repeats={"docs": 1}, log_every=10**6,
+    )  # fmt: skip
+    model = sized(size)
+    if plain:
+        model = dataclasses.replace(model, hc_mult=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = shards(Path(scratch), model.vocab_size)
+        trainer = Trainer(model, config, data=data, out=Path(scratch) / "run", device="cuda")
+        if plain:
+            _open_residual(trainer)
+        started = time.monotonic()
+        trainer._update()
+        torch.cuda.synchronize()
+        first = time.monotonic() - started
+        torch.cuda.reset_peak_memory_stats()
+        took = seconds(trainer._update, repeats=5)
+        muon = seconds(lambda: trainer.optimizer.step(1e-5), repeats=5)
+    tokens = rows * accumulate * config.row_tokens
+    flops = training_flops(model, config.row_tokens) * tokens / took
+    peak = peak_flops(torch.device("cuda"))
+    say({
+        "bench": "step", "size": size, "residual": "plain" if plain else "mhc", "precision": precision,
+        "attention": "sparse" if sparse else "dense", "compile": compiled, "tokens": tokens, "ms": took * 1e3,
+        "tokens_per_s": tokens / took, "mfu": flops / peak if peak else None, "muon_frac": muon / took,
+        "first_step_s": first, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "device": torch.cuda.get_device_name(),
+    })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kernels", "steps"))
+    parser.add_argument("--tokens", type=int, default=32768, help="of the kernels' inputs")
+    parser.add_argument("--size", choices=tuple(SIZES), default="S")
+    parser.add_argument("--rows", type=int, default=16, help="rows of 2,048 tokens a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=16, help="micro-batches a step: 16 x 16 rows are 0.5M tokens")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
+    for flag in ("compile", "sparse", "plain"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.training: no CUDA device here; speed is only measured where it is used")
+    if args.what == "kernels":
+        kernels(args.tokens)
+    else:
+        shape = {"rows": args.rows, "accumulate": args.accumulate, "sparse": args.sparse, "plain": args.plain}
+        steps(args.size, compiled=args.compile, precision=args.precision, **shape)
+
+
+if __name__ == "__main__":
+    main()
