@@ -26,7 +26,7 @@ TYPES |= dict.fromkeys(("order", "tile_expert", "tile_first", "tile_end", "chose
 TYPES |= dict.fromkeys(("limit", "eps", "factor"), "fp32")
 for name in ("old_scores", "best_scores"):
     TYPES[name] = I32
-EXPERT = dict(SHARED=6, DEPTH=512, OUTPUTS=256, TILE=128, TARGET=made_for)
+EXPERT = dict(SHARED=6, DEPTH=512, OUTPUTS=256, TILE=64, WARPS=8, TARGET=made_for)
 ATTEND = dict(HEADS=64, PADDED=64, WIDTH=512, ROPE=64, SIZE=128, FAR=True, PICKS=512, TILE=64, TARGET=made_for)
 PLACE = dict(WIDTH=512, ROPE=64, SCALES=8, RATIO=4, SPAN=1024, TAIL=8, INDEX=128, TARGET=made_for)
 KERNELS = [
@@ -36,7 +36,7 @@ KERNELS = [
     (prefill_experts._place_kernel, dict(EXPERTS=256, PICKS=256), dict(picks="i32")),
     (prefill_experts._turn_kernel, dict(PICKED=6, WIDTH=512, COLUMNS=512), {{}}),
     (prefill_experts._product_kernel, EXPERT, dict(x=CODE, scale=I32, num_warps=8, num_stages=2)),
-    (prefill_experts._hidden_kernel, dict(INNER=256, TARGET=made_for), dict(num_warps=1)),
+    (prefill_experts._hidden_kernel, dict(INNER=256, GROUPS=8, TARGET=made_for), {{}}),
     (prefill_experts._combine_kernel, dict(PICKED=6, WIDTH=512, HAS_SHARED=True, COLUMNS=512, TARGET=made_for), {{}}),
     (prefill_attention._attend_kernel, dict(QUANTISED=False, **ATTEND),
      dict(base=I32, scale="fp32", num_warps=8, num_stages=1 if backend == "hip" else 2)),

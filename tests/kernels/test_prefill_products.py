@@ -87,6 +87,21 @@ def test_product_on_the_device(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [(700, 1024, 4096, 8), (33, 128, 512, 2), (513, 256, 128, 1)], ids=str)
+def test_bfloat16_rows_on_the_device(case):
+    """Unquantised rows (wo_a): within bfloat16, and the bits of rows in calls of other sizes; float32 results alike."""
+    _, _, weight, weight_factors = inputs_of(*case, device="cuda")
+    x = torch.randn(case[0], case[2] * case[3], device="cuda").bfloat16()
+    got, wide = prefill_products.product(x, None, weight, weight_factors, groups=case[3]), torch.randn_like(x[:64])
+    assert error(got, ref.product(x, None, weight, weight_factors, case[3])) < TOLERANCE
+    full = prefill_products.wide_product(x, wide)
+    assert error(full, x.float() @ wide.float().T) < 1e-5
+    for part in (slice(0, 1), slice(case[0] // 3, None)):
+        assert torch.equal(prefill_products.product(x[part], None, weight, weight_factors, groups=case[3]), got[part])
+        assert torch.equal(prefill_products.wide_product(x[part], wide), full[part])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 129, 513])
 def test_quantised_on_the_device(rows):
     """The reference's codes but where a norm's or exponential's last bit decides a rounding."""

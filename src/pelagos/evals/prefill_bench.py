@@ -87,7 +87,7 @@ def index(config: ModelConfig, tokens: int) -> Iterator[Case]:
         run = functools.partial(prefill_indexer.pick, q, weights, call, keys, config.index_topk)
         scored = int(entries.seen.sum())
         least = cost.KernelCost(q.nbytes + codes.nbytes + 4 * tokens * config.index_topk, 2.0 * scored * heads * width)
-        yield f"context={context}", [run] * 2, least, 1 + 2 * -(-entries.most // 8192), {}
+        yield f"context={context}", [run] * 2, least, 1 + 2 * -(-entries.most // 4096), {}
 
 
 def writes(config: ModelConfig, tokens: int) -> Iterator[Case]:

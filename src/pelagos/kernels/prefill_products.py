@@ -31,10 +31,10 @@ def product(
     inference/kernel.py fp8_gemm.
     """
     (rows, columns), (outputs, depth) = codes.shape, weight.shape
-    if columns != groups * depth or outputs % (groups * BLOCK) or depth % (4 * BLOCK if codes.is_cuda else BLOCK):
+    if columns != groups * depth or outputs % (groups * BLOCK) or depth % BLOCK:
         raise ConfigError(
             f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: expected columns "
-            f"of x = groups * columns of weight, outputs in multiples of {BLOCK}, columns of {4 * BLOCK} on CUDA"
+            f"of x = groups * columns of weight, multiples of {BLOCK}"
         )
     expected = {"scales": (scales, (rows, columns // BLOCK)), "codes": (codes, (rows, columns)),
                 "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sparse attention of a prompt's queries: one program a query, all heads, keys gathered in tiles of 64.
+"""Sparse attention of a prompt's queries: one program a query and 64 heads, keys gathered in tiles of 64.
 
 Keys are the decoded rows of `prefill_cache`: a query's window is a run of them, its entries are chosen by picks or are
 a run too. Tiles come in the order of positions, then of ranks, so a query's bits are its own.
@@ -25,8 +25,20 @@ from pelagos.kernels.triton.formats import (
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
 
-TILE = 64
+TILE, MOST_HEADS = 64, 64  # keys and heads of a tile
 STAGES, WARPS = 2, 8
+
+
+@triton.jit
+def _attended(rows, key, live, top, total, mixed, scale, TARGET: tl.constexpr):
+    """One step of an online softmax: heads (H, C) over keys (K, C), which are values too, where `live`."""
+    logits = dot(rows, tl.trans(key), tl.zeros((rows.shape[0], key.shape[0]), tl.float32), TARGET)
+    logits = tl.where(live[None, :], logits * scale, -float("inf"))
+    higher = tl.maximum(top, tl.max(logits, 1))
+    weight = tl.exp2(logits - higher[:, None])
+    keep = tl.exp2(top - higher)
+    mixed = dot(to_bfloat16(weight, TARGET), key, mixed * keep[:, None], TARGET)
+    return higher, total * keep + tl.sum(weight, 1), mixed
 
 
 @triton.jit
@@ -37,7 +49,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """SIZE keys of the window, then with FAR those picked, at most PICKS, or all seen; rows of entries from `entries`."""
     token = tl.program_id(0)
-    head, lane = tl.arange(0, PADDED), tl.arange(0, WIDTH)
+    head, lane = tl.program_id(1) * PADDED + tl.arange(0, PADDED), tl.arange(0, WIDTH)
     real = head < HEADS
     place = (token.to(tl.int64) * HEADS + head)[:, None]
     rows = tl.load(q + place * WIDTH + lane[None, :], mask=real[:, None], other=0.0)
@@ -47,33 +59,21 @@ def _attend_kernel(
     position, owner = tl.load(positions + token), tl.load(owners + token)
     own = tl.load(windows + owner) + SIZE - 1 + position - tl.load(starts + owner)
     near = tl.minimum(position + 1, SIZE)
-    first, count = own, 0
+    tile = tl.arange(0, TILE)
+    for begin in tl.range(0, SIZE, TILE):
+        back = SIZE - 1 - begin - tile
+        key = tl.load(keys + (own - tl.minimum(tl.maximum(back, 0), near - 1))[:, None].to(tl.int64) * WIDTH + lane[None, :])
+        top, total, mixed = _attended(rows, key, (back >= 0) & (back < near), top, total, mixed, scale, TARGET)
     if FAR:
-        first, count = entries + tl.load(base + owner), tl.load(seen + token)
+        own, count = entries + tl.load(base + owner), tl.load(seen + token)
         if PICKS > 0:
             count = tl.minimum(count, PICKS)
-    for begin in tl.range(0, SIZE + count, TILE):
-        slot = begin + tl.arange(0, TILE)
-        back = SIZE - 1 - slot
-        live = (back >= 0) & (back < near)
-        at = own - tl.where(live, back, 0)
-        if FAR:
-            chosen = (slot >= SIZE) & (slot < SIZE + count)
+        for begin in tl.range(0, count, TILE):
+            entry = tl.minimum(begin + tile, count - 1)
             if PICKS > 0:
-                entry = tl.load(picks + token * PICKS + slot - SIZE, mask=chosen, other=0)
-            else:
-                entry = slot - SIZE
-            at = tl.where(chosen, first + entry, at)
-            live |= chosen
-        key = tl.load(keys + at.to(tl.int64)[:, None] * WIDTH + lane[None, :])
-        logits = dot(rows, tl.trans(key), tl.zeros((PADDED, TILE), tl.float32), TARGET)
-        logits = tl.where(live[None, :], logits * scale, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        weight = tl.exp2(logits - higher[:, None])
-        keep = tl.exp2(top - higher)
-        total = total * keep + tl.sum(weight, 1)
-        mixed = dot(to_bfloat16(weight, TARGET), key, mixed * keep[:, None], TARGET)
-        top = higher
+                entry = tl.load(picks + token * PICKS + entry)
+            key = tl.load(keys + (own + entry)[:, None].to(tl.int64) * WIDTH + lane[None, :])
+            top, total, mixed = _attended(rows, key, begin + tile < count, top, total, mixed, scale, TARGET)
     mixed = to_bfloat16(mixed / total[:, None], TARGET).to(tl.float32)
     even, odd = tl.split(mixed.reshape(PADDED, WIDTH // 2, 2))
     pair = tl.arange(0, WIDTH // 2) - (WIDTH - ROPE) // 2
@@ -103,11 +103,12 @@ def attend(
     sizes = (width, width // 128) if quantised else (width,)
     kinds = (torch.uint8, torch.uint8) if quantised else (torch.bfloat16,)
     made = tuple(torch.empty((tokens, heads * n), dtype=kind, device=q.device) for n, kind in zip(sizes, kinds, strict=True))
-    _attend_kernel[(tokens,)](
+    padded = min(MOST_HEADS, max(16, triton.next_power_of_2(heads)))
+    _attend_kernel[(tokens, triton.cdiv(heads, padded))](
         q, keys, call.rows.positions, call.rows.owner, call.start, call.window, base, seen, call.windows,
         call.start if picks is None else picks, sink, turn, made[0], made[0], made[-1],
         width**-0.5 * 1.4426950408889634,
-        HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), WIDTH=width, ROPE=2 * turn.shape[2],
+        HEADS=heads, PADDED=padded, WIDTH=width, ROPE=2 * turn.shape[2],
         SIZE=size, FAR=far, PICKS=0 if picks is None else picks.shape[1], QUANTISED=quantised,
         TILE=TILE, TARGET=target(), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

@@ -27,10 +27,10 @@ from pelagos.kernels.triton.formats import (
     to_bfloat16,
 )
 
-TILE = 128  # picks of a program
+TILE = 64  # picks of a program
 PICKS = 256  # picks a program of the sort
 ALIGN = 8  # places at which an expert's picks begin
-COLUMNS = 1024  # of the last kernel
+COLUMNS, GROUPS = 1024, 8  # of the kernels beside the products
 STAGES, WARPS = 3, 8
 
 # Four bytes of E2M1 pairs to E4M3: even columns first. A code's low three bits choose from eight bytes of a table.
@@ -186,14 +186,14 @@ def _product_kernel(
 ):  # fmt: skip
     """128 rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
 
-    Column n of the product belongs to the place at which a lane finds its scales next to each other.
+    Columns are ordered so that a lane finds four of its scales next to each other, and its neighbours' beside them.
     """
     tile = tl.program_id(1)
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     if first < end:
         expert = tl.load(tile_expert + tile).to(tl.int64)
         lane, column = tl.arange(0, 128), tl.arange(0, TILE)
-        place = first + column // 2 % 4 * (TILE // 4) + column // 8 * 2 + column % 2
+        place = first + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
         live = place < end
         if SHARED > 0:
             source = tl.load(order + place, mask=live, other=0) // SHARED
@@ -209,7 +209,8 @@ def _product_kernel(
         low = tl.load(base + expert * (OUTPUTS // 128) + tl.program_id(0)).to(tl.int32)
         total = tl.zeros((128, TILE), tl.float32)
         for k in tl.range(0, blocks):
-            factor = tl.permute(tl.load(factors + k * room).reshape(4, TILE // 8, 2), (1, 0, 2)).reshape(TILE)
+            factor = tl.load(factors + k * room).reshape(TILE // 16, 4, 2, 2)
+            factor = tl.permute(factor, (0, 2, 1, 3)).reshape(TILE)
             rows = _operand(tl.load(values + k * 128), TARGET)
             tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, WARPS, TARGET)
             total += dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
@@ -218,20 +219,24 @@ def _product_kernel(
 
 
 @triton.jit
-def _hidden_kernel(up, place_of, weights, hidden, hs, limit, room, INNER: tl.constexpr, TARGET: tl.constexpr):
-    """SwiGLU, routing weight and quantisation of 128 hidden columns of a pick, its columns turned."""
+def _hidden_kernel(
+    up, place_of, weights, hidden, hs, limit, room, INNER: tl.constexpr, GROUPS: tl.constexpr, TARGET: tl.constexpr
+):
+    """SwiGLU, routing weight and quantisation of GROUPS times 128 hidden columns of a pick, its columns turned."""
     pick = tl.program_id(0)
     place = tl.load(place_of + pick).to(tl.int64)
-    lane = tl.arange(0, 128)
-    column = tl.program_id(1) * 128 + _source(lane)
-    gate = tl.load(up + place * (2 * INNER) + column).to(tl.float32)
-    other = tl.load(up + place * (2 * INNER) + INNER + column).to(tl.float32)
+    group, lane = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, 128)
+    live = group < INNER // 128
+    column = group[:, None] * 128 + _source(lane)[None, :]
+    gate = tl.load(up + place * (2 * INNER) + column, mask=live[:, None], other=0.0).to(tl.float32)
+    other = tl.load(up + place * (2 * INNER) + INNER + column, mask=live[:, None], other=0.0).to(tl.float32)
     gate = tl.minimum(gate, limit)
     value = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(other, -limit), limit)
     value = to_bfloat16(value * tl.load(weights + pick), TARGET).to(tl.float32)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
-    tl.store(hidden + place * INNER + tl.program_id(1) * 128 + lane, e4m3_code(quantise_block(value, exponent)))
-    tl.store(hs + tl.program_id(1) * room + place, power_of_two(exponent))
+    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 1))
+    code = e4m3_code(quantise_block(value, exponent[:, None]))
+    tl.store(hidden + place * INNER + group[:, None] * 128 + lane[None, :], code, mask=live[:, None])
+    tl.store(hs + group * room + place, power_of_two(exponent), mask=live)
 
 
 @triton.jit
@@ -288,8 +293,8 @@ def forward(
         turned.view(kind), xs, order, *table, w13, s13.view(torch.int32), bases[0], up, room,
         SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, **options,
     )  # fmt: skip
-    _hidden_kernel[(picks, inner // 128)](
-        up, place_of, weights, hidden, hs, limit, room, INNER=inner, TARGET=made_for, num_warps=1
+    _hidden_kernel[(picks, triton.cdiv(inner, 128 * GROUPS))](
+        up, place_of, weights, hidden, hs, limit, room, INNER=inner, GROUPS=GROUPS, TARGET=made_for
     )
     _product_kernel[(width // 128, tiles)](
         hidden.view(kind), hs, order, *table, w2, s2.view(torch.int32), bases[1], down, room,

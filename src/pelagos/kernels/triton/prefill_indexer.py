@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
 
 KEYS = 128  # a tile
-CHUNK = 8192  # keys scored before a selection: 256 MiB of scores for 8192 queries
+CHUNK = 4096  # keys scored before a selection: 128 MiB of scores for 8192 queries
 STAGES, WARPS = 4, 4
 _LEAST = tl.constexpr(-(1 << 31))
 
@@ -77,7 +77,7 @@ def _select_kernel(
     place, rank = tl.arange(0, CHUNK), tl.arange(0, TOPK)
     total = tl.load(seen + row)
     # Order-preserving integers; what is not there is the least.
-    new = tl.load(scores + row * CHUNK + place, mask=low + place < total, other=0.0)
+    new = tl.load(scores + row * CHUNK + place)  # all of it, so that a lane's share is in one piece
     bits = tl.where(new == new, new + 0.0, -float("inf")).to(tl.int32, bitcast=True)
     bits = tl.where(low + place < total, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
     kept = tl.full((TOPK,), -1, tl.int32)
@@ -97,10 +97,11 @@ def _select_kernel(
     above, kept_above = bits > least, kept_bits > least
     tie, kept_tie = (bits == least) & (low + place < total), (kept_bits == least) & (kept >= 0)
     room = TOPK - tl.sum(above.to(tl.int32), 0) - tl.sum(kept_above.to(tl.int32), 0)
-    kept_ties = tl.cumsum(kept_tie.to(tl.int32), 0)
-    kept_chosen = kept_above | (kept_tie & (kept_ties <= room))
-    ties = tl.cumsum(tie.to(tl.int32), 0) + tl.sum(kept_tie.to(tl.int32), 0)
-    chosen = above | (tie & (ties <= room))
+    kept_ties = tl.sum(kept_tie.to(tl.int32), 0)
+    kept_chosen, chosen = kept_above | kept_tie, above | tie
+    if kept_ties + tl.sum(tie.to(tl.int32), 0) > room:
+        kept_chosen = kept_above | (kept_tie & (tl.cumsum(kept_tie.to(tl.int32), 0) <= room))
+        chosen = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) + kept_ties <= room))
     count = tl.sum(kept_chosen.to(tl.int32), 0)
     kept_at = tl.cumsum(kept_chosen.to(tl.int32), 0) - 1
     at = tl.cumsum(chosen.to(tl.int32), 0) - 1 + count

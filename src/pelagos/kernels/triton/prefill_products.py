@@ -108,6 +108,9 @@ def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors
     """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
     (outputs, depth), kinds = weight.shape, functional.ScalingType
     own, blocks, rows = outputs // groups, depth // 128, len(codes)
+    if scales is not None and depth % 512:  # the library takes no such scales; BF16 holds the values exactly
+        row_factors = scales.view(torch.float8_e8m0fnu).bfloat16().repeat_interleave(128, 1)
+        codes, scales = codes.view(torch.float8_e4m3fn).bfloat16() * row_factors, None
     wide = row_scales = codes
     if scales is None:
         x, wide = _filled(codes, LEAST_ROWS), torch.empty_like(weight, dtype=torch.bfloat16)
