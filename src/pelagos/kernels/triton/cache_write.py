@@ -77,20 +77,21 @@ def _pooled(
     lane = tl.arange(0, WIDTH)[None, :]
     top = tl.full((1, WIDTH), -1e30, tl.float32)
     total, out = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
-    for low in tl.range(0, count, SLOTS, num_stages=2):
+    for low in tl.range(0, count, SLOTS, num_stages=3 if count > SLOTS else 1):
         slot = low + tl.arange(0, SLOTS)
-        at = (position - (count - 1) + slot)[:, None]
+        at = position - (count - 1) + slot
+        new, real = at >= first, (at >= 0)[:, None]
         # The previous window gives its first channels, the current one its last.
-        column = (slot // RATIO * WIDTH)[:, None] + lane if SPAN > WIDTH else lane + slot[:, None] * 0
-        new, old = (at >= first) & (lane >= 0), (at >= 0) & (at < first) & (lane >= 0)
+        column = slot // RATIO * WIDTH if SPAN > WIDTH else slot * 0
         fresh = source + (row + at - position).to(tl.int64) * stride + column
-        ring = at % RING * SPAN + column
-        value = tl.load(fresh, mask=new, other=0.0) + tl.load(kv_ring + ring, mask=old, other=0.0)
-        score = tl.load(ape + at % RATIO * SPAN + column, mask=new, other=0.0)
-        score = tl.load(fresh + SPAN, mask=new, other=0.0) + score
-        score = tl.where(new | old, score + tl.load(score_ring + ring, mask=old, other=0.0), -1e30)
+        ring = tl.maximum(at, 0) % RING * SPAN + column
+        value = tl.load(tl.multiple_of(tl.where(new, fresh, kv_ring + ring), 8)[:, None] + lane, mask=real, other=0.0)
+        score = tl.load(tl.multiple_of(tl.where(new, fresh + SPAN, score_ring + ring), 8)[:, None] + lane,
+                        mask=real, other=0.0)  # fmt: skip
+        bias = (ape + tl.maximum(at, 0) % RATIO * SPAN + column)[:, None] + lane
+        score = tl.where(real, score + tl.load(bias, mask=new[:, None], other=0.0), -1e30)
         most = tl.maximum(top, tl.max(score, 0)[None, :])
-        keep, share = tl.exp(top - most), tl.where(new | old, tl.exp(score - most), 0.0)
+        keep, share = tl.exp(top - most), tl.where(real, tl.exp(score - most), 0.0)
         total = total * keep + tl.sum(share, 0)[None, :]
         out = out * keep + tl.sum(share * value, 0)[None, :]
         top = most

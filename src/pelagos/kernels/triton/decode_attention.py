@@ -3,7 +3,8 @@
 A chunk (128 window rows in order of position, then entries by index or rank) has a softmax of its own; chunks are
 folded one after another, 18 of them make a section, sections are folded in turn. Few rows: every chunk is a program and
 the combine folds them all. Many rows: a program folds a section in registers by the same steps. So how the work is cut
-changes no bit. FP8 becomes BF16 by two masks and one packed multiply.
+changes no bit. Operands are float16: it holds what codes, rope and queries hold to 2^-25, and weights more closely than
+bfloat16 would.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from torch import Tensor
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.triton.formats import (
-    bits_to_bfloat16,
     dot,
     e4m3_code,
     e4m3_to_float,
     fp8_scale_exponent,
     launch,
     let_next_start,
-    power_of_two,
     quantise_block,
     target,
     wait_for_inputs,
@@ -34,46 +33,53 @@ from pelagos.kernels.triton.query import rounded
 
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
-RUN = 6  # chunks of a section that the combine reads at once
+RUN = 18  # chunks of a section that the combine reads at once
 PROGRAMS = 600  # up to here every chunk is a program
 NOTHING = tl.constexpr(-1e30)  # the largest logit of no keys
 
-# Four E4M3 bytes and the scales of their columns to bfloat16: the bits of value * 2^-120, times scale * 2^120.
+# Four E4M3 bytes and the scales of their columns to float16.
 _WIDEN = tl.constexpr(
     """{
-    .reg .b32 p, q, a, b;
-    prmt.b32 p, $2, 0, 0x1404;
-    prmt.b32 q, $2, 0, 0x3424;
-    shr.u32 a, p, 4; and.b32 a, a, 0x07F007F0; lop3.b32 a, p, 0x80008000, a, 0xEA; mul.rn.bf16x2 $0, a, $3;
-    shr.u32 b, q, 4; and.b32 b, b, 0x07F007F0; lop3.b32 b, q, 0x80008000, b, 0xEA; mul.rn.bf16x2 $1, b, $4;
+    .reg .b16 p, q;
+    .reg .b32 a, b;
+    mov.b32 {p, q}, $2;
+    cvt.rn.f16x2.e4m3x2 a, p; mul.rn.f16x2 $0, a, $3;
+    cvt.rn.f16x2.e4m3x2 b, q; mul.rn.f16x2 $1, b, $4;
     }"""
 )
 
 
 @triton.jit
-def _wide(code, byte, TARGET: tl.constexpr):
-    """bfloat16 values of E4M3 codes times 2^(byte - 127), UE8M0 bytes of 7..134; exact."""
-    if TARGET == "ptx":
-        factor = bits_to_bfloat16((byte.to(tl.int32) + 120) << 7)
-        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r,r,r", [code, factor], dtype=tl.bfloat16, is_pure=True, pack=4)
-    return (e4m3_to_float(code) * power_of_two(byte)).to(tl.bfloat16)
+def _scales(scale, live, SCALES: tl.constexpr):
+    """float16 2^(byte - 127) (KEYS, SCALES) of UE8M0 bytes of 103..142 at pointers (KEYS,)."""
+    byte = tl.load(scale[:, None] + tl.arange(0, SCALES)[None, :], mask=live[:, None], other=127).to(tl.int32)
+    bits = tl.where(byte >= 113, (byte - 112) << 10, 1 << tl.maximum(byte - 103, 0))
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _keys(part, scale, live, B: tl.constexpr, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
-    """bfloat16 (KEYS, 128): columns from 128 B of rows at byte pointers part, scale (KEYS,); the last 64 are rope."""
-    keys: tl.constexpr = part.shape[0]
+def _codes(part, live, B: tl.constexpr, BLOCKS: tl.constexpr):
+    """E4M3 codes (KEYS, 128) of columns from 128 B; of the last block only the first 64 are."""
     lane = tl.arange(0, 128)[None, :]
     fp8 = live[:, None] & (lane < 64) if B == BLOCKS - 1 else live[:, None]
-    code = tl.load(part[:, None] + (B * 128 + lane), mask=fp8, other=0)
-    byte = tl.load(scale[:, None] + (B * 2 + tl.arange(0, 2)[None, :]), mask=live[:, None], other=127)
-    byte = tl.broadcast_to(byte[:, :, None], (keys, 2, 64)).reshape(keys, 128)
-    wide = _wide(code, byte, TARGET)
-    if B == BLOCKS - 1:
-        rope = (part + (BLOCKS * 128 - 64)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        rope = tl.load(tl.multiple_of(rope, 8)[:, None] + (lane - 64), mask=live[:, None] & (lane >= 64), other=0.0)
-        wide = tl.where(lane < 64, wide, rope)
-    return wide
+    return tl.load(part[:, None] + (B * 128 + lane), mask=fp8, other=0)
+
+
+@triton.jit
+def _rope(part, live, BLOCKS: tl.constexpr):
+    """bfloat16 (KEYS, 128) of which the last 64 are the rotated columns."""
+    lane = tl.arange(0, 128)[None, :]
+    rope = (part + (BLOCKS * 128 - 64)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    return tl.load(tl.multiple_of(rope, 8)[:, None] + (lane - 64), mask=live[:, None] & (lane >= 64), other=0.0)
+
+
+@triton.jit
+def _wide(code, scale, TARGET: tl.constexpr):
+    """float16 (KEYS, 128) values of codes; scale (KEYS, 2) is for 64 columns each."""
+    factor = tl.broadcast_to(scale[:, :, None], (code.shape[0], 2, 64)).reshape(code.shape[0], 128)
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r,r,r", [code, factor], dtype=tl.float16, is_pure=True, pack=4)
+    return (e4m3_to_float(code) * factor.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -83,9 +89,11 @@ def _fold(total, part, keep, join):
 
 
 @triton.jit
-def _mix(total, p, keys, keep, join, TARGET: tl.constexpr):
-    """Fold the product of a chunk's weights p (HEADS, KEYS) and keys (KEYS, 128) into a total."""
+def _mix(total, p, keys, keep, join, ONLY: tl.constexpr, TARGET: tl.constexpr):
+    """Fold the product of a chunk's weights p (HEADS, KEYS) and keys (KEYS, 128) into a total, or make it the total."""
     part = dot(p, keys, tl.zeros(total.shape, tl.float32), TARGET)
+    if ONLY:
+        return part
     return _fold(total, part, tl.broadcast_to(keep[:, None], total.shape), tl.broadcast_to(join[:, None], total.shape))
 
 
@@ -103,7 +111,7 @@ def _place(
     far = live & (rank >= 0)
     index = rank
     if PICKED > 0:
-        index = tl.load(picks + row * PICKED + rank, mask=far, other=0)
+        index = tl.load(picks + row * PICKED + rank, mask=(rank >= 0) & (rank < PICKED), other=0)
         live, far = live & (index >= 0), far & (index >= 0)
     index = tl.where(far, index, 0)
     page = tl.load(table + owner + index // PER_PAGE, mask=far, other=0).to(tl.int64) * page_bytes
@@ -175,13 +183,13 @@ def _attend_kernel(
         width: tl.constexpr = BLOCKS * 128
         row_bytes: tl.constexpr = width + 64
         own = q + (row * heads + head)[:, None] * width + lane[None, :]
-        q0 = tl.load(own, mask=real[:, None], other=0.0)
+        q0 = tl.load(own, mask=real[:, None], other=0.0).to(tl.float16)
         acc0 = tl.zeros((HEADS, 128), tl.float32)
         q1, q2, q3, acc1, acc2, acc3 = q0, q0, q0, acc0, acc0, acc0
         if BLOCKS == 4:
-            q1 = tl.load(own + 128, mask=real[:, None], other=0.0)
-            q2 = tl.load(own + 256, mask=real[:, None], other=0.0)
-            q3 = tl.load(own + 384, mask=real[:, None], other=0.0)
+            q1 = tl.load(own + 128, mask=real[:, None], other=0.0).to(tl.float16)
+            q2 = tl.load(own + 256, mask=real[:, None], other=0.0).to(tl.float16)
+            q3 = tl.load(own + 384, mask=real[:, None], other=0.0).to(tl.float16)
         top = tl.full((HEADS,), NOTHING, tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
         steps = end - begin
@@ -193,16 +201,28 @@ def _attend_kernel(
                 chunk, row, position, seen, pages, slots, picks, table, slot, owner, window_scale, entry_scale,
                 page_bytes, PICKED, WINDOW, RING, PER_PAGE, row_bytes, SCALES, KEYS,
             )  # fmt: skip
-            k0 = _keys(bits, factor, live, 0, BLOCKS, TARGET)
-            s = dot(q0, tl.trans(k0), tl.zeros((HEADS, KEYS), tl.float32), TARGET)
-            k1, k2, k3 = k0, k0, k0
+            # All that is read is asked for before the first of it is needed.
+            c0, c1, c2, c3 = _codes(bits, live, 0, BLOCKS), None, None, None
             if BLOCKS == 4:
-                k1 = _keys(bits, factor, live, 1, BLOCKS, TARGET)
-                k2 = _keys(bits, factor, live, 2, BLOCKS, TARGET)
-                k3 = _keys(bits, factor, live, 3, BLOCKS, TARGET)
+                c1, c2, c3 = _codes(bits, live, 1, 4), _codes(bits, live, 2, 4), _codes(bits, live, 3, 4)
+            rope, f0 = _rope(bits, live, BLOCKS).to(tl.float16), _scales(factor, live, SCALES)
+            near_rope = lane[None, :] < 64
+            if BLOCKS == 4:
+                f0, f2 = tl.split(tl.permute(f0.reshape(KEYS, 2, 2, 2), (0, 3, 2, 1)))
+                f0, f1 = tl.split(f0)
+                f2, f3 = tl.split(f2)
+                k0, k1, k2 = _wide(c0, f0, TARGET), _wide(c1, f1, TARGET), _wide(c2, f2, TARGET)
+                k3 = tl.where(near_rope, _wide(c3, f3, TARGET), rope)
+                s = dot(q0, tl.trans(k0), tl.zeros((HEADS, KEYS), tl.float32), TARGET)
                 s = dot(q1, tl.trans(k1), s, TARGET)
                 s = dot(q2, tl.trans(k2), s, TARGET)
                 s = dot(q3, tl.trans(k3), s, TARGET)
+            else:
+                f0, _ = tl.split(tl.permute(f0.reshape(KEYS, 4, 2), (0, 2, 1)).reshape(KEYS, 2, 2, 2))
+                f0, _ = tl.split(f0)
+                k0 = tl.where(near_rope, _wide(c0, f0, TARGET), rope)
+                k1, k2, k3 = k0, k0, k0
+                s = dot(q0, tl.trans(k0), tl.zeros((HEADS, KEYS), tl.float32), TARGET)
             s = tl.where(live[None, :], s * scale, NOTHING)
             own_top = tl.max(s, 1)
             p = tl.where(live[None, :], tl.exp2(s - own_top[:, None]), 0.0)
@@ -210,12 +230,12 @@ def _attend_kernel(
             keep, join = tl.exp2(top - most_top), tl.exp2(own_top - most_top)
             total = _fold(total, tl.sum(p, 1), keep, join)
             top = most_top
-            p = p.to(tl.bfloat16)
-            acc0 = _mix(acc0, p, k0, keep, join, TARGET)
+            p = p.to(tl.float16)
+            acc0 = _mix(acc0, p, k0, keep, join, EACH == 1, TARGET)
             if BLOCKS == 4:
-                acc1 = _mix(acc1, p, k1, keep, join, TARGET)
-                acc2 = _mix(acc2, p, k2, keep, join, TARGET)
-                acc3 = _mix(acc3, p, k3, keep, join, TARGET)
+                acc1 = _mix(acc1, p, k1, keep, join, EACH == 1, TARGET)
+                acc2 = _mix(acc2, p, k2, keep, join, EACH == 1, TARGET)
+                acc3 = _mix(acc3, p, k3, keep, join, EACH == 1, TARGET)
         if DONE:
             factor = _finish(top, total, tl.load(sink + head, mask=real, other=0.0) * 1.4426950408889634)[:, None]
             column, turned = (row * heads + head) * width, turn + row * 64
@@ -256,17 +276,20 @@ def _combine_kernel(
     top, total = tl.full((1,), NOTHING, tl.float32), tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, 128), tl.float32)
     for section in tl.range(0, SECTIONS):
-        if section * each < count:
+        if (SECTIONS == 1) | (section * each < count):
             own_top, own_total = tl.full((1,), NOTHING, tl.float32), tl.zeros((1,), tl.float32)
             own = tl.zeros((1, 128), tl.float32)
             for low in tl.range(0, each, RUN):
                 for i in tl.static_range(RUN):
                     part = section * each + low + i
-                    live = (low + i < each) & (part < count)
+                    there = (low + i < each) & (part < parts)  # the load does not wait for `count`
                     at = (row * parts + part).to(tl.int64) * heads + head
-                    part_top = tl.load(tops + at * 2 + tl.arange(0, 1), mask=live, other=NOTHING)
-                    part_total = tl.load(tops + at * 2 + 1 + tl.arange(0, 1), mask=live, other=0.0)
-                    values = tl.load(partial + (at * BLOCKS + block) * 128 + lane, mask=live, other=0.0)
+                    part_top = tl.load(tops + at * 2 + tl.arange(0, 1), mask=there, other=0.0)
+                    part_total = tl.load(tops + at * 2 + 1 + tl.arange(0, 1), mask=there, other=0.0)
+                    values = tl.load(partial + (at * BLOCKS + block) * 128 + lane, mask=there, other=0.0)
+                    live = there & (part < count)
+                    part_top = tl.where(live, part_top, NOTHING)
+                    part_total, values = tl.where(live, part_total, 0.0), tl.where(live, values, 0.0)
                     most_top = tl.maximum(own_top, part_top)
                     keep, join = tl.exp2(own_top - most_top), tl.exp2(part_top - most_top)
                     own_total = _fold(own_total, part_total, keep, join)
@@ -313,7 +336,7 @@ def forward(
         heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
         window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
         RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, **constants,
-        **launch(made_for, num_warps=8 if width > 128 else 4, enable_fp_fusion=False),
+        **launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1 if each == 1 else 3, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
         _combine_kernel[(width // 128, heads, tokens)](

@@ -16,6 +16,7 @@ from torch import Tensor
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.triton.formats import (
+    INTERPRETER,
     bits_to_bfloat16,
     dot,
     e2m1_pair,
@@ -37,18 +38,17 @@ LOWEST = tl.constexpr(-2147483648)
 @triton.jit
 def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
-    if BYTES % 64 != 0:
-        return x
-    x = x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2)
-    return tl.permute(x, (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+    if BYTES % 64 == 0:
+        x = tl.permute(x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2), (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+    return x
 
 
 @triton.jit
 def _source(column, BYTES: tl.constexpr):
     """Which byte `_turned` brings to a column."""
-    if BYTES % 64 != 0:
-        return column
-    return column % 2 + column // 8 % 2 * 2 + column // 16 % 4 * 4 + column // 2 % 4 * 16 + column // 64 * 64
+    if BYTES % 64 == 0:
+        column = column % 2 + column // 8 % 2 * 2 + column // 16 % 4 * 4 + column // 2 % 4 * 16 + column // 64 * 64
+    return column
 
 
 @triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
@@ -56,7 +56,8 @@ def _score_kernel(
     index_q, head_weights, positions, owners, table, pages, scores, bounds,
     table_stride, page_bytes, scale_at, each, longest, groups,
     RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, TARGET: tl.constexpr,
+    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Scores of `each` tiles of a row's keys, and the largest of every GROUP."""
     let_next_start(TARGET)
@@ -73,9 +74,11 @@ def _score_kernel(
         q_even, q_odd = bits_to_bfloat16(words & 0xFFFF), bits_to_bfloat16((words >> 16) & 0xFFFF)
         weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
         pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
-        stop = tl.minimum(first + each * KEYS, seen)
-        while first < stop:
-            key = first + tl.arange(0, KEYS)
+        steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
+        if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
+            steps = MOST
+        for step in tl.range(0, steps):
+            key = first + step * KEYS + tl.arange(0, KEYS)
             live = key < seen
             page = tl.load(pages_of + key // PER_PAGE, mask=live, other=0).to(tl.int64) * page_bytes
             part = tl.multiple_of(pages + page + key % PER_PAGE * half, 8)
@@ -96,19 +99,28 @@ def _score_kernel(
             order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
             order = tl.where(live, order, LOWEST)
             tl.store(scores + row.to(tl.int64) * longest + key, order, mask=live)
-            group = first // GROUP + tl.arange(0, KEYS // GROUP)
-            tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1), mask=group < groups)
-            first += KEYS
+            group = (first + step * KEYS) // GROUP + tl.arange(0, KEYS // GROUP)
+            tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1),
+                     mask=(group < groups) & (group * GROUP < seen))  # fmt: skip
 
 
 @triton.jit
-def _reached(values, count, TO: tl.constexpr):
-    """The largest integer, down to bit TO, that at least `count` of the values reach."""
-    bound = tl.where(tl.sum((values >= 0).to(tl.int32), 0) >= count, 0, LOWEST)
-    for i in range(31 - TO):
-        higher = bound + (1 << (30 - i))
-        bound = tl.where(tl.sum((values >= higher).to(tl.int32), 0) >= count, higher, bound)
-    return bound
+def _reached(values, count, slack, TO: tl.constexpr):
+    """A bound that at least `count` of the values reach, and how many do.
+
+    It is the largest there is, to its bits above TO, unless before that no more than count + slack reach a lower one.
+    """
+    total: tl.constexpr = values.shape[0]
+    reach = tl.sum((values >= 0).to(tl.int32), 0)
+    bound = tl.where(reach >= count, 0, LOWEST)
+    reach = tl.where(reach >= count, reach, total)
+    bit = reach * 0 + 30
+    while (bit >= TO) & (reach > count + slack):
+        higher = bound + (1 << bit)
+        more = tl.sum((values >= higher).to(tl.int32), 0)
+        bound, reach = tl.where(more >= count, higher, bound), tl.where(more >= count, more, reach)
+        bit -= 1
+    return bound, reach
 
 
 @triton.jit
@@ -136,9 +148,13 @@ def _keep(values, index, live, bound, room, done, picks):
 @triton.jit
 def _choose(values, index, live, TOPK: tl.constexpr, picks):
     """Store the indices of the TOPK largest values, which come in ascending order of index."""
-    bound = _reached(values, TOPK, 0)
-    room = TOPK - tl.sum((live & (values > bound)).to(tl.int32), 0)
-    _keep(values, index, live, bound, room, 0, picks)
+    bound, reach = _reached(values, TOPK, 0, 0)
+    if reach == TOPK:
+        place = tl.cumsum((values >= bound).to(tl.int32), 0) - 1
+        tl.store(picks + place, index, mask=values >= bound)
+    else:  # some are equal
+        room = TOPK - tl.sum((values > bound).to(tl.int32), 0)
+        _keep(values, index, live, bound, room, 0, picks)
 
 
 @triton.jit(do_not_specialize=["longest", "groups", "chunks"])
@@ -162,7 +178,7 @@ def _select_kernel(
     elif chunk * CHUNK < seen:
         group = tl.arange(0, GROUPS)
         highest = tl.load(bounds + row * groups + group, mask=group < (seen + GROUP - 1) // GROUP, other=LOWEST)
-        least = _reached(highest, TOPK, 16)
+        least, _ = _reached(highest, TOPK, TOPK // 4, 8)
         near = chunk * CHUNK + tl.arange(0, CHUNK)
         chosen = (tl.load(own + near, mask=near < seen, other=LOWEST) >= least) & (near < seen)
         count = chosen.to(tl.int32)
@@ -222,7 +238,8 @@ def score(
         index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
         rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
         RATIO=place.ratio, TOPK=layout.config.index_topk, PER_PAGE=section.rows, WIDTH=width, HEADS=heads,
-        PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group, TARGET=made_for,
+        PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
+        MOST=each if made_for == INTERPRETER else 0, TARGET=made_for,
         **launch(made_for, num_warps=4),
     )  # fmt: skip
     return scores, bounds
