@@ -32,13 +32,7 @@ def run(settings: Settings) -> None:
     SIGTERM or SIGINT lets running answers finish for `drain_s` seconds; a second one ends at once. Raises ConfigError
     when the address is taken, wrong, or open to others without keys, and whatever loading the model raises.
     """
-    listener, keys = _bind(settings.host, settings.port), KeyFile(settings.keys_file)
-    if not (is_loopback(listener.getsockname()[0]) or settings.allow_open or keys.read()):
-        listener.close()
-        raise ConfigError(
-            f"--host {settings.host} can be reached by others and {keys.path} holds no keys: make one with "
-            "`pelagos keys add NAME`, or let everybody in with --allow-open"
-        )
+    listener, keys = listen(settings)
     app = App(lambda: load_llm(settings), settings=settings, keys=keys)
     server = Server(app)
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{listener.getsockname()[1]}"
@@ -54,6 +48,18 @@ def run(settings: Settings) -> None:
         server.run(sockets=[listener])
     if app.loading.done() and not app.loading.cancelled():
         app.loading.result()
+
+
+def listen(settings: Settings) -> tuple[socket.socket, KeyFile]:
+    """Return a socket that listens where the settings say, and the keys; raises ConfigError as `run` does."""
+    listener, keys = _bind(settings.host, settings.port), KeyFile(settings.keys_file)
+    if not (is_loopback(listener.getsockname()[0]) or settings.allow_open or keys.read()):
+        listener.close()
+        raise ConfigError(
+            f"--host {settings.host} can be reached by others and {keys.path} holds no keys: make one with "
+            "`pelagos keys add NAME`, or let everybody in with --allow-open"
+        )
+    return listener, keys
 
 
 def load_llm(settings: Settings) -> LLM:
