@@ -18,12 +18,15 @@ from pelagos.kernels.rows import LayerRows
 
 
 def test_layers_are_cut_from_the_end() -> None:
-    config = cut_config("flash", 39)
+    config = cut_config("flash", "39")
     assert config.layer_ratios == preset("flash").layer_ratios[:39]
     assert config.num_nextn_predict_layers == 0
-    assert cut_config("flash", 2).num_hash_layers == 2
-    with pytest.raises(ConfigError, match="flash has 43"):
-        cut_config("flash", 44)
+    assert cut_config("flash", "2").num_hash_layers == 2
+    assert cut_config("pro", "2:6").layer_ratios == (4, 128, 4, 128)
+    assert cut_config("pro", "2:6").num_hash_layers == 1
+    for wrong in ("44", "3:3", "x"):
+        with pytest.raises(ConfigError, match="flash has 43"):
+            cut_config("flash", wrong)
 
 
 def test_floor_of_a_step_is_that_of_the_spec() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,20 +36,22 @@ _CHUNK = 512  # units of a pool filled at once
 _SCALE_BYTE = 120  # of random cache rows: values around 1
 
 
-def cut_config(shape: str, layers: int | None) -> ModelConfig:
-    """Return a preset without its draft layer, cut to its first `layers` layers."""
+def cut_config(shape: str, layers: str | None) -> ModelConfig:
+    """Return a preset without its draft layer, cut to its first N layers ("39") or to layers A to B - 1 ("2:6")."""
     config = preset(shape)
-    layers = config.num_hidden_layers if layers is None else layers
-    if not 1 <= layers <= config.num_hidden_layers:
-        raise ConfigError(f"layers={layers}: {shape} has {config.num_hidden_layers}")
+    most = config.num_hidden_layers
+    found = re.fullmatch(r"(?:(\d{1,4}):)?(\d{1,4})", layers or str(most))
+    begin, end = (int(found[1] or 0), int(found[2])) if found else (0, 0)
+    if not begin < end <= most:
+        raise ConfigError(f"layers={layers}: {shape} has {most}, expected such as 4 or 2:6")
     return dataclasses.replace(
-        config, num_hidden_layers=layers, compress_ratios=config.compress_ratios[:layers], num_nextn_predict_layers=0,
-        num_hash_layers=min(layers, config.num_hash_layers),
+        config, num_hidden_layers=end - begin, compress_ratios=config.compress_ratios[begin:end],
+        num_nextn_predict_layers=0, num_hash_layers=max(0, min(end, config.num_hash_layers) - begin),
     )  # fmt: skip
 
 
 def decode_rows(
-    shape: str, *, layers: int | None, contexts: Sequence[int], batches: Sequence[int]
+    shape: str, *, layers: str | None, contexts: Sequence[int], batches: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Yield the ceilings, then one row a context and batch; a plan that does not fit says so in its row.
 
@@ -57,13 +60,13 @@ def decode_rows(
     yield from _rows("decode", shape, layers, [(context, batch) for context in contexts for batch in batches], _decode)
 
 
-def prefill_rows(shape: str, *, layers: int | None, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
+def prefill_rows(shape: str, *, layers: str | None, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield the ceilings, then one row a context; the rest as `decode_rows`."""
     yield from _rows("prefill", shape, layers, [(context, 1) for context in contexts], _prefill)
 
 
 def _rows(
-    bench: str, shape: str, layers: int | None, cases: Sequence[tuple[int, int]], measure: Measure
+    bench: str, shape: str, layers: str | None, cases: Sequence[tuple[int, int]], measure: Measure
 ) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available():
         raise KernelUnavailable(f"bench {bench}: no CUDA device here; a model is only timed where it runs")
