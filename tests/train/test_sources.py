@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -13,11 +14,13 @@ from typer.testing import CliRunner
 
 from pelagos.chat import Tokenizer
 from pelagos.cli import typer_app
-from pelagos.config import bundled_model_dir
+from pelagos.config import bundled_model_dir, nano
 from pelagos.errors import DataError, MissingDependency
 from pelagos.train.corpus import Document
 from pelagos.train.data import PackedBatches, ShardWriter, read_shard, write_meta
+from pelagos.train.recipe import TrainConfig
 from pelagos.train.sources import Duplicates, paths_of, read_documents, tokenise
+from pelagos.train.trainer import Trainer
 
 NANO = bundled_model_dir("nano")
 
@@ -118,6 +121,11 @@ def test_command_counts_and_its_shards_are_read(texts, tmp_path):
     assert (shard.kinds == 2).any()
     first = shard.tokens[: shard.offsets[1]] & 0x7FFF
     assert Tokenizer.load(str(NANO)).decode([int(t) for t in first[1:-1]]) == passage(0)
+    config = dataclasses.replace(nano(), num_hidden_layers=1, n_routed_experts=4)
+    run = TrainConfig(steps=1, batch_rows=1, row_tokens=128, quantise_from=1, repeats={"code": 0})
+    trainer = Trainer(config, run, data=out, out=tmp_path / "run", device="cpu", tokenizer=NANO)
+    assert trainer.scored == ["prose", "code"]
+    assert trainer.batches._repeats.tolist() == [float(kind == 0) for kind in shard.kinds]  # own kinds count once
     batch = PackedBatches(shard, batch_rows=2, row_tokens=256, repeats={"prose": 1, "fim": 1}, seed=0).next()
     assert batch.ids.shape == (2, 256)
 

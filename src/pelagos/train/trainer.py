@@ -24,7 +24,7 @@ from pelagos.load import load_model, save_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import LOSSLESS_BINADES
 from pelagos.train import lora
-from pelagos.train.data import IGNORE, SPLITS, Batch, PackedBatches, Shard, read_shard, sha256_of
+from pelagos.train.data import IGNORE, KINDS, SPLITS, Batch, PackedBatches, Shard, read_shard, sha256_of
 from pelagos.train.forward import Forward
 from pelagos.train.guard import Ahead, SpikeDetector, routed, routers
 from pelagos.train.init import initialise
@@ -114,7 +114,8 @@ class Trainer:
         config, size = self.config, self.config.lengths[stage][1]
         rows = config.batch_rows * config.row_tokens // size
         layout = {"batch_rows": rows, "row_tokens": size, "seed": config.seed + 1000 * stage}
-        return PackedBatches(self.shard, repeats=config.repeats, **layout)
+        own = dict.fromkeys((k for k in self.shard.meta["kinds"] if k not in KINDS), 1.0)
+        return PackedBatches(self.shard, repeats=own | dict(config.repeats), **layout)
 
     def _fetch(self, step: int) -> list[Batch]:
         stage = self.config.length_stage(step)
