@@ -49,9 +49,7 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument(
             "--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes"
         )
-        command.add_argument(
-            "--layers", type=int, metavar="N", help="the first N layers (default: all; 39 of flash fit)"
-        )
+        command.add_argument("--layers", help="the first N layers, or A:B (default: all; 39 of flash fit)")
         command.add_argument("--context", default="8K,1M", help="positions, the measured ones among them")
         command.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     about = "A roofline chart of result files, as PNG; needs matplotlib."
