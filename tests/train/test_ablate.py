@@ -26,7 +26,7 @@ def study(name, data, out, **changes):
     return ablate.ablate(name, small_config(), run_config(log_every=1, **changes), data=data, out=out, device="cpu")
 
 
-QUICK = ("attention", "precision")
+QUICK = ("precision",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ablate.STUDIES])

@@ -211,7 +211,7 @@ def test_killed_run_resumes_bitwise(data, tmp_path, capsys):
     sets = [part for setting in settings for part in ("--set", setting)]
 
     def command(out):
-        fixed = ["--model", "tiny", "--data", str(data), "--out", str(out), "--steps", "8", "--device", "cpu", *sets]
+        fixed = ["--model", "tiny", "--data", str(data), "--out", str(out), "--steps", "6", "--device", "cpu", *sets]
         return ["train", *fixed]
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}

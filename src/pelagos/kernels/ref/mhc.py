@@ -9,7 +9,7 @@ from pelagos.kernels.ref import hyper_connection as hc
 
 # (tokens, width): tiles of 16 and 32 tokens and their edges, one and more blocks of channels.
 CASES = ((1, 64), (15, 64), (33, 128), (64, 192), (70, 256), (300, 512), (1025, 768), (4096, 1024))
-SMALL = 4  # of CASES, from the front, that an interpreter can run
+SMALL = 3  # of CASES, from the front, that an interpreter can run
 OPTIONS = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 # (lengths of the samples of a row, padding last; heads, width, window, ratio, picks or 0 for every visible entry).
 CASES = (
-    ((40, 24), 4, 16, 16, 4, 0), ((64,), 8, 32, 16, 8, 0), ((48, 16), 4, 16, 8, 4, 3), ((33, 31), 2, 64, 31, 0, 0),
+    ((20, 12), 4, 16, 8, 4, 0), ((32,), 4, 16, 8, 8, 0), ((24, 8), 4, 16, 8, 4, 3), ((17, 15), 2, 32, 31, 0, 0),
     ((1024, 512, 512), 8, 128, 128, 128, 0), ((1536, 512), 8, 128, 128, 4, 128), ((2048,), 16, 64, 128, 4, 0),
 )  # fmt: skip
 SMALL = 4  # of CASES, from the front, that an interpreter can run
