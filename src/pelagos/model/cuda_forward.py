@@ -356,4 +356,4 @@ def prompt_bytes(layout: CacheLayout, tokens: int) -> int:
     """Bound of what a prompt call of so many tokens takes for a moment: queries, streams, picks, index scores."""
     c = layout.config
     picks = c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size)
-    return tokens * (8 * c.num_attention_heads * c.head_dim + 6 * picks + 16 * c.hc_mult * c.hidden_size) + (1 << 30)
+    return tokens * (8 * c.num_attention_heads * c.head_dim + 3 * picks + 8 * c.hc_mult * c.hidden_size) + (1 << 30)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, prefill_products, query
+from pelagos.kernels import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, query
 from pelagos.kernels.cache_write import widths
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.prefill_products import factors, product, quantise, swiglu, wide_product
 from pelagos.kernels.ref.experts import route
 from pelagos.kernels.site import site
 from pelagos.model.attention import CSA_RATIO, frequencies
-from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
+from pelagos.model.cuda_weights import LayerWeights, SiteWeights, Weights
 
 SITE_ROWS = 129  # least rows of a site's call: with fewer it adds in another order
 
@@ -74,7 +74,7 @@ class Prefill:
         )  # fmt: skip
         rows = torch.cat((wanted, kept))
         last = self._site(tuple(None if each is None else each[rows] for each in state), weights.head_site)
-        return wide_product(last[3][: len(wanted)], weights.head), last[0][len(wanted) :]
+        return wide_product(last[3][: len(wanted)], weights.head, 64), last[0][len(wanted) :]
 
     def _site(self, state: tuple[Tensor | None, ...], weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config

@@ -12,7 +12,9 @@ from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, fp8_scale_e
 from pelagos.kernels.triton.query import rounded
 
 COLUMNS = 1024
-LEAST_ROWS = 512  # of a BF16 product: with less than 256 the library adds in another order
+# Of BF16 products, in which the library's order of adding can depend on the number of rows: large weights keep it from
+# LEAST_ROWS on (seen on an H200 from 256 to 8,192), for others every call has CALL_ROWS.
+LEAST_ROWS, CALL_ROWS, STEADY_WEIGHT = 512, 2048, 1 << 22
 
 
 @triton.jit
@@ -93,48 +95,51 @@ def _widen_kernel(codes, factors, out, DEPTH: tl.constexpr, COLUMNS: tl.constexp
     tl.store(out + place, value.to(tl.bfloat16), mask=live)
 
 
-def _filled(x: Tensor, least: int) -> Tensor:
-    """x with rows of zeros after it, up to a multiple of 4 and `least`."""
-    missing = max(least, len(x) + -len(x) % 4) - len(x)
-    return functional.pad(x, (0, 0, 0, missing)) if missing else x
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros after it, up to so many."""
+    missing = rows - len(x)
+    return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+def wide_product(x: Tensor, weight: Tensor, call_rows: int) -> Tensor:
     """Return (T, O) float32 as `kernels.prefill_products.wide_product` does."""
-    return torch.mm(_filled(x, LEAST_ROWS), weight.t(), out_dtype=torch.float32)[: len(x)]
+    parts = [torch.mm(_filled(part, call_rows), weight.t(), out_dtype=torch.float32) for part in x.split(call_rows)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x)]
+
+
+def _wide(x: Tensor, weight: Tensor, factors: Tensor, groups: int) -> Tensor:
+    """The product of BF16 rows with decoded weights."""
+    (outputs, depth), rows = weight.shape, len(x)
+    wide = torch.empty_like(weight, dtype=torch.bfloat16)
+    _widen_kernel[(outputs, triton.cdiv(depth, COLUMNS))](weight, factors, wide, DEPTH=depth, COLUMNS=COLUMNS)
+    own = outputs // groups
+    step = max(LEAST_ROWS, rows) if own * depth >= STEADY_WEIGHT else CALL_ROWS
+    out = torch.empty((rows + -rows % step, outputs), dtype=torch.bfloat16, device=x.device)
+    for begin in range(0, rows, step):
+        part = _filled(x[begin : begin + step], step)
+        for g in range(groups):
+            some = slice(g * own, (g + 1) * own)
+            torch.mm(part[:, g * depth : (g + 1) * depth], wide[some].t(), out=out[begin : begin + step, some])
+    return out[:rows]
 
 
 def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
     """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
-    (outputs, depth), kinds = weight.shape, functional.ScalingType
-    own, blocks, rows = outputs // groups, depth // 128, len(codes)
+    (outputs, depth), rows = weight.shape, len(codes)
     if scales is not None and depth % 512:  # the library takes no such scales; BF16 holds the values exactly
         row_factors = scales.view(torch.float8_e8m0fnu).bfloat16().repeat_interleave(128, 1)
         codes, scales = codes.view(torch.float8_e4m3fn).bfloat16() * row_factors, None
-    wide = row_scales = codes
     if scales is None:
-        x, wide = _filled(codes, LEAST_ROWS), torch.empty_like(weight, dtype=torch.bfloat16)
-        _widen_kernel[(outputs, triton.cdiv(depth, COLUMNS))](weight, weight_factors, wide, DEPTH=depth, COLUMNS=COLUMNS)
-    else:
-        x = _filled(codes, 4).view(torch.float8_e4m3fn)
-        row_scales = scale_factors(scales, len(x))
-    out = torch.empty((len(x), outputs), dtype=torch.bfloat16, device=codes.device) if groups > 1 else x
-    for g in range(groups):
-        some, inner = slice(g * own, (g + 1) * own), slice(g * depth, (g + 1) * depth)
-        if scales is None and groups > 1:
-            torch.mm(x[:, inner], wide[some].t(), out=out[:, some])
-            continue
-        if scales is None:
-            found = torch.mm(x, wide.t())
-        else:
-            found = functional.scaled_mm(
-                x[:, inner], weight[some].view(torch.float8_e4m3fn).t(),
-                row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
-                weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
-                output_dtype=torch.bfloat16,
-            )  # fmt: skip
-        if groups == 1:
-            out = found
-        else:
-            out[:, some] = found
-    return out[:rows]
+        return _wide(codes, weight, weight_factors, groups)
+    x, kinds = _filled(codes, rows + -rows % 4).view(torch.float8_e4m3fn), functional.ScalingType
+    row_scales, own, blocks = scale_factors(scales, len(x)), outputs // groups, depth // 128
+    parts = [
+        functional.scaled_mm(
+            x[:, g * depth : (g + 1) * depth], weight[g * own : (g + 1) * own].view(torch.float8_e4m3fn).t(),
+            row_scales[g * blocks : (g + 1) * blocks].t(), kinds.BlockWise1x128,
+            weight_factors[g * own // 128 : (g + 1) * own // 128].t(), kinds.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )
+        for g in range(groups)
+    ]  # fmt: skip
+    return (parts[0] if groups == 1 else torch.cat(parts, 1))[:rows]
