@@ -2,8 +2,9 @@
 
 `python -m benchmarks.training kernels` times the hyper-connection site and the attention of training, forward and
 backward, in GB/s and as a share of the measured copy rate. `python -m benchmarks.training steps --size S` times whole
-steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. One JSON object
-a line on stdout, a table on stderr.
+steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. `all` runs the
+device tests and everything (about 15 minutes, most of it compilation). One JSON object a line on stdout, a table on
+stderr.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,9 +152,22 @@ def steps(size: str, *, compiled: bool, precision: str, rows: int, accumulate: i
     })  # fmt: skip
 
 
+def everything() -> None:
+    """Device tests of the training kernels, their figures, then S and M: first eager, then compiled, beside plain."""
+    tests = [f"tests/kernels/test_{name}.py" for name in ("mhc", "training_attention", "fp8_product", "sinkhorn")]
+    runs = [["-m", "pytest", "-q", "-m", "gpu", *tests], ["-m", "benchmarks.training", "kernels"]]
+    for size, rows in (("S", 32), ("M", 16)):
+        shape = ["--size", size, "--rows", str(rows), "--accumulate", str(256 // rows)]
+        variants = ([], ["--compile"], ["--compile", "--plain"], ["--compile", "--sparse"], ["--precision", "fp8"])
+        runs += [["-m", "benchmarks.training", "steps", *shape, *more] for more in variants]
+    for run in runs:
+        print("$ python", *run, file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, *run], check=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kernels", "steps"))
+    parser.add_argument("what", choices=("kernels", "steps", "all"))
     parser.add_argument("--tokens", type=int, default=32768, help="of the kernels' inputs")
     parser.add_argument("--size", choices=tuple(SIZES), default="S")
     parser.add_argument("--rows", type=int, default=16, help="rows of 2,048 tokens a micro-batch")
@@ -163,7 +178,9 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.training: no CUDA device here; speed is only measured where it is used")
-    if args.what == "kernels":
+    if args.what == "all":
+        everything()
+    elif args.what == "kernels":
         kernels(args.tokens)
     else:
         shape = {"rows": args.rows, "accumulate": args.accumulate, "sparse": args.sparse, "plain": args.plain}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from triton_cases import error, run
@@ -22,6 +24,46 @@ for case in ref.CASES[: ref.SMALL]:
     inputs = ref.make_inputs(*case, dtype=torch.float32, batch=1 if case[5] == 0 else 2)
     off = worst(through(inputs, kernels=True), through(inputs, kernels=False))
     assert off[0] < 2e-5, (case, off)
+print("compared")
+"""
+
+WHOLE = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, ROOT)
+from tests.model.test_transformers_parity import randomise
+from tests.train.small import packed, small_config
+from pelagos.kernels import mhc, training_attention
+from pelagos.model import Transformer
+from pelagos.train import forward
+from pelagos.train.objective import LossWeights, losses
+
+def site(pending, streams, fn=None, base=None, scale=None, *, iters=0, eps=0.0, norm_eps=0.0, ordered=False):
+    lead, (count, width) = streams.shape[:-2], streams.shape[-2:]
+    shapes = ((width,), (4,), (4, 4))
+    before = [None] * 3 if pending is None else [t.reshape(-1, *s) for t, s in zip(pending, shapes)]
+    found = mhc.Site.apply(*before, streams.reshape(-1, 4, width), fn, base, scale, iters, eps, norm_eps)
+    return [t.view(*lead, *t.shape[1:]) if len(t) else t for t in found]
+
+def attend(q, rows, entries, sink, picks, starts, ends, *, window, ratio):
+    return training_attention.Attend.apply(q, rows, entries, sink, picks, starts, ends, window, ratio)
+
+model, plain = Transformer(small_config()), (forward.mhc.site, forward.mhc.leave, forward._attend)
+randomise(model, 5)
+for dense in (True, False):
+    found = []
+    for kernels in (False, True):
+        model.zero_grad()
+        mhc.site, mhc.leave, forward._attend = plain
+        if kernels:
+            mhc.site, mhc.leave = site, lambda pending, streams: site(pending, streams)[0]
+            forward._attend = lambda op, block, norm, x, step, cache, notes, bounds: forward.attention(
+                block.attn, norm(x), step, cache, notes, bounds, attend)
+        losses(model, *packed([[100]], 128), LossWeights(), dense=dense).total.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    worst = max((float((found[1][n] - g).norm() / (g.norm() + 1e-5)), n) for n, g in found[0].items())
+    assert worst[0] < 1e-4, (dense, worst)
 print("compared")
 """
 
@@ -161,6 +203,13 @@ def test_training_kernels_compile_for_hopper(tmp_path):
     (tmp_path / "script.py").write_text(COMPILE)
     script = f"import runpy; runpy.run_path({str(tmp_path / 'script.py')!r})"
     assert run(script, interpret=False) == "compiled 17\n"
+
+
+@pytest.mark.slow
+def test_a_whole_step_through_the_kernels():
+    """Every parameter's gradient of a packed step, dense and sparse: interpreted kernels against the reference."""
+    root = str(Path(__file__).resolve().parents[2])
+    assert run(WHOLE.replace("ROOT", repr(root)), interpret=True) == "compared\n"
 
 
 @pytest.mark.gpu
