@@ -17,6 +17,7 @@ from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_
 from pelagos.checkpoint.write import SHARD_BYTES
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.model import Transformer
+from pelagos.model.cuda_weights import Weights
 
 _LISTED = 5  # names an error lists before it only counts
 _log = logging.getLogger(__name__)
@@ -53,6 +54,19 @@ def load_model(
             targets[name].copy_(values)
             model.set_format(name, stored)
     return model.eval()
+
+
+def load_weights(path_or_name: str | Path, device: torch.device | str) -> Weights:
+    """Load a checkpoint into the merged weights of the captured step, packed as released; one tensor at a time.
+
+    Raises as `load_model`, and CheckpointError for values that the released formats do not hold.
+    """
+    target = usable_device(device)
+    checkpoint = open_checkpoint(resolve_model(path_or_name))
+    left_out = _left_out(checkpoint)
+    config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=int(checkpoint.draft == "mtp"))
+    names = [name for name in checkpoint.tensors if name not in left_out]
+    return Weights(config, target).fill((name, values) for name, values, _ in checkpoint.stream(names))
 
 
 def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD_BYTES, exact: bool = False) -> None:

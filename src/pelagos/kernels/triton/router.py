@@ -15,7 +15,6 @@ from pelagos.kernels.batch_rows import Routed
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
 from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, plane_block
 from pelagos.kernels.triton.skinny_gemm import (
-    STAGES,
     bf16_tile,
     fp8_tile,
     parts_of,
@@ -24,6 +23,7 @@ from pelagos.kernels.triton.skinny_gemm import (
 )
 
 TALL = 64  # outputs a program
+STAGES = 4  # of the pipeline
 GATE_TILES, SHARED_TILES = 32, 256  # programs of the router's and of the shared expert's product
 
 

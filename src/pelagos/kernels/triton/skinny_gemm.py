@@ -247,7 +247,7 @@ def forward(
     # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
     options = launch(made_for, num_stages=STAGES)
     if quantise and made_for == PTX:
-        options |= {"launch_pdl": False, "maxnreg": 128}  # four programs a multiprocessor
+        options["launch_pdl"] = False
     _plain_kernel[(outputs // tall, parts, groups)](
         codes, codes if scales is None else scales, weight, weight_scales, out, out_scales, partial, arrived, rows,
         outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, TALL=tall,
