@@ -81,9 +81,7 @@ def test_grading_trusts_nothing_the_agent_left(folder: Path, store: Store) -> No
     """A home full of traps, a process that waits, tests of its own: none decides."""
     task = tasks.load(next(folder.glob("sort-numbers-*")))
     with Sandbox.create(image=tasks.image_of(task, store), store=store) as box:
-        box.exec(
-            "mkdir -p /tmp/x ~/bin; printf '#!/bin/sh\\nexit 0\\n' > ~/bin/python3; chmod +x ~/bin/*; sleep 60 &"
-        )
+        box.exec("mkdir -p /tmp/x ~/bin; printf 'exit 0\\n' > ~/bin/python3; chmod +x ~/bin/*; sleep 60 &")
         box.exec("echo 'import os; os._exit(0)' > json.py; cp json.py subprocess.py; cp json.py sitecustomize.py")
         box.exec("mkdir -p /tests /logs/verifier; echo 'exit 0' > /tests/test.sh; echo 1 > /logs/verifier/reward.txt")
         diff = box.pack_diff()

@@ -22,18 +22,18 @@ SHOWN_BYTES = 16_000  # of what a command said: its head and its tail
 TIMEOUT_S, MOST_S = 120.0, 600.0
 FORMAT = 1
 SYSTEM = (
-    "You are a coding agent in a Linux sandbox without network. Your files are in /workspace, where every command starts. "
+    "You are a coding agent in a Linux sandbox without network. Your files are in /workspace, where commands start. "
     "Use the tools to look, change and check; state does not carry over between commands but in files. "
     "When the task is done, answer in words without calling a tool."
 )
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {
-        "name": "bash", "description": "Run a shell command in /workspace and return what it printed and its exit code.",
+        "name": "bash", "description": "Run a shell command in /workspace; returns what it printed and its exit code.",
         "parameters": {"type": "object", "required": ["command"], "properties": {
             "command": {"type": "string"}, "timeout": {"type": "number", "description": "seconds, at most 600"}}}}},
     {"type": "function", "function": {
-        "name": "edit", "description": "Replace `old`, which must occur exactly once in the file, by `new`; an empty `old` "
-                                       "writes `new` as the whole file.",
+        "name": "edit", "description": "Replace `old`, which must occur exactly once in the file, by `new`; "
+                                       "an empty `old` writes `new` as the whole file.",
         "parameters": {"type": "object", "required": ["path", "old", "new"], "properties": {
             "path": {"type": "string"}, "old": {"type": "string"}, "new": {"type": "string"}}}}},
 ]  # fmt: skip
@@ -62,7 +62,7 @@ class Agent:
     def run(
         self, instruction: str, model: Model, *, on_turn: Callable[[dict[str, Any]], None] | None = None
     ) -> Outcome:
-        """Work until the model calls no tool; a transcript that exists is gone on with, and must be of this instruction."""
+        """Work until the model calls no tool; a transcript that exists is gone on with, if it is of this run."""
         past = read_transcript(self._path) if self._path.exists() else []
         head = {"format": FORMAT, "instruction": instruction, "model": model.name, "sandbox": self._box.id}
         if past and past[0] != head:

@@ -55,6 +55,11 @@ def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
     )
 
 
+def take_notes(box: Path) -> None:
+    """Write what goes wrong from here on to the sandbox's `keeper.err`."""
+    os.dup2(os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), 2)
+
+
 class Home:
     """The control groups of a sandbox to come, and a process in them that will fork what runs there.
 
@@ -73,6 +78,7 @@ class Home:
             linux.close_all_but([theirs.fileno()])
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             if box := theirs.recv(1 << 16):
+                take_notes(Path(os.fsdecode(box)))
                 make(Path(os.fsdecode(box))).run_inside(theirs)
 
         self._pid = linux.fork(work, traceback.print_exception)

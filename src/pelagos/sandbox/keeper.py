@@ -22,7 +22,7 @@ from typing import Any
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import cgroups, linux
 from pelagos.sandbox.api import Command, Spec, Substrate
-from pelagos.sandbox.container import Container, Home
+from pelagos.sandbox.container import Container, Home, take_notes
 from pelagos.sandbox.function import Function
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
@@ -114,7 +114,8 @@ class Keeper:
             self._substrate.stop()
             raise
         self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
-        os.write(ready, json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode())
+        with contextlib.suppress(BrokenPipeError):  # whoever asked was killed; the next one finds a sandbox
+            os.write(ready, json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode())
         os.close(ready)
         self._loop.start(self._watch()).then(self._done.settle)
         try:
@@ -450,7 +451,7 @@ def _keep(asks: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):
+    for number in range(3):  # nothing of the client's may be held open: it may wait for the end of its output
         os.dup2(null, number)
     home = _home()
     data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
@@ -463,7 +464,7 @@ def _keep(asks: socket.socket) -> None:
 
 
 def _keep_one(box: Path, ready: int, home: Home) -> None:
-    os.dup2(os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    take_notes(box)
     os.umask(0o077)
     try:
         loop = Loop()

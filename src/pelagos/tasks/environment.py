@@ -1,4 +1,4 @@
-"""One task folder: `instruction.md`, `task.toml`, `environment/`, `tests/test.sh`, `solution/solve.sh` (Harbor's layout).
+"""One task folder: `instruction.md`, `task.toml`, `environment/`, `tests/test.sh`, `solution/solve.sh` (as Harbor).
 
 The agent's sandbox holds the environment alone. Grading takes what the agent changed, puts it and the tests into a new
 sandbox the agent never saw, and runs them there. Dockerfiles that build are refused: nothing here builds.

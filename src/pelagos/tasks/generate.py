@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pelagos.errors import DataError
 from pelagos.tasks import bug_templates, edit_templates, log_templates, shell_templates
@@ -18,6 +19,7 @@ KINDS = {"file-edit": edit_templates, "log-mining": log_templates, "shell": shel
 _TEST = "cd /workspace && exec python3 -I -B /tests/check.py\n"
 _PRELUDE = """import hashlib, json, os, subprocess, sys
 from pathlib import Path
+from typing import cast
 def read(name): return Path(name).read_text()
 def run(code): return subprocess.run([sys.executable, '-B', '-c', code], capture_output=True, text=True, timeout=20)
 """
@@ -35,7 +37,7 @@ class Template:
 def templates() -> list[Template]:
     """Return every template, by kind and name."""
     return [
-        Template(name, kind, make)
+        Template(name, kind, cast(Callable[[random.Random], Draft], make))
         for kind, module in KINDS.items()
         for name, make in sorted(vars(module).items())
         if callable(make) and getattr(make, "__module__", "") == module.__name__ and not name.startswith("_")
@@ -57,9 +59,7 @@ def write_all(root: Path, *, count: int = 200, seed: int = 0) -> list[Path]:
             if digest not in solutions:
                 break
         else:
-            raise DataError(
-                f"template {template.name}: no {number // len(every) + 1} different solutions; ask for fewer"
-            )
+            raise DataError(f"{template.name}: no {number // len(every) + 1} different solutions; ask for fewer")
         solutions.add(digest)
         made.append(root / f"{template.name.replace('_', '-')}-{number:04d}")
         _write(made[-1], template, draft)
