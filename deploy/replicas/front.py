@@ -47,6 +47,7 @@ WATCH_S = 1.0  # between looks at the replicas
 REPORT_S = 5.0  # that a replica has to say what it counts
 STORE_BYTES = 256 << 20  # of Ray's shared memory: long bodies pass through it
 STREAM = b"text/event-stream"
+SEND_BYTES = 32 << 10  # at a time: more would wait in the buffer of a client that reads slowly
 _CONNECTION = (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"upgrade")
 _log = logging.getLogger("pelagos.access")
 
@@ -182,8 +183,11 @@ class Front:
                     exchange.streams = any(k == b"content-type" and v.startswith(STREAM) for k, v in headers)
                     headers.append((b"x-pelagos-replica", route.replica.encode()))
                     await send({"type": "http.response.start", "status": status, "headers": headers})
-                if content or not more:
-                    await send({"type": "http.response.body", "body": content, "more_body": more})
+                for begin in range(0, len(content) or 1, SEND_BYTES):
+                    end = begin + SEND_BYTES
+                    said = {"body": content[begin:end], "more_body": more or end < len(content)}
+                    if said["body"] or not more:
+                        await send({"type": "http.response.body", **said})
             watch.cancel()  # a client that closes now has all of it
             with contextlib.suppress(TimeoutError, RayActorError):
                 async with asyncio.timeout(REPORT_S):
