@@ -389,7 +389,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"the front listens at {url}; {args.replicas} replicas are starting", file=sys.stderr, flush=True)
             server.run(sockets=[listener])
         finally:
-            serve.shutdown()
+            if args.address:  # another's cluster, and what else it serves, goes on
+                serve.delete(APP)
+            else:
+                serve.shutdown()
             ray.shutdown()
     if front.failed:
         raise ConfigError(front.failed)

@@ -153,6 +153,7 @@ def test_who_is_chosen(known: dict[str, Known], loads: dict[str, float], order: 
 
 RULES = [
     {"when": "long (\\w+)", "reply": "word " * 200, "token_delay_ms": 20},
+    {"when": "brief", "reply": "word " * 40, "token_delay_ms": 20},
     {"when": "much", "reply": "word " * 20_000},
     {"when": "", "reply": "Hello"},
 ]
@@ -257,7 +258,7 @@ def test_two_replicas_answer_as_one(tmp_path: Path) -> None:
         stats = client.get("/stats").json()
         assert stats["requests_done"] == sum(each["stats"]["requests_done"] for each in stats["by_replica"]) >= 24
         # Told to end, it finishes what runs.
-        with client.stream("POST", CHAT, json=say("long end", stream=True)) as answer:
+        with client.stream("POST", CHAT, json=say("brief end", stream=True)) as answer:
             lines = answer.iter_lines()
             next(lines)
             here.process.send_signal(signal.SIGTERM)
