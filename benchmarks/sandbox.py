@@ -1,6 +1,6 @@
 """What sandboxes cost and what they survive, beside the raw tools in the same run.
 
-python -m benchmarks.sandbox [speed alive row kill fork vm] [--alive 300] [--row 2000] [--kills 500] [--seed 0] [--json FILE]
+python -m benchmarks.sandbox [speed alive row kill fork vm] [--alive 300] [--row 2000] [--kills 500] [--json FILE]
 
 `speed`: creation beside `bwrap ... true`, a command, a call. `alive`: so many containers at once, each running
 `sleep`, and the memory they take. `row`: so many created, used and closed one after another, and what is left of them
@@ -33,7 +33,8 @@ from pelagos.sandbox.layers import remove_tree
 
 RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-parent -- "
 COMMANDS = 50
-# The client of `kill`: it asks the same 50 requests whenever it is started, and looks before it decides what is unknown.
+SPARE_GROUPS = 12  # of keepers kept ready, in four hierarchies: they move while one counts
+# The client of `kill`: it asks the same requests whenever it is started, and looks before it decides what is unknown.
 CLIENT = """
 import secrets, sys
 from pathlib import Path
@@ -41,7 +42,7 @@ from pelagos.errors import SandboxError, UnknownOutcome
 from pelagos.sandbox import Sandbox, Store
 box = Sandbox.open(sys.argv[2], replay=True, store=Store(Path(sys.argv[1])))
 for n in range(int(sys.argv[3])):
-    words = f"echo {n} >> trace; echo $(($(cat count 2>/dev/null || echo 0) + 1)) > count.new; mv count.new count"
+    words = f"echo {n} >> trace; echo $(($(cat count || echo 0) + 1)) > count.new; mv count.new count"
     while True:
         try:
             box.exec(words, request_id=f"r{n}")
@@ -83,7 +84,9 @@ def speed(store: Store, image: Image, rounds: int = 100) -> dict[str, Any]:
     for name, substrate, words in (("container", "container", raw["true"]), ("function", "function", raw["python"])):
         ours, theirs = [], []
         for _ in range(rounds if name == "container" else rounds // 3):
-            theirs.append(times_ms(lambda words=words: subprocess.run(words, check=True, capture_output=True), 1)["p50"])
+            theirs.append(
+                times_ms(lambda words=words: subprocess.run(words, check=True, capture_output=True), 1)["p50"]
+            )
             began = time.perf_counter()
             box = Sandbox.create(substrate=substrate, image=image, store=store, ttl_s=60)
             ours.append((time.perf_counter() - began) * 1e3)
@@ -127,7 +130,7 @@ def alive(store: Store, image: Image, count: int) -> dict[str, Any]:
                 boxes.append(box)
                 if len(boxes) % max(1, count // 5) == 0:
                     marks.append({"alive": len(boxes), "seconds": round(time.perf_counter() - began, 2),
-                                  "host_memory_mb": round((resources(store)["memory"] - before["memory"]) / 1e6, 1)})  # fmt: skip
+                                  "host_mb": (resources(store)["memory"] - before["memory"]) // 10**6})  # fmt: skip
 
         await asyncio.gather(*(make() for _ in range(count)))
         took = time.perf_counter() - began
@@ -176,7 +179,7 @@ def row(store: Store, image: Image, count: int) -> dict[str, Any]:
 
 
 def kill(store: Store, image: Image, kills: int, seed: int, commands: int = COMMANDS) -> dict[str, Any]:
-    """Run the script again and again while its client or keeper is killed; every run must end as if nothing happened."""
+    """Run the script while its client or keeper is killed; every run must end as if nothing happened."""
     r = random.Random(seed)
     done = {"client": 0, "keeper": 0}
     runs, wrong, unknown = 0, [], 0
@@ -208,12 +211,21 @@ def kill(store: Store, image: Image, kills: int, seed: int, commands: int = COMM
             wrong.append({"run": runs, "trace": len(trace), "count": count, "error": last.stderr[-500:]})
         runs += 1
         box.close()
-    return {"kill_points": done, "runs": runs, "commands": commands, "wrong": wrong, "rerun_after_looking": unknown, "seed": seed}
+    return {
+        "kill_points": done,
+        "runs": runs,
+        "commands": commands,
+        "wrong": wrong,
+        "rerun_after_looking": unknown,
+        "seed": seed,
+    }
 
 
 def fork(store: Store, image: Image) -> dict[str, Any]:
     """Snapshot, fork(8), diverge, pack, restore: the bytes of every file are the same."""
-    look = "find . -type f | sort | xargs sha256sum; find . -type l -printf '%p %l\\n' | sort; stat -c '%n %a' $(find . | sort)"
+    look = (
+        "find . -type f | sort | xargs sha256sum; find . -type l -printf '%p %l\\n'; stat -c '%n %a' $(find . | sort)"
+    )
     with Sandbox.create(image=image, store=store) as box, tempfile.TemporaryDirectory() as place:
         box.exec("mkdir d; head -c 3000000 /dev/urandom > d/big; ln -s d/big l; echo base > f; chmod 640 f")
         began = time.perf_counter()
@@ -259,7 +271,9 @@ def resources(store: Store) -> dict[str, int]:
     """Count what sandboxes could leave behind, and the memory that is not available."""
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     groups = [g for g in Path("/sys/fs/cgroup").glob("*/pelagos/*") if g.is_dir()]
-    dying = sum(int(line.split()[2]) for line in Path("/proc/cgroups").read_text().splitlines()[1:] if line.startswith("memory"))
+    dying = sum(
+        int(line.split()[2]) for line in Path("/proc/cgroups").read_text().splitlines()[1:] if line.startswith("memory")
+    )
     return {
         "mounts": Path("/proc/self/mountinfo").read_text().count("\n"),
         "groups": len(groups), "groups_with_dying": dying,
@@ -308,8 +322,14 @@ def main() -> int:
                 found = parts[name]()
             except PelagosError as error:
                 found = {"error": str(error)}
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-            result[name] = found | {"commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime()), "load_before": load}
+            commit = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+            result[name] = found | {
+                "commit": commit,
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "load_before": load,
+            }
             result["host"] = f"{platform.release()}, {os.cpu_count()} processors, uid {os.geteuid()}"
             print(json.dumps({name: result[name]}, indent=1))
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -73,6 +75,24 @@ SHELL_ATTEMPTS = {
     "debugger": "strace -o /dev/null true",
     "layer of ours": "grep -E 'pytest|layers|boxes' /proc/self/mountinfo /proc/self/cgroup",
 }
+# Why each fails: what it is told, and "" where it runs and finds nothing or changes nothing.
+REASONS = {
+    "Read-only file system": "write /usr; replace bash; link over bash; write dev",
+    "must be superuser|must be root": "remount /usr; mount tmpfs; mount proc; hostname",
+    "Operation not permitted": "new user namespace; new user namespace as root; enter init; chroot; make a device; "
+    "make a disk; kernel log; change the date; swap; more files; file capability; immutable; debugger",
+    "Permission denied": "core pattern; nice",
+    "denied|nonexistent": "sysctl; sysrq",
+    "No such file|not found": "sudo; raw disk; kernel memory; cgroup file system; sysfs; host root's home; shadow; "
+    "host etc; docker socket; dbus socket; ping; first process's root; dot dot; load a module",
+    "No such device": "tty",
+    "I/O error|denied": "write proc; oom shield",
+    "Invalid argument": "chown to root",
+    "Critical error|Authentication failure|must be suid|cannot set groups|not found": "setuid su",
+    "Illegal option|error setting limit": "more processes",
+    "^$": "host tmp; an interface; a route; kill all; setuid program; host processes; layer of ours",
+}
+WHY = {name: reason for reason, names in REASONS.items() for name in names.split("; ")}
 PYTHON_ATTEMPTS = {
     "vsock": "socket.socket(40, socket.SOCK_STREAM)",
     "packet": "socket.socket(17, socket.SOCK_RAW)",
@@ -125,6 +145,12 @@ def test_shell_attempt_fails(box: Sandbox, name: str) -> None:
     )
     assert "ESCAPED" not in done.text, done.text
     assert done.exit_code == 0
+    assert re.search(WHY[name], done.text.strip()), (WHY[name], done.text)
+
+
+def test_there_are_sixty_attempts_and_a_reason_for_each() -> None:
+    assert set(WHY) == set(SHELL_ATTEMPTS)
+    assert len(SHELL_ATTEMPTS) + len(PYTHON_ATTEMPTS) >= 75
 
 
 def test_python_attempts_fail(box: Sandbox) -> None:
@@ -220,8 +246,14 @@ def test_one_sandbox_cannot_see_another(make: Any) -> None:
 AS_NOBODY = """
 import sys
 sys.path.insert(0, sys.argv[1])
+import json, re
 from pathlib import Path
 from pelagos.sandbox import Sandbox, Store
+attempts, why = json.loads(sys.argv[3])
+with Sandbox.create(store=Store(Path(sys.argv[2]))) as box:
+    for name, attempt in attempts.items():
+        done = box.exec(f'({attempt}) >out 2>&1 && echo ESCAPED; cat out; rm -rf ./* 2>/dev/null; exit 0', timeout=20)
+        assert 'ESCAPED' not in done.text and re.search(why[name], done.text.strip()), (name, done)
 FILL = "while :; do head -c 1000000 /dev/zero > f$i; i=$((i+1)); sleep 0.01; done"
 with Sandbox.create(store=Store(Path(sys.argv[2])), processes=20, memory_mb=200, disk_mb=8) as box:
     flags = box.capabilities
@@ -254,7 +286,7 @@ def test_an_ordinary_user_gets_containers_too() -> None:
         pytest.skip(f"needs setpriv, and a {python} of 3.11 or later that nobody can run on {house}")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
         os.chown(home, 65534, 65534)
-        words = [*nobody, AS_NOBODY, str(house), f"{home}/store"]
+        words = [*nobody, AS_NOBODY, str(house), f"{home}/store", json.dumps([SHELL_ATTEMPTS, WHY])]
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=100, env={"HOME": home, "PATH": os.defpath}
         )

@@ -92,7 +92,8 @@ def test_grading_trusts_nothing_the_agent_left(folder: Path, store: Store) -> No
 def test_a_folder_of_your_own(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "mine"
     for name, text in {
-        "instruction.md": "Say hello in `a`.", "environment/README": "x\n", "environment/Dockerfile": "FROM debian:12\n",
+        "instruction.md": "Say hello in `a`.", "environment/README": "x\n",
+        "environment/Dockerfile": "FROM debian:12\n",
         "task.toml": '[metadata]\ncategory = "talk"\n[verifier]\ntimeout_sec = 9.5\n',
         "tests/test.sh": "grep -q hello /workspace/a && echo 0.25 > /logs/verifier/reward.txt",
         "solution/solve.sh": "echo hello > a",

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
         "doctor": "start every substrate here and say what is missing",
+        "serve": "serve sandboxes over HTTP: gateway, edge and watcher in one",
         "verify": "check a sandbox directory's log and blobs",
         "provenance": "list what was asked and what came of it, one JSON object a line",
         "export": "write a log and its blobs as one tar",
@@ -32,6 +33,13 @@ def main(arguments: Sequence[str]) -> int:
         if name == "doctor":
             command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
             command.add_argument("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
+        elif name == "serve":
+            command.add_argument("projects", type=Path, help="TOML: a table per project with key, sandboxes, memory_mb")
+            command.add_argument("--host", default="127.0.0.1")
+            command.add_argument("--port", type=int, default=8100)
+            command.add_argument("--memory-mb", type=float, default=8192, help="of this host's sandboxes together")
+            command.add_argument("--edge", action="append", default=[], metavar="NAME=URL", help="another host's edge")
+            command.add_argument("--secret", type=Path, help="a file: what gateways and edges know each other by")
         else:
             command.add_argument("directory", type=Path)
         if name == "verify":
@@ -44,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     lines: list[dict[str, Any]] = []
     try:
+        if asked.command == "serve":
+            serve(asked)
+            return 0
         if asked.command == "doctor":
             report = examine(names=asked.substrate)
             print(json.dumps(report) if asked.json else table(report))
@@ -62,3 +73,16 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{parser.prog} {asked.command}: {error}", file=sys.stderr)
         return 1
     return 1 if asked.command == "replay" and lines else 0
+
+
+def serve(asked: argparse.Namespace) -> None:
+    """Serve until told to end."""
+    import uvicorn
+
+    from pelagos.sandbox.layers import default_store
+    from pelagos.sandbox.service import Edge, Gateway, app, read_projects
+
+    secret = asked.secret.read_text(encoding="ascii").strip() if asked.secret else ""
+    edge = Edge(default_store(), name="local", most_memory_mb=asked.memory_mb)
+    gateway = Gateway(read_projects(asked.projects), dict(e.split("=", 1) for e in asked.edge), edge, secret)
+    uvicorn.run(app(gateway, edge, secret=secret), host=asked.host, port=asked.port, log_level="warning")

@@ -59,7 +59,7 @@ def write_all(root: Path, *, count: int = 200, seed: int = 0) -> list[Path]:
             if digest not in solutions:
                 break
         else:
-            raise DataError(f"{template.name}: no {number // len(every) + 1} different solutions; ask for fewer")
+            raise DataError(f"{template.name}: not {number // len(every) + 1} different solutions; ask for fewer")
         solutions.add(digest)
         made.append(root / f"{template.name.replace('_', '-')}-{number:04d}")
         _write(made[-1], template, draft)
@@ -67,8 +67,9 @@ def write_all(root: Path, *, count: int = 200, seed: int = 0) -> list[Path]:
 
 
 def _write(path: Path, template: Template, draft: Draft) -> None:
-    toml = (f'version = "1.0"\n[metadata]\ncategory = "{template.kind}"\ntags = ["{template.name}"]\n[agent]\n'
-            "timeout_sec = 600.0\n[verifier]\ntimeout_sec = 60.0\n[environment]\ncpus = 1\nmemory_mb = 256\n")  # fmt: skip
+    toml = (f'version = "1.0"\n[metadata]\ncategory = "{template.kind}"\ntags = ["{template.name}"]\n'
+            "[agent]\ntimeout_sec = 600.0\n[verifier]\ntimeout_sec = 60.0\n"
+            "[environment]\ncpus = 1\nmemory_mb = 256\n")  # fmt: skip
     texts = {"instruction.md": draft.instruction.strip() + "\n", "task.toml": toml, "tests/test.sh": _TEST,
              "tests/check.py": _PRELUDE + draft.check, "solution/solve.sh": "set -e\n" + draft.solution}  # fmt: skip
     (path / "environment").mkdir(parents=True)

@@ -1,0 +1,349 @@
+"""Sandboxes over HTTP: a gateway with keys, projects, quotas and places; an edge per host; a watcher of edges.
+
+One process is all three by default. A sandbox id names its edge, so a gateway holds no state that matters: it may be
+killed and started at any time, and a request that is sent again with its `Idempotency-Key` gets its stored result.
+An idle sandbox ends after its time to live and comes back, files and log, with the next request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import hmac
+import json
+import random
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
+from pelagos.sandbox.api import Limits
+from pelagos.sandbox.layers import Image, Store
+from pelagos.sandbox.sdk import AsyncSandbox
+
+BODY_BYTES = 96 << 20
+SAMPLED = 2  # edges looked at for a new sandbox: the less loaded of two is nearly as good as the least of all
+WATCH_S = 2.0
+OPTIONS = frozenset(f.name for f in dataclasses.fields(Limits)) | {"substrate", "ttl_s", "require"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Project:
+    """Who may ask, and for how much at a time."""
+
+    name: str
+    key: str
+    sandboxes: int = 32
+    memory_mb: int = 16384
+    per_minute: int = 6000
+
+
+@dataclass(slots=True)
+class EdgeView:
+    """What the watcher last saw of an edge; `url` is "" for the one in this process."""
+
+    name: str
+    url: str = ""
+    alive: bool = True
+    sandboxes: int = 0
+    memory_mb: float = 0.0
+    most_memory_mb: float = 0.0
+    recent: list[float] = field(default_factory=list)  # when we placed there since it was seen
+
+
+def read_projects(path: Path) -> list[Project]:
+    """Read `[NAME] key = "..."` tables with quotas; SandboxError for what is no such file."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = [Project(name=name, **facts) for name, facts in tables.items()]
+    except (OSError, TypeError, ValueError) as error:
+        raise SandboxError(
+            f"{path}: no file of projects ({error}); expected tables with key, sandboxes, memory_mb"
+        ) from None
+    if not found or any(not isinstance(p.key, str) or len(p.key) < 16 or "." in p.name for p in found):
+        raise SandboxError(f"{path}: every project needs a name without dots and a key of at least 16 characters")
+    return found
+
+
+class Edge:
+    """The sandboxes of one host; trusts its caller, which is the gateway."""
+
+    def __init__(self, store: Store, *, name: str, most_memory_mb: float) -> None:
+        self.name, self._store, self._most = name, store, most_memory_mb
+        self._open: dict[str, AsyncSandbox] = {}
+
+    def view(self) -> dict[str, Any]:
+        """Return what lives here, by project, counted from the directories, which outlive every process of ours."""
+        found = [self._facts(path) for path in self._store.boxes.iterdir() if path.name.startswith(f"{self.name}.")]
+        return {"name": self.name, "most_memory_mb": self._most, "boxes": [facts for facts in found if facts]}
+
+    def _facts(self, path: Path) -> dict[str, Any] | None:
+        try:
+            spec = json.loads((path / "spec.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # on its way in or out
+        return {"id": path.name, "project": path.name.split(".")[1], "memory_mb": spec["limits"]["memory_mb"]}
+
+    async def answer(self, ask: dict[str, Any]) -> dict[str, Any]:
+        """Do what a gateway sent."""
+        if ask["verb"] == "view":
+            return self.view()
+        return await self.handle(ask["verb"], ask["box"], ask["body"], ask["request"])
+
+    async def handle(self, verb: str, box_id: str, body: dict[str, Any], request: str | None) -> dict[str, Any]:
+        """Do one request; its answer is JSON, bytes in base64."""
+        if verb == "create":
+            image = Image.host(self._store)
+            if body.get("tar"):
+                image = await asyncio.to_thread(self._with_tar, image, base64.b64decode(body["tar"]))
+            elif body.get("layers"):
+                image = Image("host", tuple(body["layers"]))
+            options = {name: value for name, value in body.items() if name in OPTIONS}
+            if (self._store.box(box_id)).exists():  # the gateway asks again after an answer was lost
+                box = await AsyncSandbox.open(box_id, store=self._store)
+            else:
+                box = await AsyncSandbox.create(id=box_id, image=image, store=self._store, **options)
+            self._open[box_id] = box
+            return {"id": box_id, "capabilities": dataclasses.asdict(box.capabilities), "layers": list(image.layers)}
+        box = self._open.get(box_id)
+        if box is None:
+            box = self._open[box_id] = await AsyncSandbox.open(box_id, store=self._store)
+        if verb == "delete":
+            await box.close()
+            self._open.pop(box_id, None)
+            return {}
+        if verb == "exec":
+            facts = {k: body[k] for k in ("timeout", "env", "cwd") if k in body}
+            data = base64.b64decode(body.get("stdin", ""))
+            done = dataclasses.asdict(await box.exec(body["command"], stdin=data, request_id=request, **facts))
+            return done | {name: base64.b64encode(done[name]).decode("ascii") for name in ("stdout", "stderr")}
+        if verb == "call":
+            done = dataclasses.asdict(await box.call(body["source"], *body.get("arguments", []), request_id=request))
+            return done | {name: base64.b64encode(done[name]).decode("ascii") for name in ("stdout", "stderr")}
+        if verb == "read":
+            return {"data": base64.b64encode(await box.files.read(body["path"], request_id=request)).decode("ascii")}
+        if verb == "write":
+            await box.files.write(body["path"], base64.b64decode(body["data"]), request_id=request)
+        elif verb == "list":
+            found = await box.files.list(body.get("path", "/workspace"), request_id=request)
+            return {"entries": [dataclasses.asdict(entry) for entry in found]}
+        elif verb == "snapshot":
+            return {"layers": list((await box.snapshot(request_id=request)).layers)}
+        elif verb == "diff":
+            return {"data": base64.b64encode(await box.pack_diff(request_id=request)).decode("ascii")}
+        elif verb == "resolve":
+            await box.resolve(body["request"], body["how"])
+        elif verb in ("pause", "resume"):
+            await getattr(box, verb)(request_id=request)
+        elif verb == "info":
+            return await box.info()
+        else:
+            raise SandboxError(f"there is no {verb!r}")
+        return {}
+
+    def _with_tar(self, image: Image, data: bytes) -> Image:
+        import io
+
+        return Image(image.base, (*image.layers, self._store.add_tar(io.BytesIO(data))))
+
+
+class Gateway:
+    """The way in: who asks, whether they may, and which edge does it."""
+
+    def __init__(
+        self, projects: list[Project], edges: dict[str, str], local: Edge | None = None, secret: str = ""
+    ) -> None:
+        self._projects, self._local, self._secret = projects, local, secret
+        self._edges = {name: EdgeView(name, url) for name, url in edges.items()}
+        if local is not None:
+            self._edges[local.name] = EdgeView(local.name)
+        self._seen: dict[str, list[tuple[str, str, float]]] = {}  # edge: (id, project, memory) of its boxes
+        self._asked: dict[str, list[float]] = {}
+        self._placing: Counter[str] = Counter()
+        self.counts: Counter[tuple[str, str, int]] = Counter()
+        self.seconds: dict[str, float] = {}
+
+    async def watch(self) -> None:
+        """Look at every edge for ever."""
+        while True:
+            await asyncio.gather(*(self._look(edge) for edge in self._edges.values()))
+            await asyncio.sleep(WATCH_S)
+
+    async def _look(self, edge: EdgeView) -> None:
+        try:
+            seen = await self._forward(edge, "view", "", {}, None)
+        except (OSError, SandboxError):
+            edge.alive = False
+            return
+        edge.alive, edge.recent = True, []
+        edge.sandboxes, edge.most_memory_mb = len(seen["boxes"]), seen["most_memory_mb"]
+        edge.memory_mb = sum(b["memory_mb"] for b in seen["boxes"])
+        self._seen[edge.name] = [(b["id"], b["project"], b["memory_mb"]) for b in seen["boxes"]]
+
+    async def _forward(
+        self, edge: EdgeView, verb: str, box: str, body: dict[str, Any], request: str | None
+    ) -> dict[str, Any]:
+        if self._local is not None and edge.name == self._local.name:
+            return self._local.view() if verb == "view" else await self._local.handle(verb, box, body, request)
+        ask = json.dumps({"verb": verb, "box": box, "body": body, "request": request}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._secret}"}
+
+        def post() -> dict[str, Any]:
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(f"{edge.url}/edge", ask, headers), timeout=700
+                ) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    raise _ERRORS.get(error.code, SandboxError)(json.loads(error.read())["error"]) from None
+
+        return await asyncio.to_thread(post)
+
+    def project_of(self, authorization: str) -> Project | None:
+        """Return whose key this is, taking as long for a wrong one."""
+        key = authorization.removeprefix("Bearer ").encode()
+        return next((p for p in self._projects if hmac.compare_digest(p.key.encode(), key)), None)
+
+    def over_rate(self, project: Project) -> bool:
+        """Count a request and say whether it is one too many of the last minute."""
+        now = time.monotonic()
+        asked = [t for t in self._asked.get(project.name, []) if t > now - 60]
+        self._asked[project.name] = [*asked, now]
+        return len(asked) >= project.per_minute
+
+    async def handle(
+        self, project: Project, verb: str, box: str, body: dict[str, Any], *, request: str | None
+    ) -> dict[str, Any]:
+        """Do one request of a project; PermissionError for another's sandbox, OverflowError beyond a quota."""
+        if verb != "create":
+            edge = self._edges.get(box.split(".")[0])
+            if edge is None or box.split(".")[1:2] != [project.name]:
+                raise PermissionError(f"there is no sandbox {box!r} of this project")
+            return await self._forward(edge, verb, box, body, request)
+        limits = Limits(**{f.name: body[f.name] for f in dataclasses.fields(Limits) if f.name in body})
+        await asyncio.gather(*(self._look(edge) for edge in self._edges.values()))
+        if again := next((e for e in self._edges.values() for i, *_ in self._seen.get(e.name, [])
+                          if request and i == f"{e.name}.{project.name}.{request}"), None):  # fmt: skip
+            return await self._forward(again, "create", f"{again.name}.{project.name}.{request}", body, request)
+        mine = [memory for boxes in self._seen.values() for _, name, memory in boxes if name == project.name]
+        if (
+            len(mine) + self._placing[project.name] >= project.sandboxes
+            or sum(mine) + limits.memory_mb > project.memory_mb
+        ):
+            raise OverflowError(f"project {project.name} has {len(mine)} sandboxes of {sum(mine):.0f} MB; its quota is "
+                                f"{project.sandboxes} and {project.memory_mb} MB: close some")  # fmt: skip
+        self._placing[project.name] += 1
+        try:
+            fits = [e for e in self._edges.values() if e.alive and e.memory_mb + limits.memory_mb <= e.most_memory_mb]
+            if not fits:
+                raise OverflowError(f"no edge has {limits.memory_mb} MB left; try again later")
+            edge = min(
+                random.sample(fits, min(SAMPLED, len(fits))), key=lambda e: (len(e.recent) + e.sandboxes, e.memory_mb)
+            )
+            edge.recent.append(time.monotonic())
+            name = f"{edge.name}.{project.name}.{request or random.randbytes(8).hex()}"
+            return await self._forward(edge, "create", name, body, request)
+        finally:
+            self._placing[project.name] -= 1
+
+    def metrics(self) -> str:
+        """Return what Prometheus reads."""
+        lines = [
+            f'pelagos_sandbox_requests_total{{project="{p}",verb="{v}",code="{c}"}} {n}'
+            for (p, v, c), n in self.counts.items()
+        ]
+        lines += [
+            f'pelagos_sandbox_seconds_total{{verb="{verb}"}} {seconds:.6f}' for verb, seconds in self.seconds.items()
+        ]
+        for edge in self._edges.values():
+            lines += [f'pelagos_sandbox_edge_up{{edge="{edge.name}"}} {int(edge.alive)}',
+                      f'pelagos_sandbox_edge_sandboxes{{edge="{edge.name}"}} {edge.sandboxes}',
+                      f'pelagos_sandbox_edge_memory_mb{{edge="{edge.name}"}} {edge.memory_mb}']  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+
+_ERRORS: dict[int, type[PelagosError]] = {409: TrajectoryError, 425: UnknownOutcome}
+
+
+def app(gateway: Gateway | None, edge: Edge | None = None, *, secret: str = "") -> Any:
+    """Return the ASGI application: `/v1/...` for clients of a gateway, `/edge` for gateways of an edge."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    async def answer(request: Request, work: Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]) -> Response:
+        try:
+            size = int(request.headers.get("content-length") or 0)
+            if size > BODY_BYTES or "chunked" in request.headers.get("transfer-encoding", ""):
+                return JSONResponse({"error": f"a body of at most {BODY_BYTES} bytes, with its length"}, 413)
+            body = json.loads(await request.body() or b"{}")
+            if not isinstance(body, dict):
+                raise TypeError("expected a JSON object")
+            return JSONResponse(await work(body))
+        except PermissionError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        except OverflowError as error:
+            return JSONResponse({"error": str(error)}, 429, headers={"Retry-After": "5"})
+        except UnknownOutcome as error:
+            return JSONResponse({"error": str(error)}, 425)
+        except TrajectoryError as error:
+            return JSONResponse({"error": str(error)}, 409)
+        except (SandboxError, KeyError, TypeError, ValueError) as error:
+            return JSONResponse({"error": f"{error}" if isinstance(error, SandboxError) else repr(error)}, 400)
+        except OSError as error:
+            return JSONResponse({"error": f"the sandbox's edge cannot be reached ({error})"}, 502)
+
+    async def client(request: Request) -> Response:
+        assert gateway is not None
+        began, verb = time.perf_counter(), request.path_params.get("verb", "create")
+        if request.method == "DELETE":
+            verb = "delete"
+        project = gateway.project_of(request.headers.get("authorization", ""))
+        if project is None:
+            return JSONResponse({"error": "expected a project's key as bearer token"}, 401)
+        if gateway.over_rate(project):
+            response: Response = JSONResponse({"error": "too many requests"}, 429, headers={"Retry-After": "60"})
+        else:
+            box, key = request.path_params.get("box", ""), request.headers.get("idempotency-key")
+            response = await answer(request, functools.partial(gateway.handle, project, verb, box, request=key))
+        gateway.counts[project.name, verb if response.status_code < 400 else "refused", response.status_code] += 1
+        if response.status_code < 400:
+            gateway.seconds[verb] = gateway.seconds.get(verb, 0.0) + time.perf_counter() - began
+        return response
+
+    async def inner(request: Request) -> Response:
+        assert edge is not None
+        if not hmac.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {secret}".encode()):
+            return JSONResponse({"error": "not a gateway of this edge"}, 401)
+
+        return await answer(request, edge.answer)
+
+    async def metrics(_: Request) -> Response:
+        return PlainTextResponse(gateway.metrics() if gateway else "")
+
+    @contextlib.asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(gateway.watch()) if gateway else None
+        yield
+        if watcher is not None:
+            watcher.cancel()
+
+    routes = [Route("/metrics", metrics), Route("/health", lambda _: PlainTextResponse("ok"))]
+    if gateway is not None:
+        routes += [Route("/v1/sandboxes", client, methods=["POST"]),
+                   Route("/v1/sandboxes/{box}", client, methods=["DELETE"]),
+                   Route("/v1/sandboxes/{box}/{verb}", client, methods=["POST"])]  # fmt: skip
+    if edge is not None and secret:
+        routes.append(Route("/edge", inner, methods=["POST"]))
+    return Starlette(routes=routes, lifespan=life)
