@@ -336,7 +336,7 @@ def forward(
         heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
         window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
         RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, **constants,
-        **launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1 if each == 1 else 3, enable_fp_fusion=False),
+        **launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
         _combine_kernel[(width // 128, heads, tokens)](
