@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -281,3 +282,44 @@ def test_close_leaves_no_process_mount_or_group(store: Store) -> None:
     assert str(store.root) not in Path("/proc/self/mountinfo").read_text()
     assert not list(Path("/sys/fs/cgroup").glob(f"*/pelagos/{name}"))
     assert not box.directory.exists()
+
+
+def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system of its own needs root to mount it")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "x", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("this host lets nobody mount a tmpfs")
+    try:
+        small = Store(tmp_path)
+        box = Sandbox.create(store=small, ttl_s=60)
+        assert box.exec("head -c 30000000 /dev/zero > fill").exit_code != 0
+        with pytest.raises(TrajectoryError, match="cannot append"):  # noqa: PT012  which of them fails is chance
+            for n in range(40):
+                box.exec(f"echo {n} >> trace", request_id=f"q{n}")
+        box.directory.joinpath("upper/workspace/fill").unlink()
+        time.sleep(0.3)
+        assert box.exec("echo again", request_id="after").text == "again\n"
+        assert logs.verify(box.directory)[0] > 4
+        ballast = tmp_path / "ballast"
+        with contextlib.suppress(OSError):
+            ballast.write_bytes(bytes(12 << 20))
+        with pytest.raises(SandboxError, match="disk full"):
+            Sandbox.create(store=small)
+        ballast.unlink()
+        box.close()
+        assert list(small.boxes.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_killed_nursery_or_forker_is_made_again(make: Any) -> None:
+    box = make()
+    parent = {int(p.name): int((p / "stat").read_text().rpartition(")")[2].split()[1])
+              for p in Path("/proc").iterdir() if p.name.isdigit()}  # fmt: skip
+    keeper = box.info()["pid"]
+    for pid in [p for p, of in parent.items() if of in (keeper, os.getpid()) and p != keeper]:
+        if b"nursery" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+    assert make().exec("echo here").text == "here\n"
+    assert box.exec("echo here too").text == "here too\n"

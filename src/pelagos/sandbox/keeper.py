@@ -175,6 +175,8 @@ class Keeper:
                 finally:
                     self._active -= 1
                     self._last = time.monotonic()
+                    if self._log.failed:  # the next request starts a keeper that opens the log again
+                        self._loop.later(0.05, self._done.settle)
         except (ConnectionError, ValueError):
             pass  # the client went away, or is none; what it asked for goes on and is logged
         finally:

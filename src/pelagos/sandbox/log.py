@@ -114,6 +114,11 @@ class TrajectoryLog:
         """The hash that stands for everything logged so far; keep it elsewhere to notice a log cut short."""
         return self._head
 
+    @property
+    def failed(self) -> bool:
+        """Whether a record could not be written, so that only opening again tells what is there."""
+        return self._failed is not None
+
     def begin(self, request_id: str, op: str, args: Mapping[str, Any], *, pure: bool = False) -> Stored | Begun:
         """Ask to run a request: its stored result, or leave to run it, its intent on disk unless it is `pure`.
 

@@ -72,12 +72,14 @@ class AsyncSandbox:
             box.directory.mkdir(mode=0o711)
         except FileExistsError:
             raise SandboxError(f"sandbox {spec.id!r} exists; open it, or choose another id") from None
-        box.directory.chmod(0o711)
-        (box.directory / keeper.SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
         try:
+            box.directory.chmod(0o711)
+            (box.directory / keeper.SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
             box.capabilities = Capabilities(**await box._start_keeper())
-        except BaseException:
+        except BaseException as error:
             remove_tree(box.directory)
+            if isinstance(error, OSError):
+                raise SandboxError(f"sandbox {spec.id}: cannot be written ({error}); is the disk full?") from None
             raise
         return box
 
@@ -218,12 +220,19 @@ class AsyncSandbox:
             link.sock.close()
             raise
 
+    def _hand_over(self, ready: int) -> None:
+        with socket.socket(fileno=os.dup(_nursery())) as sock:
+            socket.send_fds(sock, [os.fsencode(self.directory)], [ready])
+
     async def _start_keeper(self) -> dict[str, str]:
         """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
         read, write = os.pipe()
         try:
-            with socket.socket(fileno=os.dup(_nursery())) as sock:
-                socket.send_fds(sock, [os.fsencode(self.directory)], [write])
+            try:
+                self._hand_over(write)
+            except OSError:  # the nursery was killed: start another
+                _nursery.cache_clear()
+                self._hand_over(write)
         finally:
             os.close(write)
         said = await _until_end(read)
