@@ -7,7 +7,6 @@ import torch
 from prefill_calls import make, part
 from triton_cases import error, run
 
-from pelagos import numerics
 from pelagos.errors import ConfigError
 from pelagos.kernels import prefill_attention, prefill_cache
 from pelagos.kernels.ref import decode_attention as calls
@@ -24,16 +23,13 @@ from triton_cases import error
 from pelagos.kernels import prefill_cache
 from pelagos.kernels.ref import decode_attention as calls, prefill_attention as ref
 from pelagos.kernels.triton import prefill_attention as kernel
-for parts, ratio, picked in ((((0, 3), (400, 2)), 4, True), (((509, 4),), 128, False), (((126, 3),), 0, False), (((700, 2),), 4, True)):
+for parts, ratio, picked in ((((0, 3), (400, 2)), 4, True), (((509, 4),), 128, False), (((126, 3),), 0, False)):
     call, _, prompt, inputs = make("nano", parts, ratio)
     keys = prefill_cache.cache_write(*inputs)
     q, sink, picks, turn = calls.make_queries(call, picked=picked)
     own = (q, prompt, keys.main, ratio, sink, picks, turn, 128)
-    off = error(kernel.attend(*own, False)[0], ref.attend(*own, False)[0])
+    off = error(kernel.attend(*own), ref.attend(*own))
     assert off < 5e-3, (parts, ratio, off)
-    codes, scales = (each.view(kind).float() for each, kind in zip(kernel.attend(*own, True), (torch.float8_e4m3fn, torch.float8_e8m0fnu)))
-    off = error(codes * scales.repeat_interleave(128, 1), ref.attend(*own, False)[0])
-    assert off < 4e-2, (parts, ratio, off)
 print("compared")
 """
 
@@ -44,7 +40,7 @@ def test_reference_is_that_of_decode(ratio, picked):
     call, _, prompt, inputs = make("nano", ((3, 40), (600, 30)), ratio)
     keys = prefill_cache.cache_write(*inputs)
     q, sink, picks, turn = calls.make_queries(call, picked=picked)
-    (out,) = prefill_attention.attend(q, prompt, keys, call.layout, 0, sink, picks, turn)
+    out = prefill_attention.attend(q, prompt, keys, call.layout, 0, sink, picks, turn)
     want = calls.attended(q, prompt.rows, call.layout, 0, call.pages, call.slots, sink, picks, turn, call.most)
     for row in (39, 69):
         assert error(out[row], want[row].flatten()) < 1e-3
@@ -68,18 +64,14 @@ def test_kernel_in_the_interpreter():
 @pytest.mark.parametrize(("ratio", "picked"), [(0, False), (4, True), (4, False), (128, False)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_on_the_device(case, ratio, picked):
-    """Within bfloat16 of the reference, the same bits again, quantised alike, and those of a call cut in two."""
+    """Within bfloat16 of the reference, the same bits again, and those of a call cut in two."""
     call, _, prompt, inputs = make(*case, ratio, device="cuda")
     keys = prefill_cache.cache_write(*inputs)
     q, sink, picks, turn = calls.make_queries(call, picked=picked)
     own = (q, prompt, keys, call.layout, 0, sink, picks, turn)
-    (got,) = prefill_attention.attend(*own)
-    assert error(got, ref.attend(q, prompt, keys.main, ratio, sink, picks, turn, 128, False)[0]) < TOLERANCE
-    assert torch.equal(got, prefill_attention.attend(*own)[0])
-    codes, scales = prefill_attention.attend(*own, quantised=True)
-    want = numerics.encode_fp8(got, numerics.ACT_BLOCK)
-    assert torch.equal(codes.view(torch.float8_e4m3fn).float(), want[0].float())  # a zero may lose its sign
-    assert torch.equal(scales, want[1].view(torch.uint8))
+    got = prefill_attention.attend(*own)
+    assert error(got, ref.attend(q, prompt, keys.main, ratio, sink, picks, turn, 128)) < TOLERANCE
+    assert torch.equal(got, prefill_attention.attend(*own))
     (_, count), *others = case[1]
     if not others and count > 1:
         again = make(*case, ratio, device="cuda")[3]
@@ -87,5 +79,6 @@ def test_kernel_on_the_device(case, ratio, picked):
             if low < high:
                 cut = part(again, low, high)
                 some = tuple(None if each is None else each[low:high] for each in (picks, turn))
-                rows = prefill_attention.attend(q[low:high], cut[2], prefill_cache.cache_write(*cut), call.layout, 0, sink, *some)
-                assert torch.equal(rows[0], got[low:high])
+                some_keys = prefill_cache.cache_write(*cut)
+                rows = prefill_attention.attend(q[low:high], cut[2], some_keys, call.layout, 0, sink, *some)
+                assert torch.equal(rows, got[low:high])

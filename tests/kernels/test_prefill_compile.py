@@ -17,16 +17,15 @@ CODE = "*fp8e4nv" if backend == "cuda" else "*u8"
 BF16, F32, U8, I32 = "*bf16", "*fp32", "*u8", "*i32"
 TYPES = dict.fromkeys(("x", "q", "keys", "out", "up", "down", "shared", "first", "norm", "kv_norm", "index_norm"), BF16)
 TYPES |= dict.fromkeys(("xs", "weights", "hs", "sink", "turn", "entry_turn", "factors", "ape", "index_ape", "kv_ring",
-                        "score_ring", "index_kv_ring", "index_score_ring", "source", "index_source", "head_weights",
-                        "old_scores", "best_scores"), F32)
+                        "score_ring", "index_kv_ring", "index_score_ring", "source", "index_source",
+                        "head_weights"), F32)
 TYPES |= dict.fromkeys(("codes", "scales", "w", "base", "hidden", "turned", "pool", "main", "index", "window"), U8)
-TYPES |= dict.fromkeys(("order", "tile_expert", "tile_first", "tile_end", "chosen", "counts", "totals", "place_of", "ends",
-                        "positions", "places", "firsts", "owners", "table", "starts", "windows", "units", "count", "seen",
-                        "blocks", "best", "old", "picks"), I32)
+TYPES |= dict.fromkeys(("order", "tile_expert", "tile_first", "tile_end", "chosen", "counts", "totals", "place_of",
+                        "ends", "positions", "places", "firsts", "owners", "table", "starts", "windows", "units",
+                        "count", "seen", "blocks", "best", "old", "picks",
+                        "old_scores", "best_scores"), I32)
 TYPES |= dict.fromkeys(("limit", "eps", "factor"), "fp32")
-for name in ("old_scores", "best_scores"):
-    TYPES[name] = I32
-EXPERT = dict(SHARED=6, DEPTH=512, OUTPUTS=256, TILE=64, WARPS=8, TARGET=made_for)
+EXPERT = dict(SHARED=6, DEPTH=512, OUTPUTS=256, TILE=64, TARGET=made_for)
 ATTEND = dict(HEADS=64, PADDED=64, WIDTH=512, ROPE=64, SIZE=128, FAR=True, PICKS=512, TILE=64, TARGET=made_for)
 PLACE = dict(WIDTH=512, ROPE=64, SCALES=8, RATIO=4, SPAN=1024, TAIL=8, INDEX=128, TARGET=made_for)
 KERNELS = [
@@ -38,7 +37,7 @@ KERNELS = [
     (prefill_experts._product_kernel, EXPERT, dict(x=CODE, scale=I32, num_warps=8, num_stages=2)),
     (prefill_experts._hidden_kernel, dict(INNER=256, GROUPS=8, TARGET=made_for), {{}}),
     (prefill_experts._combine_kernel, dict(PICKED=6, WIDTH=512, HAS_SHARED=True, COLUMNS=512, TARGET=made_for), {{}}),
-    (prefill_attention._attend_kernel, dict(QUANTISED=False, **ATTEND),
+    (prefill_attention._attend_kernel, ATTEND,
      dict(base=I32, scale="fp32", num_warps=8, num_stages=1 if backend == "hip" else 2)),
     (prefill_indexer._query_kernel, dict(HEADS=64, WIDTH=128), {{}}),
     (prefill_indexer._score_kernel, dict(CHUNK=8192, HEADS=64, WIDTH=128, KEYS=128, TARGET=made_for),
@@ -57,7 +56,8 @@ for kernel, constants, other in KERNELS:
     signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
     places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
     attributes = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}}
-    triton.compile(ASTSource(kernel, signature, places, attributes), target=GPUTarget(backend, arch, warp), options=options)
+    source = ASTSource(kernel, signature, places, attributes)
+    triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
 print("compiled", len(KERNELS))
 """
 

@@ -22,7 +22,7 @@ from pelagos.kernels import prefill_experts
 from pelagos.kernels.ref import fp4_experts as inputs_ref, prefill_experts as ref
 from pelagos.kernels.triton import prefill_experts as kernel
 from triton_cases import error
-for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (65, 3, 2, 128, 256), (130, 1, 1, 128, 128), (40, 20, 4, 128, 128)):
+for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (65, 3, 2, 128, 256), (130, 1, 1, 128, 128)):
     inputs = inputs_ref.make_inputs(*case)
     bases = tuple(prefill_experts.base_bytes(inputs[i], inputs[i + 1]) for i in (4, 6))
     shared = torch.randn(case[0], case[3]).bfloat16() / 64 if case[0] % 2 else None

@@ -68,8 +68,8 @@ def attention(config: ModelConfig, tokens: int) -> Iterator[Case]:
                 del scores, hidden
             turn = torch.rand(tokens, 2, config.qk_rope_head_dim // 2, device="cuda")
             q = torch.randn(tokens, heads, width, device="cuda").bfloat16()
-            run = functools.partial(prefill_attention.attend, q, call, keys, layout, 0, torch.zeros(heads, device="cuda"),
-                                    picks, turn)  # fmt: skip
+            sink = torch.zeros(heads, device="cuda")
+            run = functools.partial(prefill_attention.attend, q, call, keys, layout, 0, sink, picks, turn)
             least = cost.KernelCost(4.0 * tokens * heads * width, 2 * 4.0 * rows * heads * width)
             yield f"ratio={ratio} context={context}", [run] * 2, least, 1, {}
 
@@ -100,10 +100,10 @@ def writes(config: ModelConfig, tokens: int) -> Iterator[Case]:
         projected, weights, turn, entry_turn = calls_ref.make_projected(made)
         columns = config.q_lora_rank + config.head_dim
         first, wide = projected[:, :columns].bfloat16(), projected[:, columns:].contiguous()
-        run = functools.partial(prefill_cache.cache_write, first, wide if ratio else None, call, layout, 0, pages, slots,
-                                weights, turn, entry_turn)  # fmt: skip
+        inputs = (first, wide if ratio else None, call, layout, 0, pages, slots, weights, turn, entry_turn)
+        run = functools.partial(prefill_cache.cache_write, *inputs)
         entries = call.entries[ratio].total if ratio else 0
-        moved = tokens * (2 * config.head_dim + 4 * wide.shape[1] * bool(ratio)) + 4 * config.head_dim * (tokens + entries)
+        moved = tokens * 4 * wide.shape[1] * bool(ratio) + 2 * config.head_dim * (3 * tokens + 2 * entries)
         yield f"ratio={ratio}", [run] * 2, cost.KernelCost(moved, 0), 5 if ratio == 4 else 4 if ratio else 2, {}
 
 
@@ -129,7 +129,8 @@ def products(config: ModelConfig, tokens: int) -> Iterator[Case]:
     }  # fmt: skip
     for name, (outputs, depth, groups) in shapes.items():
         inputs = gemm_ref.make_inputs(tokens, outputs, depth, groups, device="cuda")
-        run = functools.partial(prefill_products.product, *inputs[:3], prefill_products.factors(inputs[3]), groups=groups)
+        inputs = (*inputs[:3], prefill_products.factors(inputs[3]))
+        run = functools.partial(prefill_products.product, *inputs, groups=groups)
         yield name, [run] * 2, cost.product_kernel(groups * outputs, depth, tokens, groups), 1 + groups, {}
 
 

@@ -16,9 +16,9 @@ from pelagos.kernels.ref import prefill_attention as ref
 
 def attend(
     q: Tensor, call: Prompt, keys: Keys, layout: CacheLayout, layer: int, sink: Tensor, picks: Tensor | None,
-    turn: Tensor, *, quantised: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return what the rows attend, turned back: (out (T, H * C) bfloat16,), or its (codes, scales) if `quantised`.
+    turn: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return what the rows attend, turned back: (T, H * C) bfloat16.
 
     q (T, H, C) bfloat16; keys are those `prefill_cache.cache_write` returned for the same call and layer. A row sees
     the last sliding_window positions and its entries: those in picks (T, K) int32 (ascending, then -1), or with None
@@ -38,7 +38,7 @@ def attend(
     if q.dtype != torch.bfloat16 or width % 128 or (picks is not None and (not ratio or picks.dtype != torch.int32)):
         raise ConfigError(f"prefill_attention: q is {q.dtype} {tuple(q.shape)}, picks for a layer of ratio {ratio}: "
                           "expected bfloat16, C a multiple of 128, int32 picks only of entries")  # fmt: skip
-    inputs = (q, call, keys.main, ratio, sink, picks, turn, config.sliding_window, quantised)
+    inputs = (q, call, keys.main, ratio, sink, picks, turn, config.sliding_window)
     if not q.is_cuda:
         return ref.attend(*inputs)
     from pelagos.kernels.triton import prefill_attention as kernel

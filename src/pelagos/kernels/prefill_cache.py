@@ -75,13 +75,11 @@ def prompt(spans: Sequence[Span], layout: CacheLayout, device: torch.device | st
         parts += [count.cumsum() - count, count, (positions + 1) // ratio, ends]
     flat = torch.from_numpy(np.concatenate([each.ravel() for each in parts]).astype(np.int32)).to(device)
     found = [each.view(part.shape) for each, part in zip(flat.split([p.size for p in parts]), parts, strict=True)]
-    entries = {
-        ratio: Entries(*found[11 + 4 * i : 15 + 4 * i], total=int(parts[12 + 4 * i].sum()), most=int(parts[12 + 4 * i].max()))
-        for i, ratio in enumerate(ratios)
-    }  # fmt: skip
-    positions, slots, first, owners, tables, frozens = found[:6]
-    return Prompt(Rows(positions, slots, first, owners, tables, frozens), *found[6:10], int(sizes.sum()), entries,
-                  found[10])  # fmt: skip
+    entries = {}
+    for at, ratio in zip(range(11, len(parts), 4), ratios, strict=True):
+        entries[ratio] = Entries(*found[at : at + 4], total=int(parts[at + 1].sum()), most=int(parts[at + 1].max()))
+    end, start, slot, window = found[6:10]
+    return Prompt(Rows(*found[:6]), end, start, slot, window, int(sizes.sum()), entries, found[10])
 
 
 def cache_write(

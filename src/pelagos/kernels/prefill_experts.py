@@ -1,6 +1,6 @@
 """The routed experts with weights as released, for prompts: contract, checks and dispatch.
 
-On CUDA eight Triton launches without a host synchronisation; elsewhere `ref.prefill_experts`, which defines the meaning.
+On CUDA nine launches without a host synchronisation; elsewhere `ref.prefill_experts`, which defines the meaning.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: 
             )
     if topk & (topk - 1) or width % 32 or heads % 16:
         raise ConfigError(
-            f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two and multiples of 16 and 32"
+            f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two, multiples of 16 and 32"
         )
     inputs = (index_q, head_weights, call, keys.index, keys.index_scale, topk)
     if not index_q.is_cuda:

@@ -20,21 +20,19 @@ def factors(weight_scales: Tensor) -> Tensor:
     return weight_scales.view(torch.float8_e8m0fnu).float()
 
 
-def product(
-    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, *, groups: int = 1
-) -> Tensor:
+def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, *, groups: int = 1) -> Tensor:
     """Return x W^T (T, O) bfloat16 of rows x and FP8 weights W, summed in float32.
 
     codes (T, G * I) E4M3 with scales (T, G * I / 128) UE8M0, weight (O, I) E4M3, all as uint8, weight_factors
-    (O/128, I/128) float32 (`factors`). Without scales x is bfloat16 (T, G * I). With G `groups` (wo_a) rows O/G of the weight multiply columns I of x. A row's
-    bits do not depend on the other rows or their number. Raises ConfigError for other shapes. Source:
-    inference/kernel.py fp8_gemm.
+    (O/128, I/128) float32 (`factors`). Without scales x is bfloat16 (T, G * I). With G `groups` (wo_a) rows O/G of the
+    weight multiply columns I of x. A row's bits do not depend on the other rows or their number. Raises ConfigError for
+    other shapes. Source: inference/kernel.py fp8_gemm.
     """
     (rows, columns), (outputs, depth) = codes.shape, weight.shape
     if columns != groups * depth or outputs % (groups * BLOCK) or depth % BLOCK:
         raise ConfigError(
-            f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: expected columns "
-            f"of x = groups * columns of weight, multiples of {BLOCK}"
+            f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: "
+            f"expected columns of x = groups * columns of weight, multiples of {BLOCK}"
         )
     expected = {"scales": (scales, (rows, columns // BLOCK)), "codes": (codes, (rows, columns)),
                 "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip

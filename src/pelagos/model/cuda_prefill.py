@@ -69,10 +69,10 @@ class Prefill:
             state = self._layer(state, index, layer, extra, call, ids, turn, entry_turns.get(layer.ratio))
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0).tolist()
         wanted, kept = (
-            torch.tensor([row for end, span in zip(ends, spans, strict=True) for row in range(end - getattr(span, name), end)],
-                         dtype=torch.int64, device=device) for name in ("logits", "streams")
-        )  # fmt: skip
-        rows = torch.cat((wanted, kept))
+            torch.cat([torch.arange(end - getattr(span, name), end) for end, span in zip(ends, spans, strict=True)])
+            for name in ("logits", "streams")
+        )
+        rows = torch.cat((wanted, kept)).to(device)
         last = self._site(tuple(None if each is None else each[rows] for each in state), weights.head_site)
         return wide_product(last[3][: len(wanted)], weights.head, 64), last[0][len(wanted) :]
 
@@ -114,7 +114,7 @@ class Prefill:
             factor = c.index_head_dim**-0.5 * c.index_n_heads**-0.5
             head_weights = (wide[:, head : head + c.index_n_heads].bfloat16() * factor).float()
             picks = prefill_indexer.pick(index_q, head_weights, call, keys, c.index_topk)
-        (out,) = prefill_attention.attend(q, call, keys, layout, index, layer.sink, picks, turn)
+        out = prefill_attention.attend(q, call, keys, layout, index, layer.sink, picks, turn)
         codes, scales = quantise(product(out, None, layer.wo_a.codes, extra.wo_a, groups=c.o_groups))
         y = product(codes, scales, layer.wo_b.codes, extra.wo_b)
         streams, post, comb, normed, codes, scales = self._site((y, streams, post, comb), layer.ffn_site)

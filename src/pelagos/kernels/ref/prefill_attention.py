@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pelagos import numerics
 from pelagos.kernels.ref.cache_write import turned
 
 if TYPE_CHECKING:
@@ -17,10 +16,9 @@ ROWS = 128  # attended at once
 
 
 def attend(
-    q: Tensor, call: Prompt, keys: Tensor, ratio: int, sink: Tensor, picks: Tensor | None, turn: Tensor, size: int,
-    quantised: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return (out,) or (codes, scales); see `kernels.prefill_attention.attend`."""
+    q: Tensor, call: Prompt, keys: Tensor, ratio: int, sink: Tensor, picks: Tensor | None, turn: Tensor, size: int
+) -> Tensor:
+    """Return (T, H * C) bfloat16; see `kernels.prefill_attention.attend`."""
     found, parts = call.entries.get(ratio), []
     for row in torch.arange(len(q), device=q.device).split(ROWS):
         position, owner = call.rows.positions[row].long(), call.rows.owner[row].long()
@@ -36,9 +34,7 @@ def attend(
         logits = torch.einsum("thc,tkc->thk", q[row].float() * q.shape[-1] ** -0.5, own)
         logits = logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
         weights = torch.cat((logits, sink.view(1, -1, 1).expand(len(row), -1, 1)), 2).softmax(2)[..., :-1]
-        parts.append(turned(torch.einsum("thk,tkc->thc", weights, own).bfloat16(), turn[row].unsqueeze(1), inverse=True))
-    out = torch.cat(parts).flatten(1)
-    if not quantised:
-        return (out,)
-    codes, scales = numerics.encode_fp8(out, numerics.ACT_BLOCK)
-    return codes.view(torch.uint8), scales.view(torch.uint8)
+        parts.append(
+            turned(torch.einsum("thk,tkc->thc", weights, own).bfloat16(), turn[row].unsqueeze(1), inverse=True)
+        )
+    return torch.cat(parts).flatten(1)

@@ -48,7 +48,9 @@ def cache_write(
     for owner in range(len(call.start)):
         own = (rows.owner == owner).nonzero()[:, 0]
         for part in own.split(max(1, layout.rewind)):
-            some = Rows(*(each if name == "table" else each[part] for name, each in zip(rows._fields, rows, strict=True)))
+            some = Rows(
+                *(each if name == "table" else each[part] for name, each in zip(rows._fields, rows, strict=True))
+            )
             some = some._replace(first=some.positions[:1].expand(len(part)))
             entry = None if entry_turn is None else entry_turn[part]
             inputs = (pages, slots, weights, turn[part], entry)

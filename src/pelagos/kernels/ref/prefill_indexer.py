@@ -26,9 +26,7 @@ CASES = (
 SMALL = 12  # of CASES, from the front, that an interpreter can run
 
 
-def scores(
-    index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, row: Tensor
-) -> Tensor:
+def scores(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, row: Tensor) -> Tensor:
     """Return sum_h w_h relu(q_h . k) (R, most) float32 of rows (R,), -inf where a row does not see the entry."""
     found = call.entries[OVERLAP_RATIO]
     index = torch.arange(found.most, device=row.device)
@@ -45,9 +43,7 @@ def scores(
     return total.masked_fill(index >= found.seen[row].unsqueeze(1), -torch.inf)
 
 
-def pick(
-    index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, topk: int
-) -> Tensor:
+def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, topk: int) -> Tensor:
     """Return picks (T, topk) int32; see `kernels.prefill_indexer.pick`."""
     seen = call.entries[OVERLAP_RATIO].seen
     if call.entries[OVERLAP_RATIO].most == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.ref.cache_write import CacheWeights
 from pelagos.kernels.triton.cache_write import SLOTS, _append, _pooled, _rings, _store_index, _store_main
-from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, power_of_two, round_to_e4m3, target, to_bfloat16
+from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, power_of_two, round_to_e4m3, target
 from pelagos.kernels.triton.query import normed, rotated, rotation, rounded, turned
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def _entry_kernel(
         _store_main(turned(x, entry_turn + row * ROPE, ROPE, TARGET), main + page + inner * (WIDTH + 64),
                    main + page + main_scale + inner * SCALES, ROPE, SCALES)  # fmt: skip
     elif INDEX > 0:
-        key = _pooled(index_source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position, first,
-                   INDEX, 2 * INDEX, RATIO, TAIL, SLOTS)  # fmt: skip
+        key = _pooled(index_source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
+                      first, INDEX, 2 * INDEX, RATIO, TAIL, SLOTS)  # fmt: skip
         weight = tl.load(index_norm + tl.arange(0, INDEX)).to(tl.float32)
         key = normed(rounded(key, TARGET), weight, eps, INDEX, TARGET)
         key = rotated(turned(key, entry_turn + row * ROPE, ROPE, TARGET), ROUNDS, factor, TARGET)
@@ -85,7 +85,7 @@ def _row_kernel(
         own = tl.load(windows + owner) + SIZE - 1 + position - tl.load(starts + owner)
         x = tl.where(nope, stored, x).reshape(WIDTH)
         tl.store(keys + own.to(tl.int64) * WIDTH + lane, x.to(tl.bfloat16))
-    elif RATIO > 0:
+    elif RATIO > 0:  # noqa: SIM102 - without a compressor the rest is not even compiled
         if position >= end - TAIL:
             slot = slot // 4
             _append(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, SPAN, RATIO, TAIL)
@@ -115,7 +115,8 @@ def _decode_kernel(
     code = tl.load((own + inner * (WIDTH + 64))[:, None] + lane[None, :], mask=live[:, None] & nope, other=0)
     rope = (own + inner * (WIDTH + 64) + WIDTH - 64).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     tail = tl.load(rope[:, None] + (lane - (WIDTH - 64))[None, :], mask=live[:, None] & (nope == 0), other=0.0)
-    byte = tl.load((own + scale + inner * SCALES)[:, None] + (lane // 64)[None, :], mask=live[:, None] & nope, other=127)
+    exponent = (own + scale + inner * SCALES)[:, None] + (lane // 64)[None, :]
+    byte = tl.load(exponent, mask=live[:, None] & nope, other=127)
     value = tl.where(nope, e4m3_to_float(code) * power_of_two(byte), tail.to(tl.float32)).to(tl.bfloat16)
     place = (tl.load(base + owner) + index).to(tl.int64)
     value = tl.where(live[:, None], value, 0.0)  # before the sequence
@@ -135,7 +136,8 @@ def _index_kernel(
     own, inner = pool + page.to(tl.int64) * page_bytes, index % EACH
     lane = tl.arange(0, WIDTH)
     pair = tl.load((own + inner * (WIDTH // 2))[:, None] + (lane // 2)[None, :], mask=live[:, None], other=0)
-    byte = tl.load((own + scale + inner * (WIDTH // 32))[:, None] + (lane // 32)[None, :], mask=live[:, None], other=127)
+    exponent = (own + scale + inner * (WIDTH // 32))[:, None] + (lane // 32)[None, :]
+    byte = tl.load(exponent, mask=live[:, None], other=127)
     nibble = (pair.to(tl.int32) >> (lane % 2 * 4)[None, :]) & 0xF
     value = (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)  # times 2^-126
     top = (tl.max(tl.abs(value) * 8.507059173023462e37 * power_of_two(byte), 1).to(tl.int32, bitcast=True) >> 23) - 7
@@ -181,9 +183,8 @@ def cache_write(
         _entry_kernel[(len(found.ends), 1 + (index > 0))](
             found.ends, source, source.stride(0), index_source, *places, rows.first, rows.owner, table, table.shape[1],
             layout.slot_bytes, layout.page_bytes, entry_turn, *extra[:2], *main_rings, *_bytes(pages, place.main),
-            *extra[2:], *index_rings, *_bytes(pages, place.index), rotation(max(index, 1))["factor"], config.rms_norm_eps,
-            PAGE=layout.page_tokens, SLOTS=SLOTS, ROUNDS=rotation(max(index, 1))["ROUNDS"], enable_fp_fusion=False,
-            **common,
+            *extra[2:], *index_rings, *_bytes(pages, place.index), eps=config.rms_norm_eps,
+            PAGE=layout.page_tokens, SLOTS=SLOTS, enable_fp_fusion=False, **rotation(max(index, 1)), **common,
         )  # fmt: skip
     _row_kernel[(tokens, 1 + (place.ratio > 0))](
         first, weights.kv_norm, turn, source, source.stride(0), index_source, *places, rows.owner, call.end, call.start,

@@ -100,24 +100,18 @@ def _place_kernel(chosen, counts, order, place_of, picks, EXPERTS: tl.constexpr,
 
 
 @triton.jit
-def _turned_row(lane, WARPS: tl.constexpr):
+def _turned_row(lane):
     """Which of 128 weight rows is loaded as row `lane`, for `_turned`."""
-    if WARPS == 8:
-        return lane // 64 * 8 + lane // 8 % 8 * 16 + lane % 8
-    else:
-        return lane // 64 * 64 + lane // 32 % 2 * 8 + lane // 8 % 4 * 16 + lane % 8
+    return lane // 64 * 8 + lane // 8 % 8 * 16 + lane % 8
 
 
 @triton.jit
-def _turned(even, odd, WARPS: tl.constexpr):
+def _turned(even, odd):
     """A matrix operand (128, 128) of even and odd columns (128, 64), no value of which has to change its lane.
 
-    Of a row 16 consecutive bytes are one lane's share, and rows come as `_turned_row` says.
+    For 8 warps: of a row 16 consecutive bytes are one lane's share, and rows come as `_turned_row` says.
     """
-    if WARPS == 8:
-        both = tl.permute(tl.join(even, odd).reshape(2, 8, 8, 4, 4, 4, 2), (1, 0, 2, 6, 4, 3, 5))
-    else:
-        both = tl.permute(tl.join(even, odd).reshape(2, 2, 4, 8, 4, 4, 4, 2), (0, 2, 1, 3, 7, 5, 4, 6))
+    both = tl.permute(tl.join(even, odd).reshape(2, 8, 8, 4, 4, 4, 2), (1, 0, 2, 6, 4, 3, 5))
     return both.reshape(128, 128)
 
 
@@ -154,22 +148,21 @@ def _tables(scale, base):
 
 
 @triton.jit
-def _weights(byte, word, base, WARPS: tl.constexpr, TARGET: tl.constexpr):
+def _weights(byte, word, base, TARGET: tl.constexpr):
     """A matrix operand (128, 128) of 64 weight bytes a row and their four scale bytes; but for PTX times 2^-6."""
-    ROWS: tl.constexpr = 128
     group = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
     if TARGET == "ptx":
         low, high = _tables(group, base)
-        low = tl.broadcast_to(low[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
-        high = tl.broadcast_to(high[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
+        low = tl.broadcast_to(low[:, :, None], (128, 4, 16)).reshape(128, 64)
+        high = tl.broadcast_to(high[:, :, None], (128, 4, 16)).reshape(128, 64)
         even, odd = tl.inline_asm_elementwise(
             _EXPAND, "=r,=r,r,r,r,r,r,r,r,r,r", [byte, low, high], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True,
             pack=4,
         )  # fmt: skip
     else:
-        factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (ROWS, 4, 16)).reshape(ROWS, 64)
+        factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (128, 4, 16)).reshape(128, 64)
         even, odd = e2m1_pair(byte, factor, TARGET)
-    return _turned(even, odd, WARPS)
+    return _turned(even, odd)
 
 
 @triton.jit
@@ -181,8 +174,7 @@ def _operand(value, TARGET: tl.constexpr):
 @triton.jit
 def _product_kernel(
     x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, out, room,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
-    TARGET: tl.constexpr,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """128 rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
 
@@ -195,7 +187,7 @@ def _product_kernel(
         lane, column = tl.arange(0, 128), tl.arange(0, TILE)
         place = first + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
         live = place < end
-        if SHARED > 0:
+        if SHARED > 0:  # noqa: SIM108
             source = tl.load(order + place, mask=live, other=0) // SHARED
         else:
             source = tl.where(live, place, first)
@@ -203,7 +195,7 @@ def _product_kernel(
         blocks: tl.constexpr = DEPTH // 128
         values = x + source.to(tl.int64)[:, None] * DEPTH + tl.arange(0, 128)[None, :]
         factors = xs + tl.multiple_of(first, 8) + column
-        turned = expert * OUTPUTS + tl.program_id(0) * 128 + _turned_row(lane, WARPS)
+        turned = expert * OUTPUTS + tl.program_id(0) * 128 + _turned_row(lane)
         weight = w + turned[:, None] * (DEPTH // 2) + tl.arange(0, 64)[None, :]
         words = scale + turned * blocks
         low = tl.load(base + expert * (OUTPUTS // 128) + tl.program_id(0)).to(tl.int32)
@@ -212,10 +204,11 @@ def _product_kernel(
             factor = tl.load(factors + k * room).reshape(TILE // 16, 4, 2, 2)
             factor = tl.permute(factor, (0, 2, 1, 3)).reshape(TILE)
             rows = _operand(tl.load(values + k * 128), TARGET)
-            tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, WARPS, TARGET)
+            tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, TARGET)
             total += dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
         total *= power_of_two(low if TARGET == "ptx" else low + 6)
-        tl.store(out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None], to_bfloat16(total, TARGET), mask=live[None, :])
+        to = out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None]
+        tl.store(to, to_bfloat16(total, TARGET), mask=live[None, :])
 
 
 @triton.jit
@@ -287,7 +280,7 @@ def forward(
     )
     up, down = (new(room, size, dtype=torch.bfloat16) for size in (2 * inner, width))
     hidden, hs = new(room, inner, dtype=torch.uint8), new(inner // 128, room, dtype=torch.float32)
-    options = {"TILE": TILE, "WARPS": WARPS, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
+    options = {"TILE": TILE, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
     kind = torch.float8_e4m3fn if made_for == PTX else torch.uint8
     _product_kernel[(2 * inner // 128, tiles)](
         turned.view(kind), xs, order, *table, w13, s13.view(torch.int32), bases[0], up, room,

@@ -114,9 +114,7 @@ def _select_kernel(
     tl.store(best_scores + row * TOPK + rank, tl.full((TOPK,), _LEAST, tl.int32), mask=rank >= rest)
 
 
-def pick(
-    index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, topk: int
-) -> Tensor:
+def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, topk: int) -> Tensor:
     """Return picks (T, topk) int32 as `kernels.prefill_indexer.pick` does."""
     found, (tokens, heads, width), made_for = call.entries[OVERLAP_RATIO], index_q.shape, target()
     q = torch.empty(index_q.shape, dtype=torch.uint8, device=index_q.device)
@@ -134,6 +132,7 @@ def pick(
             HEADS=heads, WIDTH=width, KEYS=KEYS, TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         _select_kernel[(tokens,)](
-            out, found.seen, low, *old, *new, CHUNK=chunk, TOPK=topk, FIRST=low == 0, num_warps=4 if chunk <= 2048 else 8
-        )
+            out, found.seen, low, *old, *new, CHUNK=chunk, TOPK=topk, FIRST=low == 0,
+            num_warps=4 if chunk <= 2048 else 8,
+        )  # fmt: skip
     return new[1]

@@ -8,7 +8,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, fp8_scale_exponent, power_of_two, quantise_block, target
+from pelagos.kernels.triton.formats import (
+    e4m3_code,
+    e4m3_to_float,
+    fp8_scale_exponent,
+    power_of_two,
+    quantise_block,
+    target,
+)
 from pelagos.kernels.triton.query import rounded
 
 COLUMNS = 1024
@@ -52,7 +59,7 @@ def _quantise_kernel(
     tl.store(scales + row * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=block < WIDTH // 128)
 
 
-def _quantised(x: Tensor, norm: Tensor | None, width: int, limit: float, eps: float, swiglu: bool) -> tuple[Tensor, ...]:
+def _quantised(x: Tensor, norm: Tensor | None, width: int, limit: float, eps: float, swiglu: bool) -> list[Tensor]:
     rows = x.shape[0]
     codes, scales = (torch.empty((rows, width // n), dtype=torch.uint8, device=x.device) for n in (1, 128))
     columns = COLUMNS if norm is None else max(128, triton.next_power_of_2(width))
@@ -60,7 +67,7 @@ def _quantised(x: Tensor, norm: Tensor | None, width: int, limit: float, eps: fl
         x, norm, codes, scales, x.stride(0), limit, eps, WIDTH=width, COLUMNS=columns, NORM=norm is not None,
         SWIGLU=swiglu, TARGET=target(),
     )  # fmt: skip
-    return codes, scales
+    return [codes, scales]
 
 
 def quantise(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
