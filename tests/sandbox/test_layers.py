@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -216,3 +217,28 @@ def test_trees_that_forbid_deleting_are_deleted(tmp_path: Path) -> None:
 def test_ids_that_are_no_names(plain: Store, name: str) -> None:
     with pytest.raises(SandboxError, match="sandbox id"):
         plain.box(name)
+
+
+def test_collect_takes_what_is_old_and_unused(tmp_path: Path) -> None:
+    from pelagos.sandbox.sdk import Sandbox
+
+    store = Store(tmp_path / "s")
+    source = tmp_path / "d"
+    source.mkdir()
+    (source / "f").write_text("x")
+    image = Image.host(store)
+    kept = image.with_directory(source, at="/workspace", store=store)
+    (source / "f").write_text("y")
+    lost = image.with_directory(source, at="/workspace", store=store)
+    for digest in {*kept.layers, *lost.layers}:
+        os.utime(store.layers / digest, (0, 0))
+    if shutil.which("bwrap") is None:
+        pytest.skip("bwrap (Debian package bubblewrap) is not installed")
+    with Sandbox.create(image=kept, store=store) as box:
+        for digest in kept.layers:
+            os.utime(store.layers / digest, (0, 0))
+        assert store.collect(older_s=60) == {"layers": 1, "snapshots": 0}
+        assert box.exec("cat f").text == "x"
+    assert store.collect(older_s=60) == {"layers": 2, "snapshots": 0}
+    with pytest.raises(SandboxError, match="is not in"):
+        Sandbox.create(image=lost, store=store)

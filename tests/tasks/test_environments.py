@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pelagos import tasks
+from pelagos.cli.tasks import main
 from pelagos.errors import DataError
 from pelagos.sandbox import Sandbox, Store, doctor
 from pelagos.sandbox.layers import remove_tree
@@ -116,3 +118,21 @@ def test_a_folder_of_your_own(tmp_path: Path, store: Store) -> None:
     (path / "instruction.md").unlink()
     with pytest.raises(DataError, match=r"no instruction\.md"):
         tasks.load(path)
+
+
+def test_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    monkeypatch.setattr("pelagos.sandbox.layers.default_store", lambda: store)
+    monkeypatch.setattr("pelagos.sandbox.sdk.default_store", lambda: store)
+    folder = str(tmp_path / "t")
+    assert main(["make", folder, "--count", "2"]) == 0
+    assert main(["list", folder]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [lines[0], len(lines)] == [{"made": 2}, 3]
+    assert main(["run", lines[1]["path"]]) == 0
+    assert main(["run", lines[1]["path"], "--untouched"]) == 0
+    empty = tmp_path / "empty.tar"
+    empty.write_bytes(bytes(10240))
+    assert main(["grade", lines[1]["path"], str(empty)]) == 1
+    assert [json.loads(line)["passed"] for line in capsys.readouterr().out.splitlines()] == [True, False, False]

@@ -14,6 +14,7 @@ from pelagos.errors import PelagosError
 from pelagos.sandbox import log
 from pelagos.sandbox.doctor import examine, table
 from pelagos.sandbox.keeper import SUBSTRATES
+from pelagos.sandbox.layers import default_store
 from pelagos.sandbox.sdk import replay
 
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, text in {
         "doctor": "start every substrate here and say what is missing",
         "serve": "serve sandboxes over HTTP: gateway, edge and watcher in one",
+        "collect": "delete layers and snapshots of guests that nothing uses",
         "verify": "check a sandbox directory's log and blobs",
         "provenance": "list what was asked and what came of it, one JSON object a line",
         "export": "write a log and its blobs as one tar",
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         if name == "doctor":
             command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
             command.add_argument("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
+        elif name == "collect":
+            command.add_argument("--days", type=float, default=30, help="only what was not used for so long")
         elif name == "serve":
             command.add_argument("projects", type=Path, help="TOML: a table per project with key, sandboxes, memory_mb")
             command.add_argument("--host", default="127.0.0.1")
@@ -54,6 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if asked.command == "serve":
             serve(asked)
+            return 0
+        if asked.command == "collect":
+            print(json.dumps(default_store().collect(older_s=asked.days * 86400)))
             return 0
         if asked.command == "doctor":
             report = examine(names=asked.substrate)
@@ -79,7 +86,6 @@ def serve(asked: argparse.Namespace) -> None:
     """Serve until told to end."""
     import uvicorn
 
-    from pelagos.sandbox.layers import default_store
     from pelagos.sandbox.service import Edge, Gateway, app, read_projects
 
     secret = asked.secret.read_text(encoding="ascii").strip() if asked.secret else ""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
 import stat
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,23 @@ class Store:
                 unpack(file, draft)
                 return self._place(draft, digest)
         return digest
+
+    def collect(self, *, older_s: float = 30 * 86400) -> dict[str, int]:
+        """Delete layers and guests' snapshots that no sandbox has and none was made from for `older_s`."""
+        used = set()
+        for path in self.boxes.glob("*/spec.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # on its way in or out: then its layers are fresh
+                used |= set(json.loads(path.read_text(encoding="utf-8"))["layers"])
+        found = {"layers": 0, "snapshots": 0}
+        for kind, directory in (("layers", self.layers), ("snapshots", self.root / "vm")):
+            for path in directory.glob("*"):
+                old = path.is_dir() and time.time() - path.stat().st_mtime > older_s
+                if old and path.name not in used:
+                    gone = path.with_name(f"draft-{path.name}")
+                    os.rename(path, gone)  # at once: a sandbox finds all of it or nothing
+                    remove_tree(gone)
+                    found[kind] += 1
+        return found
 
     def box(self, name: str) -> Path:
         """Return the directory of a sandbox; raises SandboxError for an id that is no plain name."""

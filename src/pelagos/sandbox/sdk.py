@@ -67,6 +67,8 @@ class AsyncSandbox:
         missing = [digest for digest in image.layers if not (store.layers / digest).is_dir()]
         if missing:
             raise SandboxError(f"layer {missing[0][:12]} is not in {store.layers}; make the image with this store")
+        for digest in image.layers:
+            os.utime(store.layers / digest)  # `Store.collect` leaves what was used lately
         box = cls(store, spec, "")
         try:
             box.directory.mkdir(mode=0o711)

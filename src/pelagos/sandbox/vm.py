@@ -104,6 +104,7 @@ class VirtualMachine:
             if fresh:
                 own.mkdir(mode=0o700)
                 if restore:
+                    os.utime(self._state)
                     _copy_sparse(self._state / "disk", own / "disk")
                 else:
                     _make_disk(own / "disk", self._spec.limits.disk_mb)
