@@ -323,3 +323,42 @@ def test_a_killed_nursery_or_forker_is_made_again(make: Any) -> None:
     time.sleep(0.1)
     assert make().exec("echo here").text == "here\n"
     assert box.exec("echo here too").text == "here too\n"
+
+
+def test_a_terminal_is_typed_into_resized_and_logged(store: Store) -> None:
+    async def go() -> None:
+        async with await AsyncSandbox.create(store=store, ttl_s=60) as box:
+            seen = bytearray()
+            session = asyncio.ensure_future(
+                box.terminal(["bash", "--norc"], rows=30, on_output=seen.extend, request_id="t")
+            )
+
+            async def until(word: bytes) -> None:
+                for _ in range(500):
+                    if word in seen:
+                        return
+                    await asyncio.sleep(0.01)
+                raise AssertionError(bytes(seen))
+
+            await until(b"$ ")
+            assert await box.type("tty; stty size; echo a$((40+2))\n") == 32
+            await until(b"a42")
+            assert b"/dev/pts/" in seen
+            assert b"30 80" in seen
+            await box.type("", size=(11, 44))
+            await box.type("stty size; sleep 60\n")
+            await until(b"11 44")
+            await box.type(b"\x03")  # what a terminal turns into an interrupt
+            await box.type("exit 5\n")
+            done = await session
+            assert (done.exit_code, done.stderr) == (5, b"")
+            assert done.stdout == bytes(seen)
+            assert (await box.terminal(["bash", "--norc"], rows=30, request_id="t")).replayed
+            with pytest.raises(SandboxError, match="no terminal"):
+                await box.type("x")
+            typed = [r for r in logs.read_records(box.directory) if r["kind"] == "intent" and r["op"] == "type"]
+            assert len(typed) == 6
+            slow = await box.terminal(["sleep", "30"], timeout=0.3)
+            assert (slow.timed_out, slow.exit_code) == (True, -signal.SIGKILL)
+
+    asyncio.run(go())

@@ -41,6 +41,7 @@ class Capabilities:
     files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
     host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
     network: str = "none"
+    terminal: str = "none"  # or "yes"
     kernel: str = "shared"  # the host's own; or the guest's under "kvm" or "tcg"
 
     def check(self, required: Mapping[str, str]) -> None:
@@ -109,6 +110,7 @@ class Command:
     cwd: str = "/workspace"
     call: str | None = None
     arguments: str = "[]"
+    tty: tuple[int, int] | None = None  # rows and columns: its first descriptor is a socket that wants the terminal
 
 
 class Child(Protocol):

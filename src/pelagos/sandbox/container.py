@@ -14,6 +14,8 @@ import os
 import select
 import signal
 import socket
+import struct
+import termios
 import time
 import traceback
 from collections.abc import Callable
@@ -52,6 +54,7 @@ def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
         pause="freezer" if "freezer" in have else "signals",
         files=files,
         host_user="separate" if os.geteuid() == 0 else "caller",
+        terminal="yes" if files == "overlay" else "none",
     )
 
 
@@ -263,7 +266,7 @@ class Container:
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command inside; `stdio` stays the caller's to close."""
         assert self._home is not None, "made in the process that is inside already"
-        ask = {"argv": command.argv, "env": dict(command.env), "cwd": command.cwd}
+        ask = {"argv": command.argv, "env": dict(command.env), "cwd": command.cwd, "tty": command.tty}
         try:
             return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
         except OSError as error:
@@ -332,7 +335,7 @@ class Container:
     def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> tuple[int, int, int]:
         """Fork a command and return its pid, the descriptor its end is told on, and its leash."""
         ask = json.loads(os.pread(text, os.fstat(text).st_size, 0))
-        command = Command(argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
+        command = Command(argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"], tty=ask["tty"])
 
         def complain(error: BaseException) -> None:
             os.write(2, f"sandbox: cannot run {command.argv[0]!r} in {command.cwd}: {error}\n".encode())
@@ -351,6 +354,13 @@ class Container:
         linux.forbid_imports()
         self._enter("mnt", "net", "ipc", "uts", "cgroup", "user")
         os.setsid()
+        if command.tty:
+            master, slave = os.openpty()  # of the sandbox's own devpts: the host's terminals are not there
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *command.tty, 0, 0))
+            with socket.socket(fileno=os.dup(stdio[0])) as wants:
+                socket.send_fds(wants, [b"tty"], [master])
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            stdio = (slave, slave, slave)
         for number, fd in enumerate(stdio):
             os.dup2(fd, number)
         linux.close_all_but([])

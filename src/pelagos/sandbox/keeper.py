@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import gc
 import json
 import os
 import signal
 import socket
+import struct
+import termios
 import time
 import traceback
 from collections.abc import Callable
@@ -93,6 +97,7 @@ class Keeper:
         if exists:
             self._log.event("start")
         self._substrate: Substrate = _make(box, spec, home)
+        self._terminals: dict[str, int] = {}
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
         self._active, self._last, self._paused = 0, time.monotonic(), False
         self._over_disk, self._most_disk, self._kills = False, 0, 0
@@ -251,20 +256,44 @@ class Keeper:
                        data: bytes = b"") -> Outcome:  # fmt: skip
         return await self._command(Command(argv=tuple(argv), env=env, cwd=cwd), timeout, data, emit)
 
+    async def _op_terminal(self, *, emit: Emit, argv: list[str], env: dict[str, str], cwd: str, timeout: float | None,
+                           name: str, rows: int, columns: int) -> Outcome:  # fmt: skip
+        if self._substrate.capabilities.terminal != "yes" or name in self._terminals:
+            raise SandboxError(f"{self._spec.substrate}: no terminal {name!r} (terminal=none, or it is open already)")
+        command = Command(argv=tuple(argv), env={"TERM": "xterm", **env}, cwd=cwd, tty=(rows, columns))
+        try:
+            return await self._command(command, timeout, b"", emit, terminal=name)
+        finally:
+            self._terminals.pop(name, None)
+
+    async def _op_type(self, *, emit: Emit, name: str, data: bytes, size: list[int] | None = None) -> Outcome:
+        if name not in self._terminals:
+            raise SandboxError(f"there is no terminal {name!r} open")
+        try:
+            if size:
+                fcntl.ioctl(self._terminals[name], termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+            written = os.write(self._terminals[name], data) if data else 0
+        except (OSError, struct.error) as error:
+            raise SandboxError(f"terminal {name!r} takes no input ({error})") from None
+        return {"written": written}, {}
+
     async def _op_call(self, *, emit: Emit, source: str, arguments: str, timeout: float | None) -> Outcome:
         if self._spec.substrate != "function":
             raise SandboxError(f"{self._spec.substrate}: no warm worker to call; use exec, or substrate='function'")
         return await self._command(Command(call=source, arguments=arguments), timeout, b"", emit)
 
-    async def _command(self, command: Command, timeout: float | None, data: bytes, emit: Emit) -> Outcome:
+    async def _command(
+        self, command: Command, timeout: float | None, data: bytes, emit: Emit, terminal: str | None = None
+    ) -> Outcome:
         streams = [_Stream(self._loop, name, self._spec.limits.output_bytes, emit) for name in ("stdout", "stderr")]
         began = time.perf_counter()
-        stdin = linux.file_of(data)
+        wants, stdin = socket.socketpair() if terminal else (None, linux.file_of(data))
+        first = stdin if isinstance(stdin, int) else stdin.fileno()
         timed_out = False
         try:
-            child = self._substrate.spawn(command, (stdin, streams[0].write_fd, streams[1].write_fd))
+            child = self._substrate.spawn(command, (first, streams[0].write_fd, streams[1].write_fd))
         finally:
-            os.close(stdin)
+            os.close(first) if isinstance(stdin, int) else stdin.close()
 
         def expire() -> None:
             nonlocal timed_out
@@ -279,6 +308,8 @@ class Keeper:
         try:
             for stream in streams:
                 stream.listen()
+            if terminal and wants:
+                self._loop.watch(wants.fileno(), functools.partial(self._take_terminal, terminal, wants, streams[0]))
             report = self._loop.start(self._loop.until_end(child.status_fd, line=True, most=STATUS_BYTES))
             if timeout is not None:
                 self._loop.later(timeout, expire)
@@ -288,6 +319,9 @@ class Keeper:
             for stream in streams:
                 stream.close()
             child.reap()
+            if wants and wants.fileno() >= 0:
+                self._loop.watch(wants.fileno(), None)
+                wants.close()
         code, returned = -int(signal.SIGKILL), None
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a call may write anything here
             told = json.loads(line)
@@ -303,6 +337,15 @@ class Keeper:
             "value": returned,
         }  # fmt: skip
         return value, {stream.name: bytes(stream.kept) for stream in streams}
+
+    def _take_terminal(self, name: str, wants: socket.socket, stream: _Stream) -> None:
+        """Read from the terminal that a command made for itself, instead of from its pipe."""
+        _, fds, _, _ = socket.recv_fds(wants, 16, 1)
+        self._loop.watch(wants.fileno(), None)
+        wants.close()
+        if fds:
+            stream.turn_to(fds[0])
+            self._terminals[name] = fds[0]
 
     async def _op_read(self, *, emit: Emit, path: str) -> Outcome:
         return {}, {"data": await self._task("read", path=path)}
@@ -381,11 +424,21 @@ class _Stream:
         self.write_fd = -1
         self._loop.watch(self._fd, self._take)
 
+    def turn_to(self, fd: int) -> None:
+        """Read another descriptor from here on."""
+        self._loop.watch(self._fd, None)
+        os.close(self._fd)
+        self._fd = fd
+        os.set_blocking(fd, False)
+        self._loop.watch(fd, self._take)
+
     def _take(self) -> bool:
         try:
             data = os.read(self._fd, DRAIN_BYTES)
         except BlockingIOError:
             return False
+        except OSError:  # how a terminal ends
+            data = b""
         new = data[: self._most - len(self.kept)]
         self.kept += new
         self.truncated |= len(new) < len(data)

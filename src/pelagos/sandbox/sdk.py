@@ -113,6 +113,30 @@ class AsyncSandbox:
         args = {"argv": argv, "env": dict(env or {}), "cwd": cwd, "timeout": timeout}
         return _result(await self._ask("exec", args, stdin or None, request_id, on_stdout, on_stderr))
 
+    async def terminal(
+        self, command: Sequence[str] = ("bash",), *, name: str = "tty", rows: int = 24, columns: int = 80,
+        timeout: float | None = 3600.0, env: Mapping[str, str] | None = None, cwd: str = "/workspace",
+        on_output: Sink | None = None, request_id: str | None = None,
+    ) -> ExecResult:  # fmt: skip
+        """Run a command on a terminal of its own until it ends; `type` writes to it. What it says is in `stdout`."""
+        args = {"argv": list(command), "env": dict(env or {}), "cwd": cwd, "timeout": timeout, "name": name,
+                "rows": rows, "columns": columns}  # fmt: skip
+        return _result(await self._ask("terminal", args, None, request_id, on_output))
+
+    async def type(
+        self,
+        data: bytes | str,
+        *,
+        name: str = "tty",
+        size: tuple[int, int] | None = None,
+        request_id: str | None = None,
+    ) -> int:
+        """Type into a terminal that is open, and give it another size; return how many bytes it took."""
+        args = {"name": name, "size": list(size) if size else None}
+        return (await self._ask("type", args, data.encode() if isinstance(data, str) else data, request_id))[0][
+            "written"
+        ]
+
     async def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
                    ) -> ExecResult:  # fmt: skip
         """Run `main(*arguments)` of Python source in a warm worker (substrate "function"); see the result's `value`."""
@@ -339,6 +363,7 @@ class Sandbox:
         self.files = Files(self.wrapped.files, self.runner)
 
     exec, call = _waiting(AsyncSandbox.exec), _waiting(AsyncSandbox.call)
+    terminal, type = _waiting(AsyncSandbox.terminal), _waiting(AsyncSandbox.type)
     snapshot, pack_diff = _waiting(AsyncSandbox.snapshot), _waiting(AsyncSandbox.pack_diff)
     pause, resume = _waiting(AsyncSandbox.pause), _waiting(AsyncSandbox.resume)
     info, resolve = _waiting(AsyncSandbox.info), _waiting(AsyncSandbox.resolve)
@@ -382,7 +407,8 @@ async def replay(directory: Path, *, store: Store | None = None) -> list[dict[st
     async with await AsyncSandbox.create(
         substrate=spec.substrate, image=Image(spec.base, spec.layers), id=spec.id, store=store, **limits
     ) as box:
-        for record in (r for r in records if r["kind"] == "result" and r["status"] != "abandoned"):
+        done = (r for r in records if r["kind"] == "result" and r["status"] != "abandoned")
+        for record in (r for r in done if r["op"] not in ("terminal", "type")):  # people typed those while they ran
             args = asked.get(record["intent"], record)["args"]
             payload = log.read_blob(directory, args["data"]["$blob"]) if "data" in args else None
             plain = {name: value for name, value in args.items() if name != "data"}
