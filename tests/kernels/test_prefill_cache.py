@@ -51,7 +51,7 @@ def test_prompt_lists_windows_that_are_not_there_already():
     assert got.window.tolist() == [0, 134]
     found = got.entries[4]
     assert found.ends.tolist() == [1, 5]
-    assert (found.base.tolist(), found.count.tolist(), found.total, found.most) == ([0, 2], [2, 3], 5, 3)
+    assert (found.base.tolist(), found.counts.tolist(), found.total, found.most) == ([0, 2], [2, 3], 5, 3)
     assert got.blocks.tolist() == [[0, 7, 0], [7, 4, 1]]
 
 

@@ -23,8 +23,6 @@ from pelagos.kernels.ref import skinny_gemm as gemm_ref
 
 Case = tuple[str, list[Callable[[], Any]], cost.KernelCost, int, dict[str, list[Callable[[], Any]]]]
 CONTEXTS = (8192, 131072)
-TOKENS = dict.fromkeys(("prefill_attention", "prefill_indexer", "prefill_cache", "prefill_experts"), (4096, 8192))
-TOKENS["prefill_products"] = (512, 1000, 4096, 8192)
 
 
 def _cut(config: ModelConfig, ratio: int) -> CacheLayout:
@@ -138,3 +136,4 @@ MAKERS: dict[str, Callable[[ModelConfig, int], Iterator[Case]]] = {
     "prefill_attention": attention, "prefill_indexer": index, "prefill_cache": writes, "prefill_experts": experts,
     "prefill_products": products,
 }  # fmt: skip
+TOKENS = dict.fromkeys(MAKERS, (4096, 8192))

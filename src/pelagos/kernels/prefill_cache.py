@@ -24,8 +24,8 @@ QUERIES = 64  # of one sequence that are scored together
 class Entries(NamedTuple):
     """Where the B sequences of a call have the entries of one ratio, and which of its windows are to be written."""
 
-    base: Tensor  # (B,) int32 row of `Keys.index` of a sequence's first entry
-    count: Tensor  # (B,) int32 entries that its last token sees
+    base: Tensor  # (B,) int32 row of `Keys.codes` of a sequence's first entry
+    counts: Tensor  # (B,) int32 entries that its last token sees
     seen: Tensor  # (T,) int32 entries that a token sees
     ends: Tensor  # (N,) int32 rows at which a window ends that is not there already
     total: int
@@ -49,8 +49,8 @@ class Keys(NamedTuple):
     """Decoded rows that a call attends: windows, then entries; index keys as E4M3 codes of value / scale."""
 
     main: Tensor  # (R, C) bfloat16
-    index: Tensor | None  # (E, D) uint8
-    index_scale: Tensor | None  # (E,) float32
+    codes: Tensor | None  # (E, D) uint8
+    scales: Tensor | None  # (E,) float32
 
 
 def prompt(spans: Sequence[Span], layout: CacheLayout, device: torch.device | str) -> Prompt:

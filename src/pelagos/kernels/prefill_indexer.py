@@ -24,13 +24,13 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: 
     Source: inference/model.py Indexer.
     """
     found, (tokens, heads, width) = call.entries[OVERLAP_RATIO], index_q.shape
-    if keys.index is None or keys.index_scale is None:
+    if keys.codes is None or keys.scales is None:
         raise ConfigError("prefill_indexer: this layer has no index keys")
     expected = {
         "index_q": (index_q, (len(found.seen), heads, width), torch.bfloat16),
         "head_weights": (head_weights, (tokens, heads), torch.float32),
-        "keys.index": (keys.index, (found.total, width), torch.uint8),
-        "keys.index_scale": (keys.index_scale, (found.total,), torch.float32),
+        "keys.codes": (keys.codes, (found.total, width), torch.uint8),
+        "keys.scales": (keys.scales, (found.total,), torch.float32),
     }
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
@@ -41,7 +41,7 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: 
         raise ConfigError(
             f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two, multiples of 16 and 32"
         )
-    inputs = (index_q, head_weights, call, keys.index, keys.index_scale, topk)
+    inputs = (index_q, head_weights, call, keys.codes, keys.scales, topk)
     if not index_q.is_cuda:
         return ref.pick(*inputs)
     from pelagos.kernels.triton import prefill_indexer as kernel

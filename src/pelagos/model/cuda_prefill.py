@@ -46,9 +46,10 @@ class Prefill:
         self._freqs = [frequencies(config, compressed, weights.device) for compressed in (False, True)]
         self._layers = [
             _Layer(
-                *(factors(each.scales) for each in (
-                    layer.first, layer.second, layer.wo_a, layer.wo_b, layer.shared13, layer.shared2)),
-                (prefill_experts.base_bytes(*layer.w13), prefill_experts.base_bytes(*layer.w2)),
+                first=factors(layer.first.scales), second=factors(layer.second.scales), wo_a=factors(layer.wo_a.scales),
+                wo_b=factors(layer.wo_b.scales), shared13=factors(layer.shared13.scales),
+                shared2=factors(layer.shared2.scales),
+                bases=(prefill_experts.base_bytes(*layer.w13), prefill_experts.base_bytes(*layer.w2)),
             ) for layer in weights.layers
         ]  # fmt: skip
 

@@ -59,7 +59,7 @@ def cache_write(
     codes = scales = None
     if kept.main is not None:
         found = call.entries[kept.ratio]
-        owner = torch.arange(len(found.count), device=first.device).repeat_interleave(found.count)
+        owner = torch.arange(len(found.counts), device=first.device).repeat_interleave(found.counts)
         index = torch.arange(found.total, device=first.device) - found.base[owner]
         place = rows.table[owner, index // kept.main.count].long(), index % kept.main.count
         if found.total:

@@ -30,7 +30,8 @@ def forward(
     for expert in chosen.unique().tolist():
         token, pick = (chosen == expert).nonzero(as_tuple=True)
         up = (x[token] @ decode(w13[expert], s13[expert]).T).bfloat16()
-        hidden = swiglu(*up.chunk(2, -1), limit) * weights[token, pick][:, None]
+        gate, other = up.chunk(2, -1)
+        hidden = swiglu(gate, other, limit) * weights[token, pick][:, None]
         hidden = numerics.fake_quant_fp8(hidden.bfloat16().float(), numerics.ACT_BLOCK)
         parts[token, pick] = (hidden @ decode(w2[expert], s2[expert]).T).bfloat16().float()
     total = ordered_sum(parts, 1)

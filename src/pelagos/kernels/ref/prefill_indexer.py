@@ -32,7 +32,7 @@ def scores(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, s
     index = torch.arange(found.most, device=row.device)
     total = torch.full((len(row), found.most), -torch.inf, device=row.device)
     for owner in call.rows.owner[row].unique().tolist():
-        own, count = row[call.rows.owner[row] == owner], int(found.count[owner])
+        own, count = row[call.rows.owner[row] == owner], int(found.counts[owner])
         place = slice(int(found.base[owner]), int(found.base[owner]) + count)
         keys = codes[place].view(torch.float8_e4m3fn).float() * scales[place, None]
         parts = [

@@ -37,4 +37,5 @@ def quantise(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor
 
 def swiglu(up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """Return (codes, scales); see `kernels.prefill_products.swiglu`."""
-    return quantise(experts.swiglu(*up.chunk(2, 1), limit).bfloat16(), None, 0.0)
+    gate, other = up.chunk(2, 1)
+    return quantise(experts.swiglu(gate, other, limit).bfloat16(), None, 0.0)

@@ -194,7 +194,7 @@ def cache_write(
     if found is None or place.main is None or found.total == 0:
         return keys, *((None, None) if not index else (keys.new_empty((0, index), dtype=torch.uint8), none[:0, 0]))
     _decode_kernel[(spans, triton.cdiv(found.most, ROWS))](
-        *_bytes(pages, place.main), layout.page_bytes, table, table.shape[1], found.base, found.count, call.start,
+        *_bytes(pages, place.main), layout.page_bytes, table, table.shape[1], found.base, found.counts, call.start,
         keys[call.windows :], EACH=place.main.rows, SIZE=0, ROWS=ROWS, **sizes,
     )  # fmt: skip
     if place.index is None:
@@ -202,7 +202,7 @@ def cache_write(
     codes = torch.empty((found.total, index), dtype=torch.uint8, device=first.device)
     scales = torch.empty(found.total, dtype=torch.float32, device=first.device)
     _index_kernel[(spans, triton.cdiv(found.most, KEYS))](
-        *_bytes(pages, place.index), layout.page_bytes, table, table.shape[1], found.base, found.count, codes, scales,
+        *_bytes(pages, place.index), layout.page_bytes, table, table.shape[1], found.base, found.counts, codes, scales,
         WIDTH=index, EACH=place.index.rows, KEYS=KEYS,
     )  # fmt: skip
     return keys, codes, scales

@@ -59,26 +59,16 @@ def _quantise_kernel(
     tl.store(scales + row * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=block < WIDTH // 128)
 
 
-def _quantised(x: Tensor, norm: Tensor | None, width: int, limit: float, eps: float, swiglu: bool) -> list[Tensor]:
-    rows = x.shape[0]
-    codes, scales = (torch.empty((rows, width // n), dtype=torch.uint8, device=x.device) for n in (1, 128))
+def quantise(x: Tensor, norm: Tensor | None, eps: float, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return (codes, scales) as `kernels.prefill_products.quantise` does; with a limit those of the SwiGLU of x."""
+    rows, width = len(x), x.shape[1] if limit is None else x.shape[1] // 2
+    codes = torch.empty((rows, width), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((rows, width // 128), dtype=torch.uint8, device=x.device)
     columns = COLUMNS if norm is None else max(128, triton.next_power_of_2(width))
     _quantise_kernel[(rows, triton.cdiv(width, columns))](
-        x, norm, codes, scales, x.stride(0), limit, eps, WIDTH=width, COLUMNS=columns, NORM=norm is not None,
-        SWIGLU=swiglu, TARGET=target(),
+        x, norm, codes, scales, x.stride(0), limit or 0.0, eps, WIDTH=width, COLUMNS=columns, NORM=norm is not None,
+        SWIGLU=limit is not None, TARGET=target(),
     )  # fmt: skip
-    return [codes, scales]
-
-
-def quantise(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (codes, scales) as `kernels.prefill_products.quantise` does."""
-    codes, scales = _quantised(x, norm, x.shape[1], 0.0, eps, False)
-    return codes, scales
-
-
-def swiglu(up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Return (codes, scales) as `kernels.prefill_products.swiglu` does."""
-    codes, scales = _quantised(up, None, up.shape[1] // 2, limit, 0.0, True)
     return codes, scales
 
 
