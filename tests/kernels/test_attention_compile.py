@@ -27,7 +27,7 @@ HCA = CSA | dict(RATIO=128, PICKED=0, CODES=True)
 ATTEND = dict(RING=131, SCALES=8, HEADS=heads)
 WRITE = dict(LATENT=latent, PADDED=latent, WIDTH=width, ROPE=64, RING=131, SCALES=8, PAGE=128, SLOTS=8, HEADS=heads,
              HEADS_PADDED=heads, ROUNDS=index.bit_length() - 1, TARGET=made_for)
-SELECT = dict(RATIO=4, TOPK=512, GROUP=16, CHUNK=4096, GROUPS=4096, TARGET=made_for)
+SELECT = dict(RATIO=4, TOPK=128, GROUP=16, CHUNK=1024, GROUPS=1024, TARGET=made_for)
 KERNELS = [
     (decode_attention._attend_kernel, CSA | ATTEND | dict(PER_PAGE=32, EACH=1, DONE=False), dict(num_warps=8)),
     (decode_attention._attend_kernel, HCA | ATTEND | dict(PER_PAGE=1, EACH=18, DONE=True), dict(num_warps=8)),
@@ -38,8 +38,8 @@ KERNELS = [
                          TARGET=made_for), dict()),
     (indexer._score_kernel, dict(RATIO=4, TOPK=512, PER_PAGE=32, WIDTH=index, HEADS=heads, PADDED=heads, KEYS=128,
                                  GROUP=16, MOST=0, TARGET=made_for), dict()),
-    (indexer._select_kernel, SELECT | dict(CHUNKS=1, ROUNDS=0, TILE=4096), dict(num_warps=16)),
-    (indexer._select_kernel, SELECT | dict(CHUNKS=64, ROUNDS=6, TILE=2048), dict(num_warps=16)),
+    (indexer._select_kernel, SELECT | dict(CHUNKS=1, ROUNDS=0, TILE=1024), dict(num_warps=16)),
+    (indexer._select_kernel, SELECT | dict(CHUNKS=64, ROUNDS=6, TILE=512), dict(num_warps=16)),
 ]
 for kernel, constants, options in KERNELS:
     signature = {{name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}}

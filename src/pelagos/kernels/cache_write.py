@@ -41,8 +41,16 @@ def cache_write(
             f"cache_write: layout of mode {layout.mode!r}, projected {projected.dtype}, q_lora_rank {quantised}: "
             f"expected released, float32 and a multiple of {BLOCK}"
         )
-    if projected.shape[0] != tokens or projected.shape[1] < needed or projected.stride(1) != 1:
-        raise ConfigError(f"cache_write: projected is {tuple(projected.shape)}, expected rows ({tokens}, >= {needed})")
+    if (
+        projected.shape[0] != tokens
+        or projected.shape[1] < needed
+        or projected.stride(1) != 1
+        or projected.stride(0) % 2
+    ):
+        got = f"{tuple(projected.shape)} with strides {projected.stride()}"
+        raise ConfigError(
+            f"cache_write: projected is {got}, expected rows ({tokens}, >= {needed}), an even number apart"
+        )
     for name, table in (("turn", turn), *((("entry_turn", entry_turn),) if place.ratio else ())):
         if table is None or tuple(table.shape) != (tokens, 2, half) or not table.is_contiguous():
             raise ConfigError(f"cache_write: {name} is {table if table is None else tuple(table.shape)}, "

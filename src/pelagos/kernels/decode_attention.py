@@ -14,7 +14,7 @@ from pelagos.kernels.cache_write import check_pools
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.ref import decode_attention as ref
 
-BLOCK = 128
+WIDTHS = (128, 512)  # of a head
 
 
 def attend(
@@ -29,8 +29,8 @@ def attend(
     (p + 1) // ratio: those in picks (T, K) int32 (ascending, then -1), or with None all of them, at most `most`. sink
     (H,) float32 joins the denominator; turn (T, 2, rope/2) float32 holds cos and sin at the rows' positions. A row's
     bits depend on its own sequence alone: not on the other rows, `most`, pages or slot, nor on whether `picks` names
-    all that it sees. Raises ConfigError for other shapes. Source: technical report 2.3.3; inference/kernel.py
-    sparse_attn.
+    all that it sees. Cached values are below 65,504, as float16 has it. Raises ConfigError for other shapes. Source:
+    technical report 2.3.3; inference/kernel.py sparse_attn.
     """
     config, place = layout.config, layout.layers[layer]
     tokens, heads, width = q.shape
@@ -39,9 +39,9 @@ def attend(
             f"decode_attention: q is {q.dtype} {tuple(q.shape)}, layout of mode {layout.mode!r}: "
             f"expected contiguous bfloat16 (T, H, {config.head_dim}) and released"
         )
-    if width % BLOCK or config.qk_rope_head_dim != 64:
+    if width not in WIDTHS or config.qk_rope_head_dim != 64:
         raise ConfigError(
-            f"decode_attention: width {width} and rope {config.qk_rope_head_dim}: expected a multiple of {BLOCK} and 64"
+            f"decode_attention: width {width} and rope {config.qk_rope_head_dim}: expected one of {WIDTHS} and 64"
         )
     expected = {"sink": (sink, (heads,)), "turn": (turn, (tokens, 2, 32)), "positions": (rows.positions, (tokens,))}
     for name, (tensor, shape) in expected.items():
