@@ -251,7 +251,9 @@ def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
         ({"memory_mb": 0}, "number > 0"),
         ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
         ({"image": Image("none", ())}, "at least one layer"),
-        ({"id": "../x"}, "sandbox id"), ({"image": Image("host", ("0" * 64,))}, "is not in"),
+        ({"id": "../x"}, "sandbox id"), ({"ttl_s": "x"}, "ttl_s"),
+        ({"image": Image("host", ("../boxes",))}, "is not in"),
+        ({"image": Image("host", ("0" * 64,))}, "is not in"),
     ):  # fmt: skip
         with pytest.raises(SandboxError, match=word):
             Sandbox.create(store=store, **options)

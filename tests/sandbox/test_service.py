@@ -70,6 +70,9 @@ def test_projects_are_walls_and_quotas_hold(store: Store) -> None:
     for bad in ({"command": 5}, {}, {"command": "x", "timeout": "long"}):
         assert alice.post(f"{box}/exec", **bad).status_code == 400, bad
     assert alice.post(f"{box}/dance").status_code == 400
+    assert alice.post("/v1/sandboxes", memory_mb=9, layers=["../boxes/e1.bob.x/upper"]).status_code == 400
+    assert alice.post("/v1/sandboxes", key="../../x", memory_mb=9).status_code == 400
+    assert alice.post("/v1/sandboxes/..%2f..%2fx/exec", command="id").status_code == 404
     assert alice.post("/v1/sandboxes", memory_mb=900).status_code == 429, "over its memory"
     layers = alice.post(f"{box}/snapshot").json()["layers"]
     second = alice.post("/v1/sandboxes", memory_mb=64, layers=layers).json()["id"]

@@ -399,7 +399,8 @@ class Keeper:
             raise SandboxError(f"{self._spec.substrate}: stateless, it has no files to reach (files=none)")
         out, ended = self._substrate.inside(name, arguments)
         try:
-            data = await self._loop.until_end(out)
+            most = 2 * (FILE_BYTES + int(self._spec.limits.disk_mb * 1024 * 1024))  # a guest may send for ever
+            data = await self._loop.until_end(out, most=most)
         finally:
             os.close(out)
             well = ended()

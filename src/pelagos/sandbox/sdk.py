@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -64,9 +65,12 @@ class AsyncSandbox:
                         output_bytes=output_bytes)  # fmt: skip
         spec = Spec(id=id or f"{substrate[:1]}-{secrets.token_hex(6)}", substrate=substrate, base=image.base,
                     layers=image.layers, limits=limits, ttl_s=ttl_s, require=dict(require or {}))  # fmt: skip
-        missing = [digest for digest in image.layers if not (store.layers / digest).is_dir()]
+        # A digest is a name, never a path: who names layers over the service must not reach what lies beside them.
+        missing = [d for d in image.layers if not re.fullmatch("[0-9a-f]{64}", d) or not (store.layers / d).is_dir()]
         if missing:
             raise SandboxError(f"layer {missing[0][:12]} is not in {store.layers}; make the image with this store")
+        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not ttl_s > 0:
+            raise SandboxError(f"ttl_s={ttl_s!r}: expected a number > 0")
         for digest in image.layers:
             os.utime(store.layers / digest)  # `Store.collect` leaves what was used lately
         box = cls(store, spec, "")
