@@ -40,7 +40,7 @@ KERNELS = [
     (prefill_attention._attend_kernel, ATTEND,
      dict(base=I32, scale="fp32", num_warps=8, num_stages=1 if backend == "hip" else 2)),
     (prefill_indexer._query_kernel, dict(HEADS=64, WIDTH=128), {{}}),
-    (prefill_indexer._score_kernel, dict(CHUNK=8192, HEADS=64, WIDTH=128, KEYS=128, TARGET=made_for),
+    (prefill_indexer._score_kernel, dict(CHUNK=8192, HEADS=64, PADDED=64, WIDTH=128, KEYS=128, TARGET=made_for),
      dict(q=CODE, keys=CODE, scales=F32, out=F32, base=I32)),
     (prefill_indexer._select_kernel, dict(CHUNK=1024, TOPK=512, FIRST=False), dict(scores=F32)),
     (prefill_products._factor_kernel, dict(TILE=64), dict(factors=F32, blocks="i32")),

@@ -37,9 +37,9 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: 
             raise ConfigError(
                 f"prefill_indexer: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} {shape}"
             )
-    if topk & (topk - 1) or width % 32 or heads % 16:
+    if topk & (topk - 1) or width % 32 or heads % 8:
         raise ConfigError(
-            f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two, multiples of 16 and 32"
+            f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two, multiples of 8 and 32"
         )
     inputs = (index_q, head_weights, call, keys.codes, keys.scales, topk)
     if not index_q.is_cuda:

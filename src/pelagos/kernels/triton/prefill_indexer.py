@@ -45,7 +45,7 @@ def _operand(value, TARGET: tl.constexpr):
 @triton.jit
 def _score_kernel(
     q, weights, keys, scales, blocks, base, seen, out, low, CHUNK: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, TARGET: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The scores (rows, KEYS) of a block of queries of one sequence."""
     block = tl.program_id(1)
@@ -55,14 +55,17 @@ def _score_kernel(
     if low + begin < most:
         at = begin + tl.arange(0, KEYS)
         place = tl.load(base + owner) + tl.minimum(low + at, most - 1)
-        lane, head = tl.arange(0, WIDTH), tl.arange(0, HEADS)
+        lane, head = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+        source = head if PADDED == HEADS else tl.minimum(head, HEADS - 1)  # padding has no weight
         own = _operand(tl.load(keys + place.to(tl.int64)[:, None] * WIDTH + lane[None, :]), TARGET)
         scale = tl.load(scales + place)
         for i in tl.range(0, rows):
             row = (first + i).to(tl.int64)
-            other = _operand(tl.load(q + (row * HEADS + head)[:, None] * WIDTH + lane[None, :]), TARGET)
-            weight = tl.load(weights + row * HEADS + head)
-            product = dot(own, tl.trans(other), tl.zeros((KEYS, HEADS), tl.float32), TARGET)
+            other = _operand(tl.load(q + (row * HEADS + source)[:, None] * WIDTH + lane[None, :]), TARGET)
+            weight = tl.load(weights + row * HEADS + source)
+            if PADDED > HEADS:
+                weight = tl.where(head < HEADS, weight, 0.0)
+            product = dot(own, tl.trans(other), tl.zeros((KEYS, PADDED), tl.float32), TARGET)
             score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1) * scale
             tl.store(out + row * CHUNK + at, score)
 
@@ -129,7 +132,8 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, sca
         old, new = (best[:2], best[2:]) if turn % 2 else (best[2:], best[:2])
         _score_kernel[(triton.cdiv(min(chunk, max(1, found.most - low)), KEYS), len(call.blocks))](
             q.view(kind), weights, codes.view(kind), scales, call.blocks, found.base, found.seen, out, low, CHUNK=chunk,
-            HEADS=heads, WIDTH=width, KEYS=KEYS, TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
+            HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), WIDTH=width, KEYS=KEYS, TARGET=made_for,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         _select_kernel[(tokens,)](
             out, found.seen, low, *old, *new, CHUNK=chunk, TOPK=topk, FIRST=low == 0,
