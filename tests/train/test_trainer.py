@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tests.train.small import packed, run_config, small_config, trainer_of, write_shards
@@ -14,8 +15,10 @@ from tests.train.small import packed, run_config, small_config, trainer_of, writ
 from pelagos.checkpoint import open_checkpoint
 from pelagos.config import tiny
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
+from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.load import load_model
 from pelagos.model import FullSequence
+from pelagos.model.paged import PagedForward
 from pelagos.numerics import FP8_BLOCK, fake_quant_fp4, fake_quant_fp8
 from pelagos.train.objective import prepare_step
 from pelagos.train.recipe import TrainConfig
@@ -277,19 +280,25 @@ def training_logits(model, batch):
 
 
 def test_trainer_is_server(finished, tmp_path):
-    """Bitwise: the exported checkpoint in released mode gives the logits of the training forward on master weights.
+    """Bitwise: the engine's forward over pages, on the exported checkpoint, gives the logits of the training forward.
 
-    What the release stores in BF16 the quantised stage rounds as well, its masters kept beside.
+    What the release stores in BF16 the quantised stage rounds as well, its masters kept beside: weights, and the
+    rotated channels of what is cached.
     """
     batch = packed([[128], [90]], 128)
-    model = finished.model
-    trained = training_logits(model, batch)
+    trained = training_logits(finished.model, batch)
     finished.export(tmp_path / "model")
     server = load_model(tmp_path / "model", mode="released")
-    with torch.no_grad():
-        served = torch.cat([server(batch[0][:1]), torch.nn.functional.pad(server(batch[0][1:, :90]), (0, 0, 0, 38))])
-    real = batch[2] >= 0
-    assert torch.equal(trained[real], served[real])
+    layout = CacheLayout(server.config, "released", 4)
+    pages, slots = (torch.zeros(2, size, dtype=torch.uint8) for size in (layout.page_bytes, layout.slot_bytes))
+    forward = PagedForward(server, layout, pages, slots, exact=True)
+    for row, length in enumerate((128, 90)):
+        served = []
+        for begin, end in ((0, 37), (37, 38), (38, length)):  # chunks of a prompt, and a token by itself
+            table = np.array([row], dtype=np.int32)
+            span = Span(batch[0][row, begin:end].numpy(), begin, row, table, 0, end - begin, 0)
+            served.append(torch.from_numpy(forward.forward([span]).logits))
+        assert torch.equal(torch.cat(served), trained[row, :length])
 
 
 def test_export_holds_the_masters_rounded_once(finished, tmp_path):

@@ -25,6 +25,7 @@ from pelagos.model.cache import Cache, LayerCache
 from pelagos.model.transformer import Block, MTPBlock
 
 Notes = dict[str, Tensor]
+Part = Callable[..., Tensor]
 
 
 class Forward:
@@ -40,9 +41,7 @@ class Forward:
             (self._part(b, attend, b.attn_norm, compile), self._part(b, _mix, b.ffn_norm, compile)) for b in blocks
         ]
 
-    def _part(
-        self, block: Block, inner: Callable[..., Tensor], norm: nn.Module, compiled: bool
-    ) -> Callable[..., Tensor]:
+    def _part(self, block: Block, inner: Part, norm: nn.Module, compiled: bool) -> Part:
         part = partial(inner, block, self._marks.keep(norm) if self._marks else norm)
         return torch.compile(part, dynamic=False) if compiled else part
 
@@ -147,8 +146,8 @@ def _mix(block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, ids: Tensor,
 class Marks(saved_tensors_hooks):
     """Tensors marked as cheap: inside this context autograd keeps how to make them, not what they hold.
 
-    `keep(function)` marks the results of a function of one tensor; its inside keeps nothing either. What backward
-    wants of a marked tensor (itself or a view) is made again from the function's input, once for all that want it.
+    `keep(function)` marks the results of a function of one tensor, whose inside keeps nothing either. What backward
+    wants of a marked tensor is made again from the function's input, once for all.
     """
 
     def __init__(self) -> None:

@@ -31,14 +31,12 @@ class LowRank(nn.Module):
         return weight + (self.lora_up @ self.lora_down) * (ALPHA / self.lora_down.shape[0])
 
 
-def attach(model: Transformer, rank: int, seed: int) -> list[str]:
-    """Freeze a model but for new adapters of its dense projections; return the adapted modules' names."""
+def attach(model: Transformer, rank: int, seed: int) -> None:
+    """Freeze a model but for new adapters of its dense projections."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear) and n.endswith(DENSE)]
-    for _, module in found:
+    for module in [m for n, m in model.named_modules() if isinstance(m, Linear) and n.endswith(DENSE)]:
         parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
-    return [name for name, _ in found]
 
 
 @torch.no_grad()

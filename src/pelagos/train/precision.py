@@ -5,6 +5,7 @@ Source: technical report 4, 5.2.1; V3's FP8 framework.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from pelagos import numerics
 from pelagos.kernels.fp8_product import fp8_product
 from pelagos.model import Transformer
+from pelagos.model.attention import Attention
 from pelagos.model.experts import Experts
 from pelagos.model.layers import Linear
 
@@ -47,6 +49,17 @@ def set_precision(model: Transformer, kind: str, *, fp8: bool = False) -> None:
             module.simulate = module.master = kind != "bf16"
             module.stored = "fp8" if kind == "fp8" else module.release
             module.leave = fp8_gradient if products else None
+        elif isinstance(module, Attention):
+            module.__dict__.pop("_store", None)
+            if kind == "released":
+                module.__dict__["_store"] = partial(_as_cached, module)
+
+
+def _as_cached(attn: Attention, kv: Tensor) -> Tensor:
+    """What a served cache holds of kv (..., C): FP8 and, of the rotated channels, BF16; gradients straight through."""
+    nope, rope = kv[..., : attn.nope], kv[..., attn.nope :]
+    rounded = rope + (rope.bfloat16().to(rope.dtype) - rope).detach()  # exact: what is cut off has few bits
+    return torch.cat((numerics.fake_quant_fp8(nope, numerics.KV_BLOCK), rounded), -1)
 
 
 def fp4_binades(model: Transformer) -> int:
@@ -81,7 +94,7 @@ class Stored:
             n: t for n, t, release in model.released_tensors() if release == "bf16" and "parametrizations" not in n
         }
         self.masters = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
-        self._round()
+        self.keep()
 
     @torch.no_grad()
     def unround(self) -> None:
@@ -94,9 +107,4 @@ class Stored:
         """Take what the optimizer made as the new masters, and round."""
         for name, tensor in self._parameters.items():
             self.masters[name].copy_(tensor)
-        self._round()
-
-    @torch.no_grad()
-    def _round(self) -> None:
-        for tensor in self._parameters.values():
             tensor.copy_(tensor.bfloat16())

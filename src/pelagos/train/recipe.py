@@ -82,9 +82,8 @@ class TrainConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a value > 0")
-        for (
-            name
-        ) in "warmup_steps seed balance_speed balance_weight indexer_steps anticipate lora_rank profile_step".split():
+        natural = "warmup_steps seed balance_speed balance_weight indexer_steps anticipate lora_rank profile_step"
+        for name in natural.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a value >= 0")
         for name in "lr_final_frac decay_from sparse_from quantise_from ramp_from_frac ramp_until".split():
@@ -109,8 +108,7 @@ class TrainConfig:
         if name in ("repeats", "row_tokens_from"):
             shares = list(value.values()) if isinstance(value, Mapping) else [None]
             if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in shares):
-                example = '{"docs": 1.5}' if name == "repeats" else '{"0.6": 4096}'
-                raise ConfigError(f"{name}={value!r}: expected an object of numbers, such as {example}")
+                raise ConfigError(f'{name}={value!r}: expected an object of numbers, such as {{"0.6": 4096}}')
 
     def _check_lengths(self) -> None:
         if self.row_tokens % ALIGN:

@@ -1,7 +1,6 @@
 """Texts from anywhere, streamed into token shards: plain files, JSON lines and Parquet, local or by any fsspec URL.
 
-One pass, one batch of documents in memory. Exact duplicates are dropped by hash; near ones, when asked, by MinHash in
-bands that meet with the odds of `corpus.NEAR_DUPLICATE`. A document is held out as `corpus.is_held_out` says.
+One batch of documents in memory. Exact duplicates are dropped by hash, near ones, when asked, by MinHash in bands.
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ class Trainer:
         """Say on what device and in what dtypes this run computes, and how far it is."""
         count = sum(p.numel() for p in self.model.parameters())
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        dtypes = f"{_plain(self.model.carrier)} activations, {_plain(self.model.embed.weight.dtype)} master weights"
+        used = (self.model.carrier, self.model.embed.weight.dtype)
+        carrier, master = (str(dtype).removeprefix("torch.") for dtype in used)
+        dtypes = f"{carrier} activations, {master} master weights"
         batch = self._batch_tokens()
         return (
             f"{count:,} parameters on {self.device} ({name}, {torch.get_num_threads()} CPU threads), {dtypes}; "
@@ -477,7 +479,3 @@ def _differences(what: str, old: Mapping[str, object], new: Mapping[str, object]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"{what} {key} was {old.get(key)!r}, now {new.get(key)!r}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
