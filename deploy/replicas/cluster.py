@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from deploy.replicas.affinity import Map, Point, choose
 from ray import serve
@@ -38,7 +39,7 @@ class Part(NamedTuple):
     more: bool  # whether others follow
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
 class Route:
     """What the front knows of a request, for the router; what the router did, for the front. None of it travels."""
 
@@ -47,6 +48,7 @@ class Route:
     reach: int = 0
     replica: str = ""
     entries: int = 0
+    is_over: bool = False
 
     @property
     def size(self) -> int:
@@ -60,14 +62,15 @@ class Route:
 class PrefixRouter(RequestRouter):
     """Picks the replica that knows most of a conversation, and sheds to others what it has no room for.
 
-    Loads are Ray Serve's own queue lengths; where it has not heard of one lately, it asks. Lives in one event loop.
+    Loads are counted here, in requests that are not over: Ray Serve's cached queue lengths lag behind, and expire. What
+    they are for, to pass over a full replica, is left to it. Lives in one event loop.
     """
 
     def initialize_state(self, *, busy: int, entries: int, **_: Any) -> None:
         """`busy` requests are computed side by side; `entries` points of conversations are remembered."""
         self._busy = busy
         self._map: Map[ReplicaID] = Map(entries)
-        self._turns: dict[ReplicaID, None] = {}  # least recently chosen first
+        self._sent: dict[ReplicaID, WeakSet[Route]] = {}  # what each replica works on; the last chosen comes last
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -77,15 +80,17 @@ class PrefixRouter(RequestRouter):
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # before asking again, when all are full
         route = pending_request.kwargs.get("route") or Route()
-        loads = await self._loads(candidate_replicas)
+        there = {replica.replica_id: replica for replica in candidate_replicas}
+        loads = {each: 0 for each in there if each not in self._sent} | {
+            each: sum(not other.is_over for other in sent if other is not route)
+            for each, sent in self._sent.items()
+            if each in there
+        }
         known = {replica: each for replica, each in self._map.find(route.points).items() if replica in loads}
         choice = choose(known, loads, route.size, self._busy)
-        if not choice.order:
-            return []
         # Noted at once: what begins alike and comes at the same time goes to the same replica.
         self._note(route, choice.order[0])
         route.why, route.reach = choice.why, choice.reach
-        there = {replica.replica_id: replica for replica in candidate_replicas}
         return [[there[replica_id]] for replica_id in choice.order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -106,24 +111,17 @@ class PrefixRouter(RequestRouter):
         for replica_id in gone:
             self._forget(replica_id)
 
-    async def _loads(self, replicas: list[RunningReplica]) -> dict[ReplicaID, float]:
-        """Return the queue lengths of those that answer, the least recently chosen first."""
-        loads = {each.replica_id: self.replica_queue_len_cache.get(each.replica_id) for each in replicas}
-        unknown = [each for each in replicas if loads[each.replica_id] is None]
-        if unknown:
-            loads |= {each.replica_id: load for each, load in await self._probe_queue_lens(unknown, 0)}
-        order = [each for each in loads if each not in self._turns] + [each for each in self._turns if each in loads]
-        return {each: load for each in order if (load := loads[each]) is not None}
-
     def _note(self, route: Route, replica_id: ReplicaID) -> None:
+        for sent in self._sent.values():
+            sent.discard(route)
+        ours = self._sent[replica_id] = self._sent.pop(replica_id, WeakSet())
+        ours.add(route)
         self._map.learn(route.points, replica_id)
-        self._turns.pop(replica_id, None)
-        self._turns[replica_id] = None
         route.replica, route.entries = replica_id.unique_id, len(self._map)
 
     def _forget(self, replica_id: ReplicaID) -> None:
         self._map.forget(replica_id)
-        self._turns.pop(replica_id, None)
+        self._sent.pop(replica_id, None)
 
 
 class Replica:

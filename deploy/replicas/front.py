@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from pelagos.checkpoint import resolve_model
-from pelagos.errors import ConfigError, PelagosError
+from pelagos.errors import ConfigError
 from pelagos.serve import Settings, read_settings
 from pelagos.serve.app import LONG_BODY_BYTES, canonical, parse_body
 from pelagos.serve.exchange import ClientGone, Exchange
@@ -204,6 +204,7 @@ class Front:
         finally:
             self._under_way.discard(task)
             watch.cancel()
+            route.is_over = True
             if response is not None:
                 response.cancel()
 
@@ -213,7 +214,7 @@ class Front:
         try:
             ask = exchange.api.read(parse_body(body), self.settings.card)
             return self._hasher.points(ask, exchange.key.name if exchange.key else "")
-        except (PelagosError, ValueError, TypeError, RecursionError):
+        except Exception:  # whatever is wrong with it, the replica says so
             return ()
 
     async def _break(self, exchange: Exchange, send: Send, error: Exception) -> None:

@@ -24,6 +24,7 @@ from deploy.replicas.affinity import BLOCK_BYTES, Hasher, Known, Map, Point, cho
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pelagos.chat.tokens import DSML
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import APIS
 
@@ -151,7 +152,13 @@ def test_who_is_chosen(known: dict[str, Known], loads: dict[str, float], order: 
 
 # The whole of it.
 
+# Spelled as no renderer spells it: with many blanks in the JSON.
+CALL = (
+    f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="o" string="false">{{"k":   [1,    2.50]}}'
+    f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>"
+)
 RULES = [
+    {"when": "look", "reply": f"I look.{CALL}"},
     {"when": "long (\\w+)", "reply": "word " * 200, "token_delay_ms": 20},
     {"when": "brief", "reply": "word " * 40, "token_delay_ms": 20},
     {"when": "much", "reply": "word " * 20_000},
@@ -172,6 +179,11 @@ class Front:
 
     def running(self) -> int:
         return self.client.get("/health").json()["replicas"].get("RUNNING", 0)
+
+    def has_back(self, killed: str) -> bool:
+        """Whether there are two replicas again, one in place of the killed."""
+        names = {each["replica"] for each in self.replicas()}
+        return self.running() == len(names) == 2 and killed not in names
 
     def is_quiet(self) -> bool:
         stats = self.client.get("/stats").json()
@@ -301,8 +313,31 @@ def test_a_killed_replica_loses_its_own_requests_and_comes_back(shared: Front) -
             assert ("event: error" in text) == (path == MESSAGES)
     assert sum(replica == before[0]["replica"] for _, replica, _ in ends) == 4
     assert shared.client.post(CHAT, json=say("Hi", user="killed 0")).status_code == 200
-    wait_until(lambda: shared.running() == 2 and len(shared.replicas()) == 2, 60)
+    wait_until(lambda: shared.has_back(before[0]["replica"]), 60)
     assert "pelagos_front_lost_total 4.0" in shared.client.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_turns_with_calls_are_replayed_by_whichever_replica_is_left(shared: Front) -> None:
+    wait_until(lambda: shared.running() == 2 and len(shared.replicas()) == 2, 60)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"o": {}}}}}]
+    body = say("look", tools=tools, thinking={"type": "disabled"})
+    first = shared.client.post(CHAT, json=body | {"user": "caller"})
+    message = first.json()["choices"][0]["message"]
+    [call] = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+    more = body | {"messages": [*body["messages"], message, result]}
+
+    def prompt_tokens(user: str) -> int:
+        return shared.client.post(CHAT, json=more | {"user": user}).json()["usage"]["prompt_tokens"]
+
+    written, rendered = prompt_tokens("caller"), prompt_tokens("somebody")
+    assert written > rendered
+    owner = first.headers["x-pelagos-replica"]
+    os.kill(next(each["pid"] for each in shared.replicas() if each["replica"] == owner), signal.SIGKILL)
+    assert (prompt_tokens("caller"), prompt_tokens("somebody")) == (written, rendered)
+    assert shared.client.post(CHAT, json=more | {"user": "caller"}).headers["x-pelagos-replica"] != owner
+    wait_until(lambda: shared.has_back(owner), 60)
 
 
 @pytest.mark.slow
