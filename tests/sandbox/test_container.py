@@ -247,7 +247,9 @@ def test_replay_of_a_log_tells_what_differs(make: Any, store: Store) -> None:
 
 def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
     for options, word in (
-        ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "allow-lists"),
+        ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "expected 'none'"),
+        ({"network": ["a b"]}, "expected"),
+        ({"network": ["a.example"], "substrate": "function"}, "only containers"),
         ({"memory_mb": 0}, "number > 0"),
         ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
         ({"image": Image("none", ())}, "at least one layer"),

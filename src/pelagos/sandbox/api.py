@@ -40,7 +40,7 @@ class Capabilities:
     pause: str  # "freezer", "signals" (SIGSTOP, which the inside can undo) or "none"
     files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
     host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
-    network: str = "none"
+    network: str = "none"  # or "proxy": an HTTP proxy to the names on a list
     terminal: str = "none"  # or "yes"
     kernel: str = "shared"  # the host's own; or the guest's under "kvm" or "tcg"
 
@@ -64,11 +64,15 @@ class Spec:
     limits: Limits = field(default_factory=Limits)
     ttl_s: float = 900.0
     require: Mapping[str, str] = field(default_factory=dict)
+    network: tuple[
+        str, ...
+    ] = ()  # names that may be connected to, each perhaps with :PORT, or .SUFFIX; none: no network
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Spec:
         """Read back what `dataclasses.asdict` and JSON made of a spec."""
-        return cls(**{**raw, "limits": Limits(**raw["limits"]), "layers": tuple(raw["layers"])})
+        return cls(**{**raw, "limits": Limits(**raw["limits"]), "layers": tuple(raw["layers"]),
+                      "network": tuple(raw.get("network", ()))})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

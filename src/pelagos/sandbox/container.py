@@ -19,6 +19,7 @@ import termios
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SANDBOX_UID = 2_000_739_100
 INSIDE_UID = 1000
 START_S = 20.0
 END_S = 5.0
+PROXY_PORT, PROXY_WORDS = 3128, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 ENTERED = ("owner", *linux.NAMESPACES)  # the order in which namespaces travel
 NS_GET_USERNS = 0xB701
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -126,6 +128,7 @@ class Container:
     """One container; see `api.Substrate`."""
 
     root_bind = "--bind"  # how the overlay becomes the root
+    proxies = True  # whether a list of names can be reached from inside
     _grouped = False  # whether control groups limit memory
     nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
 
@@ -134,7 +137,12 @@ class Container:
         self._group = home.group if home else None
         self.capabilities = capabilities_here(self._group, files="overlay")
         self._filter = linux.seccomp_program()
+        if spec.network and self.proxies:
+            self.capabilities = replace(self.capabilities, network="proxy")
+        elif spec.network:
+            raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self._ns: dict[str, int] = {}
+        self._proxy = -1
         self._hold = self._said = self._first = self._upper = -1
 
     def start(self) -> None:
@@ -164,6 +172,11 @@ class Container:
                 )
             self._take_namespaces(json.loads(os.read(info, 65536))["child-pid"])
             socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
+            if self._spec.network:
+                from pelagos.sandbox import proxy  # of which other containers need nothing
+
+                notes = self._box / "network.log"
+                self._proxy = proxy.start(notes, self._spec.network, lambda: self._enter("owner", "net"), host_ids())
         except BaseException:
             self.stop()
             raise
@@ -266,7 +279,8 @@ class Container:
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
         """Start a command inside; `stdio` stays the caller's to close."""
         assert self._home is not None, "made in the process that is inside already"
-        ask = {"argv": command.argv, "env": dict(command.env), "cwd": command.cwd, "tty": command.tty}
+        way = dict.fromkeys(PROXY_WORDS, f"http://127.0.0.1:{PROXY_PORT}") if self._spec.network else {}
+        ask = {"argv": command.argv, "env": way | dict(command.env), "cwd": command.cwd, "tty": command.tty}
         try:
             return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
         except OSError as error:
@@ -427,6 +441,10 @@ class Container:
             self._home.close()
         if self._first >= 0:
             select.select([self._first], [], [], END_S)
+        if self._proxy > 0:
+            os.kill(self._proxy, signal.SIGKILL)
+            os.waitpid(self._proxy, 0)
+            self._proxy = -1
         for fd in (*self._ns.values(), self._hold, self._said, self._first, self._upper):
             with contextlib.suppress(OSError):
                 os.close(fd)

@@ -42,6 +42,7 @@ class Function(Container):
 
     root_bind = "--ro-bind"
     nested = True
+    proxies = False
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         super().__init__(box, layers, spec, home)

@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -36,6 +37,7 @@ SOCKET = "s"
 LAYERS = "layers"  # beside the directory of sandboxes
 SPEC = "spec.json"
 WATCH_S = 0.2
+REST_S = 0.02
 KILL_S = 5.0  # what does not end when it is told to takes the sandbox with it
 OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
 SPARES = 2  # keepers kept ready; each is about 3 MB
@@ -487,7 +489,8 @@ def nursery() -> None:
     spares: list[socket.socket] = []
     with socket.socket(fileno=0) as sock:
         while True:
-            while len(spares) < SPARES:
+            # A spare is made when nobody asks: making one takes the processor that a sandbox just asked for starts on.
+            while not spares or (len(spares) < SPARES and not select.select([sock], [], [], REST_S)[0]):
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 linux.fork(lambda: (linux.close_all_but([theirs.fileno()]), _keep(theirs)), traceback.print_exception)  # noqa: B023
                 theirs.close()

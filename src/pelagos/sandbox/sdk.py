@@ -53,18 +53,25 @@ class AsyncSandbox:
     async def create(
         cls, *, substrate: str = "container", image: Image | None = None, cpu: float = 1.0, memory_mb: int = 512,
         disk_mb: int = 1024, processes: int = 128, open_files: int = 1024, output_bytes: int = 1 << 20,
-        ttl_s: float = 900.0, network: str = "none", id: str | None = None, require: Mapping[str, str] | None = None,
+        ttl_s: float = 900.0, network: str | Sequence[str] = "none", id: str | None = None,
+        require: Mapping[str, str] | None = None,
         store: Store | None = None,
     ) -> Self:  # fmt: skip
         """Start a sandbox; SandboxError names what the host lacks, or the first flag of `require` it has not."""
         store = store or default_store()
         image = image or Image.host(store)
-        if network != "none":
-            raise SandboxError(f"network={network!r}: expected 'none'; allow-lists do not exist yet")
+        names = () if network == "none" else tuple(network)
+        if (isinstance(network, str) and names) or not all(
+            re.fullmatch(r"[a-z0-9.-]+(:\d{1,5})?", name) for name in names
+        ):
+            raise SandboxError(
+                f"network={network!r}: expected 'none' or names like pypi.org, .debian.org, 10.0.0.1:8080"
+            )
         limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, processes=processes, open_files=open_files,
                         output_bytes=output_bytes)  # fmt: skip
         spec = Spec(id=id or f"{substrate[:1]}-{secrets.token_hex(6)}", substrate=substrate, base=image.base,
-                    layers=image.layers, limits=limits, ttl_s=ttl_s, require=dict(require or {}))  # fmt: skip
+                    layers=image.layers, limits=limits, ttl_s=ttl_s, require=dict(require or {}),
+                    network=names)  # fmt: skip
         # A digest is a name, never a path: who names layers over the service must not reach what lies beside them.
         missing = [d for d in image.layers if not re.fullmatch("[0-9a-f]{64}", d) or not (store.layers / d).is_dir()]
         if missing:
@@ -169,7 +176,8 @@ class AsyncSandbox:
         image = await self.snapshot(request_id=request_id)
         limits = {f.name: getattr(self.spec.limits, f.name) for f in dataclasses.fields(Limits)}
         made = [type(self).create(substrate=self.spec.substrate, image=image, ttl_s=self.spec.ttl_s,
-                                  require=self.spec.require, store=self.store, **limits) for _ in range(n)]  # fmt: skip
+                                  require=self.spec.require, store=self.store,
+                                  network=self.spec.network or "none", **limits) for _ in range(n)]  # fmt: skip
         return list(await asyncio.gather(*made))
 
     async def resolve(self, request_id: str, how: str) -> None:

@@ -78,6 +78,8 @@ class VirtualMachine:
         self._art.chmod(0o711)
         self._group = home.group if home else None
         self._state, self._ended = Path(), -1
+        if spec.network:
+            raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self.capabilities = Capabilities(
             memory_limit="vm", process_limit="vm", cpu_limit="cgroup" if self._group else "vm", disk_limit="hard",
             pause="signals", files="overlay", host_user="separate" if os.geteuid() == 0 else "caller",
