@@ -44,7 +44,7 @@ BATCHES = (1, 2, 4, 8, 16)
 PROMPT = 512
 PREFILLS = (256, 4096)
 SPECULATION = ("on", "off", "control")
-SPECULATION_ROUNDS = 4  # for each of --repeats
+SPECULATION_ROUNDS, SPECULATION_PROMPT = 6, 64  # rounds for each of --repeats: many short ones, as machines waver
 PREFIX = 1 << 16
 SLOW_PREFILLS = 1  # theirs of 4,096 tokens takes half a minute
 Figures = dict[str, Any]
@@ -241,7 +241,7 @@ def measure_speculation(args: argparse.Namespace) -> Figures:
     draft, which shows how much two equal engines differ here.
     """
     engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
-    prompts = text_prompts(args.model, 16, 300)
+    prompts = text_prompts(args.model, 16, SPECULATION_PROMPT)
     for batch in (1, 16):  # the first runs of an engine are slow, and teach the depth what drafts cost
         for llm in engines.values():
             decode_window(llm.engine, prompts[:batch], tokens=args.tokens)
@@ -252,7 +252,7 @@ def measure_speculation(args: argparse.Namespace) -> Figures:
             for turn in range(SPECULATION_ROUNDS * args.repeats):
                 for name in SPECULATION if turn % 2 else SPECULATION[::-1]:
                     window = decode_window(
-                        engines[name].engine, prompts[:batch], tokens=args.tokens, temperature=temperature
+                        engines[name].engine, prompts[:batch], tokens=args.tokens, settle=24, temperature=temperature
                     )
                     got[name].append(window)
             rates = {name: [each.tokens_per_s for each in runs] for name, runs in got.items()}
@@ -271,7 +271,8 @@ def measure_speculation(args: argparse.Namespace) -> Figures:
             print(rows[-1], file=sys.stderr, flush=True)
     for llm in engines.values():
         llm.close()
-    return {"rows": rows, "tokens": args.tokens, "prompt": 300, "rounds": SPECULATION_ROUNDS * args.repeats}
+    rounds = SPECULATION_ROUNDS * args.repeats
+    return {"rows": rows, "tokens": args.tokens, "prompt": SPECULATION_PROMPT, "rounds": rounds}
 
 
 def measure_hits(args: argparse.Namespace) -> Figures:

@@ -494,6 +494,39 @@ def test_where_the_library_cannot_be_exact_the_default_says_so(
         engine_of(native=False, exact=True)
 
 
+@pytest.mark.parametrize("length", [127, 128, 255])
+def test_a_page_of_the_first_generated_token_is_not_taken_from_another_prompt(length: int) -> None:
+    plain = of_two_kinds(prefix_cache=False, speculation=False, chunk_tokens=1024)
+    [expected] = run(plain, [prompt(length, 5)], max_tokens=60)
+    plain.close()
+    engine = of_two_kinds(preemption="recompute", speculation=False)
+    stream = engine.submit(prompt(length, 5), params(60, logprobs=True))
+    with torch.inference_mode():
+        while engine.stats().generated_tokens < 20:
+            engine.step()
+        finish_all(engine, [engine.fork(stream.request_id, params(1))])  # a prompt with what is generated so far
+        aside = Plan()
+        engine._scheduler._preempt(engine._scheduler.running[0], aside)
+        engine._set_aside(aside.preempted[0])
+    finish_all(engine, [stream])
+    assert [(step.token_id, step.logprob) for step in stream] == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("native", PATHS)
+@pytest.mark.parametrize("length", [128, 129, 257])
+def test_a_prompt_scored_to_its_last_token_alone_gets_the_same_answer_with_drafts(native: bool, length: int) -> None:
+    answers = []
+    for speculation in (False, 4):
+        engine = engine_of(native=native, threaded=False, speculation=speculation)
+        run(engine, [prompt(60, 1)], max_tokens=20)
+        stream = engine.submit(prompt(length, 5), params(12, logprobs=True, prompt_logprobs=True))
+        finish_all(engine, [stream])
+        answers.append(([(step.token_id, step.logprob) for step in stream], stream.prompt_logprobs))
+        engine.close()
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_where_decode_is_another_kind_nothing_generated_is_shared(told: bool) -> None:
     def serve(engine: LocalEngine, single: bool) -> list[Any]:

@@ -132,22 +132,23 @@ class World:
         life: int = 0,
         seed: int = 0,
         noise: float = 0.05,
+        telling_s: float = 0.0,
     ) -> None:
         self.step, self.draft, self.chances, self.telling, self.life = step, draft, chances, telling, life
         self.keys = [f"{index}" for index in range(batch)]
         self.rng = np.random.default_rng(seed)
-        self.noise, self.rested = noise, 0
+        self.noise, self.rested, self.telling_s = noise, 0, telling_s
         self.behind = dict.fromkeys(self.keys, 0)  # positions that the draft layer has to catch up on
 
-    def pace(self, policy: AdaptiveDepth | int, steps: int) -> float:
-        """Tokens a second under a policy or at a fixed depth."""
+    def pace(self, policy: AdaptiveDepth | int, steps: int, *, beside: bool = False) -> float:
+        """Tokens a second under a policy or at a fixed depth; `beside` prompts, whose own time is left out."""
         tokens = seconds = 0.0
-        told = True
+        told, rest_s = True, None
         for time in range(steps):
             if self.life and time % self.life == self.life - 1:
                 self._replace(time, policy)
             made, took, counts = self._draft(policy if told else 0, time)
-            told = isinstance(policy, int) or not policy.rests(len(self.keys))
+            told = isinstance(policy, int) or not policy.rests(len(self.keys), rest_s)
             self.rested += not told
             outcomes = []
             for key, draft, count in zip(self.keys, made, counts, strict=True):
@@ -157,8 +158,10 @@ class World:
                 tokens += 1 + sum(math.prod(draft.confidence[: at + 1]) for at in range(count))  # expected: no luck
                 self.behind[key] = min(self.behind[key] + len(picked) - bool(draft.tokens), 127)
             spent = self.step(len(self.keys) + sum(counts)) * self._jitter() * (3 if time % _HICCUP == 9 else 1)
+            spent += self.telling_s * (told and not isinstance(policy, int))
+            rest_s = None if told or beside else spent
             if not isinstance(policy, int) and told:
-                policy.observe(outcomes, spent)
+                policy.observe(outcomes, None if beside else spent)
             seconds += spent + took
         return tokens / seconds
 
@@ -236,12 +239,12 @@ def test_where_drafts_do_not_pay_it_mostly_rests_and_looks_again_when_the_batch_
     world, policy = World(*WORLDS["sixteen, losing"]), AdaptiveDepth(4)
     world.pace(policy, 3000)
     assert 2400 < world.rested < 3000
-    while not policy.rests(16):  # the short part of its cycle in which it watches
+    while not policy.rests(16, None):  # the short part of its cycle in which it watches
         policy.observe([Outcome(key, 0, [0]) for key in world.keys], 5.3)
         policy.cut(world.keys, [Draft()] * 16, 0.0) if any(policy.depths(world.keys)) else None
-    assert policy.rests(16)
-    assert not policy.rests(15)
-    assert not policy.rests(16)
+    assert policy.rests(16, None)
+    assert not policy.rests(15, None)
+    assert not policy.rests(16, None)
 
 
 def test_plain_steps_learned_on_a_slow_day_do_not_make_drafts_look_good_for_long() -> None:
@@ -250,6 +253,20 @@ def test_plain_steps_learned_on_a_slow_day_do_not_make_drafts_look_good_for_long
         policy.depths(["0"])
         policy.observe([Outcome("0", 0, [0])], 1.6)  # it takes 1.0
     assert World(*world).pace(policy, 1500) >= 0.97 * World(*world).pace(0, 1500)
+
+
+@pytest.mark.parametrize("name", ["one, losing", "one, useless", "four, losing", "sixteen, losing"])
+def test_beside_prompts_losing_drafts_are_not_made_either(name: str) -> None:
+    world, policy = World(*WORLDS[name]), AdaptiveDepth(4)
+    world.pace(policy, 1500)
+    assert world.pace(policy, 1000, beside=True) >= 0.975 * World(*WORLDS[name]).pace(0, 1000)
+    assert world.pace(policy, 400) >= 0.975 * World(*WORLDS[name]).pace(0, 400)
+
+
+def test_what_telling_it_takes_is_not_held_against_plain_steps() -> None:
+    world, policy = World(*WORLDS["one, even"], telling_s=0.08), AdaptiveDepth(4)
+    World(*WORLDS["one, losing"], telling_s=0.08).pace(policy, 400)
+    assert world.pace(policy, 2500) >= 0.975 * world.pace(0, 2500)
 
 
 @pytest.mark.parametrize("name", ["one, even", "sixteen, winning", "sixteen, losing"])

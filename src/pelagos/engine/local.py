@@ -112,6 +112,7 @@ class LocalEngine:
         self._drafter = drafter
         self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
         self._drafting = False  # this step, or it rests
+        self._rest_s: float | None = None  # what the last step took if it rested
         self._two_kinds = forward.two_kinds
         self._fetches: list[tuple[Live, bytes | None]] = []
         self._scheduler = Scheduler(
@@ -295,7 +296,9 @@ class LocalEngine:
         works = [work for work in plan.works if work.request not in failed and work.request.slot >= 0]
         if not works:
             return False
-        self._drafting = self._drafter is not None and not self._depth.rests(len(works))
+        if self._drafter is not None:
+            decoding = sum(work.request.computed >= work.request.prompt_tokens for work in works)
+            self._drafting, self._rest_s = not self._depth.rests(decoding, self._rest_s), None
         spans = [self._span(work) for work in works]
         try:
             output = self._forward.forward(spans)
@@ -305,8 +308,10 @@ class LocalEngine:
             return True
         self._counters.steps += 1
         outcomes = self._take_output(works, spans, output)
+        seconds = self._clock() - started
+        if self._drafter is not None and not self._drafting and sum(work.tokens for work in works) == len(works):
+            self._rest_s = seconds
         if self._drafter is not None and self._drafting:
-            seconds = self._clock() - started
             self._draft(self._drafter, outcomes, None if len(outcomes) < len(works) else seconds)
         return True
 
@@ -335,7 +340,7 @@ class LocalEngine:
         if request.fetched is not None:
             return None
         disk = None if request.asked_disk else self._disk
-        match = self._prefix.match(request.chain, min(len(request.tokens) - 1, self._shared(request)), disk)
+        match = self._prefix.match(request.chain, min(len(request.tokens), self._shared(request)) - 1, disk)
         if match.disk_resume and self._disk is not None:
             self._fetch(request, match)
             return None
@@ -499,9 +504,11 @@ class LocalEngine:
     def _draft(self, drafter: Drafter, outcomes: list[Outcome], step_s: float | None) -> None:
         """Draft for the requests that decode in the next step, as deep as has paid so far."""
         self._depth.observe(outcomes, step_s)
-        decoding = [each for each in self._live.values() if each.slot >= 0 and each.pending == 1]
-        if self._two_kinds:  # what follows a prompt's last token is of another kind
-            decoding = [each for each in decoding if each.computed >= each.prompt_tokens]
+        decoding = [
+            each
+            for each in self._live.values()
+            if each.slot >= 0 and each.pending == 1 and each.computed >= each.prompt_tokens  # not a prompt's last token
+        ]
         if not decoding:
             return
         keys = [request.request_id for request in decoding]

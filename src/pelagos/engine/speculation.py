@@ -7,6 +7,7 @@ whether it was drafted or not. The drafter picks with the same noise and so agre
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -32,7 +33,7 @@ _GAIN = 1.06
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
 # lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
 # catch up counts as so many steps at most.
-_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.007, 8, 32, 4, 6
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.007, 8, 12, 4, 6
 
 
 class Draft(NamedTuple):
@@ -169,7 +170,7 @@ class FixedDepth:
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
-    def rests(self, requests: int) -> bool:
+    def rests(self, requests: int, last: float | None) -> bool:
         """Never."""
         return False
 
@@ -311,15 +312,29 @@ class AdaptiveDepth:
         self._loss = math.inf  # seconds that the last probe cost
         self._since_plain = 0  # steps with drafts
         self._rest = self._resting_for = 0  # steps without a thought of drafts, for so many requests
+        self._rested: list[float] = []  # what those took
+        self._ease = 1.0  # times a plain step of which we are told
         self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
 
-    def rests(self, requests: int) -> bool:
-        """Whether the coming step of so many requests neither drafts nor has anything to tell: asked once a step."""
+    def rests(self, requests: int, last: float | None) -> bool:
+        """Whether the coming step of so many requests neither drafts nor has anything to tell: asked once a step.
+
+        `last` is what the last step took, None where it rested not or did other work too.
+        """
+        if last is not None:
+            self._rested.append(last)
         self._rest = self._rest - 1 if self._rest and requests == self._resting_for else 0
         return self._rest > 0
+
+    def _note_rest(self, plain: float) -> None:
+        """Learn how much less a step takes in a rest than the `plain` one of which we are told."""
+        self._elapsed += sum(self._rested)
+        if len(self._rested) >= _PLAN_STEPS:
+            self._ease += 0.3 * (min(max(statistics.median(self._rested) / plain, 0.7), 1.0) - self._ease)
+        self._rested.clear()
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
@@ -338,7 +353,6 @@ class AdaptiveDepth:
             if self._times is not None and not any(self._probes or self._plan):
                 self._left = min(self._hold, _PLAN_STEPS)
                 self._rest, self._resting_for = self._hold - self._left, len(keys)
-                self._elapsed += self._rest * float(self._times[0])
         self._left -= 1
         return self._probes or self._plan
 
@@ -361,7 +375,9 @@ class AdaptiveDepth:
         tokens = batch + np.cumsum([0.0, *(-chance for chance, _, _ in chances)])
         shares = np.cumprod([share for share, _ in passes])
         verified = np.cumsum([0.0, *shares[order]])
+        self._note_rest(float(self._times[0]))
         seconds = np.interp(verified, np.arange(self._times.size), self._times)
+        seconds[0] *= self._ease
         seconds += self._draft_seconds.of(
             np.maximum.accumulate([0, *(1 + depth for depth in order)]), np.arange(verified.size)
         )
@@ -455,21 +471,26 @@ class AdaptiveDepth:
     def observe(self, outcomes: Sequence[Outcome], seconds: float | None) -> None:
         """Learn from a step, before the next is planned: what its requests picked, and how long forward and picks took.
 
-        `seconds` is None where the forward also did other work (prefill chunks): its time then says nothing.
+        `seconds` is None where the forward also did other work (prefill chunks): its time then says nothing new.
         """
         for outcome in outcomes if self._made else ():
             if outcome.key in self._made:
                 self._judge(outcome, self._made[outcome.key])
-        if seconds is None or not outcomes:
+        if not outcomes or (seconds is None and self._times is None):
             return
         verified = sum(outcome.verified for outcome in outcomes)
-        self._since_plain = self._since_plain + 1 if verified else 0
-        seconds = self._step_seconds.add(len(outcomes) + verified, not verified, seconds) + self._draft_s
+        if seconds is not None:
+            self._since_plain = self._since_plain + 1 if verified else 0
+            seconds = self._step_seconds.add(len(outcomes) + verified, not verified, seconds)
+        else:  # what drafts cost there is booked as it would have been without the other work
+            assert self._times is not None
+            seconds = float(self._times[min(verified, self._times.size - 1)])
+        seconds += self._draft_s
         self._elapsed += seconds
         tokens = sum(len(outcome.picked) for outcome in outcomes)
         if self._times is None:
             return
-        plain = float(self._times[0])
+        plain = float(self._times[0]) * self._ease
         if self._draft_s:
             loss = seconds - tokens * plain / len(self._planned_for)
             self._debt = max(self._debt + loss, -_CREDIT * plain)
