@@ -38,6 +38,7 @@ LAYERS = "layers"  # beside the directory of sandboxes
 SPEC = "spec.json"
 WATCH_S = 0.2
 REST_S = 0.02
+REST_MOST_S = 16.0
 KILL_S = 5.0  # what does not end when it is told to takes the sandbox with it
 OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
 SPARES = 2  # keepers kept ready; each is about 3 MB
@@ -137,10 +138,11 @@ class Keeper:
     async def _watch(self) -> None:
         """Mind the disk and the idle time."""
         limit = self._spec.limits.disk_mb * 1024 * 1024
-        pause = WATCH_S
+        pause, rest, last = WATCH_S, 1.0, -1
         while True:
             busy = self._active > 0
-            await self._loop.sleep(pause if busy else min(1.0, self._spec.ttl_s / 4))
+            rest = 1.0 if busy else rest
+            await self._loop.sleep(pause if busy else min(rest, self._spec.ttl_s / 4))
             began = time.monotonic()
             if not self._active and began - self._last > self._spec.ttl_s:
                 return
@@ -158,6 +160,8 @@ class Keeper:
                 self._over_disk, self._most_disk = True, used
                 self._substrate.stop()
             pause = max(WATCH_S, 10 * (time.monotonic() - began))
+            # Who sleeps is looked at ever less: a look costs a fork, and there may be hundreds.
+            rest, last = (min(2 * rest, REST_MOST_S), used) if used == last else (1.0, used)
 
     async def _answer(self, server: socket.socket) -> None:
         """Answer one connection's requests, one after another."""
