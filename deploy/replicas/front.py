@@ -205,6 +205,8 @@ class Front:
             self._under_way.discard(task)
             watch.cancel()
             route.is_over = True
+            if route.replica and not exchange.status:  # an error says too whose it is
+                exchange.more_headers.append((b"x-pelagos-replica", route.replica.encode()))
             if response is not None:
                 response.cancel()
 
