@@ -44,7 +44,8 @@ def main() -> int:
     model = load_model(folder, mode="released", dtype=torch.bfloat16, device="cuda")
     runs = {chunk: run(model, args.tokens, int(chunk)) for chunk in args.chunks.split(",")}
     same = len({(each["outputs"], each["pages"]) for each in runs.values()}) == 1
-    passed = same and all(each["within_plan"] and each["refused"] for each in runs.values())
+    found = all(each["pages"].startswith(f"{args.tokens // 128} pages") for each in runs.values())
+    passed = same and found and all(each["within_plan"] and each["refused"] for each in runs.values())
     result = stamp("python -m benchmarks.cuda_engine " + " ".join(sys.argv[1:])) | {
         "bench": "cuda_engine", "model": args.model, "tokens": args.tokens, "mode": "released",
         "device": torch.cuda.get_device_name(), "runs": runs, "same_bits": same, "passed": passed,

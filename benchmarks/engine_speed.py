@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,16 @@ def seconds(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor) 
     return time.perf_counter() - started
 
 
+def total(runs: Sequence[Decode]) -> float:
+    """Tokens a second of all runs together."""
+    return sum(each.tokens for each in runs) / sum(each.seconds for each in runs)
+
+
 def measure_speculation(args: argparse.Namespace) -> Figures:
     """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled.
 
-    A ratio is the median over pairs of runs that follow each other; `control` is that of a second engine without a
-    draft, which shows how much two equal engines differ here.
+    A ratio is the median over pairs of runs that follow each other, `total` that of all tokens over all seconds, and
+    `control` the ratio of a second engine without a draft, which shows how much two equal engines differ here.
     """
     engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
     prompts = text_prompts(args.model, 16, SPECULATION_PROMPT)
@@ -263,7 +268,7 @@ def measure_speculation(args: argparse.Namespace) -> Figures:
             drafted, accepted = (sum(getattr(each, name) for each in got["on"]) for name in ("drafted", "accepted"))
             rows.append({
                 "batch": batch, "temperature": temperature, "ratio": round(over["on"], 3),
-                "control": round(over["control"], 3),
+                "control": round(over["control"], 3), "total": round(total(got["on"]) / total(got["off"]), 3),
                 "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
                 "tok_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
                 "steps_s": round(statistics.median(each.steps_per_s for each in got["on"]), 1),

@@ -7,9 +7,14 @@ serves every context planned for, and no host waits inside. Source: docs/log/000
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +108,7 @@ class CudaForward:
     def numeric_path(self) -> str:
         """What decides a logit's last bits besides the weights."""
         name = torch.cuda.get_device_name(self._device) if self._cuda else "cpu"
-        return f"captured step 1, torch {torch.__version__} {name} released"
+        return f"captured step {_build()}, torch {torch.__version__} {name} released"
 
     @property
     def positions(self) -> int:
@@ -334,6 +339,18 @@ class CudaForward:
     def _product(self, x: Tensor, weight: Fp8) -> Tensor:
         codes, scales = (each.view(torch.uint8) for each in numerics.encode_fp8(x, numerics.ACT_BLOCK))
         return skinny_gemm.product(codes, scales, *weight, self._arrived)
+
+
+@functools.cache
+def _build() -> str:
+    """A digest of the compiler's version and of every source that can decide a bit."""
+    folder = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    if find_spec("triton") is not None:
+        digest.update(version("triton").encode())
+    for path in sorted([*(folder.parent / "kernels").rglob("*.py"), *folder.glob("cuda_*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def bucket_of(rows: int) -> int:
