@@ -351,10 +351,7 @@ class VirtualMachine:
             squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{_squeeze(agent)}')))"
             parts = {"init": (0o755, init.encode()), "agent": (0o644, squeezed.encode())}
             parts |= {"bin/busybox": (0o755, Path(str(linux.which("busybox"))).read_bytes())}
-            wanted = {f"{name}.ko" for name in MODULES.split()}
-            for module in Path("/lib/modules", version).rglob("*.ko"):
-                if module.name in wanted:
-                    parts[module.name] = (0o644, module.read_bytes())
+            parts |= {module.name: (0o644, module.read_bytes()) for module in find_modules()}
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_bytes(gzip.compress(_cpio(parts), 1, mtime=0))
             draft.chmod(0o444)
@@ -511,6 +508,19 @@ def tools() -> None:
         if linux.which(program) is None:
             raise SandboxError(f"virtual machines need {program} (Debian: apt-get install {package})")
     _kernel()
+
+
+def find_modules() -> list[Path]:
+    """Return the kernel's modules that a guest loads; SandboxError where one is neither a plain file nor built in."""
+    root = Path("/lib/modules", _kernel().name.removeprefix("vmlinuz-"))
+    found = {path.stem: path for path in root.rglob("*.ko") if path.stem in MODULES.split()}
+    built_in = (root / "modules.builtin").read_text(encoding="utf-8") if (root / "modules.builtin").exists() else ""
+    for name in ("virtio_blk", "virtio_console", "overlay"):
+        if name not in found and f"/{name}.ko" not in built_in:
+            raise SandboxError(
+                f"{root}: no plain module {name} (compressed ones are not read); install linux-image-cloud-amd64"
+            )
+    return list(found.values())
 
 
 def _kernel() -> Path:
