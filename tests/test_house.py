@@ -31,11 +31,11 @@ FLOORS = (
     ("__main__",),
 )
 LINE_CEILINGS = {
-    "cli": 1290, "posttrain": 2000, "evals": 2050, "serve": 5000, "agent": 270, "train": 3150, "engine": 4230,
-    "model": 2520, "checkpoint": 800, "tasks": 780, "kernels": 8700, "parallel": 500, "chat": 1010, "cost": 760,
-    "sandbox": 4880, "config": 500, "errors": 150, "numerics": 500,
+    "cli": 1290, "posttrain": 2000, "evals": 2050, "serve": 5010, "agent": 270, "train": 3150, "engine": 4260,
+    "model": 2530, "checkpoint": 800, "tasks": 780, "kernels": 9140, "parallel": 500, "chat": 1010, "cost": 760,
+    "sandbox": 4900, "config": 500, "errors": 150, "numerics": 500,
 }  # fmt: skip
-HOUSE_CEILING = 35_000
+HOUSE_CEILING = 36_000
 FILE_CEILING = 800
 # Rooms whose code never sees a device.
 DEVICE_FREE = ("chat", "cost", "sandbox")
