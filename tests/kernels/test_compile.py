@@ -22,7 +22,8 @@ TYPES = dict(
     post=F32, comb=F32, fn=F32, base=F32, scale=F32, parts=F32, weights=F32, partial=F32,
     codes=U8, scales=U8, weight=U8, weight_scales=U8, w=U8, chosen=I32, table=I32, slot_expert=I32, slot_rows=I32,
     arrived=I32, pairs=I16, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
-    shared_scales=U8, shared_w=U8, shared_w_scales=U8, wide_weight=BF16, out_scales=U8, scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32",
+    shared_scales=U8, shared_w=U8, shared_w_scales=U8, wide_weight=BF16, out_scales=U8,
+    scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32",
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
@@ -41,7 +42,8 @@ KERNELS = [
     (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, FP8_PARTS=0, **EXPERT), dict(scale=U8)),
     (fp4_experts._product_kernel, dict(SHARED=1, DEPTH=512, OUTPUTS=256, FP8_PARTS=2, **EXPERT), dict(scale=U8)),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
-    (fp4_experts._combine_kernel, dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),
+    (fp4_experts._combine_kernel,
+     dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),
     (skinny_gemm._plain_kernel, PRODUCT, dict()),
     (skinny_gemm._plain_kernel, PRODUCT | dict(PART=512, PARTS=1, TALL=128, WIDE=64), dict()),
     (skinny_gemm._plain_kernel, PRODUCT | dict(QUANTISE=True), dict(codes=BF16, out=U8)),
