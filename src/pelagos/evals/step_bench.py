@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
-from pelagos.errors import CapacityError, ConfigError, KernelUnavailable
+from pelagos.errors import CapacityError, ConfigError, KernelUnavailable, MissingDependency
 from pelagos.evals.commit import commit
 from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Span
@@ -246,10 +246,12 @@ def _chunks(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
 def plot(files: Iterable[Path], out: Path) -> int:
     """Draw the rows of result files over the ceilings they were measured under; return how many were drawn.
 
-    Raises ConfigError when there is no row with ceilings before it.
+    Raises ConfigError when there is no row with ceilings before it, MissingDependency without matplotlib.
     """
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise MissingDependency("bench plot needs matplotlib; `pip install matplotlib`") from None
     rows = [
         json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
     ]

@@ -139,10 +139,10 @@ def plot(out: Path) -> Path:
 def chart(path: Path, panels: Mapping[str, Lines], axis_name: str) -> Path:
     """Draw titled panels of labelled lines into a PNG; raises MissingDependency without matplotlib."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise MissingDependency("curves need matplotlib; `pip install matplotlib`") from None
     wide = min(2, len(panels))
