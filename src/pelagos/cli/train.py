@@ -10,12 +10,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pelagos.config import PRESETS, bundled_model_dir, preset
-from pelagos.errors import ConfigError
+from pelagos.errors import ConfigError, MissingDependency
 
 if TYPE_CHECKING:
     from pelagos.train.recipe import TrainConfig
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
             rows = measure(Trainer(model, config, **{**place, "out": Path(scratch)}, start=args.start))
         print(report(rows, *memory))
         return 0
+    if args.plot and find_spec("matplotlib") is None:
+        raise MissingDependency("--plot needs matplotlib; `pip install matplotlib`")
     trainer = Trainer(model, config, **place, start=args.start)
     if args.export:
         trainer.check_export(args.export)
