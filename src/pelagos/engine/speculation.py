@@ -240,7 +240,8 @@ class _StepSeconds:
     def table(self, first: int, count: int) -> np.ndarray | None:
         """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
 
-        Between known sizes linear; below the smallest in proportion; above the largest the mean slope goes on.
+        The first one's own time counts where steps without drafts were seen; between known sizes linear; below the
+        smallest in proportion; above the largest the mean slope goes on.
         """
         if not self._seen:
             return None
@@ -250,6 +251,8 @@ class _StepSeconds:
         slope = (seconds[-1] - seconds[1]) / max(places[-1] - places[1], 1.0)
         sizes = np.arange(first, first + count)
         guess = np.interp(sizes, places, seconds) + np.maximum(0, sizes - places[-1]) * slope
+        if (first, True) in self._seen:
+            guess[0] = self._seen[first, True][1]
         return guess * self._scale
 
 
@@ -347,9 +350,11 @@ class AdaptiveDepth:
                 self._probes = [0] * len(keys)
             else:
                 self._probes = self._probe()
-            same = self._plan == last and not self._probes
-            self._hold = min(max(2 * self._hold, _PLAN_STEPS), _LONGEST) if same else _PROBE_STEPS
-            self._left = self._hold
+            if self._plan == last and not self._probes:
+                self._hold = min(max(2 * self._hold, _PLAN_STEPS), _LONGEST)
+            elif self._plan != last or any(self._plan):  # a probe out of a rest leads back to it
+                self._hold = _PROBE_STEPS
+            self._left = _PROBE_STEPS if self._probes else self._hold
             if self._times is not None and not any(self._probes or self._plan):
                 self._left = min(self._hold, _PLAN_STEPS)
                 self._rest, self._resting_for = self._hold - self._left, len(keys)
