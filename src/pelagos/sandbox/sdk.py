@@ -65,7 +65,7 @@ class AsyncSandbox:
             re.fullmatch(r"[a-z0-9.-]+(:\d{1,5})?", name) for name in names
         ):
             raise SandboxError(
-                f"network={network!r}: expected 'none' or names like pypi.org, .debian.org, 10.0.0.1:8080"
+                f"network={network!r}: expected 'none' or names like example.org, .example.net, 10.0.0.1:8080"
             )
         limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, processes=processes, open_files=open_files,
                         output_bytes=output_bytes)  # fmt: skip
