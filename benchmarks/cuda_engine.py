@@ -80,7 +80,7 @@ def run(model: Any, tokens: int, chunk: int) -> Figures:
     except (CapacityError, ContextLengthError):
         refused = True
     assert isinstance(engine, LocalEngine)
-    pages = page_digest(engine, tokens)
+    pages = page_digest(engine, prompt)
     engine.close()
     print(f"chunk {chunk}: {seconds:.1f} s, first token {timed.first_token_s:.1f} s", file=sys.stderr, flush=True)
     return {
@@ -93,12 +93,11 @@ def run(model: Any, tokens: int, chunk: int) -> Figures:
     }  # fmt: skip
 
 
-def page_digest(engine: LocalEngine, tokens: int) -> str:
+def page_digest(engine: LocalEngine, prompt: list[int]) -> str:
     """The digest of the prompt's whole pages in the order of their positions, as the prefix cache still holds them."""
-    prompt = np.random.default_rng(0).integers(3, engine.config.vocab_size, tokens)
     digest = hashlib.sha256()
     found = 0
-    for key in engine._prefix.chain("", prompt).keys:
+    for key in engine._prefix.chain("", np.asarray(prompt)).keys:
         page = engine._pool.lookup(key)
         if page is not None:
             digest.update(engine._pools.page(page).tobytes())

@@ -7,8 +7,8 @@ The plain run of a prompt: alone, cold, in chunks of 1,024, without speculation,
 serves a batch in another way and counts tokens that differ and log-probabilities that differ in any bit. A case that
 did not do what it is for (no hit, no accepted draft, no preemption) fails. tiny (random weights, made here) gets the
 full factorial, nano a list in which every pair of factors meets. `--cuts` restores one prompt at every cut point under
-each disk policy. `cuda` is released mode on a CUDA device. Finished cases are kept in
-FILE and not run again while the code of the engine stays the same.
+each disk policy. `cuda` is released mode on a CUDA device. Finished cases are kept in FILE and not run again while the
+code of the engine stays the same.
 """
 
 from __future__ import annotations

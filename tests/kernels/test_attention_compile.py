@@ -6,9 +6,7 @@ import pytest
 from triton_cases import run
 
 SCRIPT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_cases import compile_all
 from pelagos.kernels.triton import cache_write, decode_attention, indexer, query
 
 backend, arch, warp = {target}
@@ -22,8 +20,8 @@ TYPES = dict.fromkeys(
 TYPES |= dict.fromkeys("q_norm kv_norm norm index_norm product q index_q stored".split(), BF16)
 TYPES |= dict.fromkeys("codes scales window main index pages slots".split(), U8)
 TYPES |= dict.fromkeys("head_factor factor eps scale".split(), "fp32")
-CSA = dict(RATIO=4, PICKED=512, WINDOW=128, BLOCKS=blocks, KEYS=64, CODES=False, TARGET=made_for)
-HCA = CSA | dict(RATIO=128, PICKED=0, CODES=True)
+CSA = dict(RATIO=4, PICKED=512, WINDOW=128, BLOCKS=blocks, KEYS=64, TARGET=made_for)
+HCA = CSA | dict(RATIO=128, PICKED=0)
 ATTEND = dict(RING=131, SCALES=8, HEADS=heads)
 WRITE = dict(LATENT=latent, PADDED=latent, WIDTH=width, ROPE=64, RING=131, SCALES=8, PAGE=128, SLOTS=8, HEADS=heads,
              HEADS_PADDED=heads, ROUNDS=index.bit_length() - 1, TARGET=made_for)
@@ -41,14 +39,7 @@ KERNELS = [
     (indexer._select_kernel, SELECT | dict(CHUNKS=1, ROUNDS=0, TILE=1024), dict(num_warps=16)),
     (indexer._select_kernel, SELECT | dict(CHUNKS=64, ROUNDS=6, TILE=512), dict(num_warps=16)),
 ]
-for kernel, constants, options in KERNELS:
-    signature = {{name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}}
-    places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" and n not in ("pages", "slots")]
-    attributes = {{(i,): [["tt.divisibility", 16]] for i in aligned}}
-    source = ASTSource(kernel, signature, places, attributes)
-    triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-print("compiled", len(KERNELS))
+compile_all({target}, KERNELS, TYPES, ("pages", "slots"))
 """
 NANO, FLASH = (128, 128, 64, 16, 1), (512, 1024, 128, 64, 4)
 TARGETS = [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "gfx950", 64)]

@@ -6,15 +6,10 @@ import pytest
 from triton_cases import run
 
 SCRIPT = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_cases import compile_all
 from pelagos.kernels.triton import fp4_experts, router, site, sinkhorn, skinny_gemm
 
 backend, arch, warp = {target}
-target = GPUTarget(backend, arch, warp)
-if backend not in triton.backends.backends and backend + "" not in ("cuda", "hip"):
-    print("no backend"); sys.exit()
 made_for = "ptx" if backend == "cuda" else "any"
 BF16, F32, U8, I32, I16 = "*bf16", "*fp32", "*u8", "*i32", "*i16"
 TYPES = dict(
@@ -52,14 +47,7 @@ KERNELS = [
     (router._choose_kernel, dict(PARTS=2, EXPERTS=64, **CHOICE), dict(table="*i64")),
     (sinkhorn._forward_kernel, dict(ITERS=20, N=4, BLOCK=128), dict(logits=F32, mixed=F32, normalisers=F32)),
 ]
-for kernel, constants, other in KERNELS:
-    options = {{name: other.pop(name) for name in ("num_warps", "num_stages") if name in other}}
-    types = TYPES | other
-    signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
-    places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
-    attributes = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}}
-    triton.compile(ASTSource(kernel, signature, places, attributes), target=target, options=options)
-print("compiled", len(KERNELS))
+compile_all({target}, KERNELS, TYPES)
 """
 
 

@@ -6,9 +6,7 @@ import pytest
 from triton_cases import run
 
 SCRIPT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_cases import compile_all
 from pelagos.kernels.triton import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, prefill_products
 
 backend, arch, warp = {target}
@@ -50,15 +48,7 @@ KERNELS = [
     (prefill_cache._decode_kernel, dict(WIDTH=512, SCALES=8, EACH=32, SIZE=0, ROWS=8), dict(base=I32)),
     (prefill_cache._index_kernel, dict(WIDTH=128, EACH=32, KEYS=32), dict(base=I32, scales=F32)),
 ]
-for kernel, constants, other in KERNELS:
-    options = {{name: other.pop(name) for name in ("num_warps", "num_stages") if name in other}}
-    types = TYPES | other
-    signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
-    places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
-    attributes = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}}
-    source = ASTSource(kernel, signature, places, attributes)
-    triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-print("compiled", len(KERNELS))
+compile_all({target}, KERNELS, TYPES)
 """
 
 

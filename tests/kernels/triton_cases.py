@@ -29,3 +29,23 @@ def run(script: str, *, interpret: bool) -> str:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def compile_all(target: tuple, kernels: list, types: dict[str, str], unaligned: tuple[str, ...] = ()) -> None:
+    """Compile each (kernel, constants, types and options of its own) for a target and print how many there were.
+
+    Pointers count as aligned to 16 bytes but those named; to be called where triton may be imported.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for kernel, constants, own in kernels:
+        options = {name: own[name] for name in ("num_warps", "num_stages") if name in own}
+        known = {**types, **own}
+        signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" and n not in unaligned]
+        attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+        triton.compile(ASTSource(kernel, signature, places, attributes), target=GPUTarget(*target), options=options)
+    print("compiled", len(kernels))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,8 @@ import pytest
 from pelagos import tasks
 from pelagos.cli.tasks import main
 from pelagos.errors import DataError
-from pelagos.sandbox import Sandbox, Store, doctor
-from pelagos.sandbox.layers import remove_tree
+from pelagos.sandbox import Sandbox, Store
 from pelagos.tasks.generate import templates
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    if shutil.which("bwrap") is None:
-        pytest.skip("bwrap (Debian package bubblewrap) is not installed")
-    if (namespaces := doctor.host_facts()["user_namespaces"]) is not True:
-        pytest.skip(f"this host gives no user namespaces: {namespaces}")
-    root = tmp_path_factory.mktemp("store")
-    yield Store(root)
-    remove_tree(root)
 
 
 @pytest.fixture(scope="module")

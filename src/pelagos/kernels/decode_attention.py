@@ -19,11 +19,9 @@ WIDTHS = (128, 512)  # of a head
 
 def attend(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, *, quantise: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return what the rows attend, turned back: (T, H * C) bfloat16 and None, as the release hands it to wo_a.
-
-    With `quantise` E4M3 codes (T, H * C) and UE8M0 scales (T, H * C / 128) as uint8.
+    picks: Tensor | None, turn: Tensor, most: int,
+) -> Tensor:  # fmt: skip
+    """Return what the rows attend, turned back: (T, H * C) bfloat16, as the release hands it to wo_a.
 
     q (T, H, C) bfloat16; a row at position p sees the last sliding_window positions of its ring and the entries below
     (p + 1) // ratio: those in picks (T, K) int32 (ascending, then -1), or with None all of them, at most `most`. sink
@@ -56,7 +54,7 @@ def attend(
             f"decode_attention: most={most}, expected 0..{rows.table.shape[1] * place.main.rows}, what the table holds"
         )
     check_pools(rows, layout, pages, slots)
-    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, quantise)
+    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most)
     if not q.is_cuda:
         return ref.forward(*inputs)
     from pelagos.kernels.triton import decode_attention as kernel

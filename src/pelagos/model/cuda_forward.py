@@ -317,7 +317,7 @@ class CudaForward:
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
         attended = decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
-        codes, scales = skinny_gemm.quantised_product(*attended, *layer.wo_a, arrived, groups=c.o_groups)
+        codes, scales = skinny_gemm.quantised_product(attended, None, *layer.wo_a, arrived, groups=c.o_groups)
         y = skinny_gemm.product(codes, scales, *layer.wo_b, arrived)
         streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
         routed = router.route(

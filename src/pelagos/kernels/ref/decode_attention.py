@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pelagos import numerics
 from pelagos.config import preset
 from pelagos.kernels import rows as pools
 from pelagos.kernels.batch_rows import Rows
@@ -144,11 +143,7 @@ def attended(
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, quantise: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return (values, None) or (codes, scales); see `kernels.decode_attention.attend`."""
-    out = attended(q, rows, layout, layer, pages, slots, sink, picks, turn, most).flatten(1)
-    if not quantise:
-        return out, None
-    codes, scales = numerics.encode_fp8(out, numerics.ACT_BLOCK)
-    return codes.view(torch.uint8), scales.view(torch.uint8)
+    picks: Tensor | None, turn: Tensor, most: int,
+) -> Tensor:  # fmt: skip
+    """See `kernels.decode_attention.attend`."""
+    return attended(q, rows, layout, layer, pages, slots, sink, picks, turn, most).flatten(1)

@@ -20,12 +20,9 @@ from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.triton.formats import (
     dot,
-    e4m3_code,
     e4m3_to_float,
-    fp8_scale_exponent,
     launch,
     let_next_start,
-    quantise_block,
     target,
     wait_for_inputs,
 )
@@ -131,7 +128,7 @@ def _seen(picks, row, position, most, RATIO: tl.constexpr, PICKED: tl.constexpr)
 
 
 @triton.jit
-def _emit(out, turn, stored, scales, column, live, ROPE: tl.constexpr, CODES: tl.constexpr, TARGET: tl.constexpr):
+def _emit(out, turn, stored, column, live, ROPE: tl.constexpr, TARGET: tl.constexpr):
     """Turn back (the last 64 columns, with ROPE), round and store 128 columns (HEADS, 128) of heads at `column`."""
     heads: tl.constexpr = out.shape[0]
     out = rounded(out, TARGET)
@@ -142,12 +139,7 @@ def _emit(out, turn, stored, scales, column, live, ROPE: tl.constexpr, CODES: tl
         a, b = tl.split(out.reshape(heads, 64, 2))
         out = rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
     place = stored + column[:, None] + tl.arange(0, 128)[None, :]
-    if CODES:
-        exponent = fp8_scale_exponent(tl.max(tl.abs(out), 1))
-        tl.store(place, e4m3_code(quantise_block(out, exponent[:, None])), mask=live[:, None])
-        tl.store(scales + column // 128, exponent.to(tl.uint8), mask=live)
-    else:
-        tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
+    tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
 
 
 @triton.jit
@@ -160,11 +152,11 @@ def _finish(top, total, sink):
 
 @triton.jit(do_not_specialize=["heads", "parts", "most", "table_stride"])
 def _attend_kernel(
-    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, scales, partial, tops,
+    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, partial, tops,
     heads, parts, most, table_stride, slot_bytes, page_bytes, window_scale, entry_scale, scale,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PER_PAGE: tl.constexpr,
     SCALES: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
-    DONE: tl.constexpr, CODES: tl.constexpr, TARGET: tl.constexpr,
+    DONE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Fold EACH chunks for HEADS heads of a row; with DONE these are all it has and the result is stored."""
     let_next_start(TARGET)
@@ -239,11 +231,11 @@ def _attend_kernel(
         if DONE:
             factor = _finish(top, total, tl.load(sink + head, mask=real, other=0.0) * 1.4426950408889634)[:, None]
             column, turned = (row * heads + head) * width, turn + row * 64
-            _emit(acc0 * factor, turned, stored, scales, column, real, BLOCKS == 1, CODES, TARGET)
+            _emit(acc0 * factor, turned, stored, column, real, BLOCKS == 1, TARGET)
             if BLOCKS == 4:
-                _emit(acc1 * factor, turned, stored, scales, column + 128, real, False, CODES, TARGET)
-                _emit(acc2 * factor, turned, stored, scales, column + 256, real, False, CODES, TARGET)
-                _emit(acc3 * factor, turned, stored, scales, column + 384, real, True, CODES, TARGET)
+                _emit(acc1 * factor, turned, stored, column + 128, real, False, TARGET)
+                _emit(acc2 * factor, turned, stored, column + 256, real, False, TARGET)
+                _emit(acc3 * factor, turned, stored, column + 384, real, True, TARGET)
         else:
             at = (row * parts + part).to(tl.int64) * heads + head
             tl.store(tops + at * 2, top, mask=real)
@@ -258,10 +250,9 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["parts", "most"])
 def _combine_kernel(
-    partial, tops, positions, sink, turn, stored, scales, parts, most,
+    partial, tops, positions, sink, turn, stored, parts, most,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
-    EACH: tl.constexpr, SECTION: tl.constexpr, SECTIONS: tl.constexpr, RUN: tl.constexpr, CODES: tl.constexpr,
-    TARGET: tl.constexpr,
+    EACH: tl.constexpr, SECTION: tl.constexpr, SECTIONS: tl.constexpr, RUN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Fold the parts of 128 columns of one head, EACH chunks a part, in sections of SECTION chunks; finish."""
     let_next_start(TARGET)
@@ -304,16 +295,16 @@ def _combine_kernel(
     factor = _finish(top, total, tl.load(sink + head + tl.arange(0, 1)) * 1.4426950408889634)[:, None]
     column = (row * heads + head) * (BLOCKS * 128) + block * 128 + tl.arange(0, 1)
     if block == BLOCKS - 1:
-        _emit(acc * factor, turn + row * 64, stored, scales, column, column >= 0, True, CODES, TARGET)
+        _emit(acc * factor, turn + row * 64, stored, column, column >= 0, True, TARGET)
     else:
-        _emit(acc * factor, turn + row * 64, stored, scales, column, column >= 0, False, CODES, TARGET)
+        _emit(acc * factor, turn + row * 64, stored, column, column >= 0, False, TARGET)
 
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, quantise: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return (values, None) or (codes, scales) as `kernels.decode_attention.attend` does."""
+    picks: Tensor | None, turn: Tensor, most: int,
+) -> Tensor:  # fmt: skip
+    """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
     new, made_for, window = q.new_empty, target(), place.window
     main = place.main or Section(0, 1, 0, (0, 0))
@@ -324,15 +315,14 @@ def forward(
     tiles = triton.cdiv(heads, tall)
     each = 1 if tokens * tiles * chunks <= PROGRAMS else SECTION
     parts = triton.cdiv(chunks, each)
-    stored = new((tokens, heads * width), dtype=torch.uint8 if quantise else torch.bfloat16)
-    scales = new((tokens, heads * width // 128), dtype=torch.uint8) if quantise else None
+    stored = new((tokens, heads * width), dtype=torch.bfloat16)
     size = tokens * parts * heads if parts > 1 else 1
     partial, tops = new(size * width, dtype=torch.float32), new(size * 2, dtype=torch.float32)
     constants = {"RATIO": place.ratio, "PICKED": picked, "WINDOW": layout.config.sliding_window,
-                 "BLOCKS": width // 128, "KEYS": KEYS, "EACH": each, "CODES": quantise, "TARGET": made_for}  # fmt: skip
+                 "BLOCKS": width // 128, "KEYS": KEYS, "EACH": each, "TARGET": made_for}  # fmt: skip
     _attend_kernel[(parts, tiles, tokens)](
         q, pages.view(-1)[main.offset :], slots.view(-1)[window.offset :], rows.table, q if picks is None else picks,
-        rows.positions, rows.owner, rows.slots, sink, turn, stored, scales, partial, tops,
+        rows.positions, rows.owner, rows.slots, sink, turn, stored, partial, tops,
         heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
         window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
         RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, **constants,
@@ -340,8 +330,8 @@ def forward(
     )  # fmt: skip
     if parts > 1:
         _combine_kernel[(width // 128, heads, tokens)](
-            partial, tops, rows.positions, sink, turn, stored, scales, parts, most,
+            partial, tops, rows.positions, sink, turn, stored, parts, most,
             SECTION=SECTION, SECTIONS=triton.cdiv(parts * each, SECTION), RUN=RUN if each == 1 else 1, **constants,
             **launch(made_for, num_warps=1, enable_fp_fusion=False),
         )  # fmt: skip
-    return stored, scales
+    return stored
