@@ -84,7 +84,7 @@ def test_maximal_effort_in_a_small_context_is_warned_of() -> None:
 
 def test_the_stop_text_is_told() -> None:
     answer, _ = answered(scripted_llm("one two three"), ask_for(stop=["x", "two"], **OFF))
-    assert (answer.stopped_by, answer.message["content"]) == ("two", "one ")
+    assert (answer.parser.stopped_by, answer.message["content"]) == ("two", "one ")
 
 
 def test_options_reach_the_engine() -> None:

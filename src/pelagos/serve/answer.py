@@ -1,25 +1,20 @@
 """An answer under way: submitted to the engine from a thread, read as events in the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pelagos.chat.parser import Event
 from pelagos.chat.render import Prompt, render_prompt
 from pelagos.chat.tokens import BOS, FIM_BEGIN, FIM_END, FIM_HOLE
-from pelagos.engine import ChatTurn
+from pelagos.engine import LLM, ChatTurn, SamplingParams, Step
 from pelagos.engine.api import check_context
+from pelagos.serve.ask import Ask, Card
 from pelagos.serve.grammar import Grammars
 from pelagos.serve.replay import Replay, replayed_ids, turn_ids
-
-if TYPE_CHECKING:
-    from pelagos.engine import LLM, SamplingParams, Step
-    from pelagos.serve.ask import Ask, Card
 
 DEFAULT_MAX_TOKENS = 8192  # of requests that no protocol has given a bound
 MAX_EFFORT_CONTEXT = 393216  # what maximal effort is made for
@@ -126,16 +121,6 @@ class Answer(ChatTurn):
             llm, ask.body, max_tokens=card.max_tokens or DEFAULT_MAX_TOKENS, prompt=prompt, prepare=prepare,
             user_id=ask.user_id, timeout_s=ask.timeout_s, on_step=self._tell,
         )  # fmt: skip
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The stop text that ended the answer."""
-        return self.parser.stopped_by
-
-    @property
-    def prompt_logprobs(self) -> list[float | None] | None:
-        """The log-probabilities of the prompt's tokens, None first; with `echo` and `logprobs`, once admitted."""
-        return self.stream.prompt_logprobs
 
     @property
     def prompt_tokens(self) -> int:

@@ -4,8 +4,6 @@ Every route answers with and without `/v1`, and under the `/beta` and `/anthropi
 input is a 4xx with the protocol's error object, never a 500.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import itertools
@@ -26,12 +24,13 @@ from pelagos.chat.parser import Event
 from pelagos.engine import LLM, EngineStats
 from pelagos.errors import CapacityError, ContextLengthError, FormError, MissingDependency, PelagosError, RequestError
 from pelagos.serve.answer import Answer, Shared, prompt_ids
-from pelagos.serve.ask import Api, Ask, Card
+from pelagos.serve.ask import Ask, Card
 from pelagos.serve.exchange import ClientGone, Exchange
 from pelagos.serve.keys import KeyFile
 from pelagos.serve.limits import READING, Traffic, check_origin, find_key, refusal
 from pelagos.serve.metrics import Metrics
 from pelagos.serve.protocols import APIS
+from pelagos.serve.protocols.wire import Api
 from pelagos.serve.reads import find_read
 from pelagos.serve.settings import Settings
 

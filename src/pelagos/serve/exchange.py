@@ -1,22 +1,19 @@
 """One HTTP request and its response, as ASGI messages."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
 import time
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-if TYPE_CHECKING:
-    from pelagos.serve.answer import Answer
-    from pelagos.serve.ask import Api
-    from pelagos.serve.keys import Key
+from pelagos.serve.answer import Answer
+from pelagos.serve.keys import Key
+from pelagos.serve.protocols.wire import Api
 
 _ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 _NO_STORE = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]

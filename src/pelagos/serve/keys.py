@@ -3,8 +3,6 @@
 A key is 256 random bits, so its plain BLAKE2b hash cannot be turned back; the key itself is shown once, kept nowhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -1,20 +1,16 @@
 """Who is let in and how much: hosts and origins, keys, requests in all and by key."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
-if TYPE_CHECKING:
-    from pelagos.serve.exchange import Exchange
-    from pelagos.serve.keys import Key, KeyFile
-    from pelagos.serve.settings import Settings
+from pelagos.serve.exchange import Exchange
+from pelagos.serve.keys import Key, KeyFile
+from pelagos.serve.settings import Settings
 
 READING = ("GET", "HEAD", "OPTIONS")
 RETRY_SECONDS = 2  # after which a client may ask again where nothing says when there is room

@@ -1,7 +1,5 @@
 """What the server counts, as Prometheus text for `/metrics` and as JSON for `/stats`, and one log line a request."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses
@@ -11,15 +9,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pelagos.engine import EngineStats
-
-if TYPE_CHECKING:
-    from pelagos.serve.exchange import Exchange
+from pelagos.serve.exchange import Exchange
 
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 WAIT_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -5,8 +5,6 @@ prefix ends there. Turns are kept by user and call ids. A record is used only wh
 rendered message says, with the same special tokens in the same order: it changes the spelling, never the meaning.
 """
 
-from __future__ import annotations
-
 import array
 import contextlib
 import hashlib
@@ -19,15 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from pelagos.chat.render import Prompt
+from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import ASSISTANT, DSML, EOS, MARKS
+from pelagos.engine import ChatTurn
 from pelagos.errors import CacheError
-
-if TYPE_CHECKING:
-    from pelagos.chat.render import Prompt
-    from pelagos.chat.tokenizer import Tokenizer
-    from pelagos.engine import ChatTurn
 
 _D = MARKS[DSML]
 _PARAMETER = re.compile(f'<{_D}parameter name="([^"{_D}]*)" string="(true|false)">([^{_D}]*)</{_D}parameter>\n')

@@ -1,13 +1,10 @@
 """Run the application on a socket: bind first, listen while the model loads, drain when told to end."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,17 +124,12 @@ class Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    with ExitStack() as opened:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = opened.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
-        opened.pop_all()
-    return listener
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
 
 
 def _banner(url: str, model_name: str, *, keyed: bool) -> str:

@@ -4,8 +4,6 @@ A parameter of a string type is raw text up to its closing tag, any other is JSO
 that allows both gives both forms. What would let one request stall the server is refused before it is compiled.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

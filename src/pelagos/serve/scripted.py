@@ -6,8 +6,6 @@ spelled special token in a reply is that token. A rule may also have `token_dela
 error in place of the end).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import heapq
 import itertools

@@ -1,29 +1,118 @@
 """OpenAI-style chat completions as DeepSeek's API speaks them."""
 
-from __future__ import annotations
-
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pelagos.chat.parser import Event
 from pelagos.errors import FormError, RequestError
+from pelagos.serve.answer import Answer, Logprob
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
-
-if TYPE_CHECKING:
-    from pelagos.chat.parser import Event
-    from pelagos.serve.answer import Answer, Logprob
 
 # What the end of an answer is called when it was not the model's.
 _FINISH_REASONS = {"cancelled": "aborted", "deadline": "insufficient_system_resource"}
 _THINKING = ("thinking", "enable_thinking", "think")
 
 
-class Chat(wire.JsonApi):
+class ChoiceWriter(wire.Writer):
+    """What chat and raw completions share of writing: objects with one choice, and an end mark."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        super().__init__(ask, answer, card)
+        self._wants_usage = ask.options.get("usage")
+        self._told = 0  # log-probabilities that have been written
+        self._frame = {
+            "id": str(uuid.uuid4()), "created": int(time.time()), "model": card.model,
+            "system_fingerprint": card.fingerprint,
+        }  # fmt: skip
+
+    @property
+    def _reason(self) -> str:
+        reason = self._answer.finish_reason or "stop"
+        return _FINISH_REASONS.get(reason, reason)
+
+    def fail(self, status: int, message: str) -> list[str]:
+        return [wire.frame(Chat().error(status, message)), wire.DONE]
+
+    def _usage(self) -> dict[str, Any]:
+        answer = self._answer
+        return {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+            "prompt_cache_hit_tokens": answer.cached_tokens,
+            "prompt_cache_miss_tokens": answer.prompt_tokens - answer.cached_tokens,
+            "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
+        }
+
+    def _new_logprobs(self) -> list[Logprob]:
+        new = self._answer.logprobs[self._told :]
+        self._told += len(new)
+        return new
+
+
+class ChatWriter(ChoiceWriter):
+    """Chunks for a stream, or the whole object at the end."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        super().__init__(ask, answer, card)
+        self._waiting: list[Logprob] = []  # log-probabilities of text that has not come yet
+
+    def open(self) -> list[str]:
+        silent = {"content": None, "reasoning_content": ""} if self._answer.thinking else {"content": ""}
+        return [self._chunk({"role": "assistant"} | silent)]
+
+    def push(self, event: Event) -> list[str]:
+        if event.kind == "reasoning":
+            return [self._chunk({"content": None, "reasoning_content": event.text}, "reasoning")]
+        if event.kind == "content":
+            return [self._chunk(self._text(event.text), "content")]
+        call: dict[str, Any] = {"index": event.index}
+        if event.kind == "tool_call":
+            call |= {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+        else:
+            call["function"] = {"arguments": event.text}
+        return [self._chunk({"tool_calls": [call]})]
+
+    def close(self) -> list[str]:
+        return [self._chunk(self._text(""), "reasoning", "content", reason=self._reason), wire.DONE]
+
+    def whole(self) -> dict[str, Any]:
+        choice = {
+            "index": 0, "message": self._answer.message, "finish_reason": self._reason,
+            "logprobs": self._logprobs("reasoning", "content"),
+        }  # fmt: skip
+        return self._frame | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"content": text} | ({"reasoning_content": None} if self._answer.thinking else {})
+
+    def _chunk(self, delta: dict[str, Any], *kinds: str, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": self._logprobs(*kinds)}
+        chunk = self._frame | {"object": "chat.completion.chunk", "choices": [choice]}
+        if reason is not None or self._wants_usage:
+            chunk["usage"] = None if reason is None else self._usage()
+        return wire.frame(chunk)
+
+    def _logprobs(self, *kinds: str) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens since the last call for these kinds; markup's are nobody's."""
+        if self._ask.logprobs is None:
+            return None
+        self._waiting += self._new_logprobs()
+        names = {"reasoning": "reasoning_content", "content": "content"}
+        taken = {names[kind]: [pick[1:] for pick in self._waiting if pick.kind == kind] for kind in kinds}
+        self._waiting = [pick for pick in self._waiting if pick.kind not in (*kinds, "markup")]
+        return {name: wire.spelled(self._answer.tokenizer, picks) for name, picks in taken.items() if picks} or None
+
+
+class Chat(wire.Api):
     """`POST /v1/chat/completions`."""
 
     summary = "Chat completion"
-    paths: tuple[str, ...] = ("/v1/chat/completions",)
+    paths = ("/v1/chat/completions",)
+    writer = ChatWriter
     required = ("messages",)
     fields = {  # noqa: RUF012
         **wire.COMMON,
@@ -37,7 +126,7 @@ class Chat(wire.JsonApi):
     }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
-        """See `Api.read`; Ask.options has `usage`: whether every chunk of a stream has the key."""
+        """Return with Ask.options `usage`: whether every chunk of a stream has the key."""
         wire.check(body, wire.COMMON if card.strict else self.fields)
         if card.strict:
             wire.converted("ChatCompletionRequest", body, card, official=True)
@@ -68,10 +157,6 @@ class Chat(wire.JsonApi):
             options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},
         )
 
-    def writer(self, ask: Ask, answer: Answer, card: Card) -> ChatWriter:
-        """Return the writer of one answer."""
-        return ChatWriter(ask, answer, card)
-
 
 def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the function tools of a list; tools of other kinds are passed over."""
@@ -89,103 +174,3 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     kept["content"] = wire.readable(message.get("content"), ("text", "image_url", "file"))
     reasoning = wire.first(message.get("reasoning_content"), message.get("reasoning"))
     return kept | ({} if reasoning is None else {"reasoning_content": reasoning})
-
-
-class ChoiceWriter:
-    """What chat and raw completions share of writing: objects with one choice, and an end mark."""
-
-    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
-        self._ask, self._answer, self._wants_usage = ask, answer, ask.options.get("usage")
-        self._told = 0  # log-probabilities that have been written
-        self._frame = {
-            "id": str(uuid.uuid4()), "created": int(time.time()), "model": card.model,
-            "system_fingerprint": card.fingerprint,
-        }  # fmt: skip
-
-    @property
-    def _reason(self) -> str:
-        reason = self._answer.finish_reason or "stop"
-        return _FINISH_REASONS.get(reason, reason)
-
-    def keep_alive(self) -> list[str]:
-        """A comment."""
-        return [wire.KEEP_ALIVE]
-
-    def fail(self, status: int, message: str) -> list[str]:
-        """An error object in the stream, and the end mark."""
-        return [wire.frame(Chat().error(status, message)), wire.DONE]
-
-    def _usage(self) -> dict[str, Any]:
-        answer = self._answer
-        return {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-            "prompt_cache_hit_tokens": answer.cached_tokens,
-            "prompt_cache_miss_tokens": answer.prompt_tokens - answer.cached_tokens,
-            "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
-        }
-
-    def _new_logprobs(self) -> list[Logprob]:
-        new = self._answer.logprobs[self._told :]
-        self._told += len(new)
-        return new
-
-
-class ChatWriter(ChoiceWriter):
-    """Chunks for a stream, or the whole object at the end."""
-
-    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
-        super().__init__(ask, answer, card)
-        self._waiting: list[Logprob] = []  # log-probabilities of text that has not come yet
-
-    def open(self) -> list[str]:
-        """The chunk that opens the message."""
-        silent = {"content": None, "reasoning_content": ""} if self._answer.thinking else {"content": ""}
-        return [self._chunk({"role": "assistant"} | silent)]
-
-    def push(self, event: Event) -> list[str]:
-        """The chunk of one event other than `finish`."""
-        if event.kind == "reasoning":
-            return [self._chunk({"content": None, "reasoning_content": event.text}, "reasoning")]
-        if event.kind == "content":
-            return [self._chunk(self._text(event.text), "content")]
-        call: dict[str, Any] = {"index": event.index}
-        if event.kind == "tool_call":
-            call |= {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
-        else:
-            call["function"] = {"arguments": event.text}
-        return [self._chunk({"tool_calls": [call]})]
-
-    def close(self) -> list[str]:
-        """The chunk with finish_reason and usage, and the end mark."""
-        return [self._chunk(self._text(""), "reasoning", "content", reason=self._reason), wire.DONE]
-
-    def whole(self) -> dict[str, Any]:
-        """The chat.completion object."""
-        choice = {
-            "index": 0, "message": self._answer.message, "finish_reason": self._reason,
-            "logprobs": self._logprobs("reasoning", "content"),
-        }  # fmt: skip
-        return self._frame | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
-
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"content": text} | ({"reasoning_content": None} if self._answer.thinking else {})
-
-    def _chunk(self, delta: dict[str, Any], *kinds: str, reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": self._logprobs(*kinds)}
-        chunk = self._frame | {"object": "chat.completion.chunk", "choices": [choice]}
-        if reason is not None or self._wants_usage:
-            chunk["usage"] = None if reason is None else self._usage()
-        return wire.frame(chunk)
-
-    def _logprobs(self, *kinds: str) -> dict[str, Any] | None:
-        """Log-probabilities of the tokens since the last call for these kinds; markup's are nobody's."""
-        if self._ask.logprobs is None:
-            return None
-        self._waiting += self._new_logprobs()
-        names = {"reasoning": "reasoning_content", "content": "content"}
-        taken = {names[kind]: [pick[1:] for pick in self._waiting if pick.kind == kind] for kind in kinds}
-        self._waiting = [pick for pick in self._waiting if pick.kind not in (*kinds, "markup")]
-        return {name: wire.spelled(self._answer.tokenizer, picks) for name, picks in taken.items() if picks} or None

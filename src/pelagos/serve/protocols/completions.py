@@ -1,81 +1,16 @@
 """Raw completions: text goes on from a prompt, or between a prompt and a suffix (fill in the middle)."""
 
-from __future__ import annotations
-
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pelagos.chat.parser import Event
 from pelagos.errors import RequestError
+from pelagos.serve.answer import Answer
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
 from pelagos.serve.protocols.chat import ChoiceWriter
 
-if TYPE_CHECKING:
-    from pelagos.chat.parser import Event
-    from pelagos.serve.answer import Answer
-
 _MAX_TOKENS = 4_096  # of the official API; here the default too
-
-
-class Completions(wire.JsonApi):
-    """`POST /v1/completions`."""
-
-    summary = "Completion of raw text, or of the middle between a prompt and a suffix"
-    paths: tuple[str, ...] = ("/v1/completions",)
-    content = "prompt"
-    required = ("prompt",)
-    fields = {  # noqa: RUF012
-        "prompt": {"type": ["string", "array"]},
-        "suffix": wire.TEXT,
-        "max_tokens": wire.TOKENS,
-        "stop": {"type": ["string", "array"]},
-        "echo": wire.BOOLEAN,
-        "logprobs": {**wire.LOGPROBS, "type": ["integer", "boolean"]},  # some clients send chat's form
-        "n": {"type": "integer"},
-        "stream_options": wire.OBJECT,
-        **wire.COMMON,
-    }
-
-    def read(self, body: dict[str, Any], card: Card) -> Ask:
-        """See `Api.read`; Ask.options has `usage`: whether a stream ends with a chunk of nothing but usage."""
-        wire.check(body, self.fields)
-        logprobs, asked = body.get("logprobs"), body.get("max_tokens")
-        named = {} if type(logprobs) is not int else {"logprobs": True, "top_logprobs": logprobs}
-        wire.check_settings({**body, "logprobs": None} | named, card)
-        if card.strict:
-            probe = {key: body[key] for key in ("model", "stream", "stream_options") if key in body}
-            message = {"role": "user", "content": ""}
-            wire.converted("ChatCompletionRequest", probe | {"messages": [message]}, card, official=True)
-        if card.strict and asked and asked > _MAX_TOKENS:
-            raise RequestError(f"Invalid max_tokens value, the valid range of max_tokens is [1, {_MAX_TOKENS}]")
-        limit = min(asked, wire.MAX_TOKENS) if asked else card.max_tokens or _MAX_TOKENS
-        return Ask(
-            body=wire.sampling(body) | {"max_tokens": limit},
-            prompt=_prompt(body.get("prompt")),
-            suffix=body.get("suffix") or None,
-            echo=bool(body.get("echo")),
-            stream=bool(body.get("stream")),
-            user_id=str(wire.first(body.get("user_id"), body.get("user"), "")),
-            logprobs=None if logprobs is None or logprobs is False else int(logprobs) * (logprobs is not True),
-            clamp=not (card.strict and asked),
-            options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},
-        )
-
-    def writer(self, ask: Ask, answer: Answer, card: Card) -> CompletionsWriter:
-        """Return the writer of one answer."""
-        return CompletionsWriter(ask, answer, card)
-
-
-def _prompt(prompt: Any) -> str | list[int]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
-        return prompt
-    if isinstance(prompt, list) and len(prompt) > 1 and all(isinstance(each, str | list) for each in prompt):
-        raise RequestError(f"prompt: {len(prompt)} prompts in one request; send one request for each")
-    if not isinstance(prompt, str):
-        raise wire.malformed("prompt", prompt, "a string or a list of token ids")
-    return prompt
 
 
 class CompletionsWriter(ChoiceWriter):
@@ -87,20 +22,16 @@ class CompletionsWriter(ChoiceWriter):
         self._frame["object"] = "text_completion"
 
     def open(self) -> list[str]:
-        """The prompt, if it is to be repeated."""
         return [self._chunk(self._prompt())] if self._ask.echo else []
 
     def push(self, event: Event) -> list[str]:
-        """The chunk of a piece of text."""
         return [self._chunk(event.text)] if event.kind == "content" else []
 
     def close(self) -> list[str]:
-        """The chunk with finish_reason, usage and the end mark."""
         last = wire.frame(self._frame | {"choices": [], "usage": self._usage()})
         return [self._chunk("", self._reason), *([last] if self._wants_usage else []), wire.DONE]
 
     def whole(self) -> dict[str, Any]:
-        """The text_completion object."""
         text = (self._prompt() if self._ask.echo else "") + self._answer.message["content"]
         return self._frame | {"choices": [self._choice(text, self._reason)], "usage": self._usage()}
 
@@ -124,7 +55,7 @@ class CompletionsWriter(ChoiceWriter):
         answer, picks = self._answer, list[tuple[int, float | None, Any]](p[1:] for p in self._new_logprobs())
         if self._repeats:
             self._repeats = False
-            known = list(zip(answer.prompt_ids, answer.prompt_logprobs or (), strict=False))
+            known = list(zip(answer.prompt_ids, answer.stream.prompt_logprobs or (), strict=False))
             skipped = isinstance(self._ask.prompt, str) and known and known[0][0] in answer.tokenizer.special_tokens
             picks = [*((*each, ()) for each in known[1 if skipped else 0 :]), *picks]
         told = wire.spelled(answer.tokenizer, picks)
@@ -136,3 +67,61 @@ class CompletionsWriter(ChoiceWriter):
             "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} or None for each in told],
             "text_offset": ends[:-1],
         }
+
+
+class Completions(wire.Api):
+    """`POST /v1/completions`."""
+
+    summary = "Completion of raw text, or of the middle between a prompt and a suffix"
+    paths = ("/v1/completions",)
+    writer = CompletionsWriter
+    content = "prompt"
+    required = ("prompt",)
+    fields = {  # noqa: RUF012
+        "prompt": {"type": ["string", "array"]},
+        "suffix": wire.TEXT,
+        "max_tokens": wire.TOKENS,
+        "stop": {"type": ["string", "array"]},
+        "echo": wire.BOOLEAN,
+        "logprobs": {**wire.LOGPROBS, "type": ["integer", "boolean"]},  # some clients send chat's form
+        "n": {"type": "integer"},
+        "stream_options": wire.OBJECT,
+        **wire.COMMON,
+    }
+
+    def read(self, body: dict[str, Any], card: Card) -> Ask:
+        """Return with Ask.options `usage`: whether a stream ends with a chunk of nothing but usage."""
+        wire.check(body, self.fields)
+        logprobs, asked = body.get("logprobs"), body.get("max_tokens")
+        named = {} if type(logprobs) is not int else {"logprobs": True, "top_logprobs": logprobs}
+        wire.check_settings({**body, "logprobs": None} | named, card)
+        if card.strict:
+            probe = {key: body[key] for key in ("model", "stream", "stream_options") if key in body}
+            message = {"role": "user", "content": ""}
+            wire.converted("ChatCompletionRequest", probe | {"messages": [message]}, card, official=True)
+        if card.strict and asked and asked > _MAX_TOKENS:
+            raise RequestError(f"Invalid max_tokens value, the valid range of max_tokens is [1, {_MAX_TOKENS}]")
+        limit = min(asked, wire.MAX_TOKENS) if asked else card.max_tokens or _MAX_TOKENS
+        return Ask(
+            body=wire.sampling(body) | {"max_tokens": limit},
+            prompt=_prompt(body.get("prompt")),
+            suffix=body.get("suffix") or None,
+            echo=bool(body.get("echo")),
+            stream=bool(body.get("stream")),
+            user_id=str(wire.first(body.get("user_id"), body.get("user"), "")),
+            logprobs=None if logprobs is None or logprobs is False else int(logprobs) * (logprobs is not True),
+            clamp=not (card.strict and asked),
+            options={"usage": bool(wire.mapping(body, "stream_options").get("include_usage"))},
+        )
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
+    if isinstance(prompt, list) and len(prompt) > 1 and all(isinstance(each, str | list) for each in prompt):
+        raise RequestError(f"prompt: {len(prompt)} prompts in one request; send one request for each")
+    if not isinstance(prompt, str):
+        raise wire.malformed("prompt", prompt, "a string or a list of token ids")
+    return prompt

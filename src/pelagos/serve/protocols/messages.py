@@ -1,18 +1,14 @@
 """Anthropic's messages as DeepSeek's API speaks them."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pelagos.chat.parser import Event
+from pelagos.serve.answer import Answer
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
-
-if TYPE_CHECKING:
-    from pelagos.serve.answer import Answer
 
 _BLOCKS = ("text", "image", "document", "tool_use", "tool_result", "server_tool_use", "web_search_tool_result")
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -22,12 +18,105 @@ _ERRORS = {
 }  # fmt: skip
 
 
-class Messages(wire.JsonApi):
+class MessagesWriter(wire.Writer):
+    """The events of one message; the whole message is what they add up to."""
+
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        super().__init__(ask, answer, card)
+        self._message: dict[str, Any] = {
+            "id": str(uuid.uuid4()), "type": "message", "role": "assistant", "model": card.model, "content": [],
+            "stop_reason": None, "stop_sequence": None,
+        }  # fmt: skip
+        self._block: dict[str, Any] | None = None  # the open one
+        self._arguments = ""  # of the open call
+        self._is_pinged = False
+
+    def open(self) -> list[str]:
+        started = {"type": "message_start", "message": {**self._message, "content": [], "usage": self._usage(0)}}
+        first = self._start({"type": "thinking", "thinking": "", "signature": ""}) if self._answer.thinking else []
+        return [wire.frame(started, named=True), *first]
+
+    def push(self, event: Event) -> list[str]:
+        if event.kind == "tool_call":
+            return self._start({"type": "tool_use", "id": event.id, "name": event.name, "input": {}})
+        if event.kind == "arguments":
+            self._arguments += event.text
+            return [self._delta({"type": "input_json_delta", "partial_json": event.text})]
+        kind = {"reasoning": "thinking", "content": "text"}[event.kind]
+        empty = {"thinking": {"thinking": "", "signature": ""}, "text": {"text": ""}}[kind]
+        frames = [] if self._block and self._block["type"] == kind else self._start({"type": kind, **empty})
+        assert self._block is not None
+        self._block[kind] += event.text
+        return [*frames, self._delta({"type": f"{kind}_delta", kind: event.text})]
+
+    def close(self) -> list[str]:
+        reason, stop = self._answer.finish_reason or "stop", self._answer.parser.stopped_by
+        if reason in ("cancelled", "deadline") and self._is_pinged:
+            return [*self._stop(), *self.fail(503, f"the answer ended early: {reason}")]
+        kind = "stop_sequence" if reason == "stop" and stop else _STOP_REASONS.get(reason, "max_tokens")
+        ends = {"stop_reason": kind, "stop_sequence": stop if kind == "stop_sequence" else None}
+        frames = self._stop()
+        self._message |= {**ends, "usage": self._usage(self._answer.completion_tokens)}
+        ended = {"type": "message_delta", "delta": ends, "usage": self._message["usage"]}
+        return [*frames, wire.frame(ended, named=True), wire.frame({"type": "message_stop"}, named=True)]
+
+    def fail(self, status: int, message: str) -> list[str]:
+        return [wire.frame(Messages().error(status, message), named=True)]
+
+    def whole(self) -> dict[str, Any]:
+        self.open()
+        for event in wire.replayed(self._answer):
+            self.push(event)
+        self.close()
+        return self._message
+
+    def _start(self, block: dict[str, Any]) -> list[str]:
+        frames = self._stop()
+        self._block, self._arguments = block, ""
+        self._message["content"].append(block)
+        frames.append(
+            wire.frame({"type": "content_block_start", "index": self._index, "content_block": block}, named=True)
+        )
+        if not self._is_pinged:
+            frames.append(wire.frame({"type": "ping"}, named=True))
+            self._is_pinged = True
+        return frames
+
+    def _stop(self) -> list[str]:
+        if self._block is None:
+            return []
+        frames = []
+        if self._block["type"] == "thinking":
+            self._block["signature"] = self._message["id"]
+            frames.append(self._delta({"type": "signature_delta", "signature": self._message["id"]}))
+        elif self._block["type"] == "tool_use":
+            self._block["input"] = wire.parsed(self._arguments)
+        self._block = None
+        return [*frames, wire.frame({"type": "content_block_stop", "index": self._index}, named=True)]
+
+    @property
+    def _index(self) -> int:
+        return len(self._message["content"]) - 1
+
+    def _delta(self, delta: dict[str, Any]) -> str:
+        return wire.frame({"type": "content_block_delta", "index": self._index, "delta": delta}, named=True)
+
+    def _usage(self, output_tokens: int) -> dict[str, Any]:
+        answer = self._answer
+        return {
+            "input_tokens": answer.prompt_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": answer.cached_tokens, "output_tokens": output_tokens,
+            "output_tokens_details": {"thinking_tokens": answer.reasoning_tokens}, "service_tier": "standard",
+        }  # fmt: skip
+
+
+class Messages(wire.Api):
     """`POST /v1/messages` and `/v1/messages/count_tokens`."""
 
     summary = "Message, as Anthropic's clients ask for it"
-    paths: tuple[str, ...] = ("/v1/messages",)
-    count_paths: tuple[str, ...] = ("/v1/messages/count_tokens",)
+    paths = ("/v1/messages",)
+    count_paths = ("/v1/messages/count_tokens",)
+    writer = MessagesWriter
     required = ("messages",)
     fields = {  # noqa: RUF012
         **wire.COMMON,
@@ -39,7 +128,6 @@ class Messages(wire.JsonApi):
     }
 
     def read(self, body: dict[str, Any], card: Card) -> Ask:
-        """See `Api.read`."""
         wire.check(body, wire.COMMON if card.strict else self.fields)
         name = wire.model_name(body, card)
         if card.strict:
@@ -70,10 +158,6 @@ class Messages(wire.JsonApi):
             thinking_budget=wire.budget(body.get("thinking"), None, card),
             clamp=not (card.strict and body.get("max_tokens")),
         )
-
-    def writer(self, ask: Ask, answer: Answer, card: Card) -> MessagesWriter:
-        """Return the writer of one answer."""
-        return MessagesWriter(answer, card)
 
     def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
         """`{"type": "error", "error": {type, message}}`; clients know an overflow by "prompt is too long"."""
@@ -123,109 +207,5 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 def _block(block: dict[str, Any]) -> dict[str, Any]:
     if block["type"] == "tool_result":
-        return {
-            **block,
-            "content": wire.readable(block.get("content"), ("text", "image", "document")),
-        }
+        return {**block, "content": wire.readable(block.get("content"), ("text", "image", "document"))}
     return {**block, "input": block.get("input") or {}} if block["type"] == "tool_use" else block
-
-
-class MessagesWriter:
-    """The events of one message; the whole message is what they add up to."""
-
-    def __init__(self, answer: Answer, card: Card) -> None:
-        self._answer = answer
-        self._message: dict[str, Any] = {
-            "id": str(uuid.uuid4()), "type": "message", "role": "assistant", "model": card.model, "content": [],
-            "stop_reason": None, "stop_sequence": None,
-        }  # fmt: skip
-        self._block: dict[str, Any] | None = None  # the open one
-        self._arguments = ""  # of the open call
-        self._is_pinged = False
-
-    def open(self) -> list[str]:
-        """The start of the message and, where it thinks, of the first block."""
-        started = {"type": "message_start", "message": {**self._message, "content": [], "usage": self._usage(0)}}
-        first = self._start({"type": "thinking", "thinking": "", "signature": ""}) if self._answer.thinking else []
-        return [wire.frame(started, named=True), *first]
-
-    def push(self, event: Event) -> list[str]:
-        """The events of one event other than `finish`."""
-        if event.kind == "tool_call":
-            return self._start({"type": "tool_use", "id": event.id, "name": event.name, "input": {}})
-        if event.kind == "arguments":
-            self._arguments += event.text
-            return [self._delta({"type": "input_json_delta", "partial_json": event.text})]
-        kind = {"reasoning": "thinking", "content": "text"}[event.kind]
-        empty = {"thinking": {"thinking": "", "signature": ""}, "text": {"text": ""}}[kind]
-        frames = [] if self._block and self._block["type"] == kind else self._start({"type": kind, **empty})
-        assert self._block is not None
-        self._block[kind] += event.text
-        return [*frames, self._delta({"type": f"{kind}_delta", kind: event.text})]
-
-    def close(self) -> list[str]:
-        """The end of the open block and of the message, usage included."""
-        reason, stop = self._answer.finish_reason or "stop", self._answer.stopped_by
-        if reason in ("cancelled", "deadline") and self._is_pinged:
-            return [*self._stop(), *self.fail(503, f"the answer ended early: {reason}")]
-        kind = "stop_sequence" if reason == "stop" and stop else _STOP_REASONS.get(reason, "max_tokens")
-        ends = {"stop_reason": kind, "stop_sequence": stop if kind == "stop_sequence" else None}
-        frames = self._stop()
-        self._message |= {**ends, "usage": self._usage(self._answer.completion_tokens)}
-        ended = {"type": "message_delta", "delta": ends, "usage": self._message["usage"]}
-        return [*frames, wire.frame(ended, named=True), wire.frame({"type": "message_stop"}, named=True)]
-
-    def keep_alive(self) -> list[str]:
-        """A comment."""
-        return [wire.KEEP_ALIVE]
-
-    def fail(self, status: int, message: str) -> list[str]:
-        """An error event."""
-        return [wire.frame(Messages().error(status, message), named=True)]
-
-    def whole(self) -> dict[str, Any]:
-        """The message object."""
-        self.open()
-        for event in wire.replayed(self._answer):
-            self.push(event)
-        self.close()
-        return self._message
-
-    def _start(self, block: dict[str, Any]) -> list[str]:
-        frames = self._stop()
-        self._block, self._arguments = block, ""
-        self._message["content"].append(block)
-        frames.append(
-            wire.frame({"type": "content_block_start", "index": self._index, "content_block": block}, named=True)
-        )
-        if not self._is_pinged:
-            frames.append(wire.frame({"type": "ping"}, named=True))
-            self._is_pinged = True
-        return frames
-
-    def _stop(self) -> list[str]:
-        if self._block is None:
-            return []
-        frames = []
-        if self._block["type"] == "thinking":
-            self._block["signature"] = self._message["id"]
-            frames.append(self._delta({"type": "signature_delta", "signature": self._message["id"]}))
-        elif self._block["type"] == "tool_use":
-            self._block["input"] = wire.parsed(self._arguments)
-        self._block = None
-        return [*frames, wire.frame({"type": "content_block_stop", "index": self._index}, named=True)]
-
-    @property
-    def _index(self) -> int:
-        return len(self._message["content"]) - 1
-
-    def _delta(self, delta: dict[str, Any]) -> str:
-        return wire.frame({"type": "content_block_delta", "index": self._index, "delta": delta}, named=True)
-
-    def _usage(self, output_tokens: int) -> dict[str, Any]:
-        answer = self._answer
-        return {
-            "input_tokens": answer.prompt_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": answer.cached_tokens, "output_tokens": output_tokens,
-            "output_tokens_details": {"thinking_tokens": answer.reasoning_tokens}, "service_tier": "standard",
-        }  # fmt: skip

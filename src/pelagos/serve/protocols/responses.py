@@ -1,19 +1,15 @@
 """OpenAI's responses as DeepSeek's API speaks them: stateless, with reasoning in the open."""
 
-from __future__ import annotations
-
 import json
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pelagos.chat.parser import Event
+from pelagos.serve.answer import Answer
 from pelagos.serve.ask import Ask, Card
 from pelagos.serve.protocols import wire
-
-if TYPE_CHECKING:
-    from pelagos.serve.answer import Answer
 
 _PARTS = ("input_text", "output_text", "input_image", "input_file")
 # Escapes whole, and both halves of a surrogate pair together: what may be decoded before the rest has come.
@@ -23,136 +19,11 @@ _STRING = re.compile(
 _INPUT = '{"input": "'
 
 
-class Responses(wire.JsonApi):
-    """`POST /v1/responses`."""
-
-    summary = "Response, as OpenAI's newer clients ask for it"
-    paths: tuple[str, ...] = ("/v1/responses",)
-    content = "input"
-    fields = {  # noqa: RUF012
-        "input": {"type": ["string", "array"]},
-        "instructions": wire.TEXT,
-        "max_output_tokens": wire.TOKENS,
-        "reasoning": wire.OBJECT,
-        "text": wire.OBJECT,
-        "tools": wire.OBJECTS,
-        "tool_choice": {"type": ["string", "object"]},
-        "parallel_tool_calls": wire.BOOLEAN,
-        "top_logprobs": wire.LOGPROBS,
-        "include": {"type": "array"},
-        **wire.COMMON,
-    }
-
-    def read(self, body: dict[str, Any], card: Card) -> Ask:
-        """See `Api.read`; Ask.options: `echo` for the response object, `customs` and `spaces` of tool names."""
-        wire.check(body, self.fields)
-        if card.strict:
-            wire.converted("ResponsesRequest", body, card, official=True)
-        reasoning, text = wire.mapping(body, "reasoning"), wire.mapping(body, "text")
-        form, listed = wire.mapping(text, "format"), body.get("tools") or []
-        plain = {key: body[key] for key in ("instructions", "input") if body.get(key) is not None}
-        if isinstance(body.get("input"), list):
-            items = [_item(item) for item in wire.objects(body, "input")]
-            plain["input"] = items if card.strict else wire.move_reminders(items, _is_output)
-        if form.get("type") == "json_object":
-            plain["text"] = {"format": form}  # the library wants the word json somewhere
-        plain["tools"] = [_tool(tool) for tool in listed]
-        conversation, spaces = wire.converted("ResponsesRequest", plain, card)
-        messages, tools = wire.as_chat(conversation, [tool.get("name") for tool in listed if tool.get("strict")])
-        given = {
-            **{key: body.get(key) for key in ("temperature", "top_p", "seed", "parallel_tool_calls")},
-            "max_tokens": body.get("max_output_tokens"),
-            "reasoning_effort": reasoning.get("effort"),
-            "tools": tools,
-            "tool_choice": _choice(body.get("tool_choice")),
-            "response_format": _format(form),
-        }
-        top = body.get("top_logprobs")
-        given |= {"logprobs": True, "top_logprobs": top} if top is not None else {}
-        wants = bool(top) or "message.output_text.logprobs" in (body.get("include") or ())
-        customs = {tool.get("name") for tool in listed if tool.get("type") == "custom"}
-        return Ask(
-            body=wire.canonical(messages, given, card),
-            stream=bool(body.get("stream")),
-            user_id=str(wire.first(body.get("user"), "")),
-            logprobs=(top or 0) if wants else None,
-            clamp=not (card.strict and given["max_tokens"]),
-            options={"echo": _echo(body, reasoning, text), "customs": customs, "spaces": spaces},
-        )
-
-    def writer(self, ask: Ask, answer: Answer, card: Card) -> ResponsesWriter:
-        """Return the writer of one answer."""
-        return ResponsesWriter(ask, answer, card)
-
-
-def _format(form: Any) -> dict[str, Any] | None:
-    """Return chat's response_format."""
-    if not form or form.get("type") != "json_schema":
-        return dict(form) or None
-    kept = {key: form[key] for key in ("name", "description", "schema", "strict") if form.get(key) is not None}
-    return {"type": "json_schema", "json_schema": kept}
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool the library takes: free text for another tool than `apply_patch` is its parameter `input`."""
-    if tool.get("type") != "custom" or tool.get("name") == "apply_patch":
-        inner = {"tools": [_tool(each) for each in wire.objects(tool, "tools")]} if "tools" in tool else {}
-        return {key: value for key, value in tool.items() if key != "strict"} | inner
-    wire.check(tool, {"description": wire.TEXT})
-    wire.check(form := wire.mapping(tool, "format"), {"definition": wire.TEXT})
-    grammar = form.get("definition")
-    description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
-    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    return {"type": "function", "name": tool.get("name"), "description": description, "parameters": parameters}
-
-
-def _choice(choice: Any) -> Any:
-    """Return chat's tool choice."""
-    if not isinstance(choice, dict):
-        return choice
-    kind, name = choice.get("type"), choice.get("name")
-    if kind == "allowed_tools":
-        return choice.get("mode") or "auto"
-    if kind not in ("function", "custom"):
-        return "auto"
-    name = f"{choice['namespace']}__{name}" if "namespace" in choice else name
-    return {"type": "function", "function": {"name": name}}
-
-
-def _item(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an input item with only parts the library knows."""
-    if item.get("type", "message") == "message":
-        return {**item, "content": wire.readable(item.get("content"), _PARTS, "input_text")}
-    return {**item, "output": wire.readable(item.get("output"), _PARTS, "input_text")} if _is_output(item) else item
-
-
-def _is_output(item: dict[str, Any]) -> bool:
-    return item.get("type") in ("function_call_output", "custom_tool_call_output")
-
-
-def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:
-    """Return what a response object says of its request."""
-    return {
-        "background": False, "completed_at": None, "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
-        "instructions": body.get("instructions"), "max_output_tokens": body.get("max_output_tokens"),
-        "max_tool_calls": None, "metadata": {}, "output": [],
-        "parallel_tool_calls": body.get("parallel_tool_calls") is not False, "presence_penalty": 0.0,
-        "previous_response_id": None, "prompt_cache_key": None,
-        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "safety_identifier": None, "service_tier": "default", "store": False,
-        "temperature": wire.first(body.get("temperature"), 1.0),
-        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity")},
-        "tool_choice": body.get("tool_choice") or "auto", "tools": body.get("tools") or [],
-        "top_logprobs": body.get("top_logprobs") or 0, "top_p": wire.first(body.get("top_p"), 1.0),
-        "truncation": "disabled", "usage": None, "user": body.get("user"),
-    }  # fmt: skip
-
-
-class ResponsesWriter:
+class ResponsesWriter(wire.Writer):
     """The events of one response; the response object is what they add up to."""
 
     def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
-        self._ask, self._answer = ask, answer
+        super().__init__(ask, answer, card)
         self._key, self._sequence, self._told = uuid.uuid4().hex, 0, 0
         self._response: dict[str, Any] = {
             "id": f"resp_{self._key}", "object": "response", "created_at": int(time.time()), "status": "in_progress",
@@ -169,7 +40,6 @@ class ResponsesWriter:
         return [self._event("created", response=begun), self._event("in_progress", response=begun)]
 
     def push(self, event: Event) -> list[str]:
-        """The events of one event other than `finish`."""
         if event.kind == "tool_call":
             return self._start_call(event)
         if event.kind == "arguments":
@@ -186,7 +56,6 @@ class ResponsesWriter:
         return [*frames, self._event(f"{part['type']}.delta", **self._place(), content_index=0, **more)]
 
     def close(self) -> list[str]:
-        """The end of the open item, and the whole response with its usage."""
         reason, answer = self._answer.finish_reason or "stop", self._answer
         if reason not in ("stop", "tool_calls", "length"):
             return [*self._stop("incomplete"), *self.fail(500, f"the answer ended early: {reason}")]
@@ -213,13 +82,11 @@ class ResponsesWriter:
         return [wire.frame({"type": "keepalive", "sequence_number": self._sequence - 1}, named=True)]
 
     def fail(self, status: int, message: str) -> list[str]:
-        """The response as failed."""
         code = "server_error" if status >= 500 else "invalid_prompt"
         self._response |= {"status": "failed", "error": {"code": code, "message": message}}
         return [self._event("failed", response=self._response)]
 
     def whole(self) -> dict[str, Any]:
-        """The response object."""
         for event in wire.replayed(self._answer):
             self.push(event)
         self.close()
@@ -310,3 +177,125 @@ class ResponsesWriter:
         new = [pick[1:] for pick in self._answer.logprobs[self._told :] if pick.kind == "content"]
         self._told = len(self._answer.logprobs)
         return wire.spelled(self._answer.tokenizer, new)
+
+
+class Responses(wire.Api):
+    """`POST /v1/responses`."""
+
+    summary = "Response, as OpenAI's newer clients ask for it"
+    paths = ("/v1/responses",)
+    writer = ResponsesWriter
+    content = "input"
+    fields = {  # noqa: RUF012
+        "input": {"type": ["string", "array"]},
+        "instructions": wire.TEXT,
+        "max_output_tokens": wire.TOKENS,
+        "reasoning": wire.OBJECT,
+        "text": wire.OBJECT,
+        "tools": wire.OBJECTS,
+        "tool_choice": {"type": ["string", "object"]},
+        "parallel_tool_calls": wire.BOOLEAN,
+        "top_logprobs": wire.LOGPROBS,
+        "include": {"type": "array"},
+        **wire.COMMON,
+    }
+
+    def read(self, body: dict[str, Any], card: Card) -> Ask:
+        """Return with Ask.options `echo` for the response object, `customs` and `spaces` of tool names."""
+        wire.check(body, self.fields)
+        if card.strict:
+            wire.converted("ResponsesRequest", body, card, official=True)
+        reasoning, text = wire.mapping(body, "reasoning"), wire.mapping(body, "text")
+        form, listed = wire.mapping(text, "format"), body.get("tools") or []
+        plain = {key: body[key] for key in ("instructions", "input") if body.get(key) is not None}
+        if isinstance(body.get("input"), list):
+            items = [_item(item) for item in wire.objects(body, "input")]
+            plain["input"] = items if card.strict else wire.move_reminders(items, _is_output)
+        if form.get("type") == "json_object":
+            plain["text"] = {"format": form}  # the library wants the word json somewhere
+        plain["tools"] = [_tool(tool) for tool in listed]
+        conversation, spaces = wire.converted("ResponsesRequest", plain, card)
+        messages, tools = wire.as_chat(conversation, [tool.get("name") for tool in listed if tool.get("strict")])
+        given = {
+            **{key: body.get(key) for key in ("temperature", "top_p", "seed", "parallel_tool_calls")},
+            "max_tokens": body.get("max_output_tokens"),
+            "reasoning_effort": reasoning.get("effort"),
+            "tools": tools,
+            "tool_choice": _choice(body.get("tool_choice")),
+            "response_format": _format(form),
+        }
+        top = body.get("top_logprobs")
+        given |= {"logprobs": True, "top_logprobs": top} if top is not None else {}
+        wants = bool(top) or "message.output_text.logprobs" in (body.get("include") or ())
+        customs = {tool.get("name") for tool in listed if tool.get("type") == "custom"}
+        return Ask(
+            body=wire.canonical(messages, given, card),
+            stream=bool(body.get("stream")),
+            user_id=str(wire.first(body.get("user"), "")),
+            logprobs=(top or 0) if wants else None,
+            clamp=not (card.strict and given["max_tokens"]),
+            options={"echo": _echo(body, reasoning, text), "customs": customs, "spaces": spaces},
+        )
+
+
+def _format(form: Any) -> dict[str, Any] | None:
+    """Return chat's response_format."""
+    if not form or form.get("type") != "json_schema":
+        return dict(form) or None
+    kept = {key: form[key] for key in ("name", "description", "schema", "strict") if form.get(key) is not None}
+    return {"type": "json_schema", "json_schema": kept}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool the library takes: free text for another tool than `apply_patch` is its parameter `input`."""
+    if tool.get("type") != "custom" or tool.get("name") == "apply_patch":
+        inner = {"tools": [_tool(each) for each in wire.objects(tool, "tools")]} if "tools" in tool else {}
+        return {key: value for key, value in tool.items() if key != "strict"} | inner
+    wire.check(tool, {"description": wire.TEXT})
+    wire.check(form := wire.mapping(tool, "format"), {"definition": wire.TEXT})
+    grammar = form.get("definition")
+    description = "\n\n".join(filter(None, (tool.get("description"), grammar)))
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return {"type": "function", "name": tool.get("name"), "description": description, "parameters": parameters}
+
+
+def _choice(choice: Any) -> Any:
+    """Return chat's tool choice."""
+    if not isinstance(choice, dict):
+        return choice
+    kind, name = choice.get("type"), choice.get("name")
+    if kind == "allowed_tools":
+        return choice.get("mode") or "auto"
+    if kind not in ("function", "custom"):
+        return "auto"
+    name = f"{choice['namespace']}__{name}" if "namespace" in choice else name
+    return {"type": "function", "function": {"name": name}}
+
+
+def _item(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an input item with only parts the library knows."""
+    if item.get("type", "message") == "message":
+        return {**item, "content": wire.readable(item.get("content"), _PARTS, "input_text")}
+    return {**item, "output": wire.readable(item.get("output"), _PARTS, "input_text")} if _is_output(item) else item
+
+
+def _is_output(item: dict[str, Any]) -> bool:
+    return item.get("type") in ("function_call_output", "custom_tool_call_output")
+
+
+def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:
+    """Return what a response object says of its request."""
+    return {
+        "background": False, "completed_at": None, "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
+        "instructions": body.get("instructions"), "max_output_tokens": body.get("max_output_tokens"),
+        "max_tool_calls": None, "metadata": {}, "output": [],
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False, "presence_penalty": 0.0,
+        "previous_response_id": None, "prompt_cache_key": None,
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "safety_identifier": None, "service_tier": "default", "store": False,
+        "temperature": wire.first(body.get("temperature"), 1.0),
+        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity")},
+        "tool_choice": body.get("tool_choice") or "auto", "tools": body.get("tools") or [],
+        "top_logprobs": body.get("top_logprobs") or 0, "top_p": wire.first(body.get("top_p"), 1.0),
+        "truncation": "disabled", "usage": None, "user": body.get("user"),
+    }  # fmt: skip

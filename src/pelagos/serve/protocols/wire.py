@@ -5,19 +5,16 @@ done is done as far as it can. With it, `deepseek-recipe` reads the body first a
 A whole answer is what its stream's events add up to: writers build it by replaying the finished message (`replayed`).
 """
 
-from __future__ import annotations
-
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pelagos.chat.parser import Event
+from pelagos.chat.tokenizer import Tokenizer
 from pelagos.errors import FormError, MissingDependency, RequestError
-from pelagos.serve.ask import Card
-
-if TYPE_CHECKING:
-    from pelagos.chat.tokenizer import Tokenizer
-    from pelagos.serve.answer import Answer
+from pelagos.serve.answer import Answer
+from pelagos.serve.ask import Ask, Card
 
 Field = Mapping[str, Any]  # a JSON schema
 MAX_TOKENS = 393_216
@@ -50,26 +47,64 @@ COMMON: Mapping[str, Field] = {
 }
 
 
-class JsonApi:
-    """What the `Api`s have in common; `fields` are those that are checked before anything else."""
+class Writer(ABC):
+    """One answer on its way out in one protocol: frames of a stream, or one object."""
 
-    fields: ClassVar[Mapping[str, Field]]
+    def __init__(self, ask: Ask, answer: Answer, card: Card) -> None:
+        self._ask, self._answer = ask, answer
+
+    @abstractmethod
+    def open(self) -> list[str]:
+        """Frames that come before the first event; the answer's prompt has been admitted by then."""
+
+    @abstractmethod
+    def push(self, event: Event) -> list[str]:
+        """Frames of one event other than `finish`."""
+
+    @abstractmethod
+    def close(self) -> list[str]:
+        """Frames that end the stream, usage included, once the answer has finished."""
+
+    def keep_alive(self) -> list[str]:
+        """Frames that show a waiting client that the server lives, before `open` or after it: a comment."""
+        return [KEEP_ALIVE]
+
+    @abstractmethod
+    def fail(self, status: int, message: str) -> list[str]:
+        """Frames that end a stream which an error broke off."""
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """The whole answer as one JSON object, once it has finished."""
+
+
+class Api(ABC):
+    """A protocol: how its requests are read and its answers written. One instance serves all requests."""
+
+    summary: ClassVar[str]  # one line for the OpenAPI document
+    paths: ClassVar[tuple[str, ...]]  # of POST; each also with `/v1` taken away
+    count_paths: ClassVar[tuple[str, ...]] = ()  # of POST of the same bodies, answered by `count`
+    fields: ClassVar[Mapping[str, Field]]  # checked before anything else
     required: ClassVar[tuple[str, ...]] = ()
-    count_paths: tuple[str, ...] = ()
-    content = "messages"  # the field that is too long when the context overflows
+    content: ClassVar[str] = "messages"  # the field that is too long when the context overflows
+    writer: ClassVar[type[Writer]]
 
     @property
     def schema(self) -> dict[str, Any]:
-        """See `Api.schema`."""
+        """The JSON schema of a request body, for the OpenAPI document."""
         fields = {name: {"anyOf": [dict(field), {"type": "null"}]} for name, field in self.fields.items()}
         return {"type": "object", "required": list(self.required), "properties": fields}
 
+    @abstractmethod
+    def read(self, body: dict[str, Any], card: Card) -> Ask:
+        """Check a request body and say what it asks for; raises RequestError with the protocol's words."""
+
     def count(self, tokens: int) -> dict[str, Any]:
-        """See `Api.count`."""
+        """The answer of `count_paths`: how many tokens the prompt of a body has."""
         return {"input_tokens": tokens}
 
     def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
+        """The error object for an HTTP status: `{"error": {message, type, param, code}}`."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = "internal_error" if status >= 500 else kinds.get(status, "invalid_request_error")
         place = self.content if param == "messages" else param
