@@ -3,8 +3,6 @@
 Importing the package loads nothing: keepers are forked from a process that must stay small.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

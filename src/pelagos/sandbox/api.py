@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,9 +63,7 @@ class Spec:
     limits: Limits = field(default_factory=Limits)
     ttl_s: float = 900.0
     require: Mapping[str, str] = field(default_factory=dict)
-    network: tuple[
-        str, ...
-    ] = ()  # names that may be connected to, each perhaps with :PORT, or .SUFFIX; none: no network
+    network: tuple[str, ...] = ()  # names that may be connected to, perhaps with :PORT, or .SUFFIX; none: no network
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Spec:
@@ -127,41 +124,3 @@ class Child(Protocol):
 
     def reap(self) -> None:
         """Free what the finished command still holds on the host."""
-
-
-class Substrate(Protocol):
-    """One way to isolate; the keeper drives it and owns log, pipes, caps and timeouts."""
-
-    capabilities: Capabilities
-
-    def start(self) -> None:
-        """Bring the sandbox up; raises SandboxError with what the tool said."""
-
-    def run_inside(self, control: socket.socket) -> None:
-        """In the process of `container.Home`: start and run what comes on `control` until it closes."""
-
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
-        """Start a command with these three descriptors (the caller closes its own copies)."""
-        ...
-
-    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
-        """Begin a task of `inside.py`: a descriptor to read to its end, and what then says whether it went well."""
-        ...
-
-    def alive(self) -> bool:
-        """Whether the sandbox is up."""
-        ...
-
-    def usage(self) -> dict[str, int]:
-        """Return the bytes and counts in use (`memory`, `processes`) as far as the host tells."""
-        ...
-
-    def kills(self) -> int:
-        """Return how many processes were killed for memory, as far as the host tells."""
-        ...
-
-    def pause(self, on: bool) -> None:
-        """Stop every process inside, or let them go on."""
-
-    def stop(self) -> None:
-        """Kill everything inside and free what the host holds; files stay."""

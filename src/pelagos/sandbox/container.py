@@ -18,6 +18,7 @@ import struct
 import termios
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import inside, linux
-from pelagos.sandbox.api import Capabilities, Child, Command, Spec, Substrate
+from pelagos.sandbox.api import Capabilities, Child, Command, Spec
 from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 
 # Who the inside is on the host when the caller is root: in no range of accounts or subordinate uids.
@@ -58,6 +59,70 @@ def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
         host_user="separate" if os.geteuid() == 0 else "caller",
         terminal="yes" if files == "overlay" else "none",
     )
+
+
+class Substrate(ABC):
+    """One way to isolate; the keeper drives it and owns log, pipes, caps and timeouts.
+
+    It exists twice: in the keeper with its `home`, and in the process of that `Home` without one.
+    """
+
+    capabilities: Capabilities
+
+    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
+        self._box, self._layers, self._spec, self._home = box, layers, spec, home
+        self._group = home.group if home else None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Bring the sandbox up; raises SandboxError with what the tool said."""
+
+    @abstractmethod
+    def run_inside(self, control: socket.socket) -> None:
+        """In the process of `Home`: start and run what comes on `control` until it closes."""
+
+    @abstractmethod
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+        """Start a command with these three descriptors (the caller closes its own copies)."""
+
+    @abstractmethod
+    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
+        """Begin a task of `inside.py`: a descriptor to read to its end, and what then says whether it went well."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the sandbox is up."""
+
+    def usage(self) -> dict[str, int]:
+        """Return the bytes and counts in use (`memory`, `processes`) as far as the host's control groups tell."""
+        return self._group.usage() if self._group else {}
+
+    def kills(self) -> int:
+        """Return how many processes were killed for memory, as far as the host's control groups tell."""
+        return self._group.kills() if self._group else 0
+
+    @abstractmethod
+    def pause(self, on: bool) -> None:
+        """Stop every process inside, or let them go on."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Kill everything inside and free what the host holds; files stay."""
+
+    def hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
+        """Send a command with its three descriptors to the process in `home`; SandboxError where that has ended."""
+        assert self._home is not None, "made in the process that is inside already"
+        text = linux.file_of(json.dumps(ask).encode())
+        status, status_w = os.pipe()
+        leash_r, leash = os.pipe()
+        try:
+            socket.send_fds(self._home.control, [b"run"], [text, *stdio, status_w, leash_r])
+        except OSError as error:
+            linux.close(status, leash)
+            raise SandboxError(f"sandbox {self._spec.id}: what runs its commands ended ({error})") from None
+        finally:
+            linux.close(text, status_w, leash_r)
+        return Running(status, leash)
 
 
 def take_notes(box: Path) -> None:
@@ -124,8 +189,8 @@ class Running:
         self.kill()
 
 
-class Container:
-    """One container; see `api.Substrate`."""
+class Container(Substrate):
+    """One container."""
 
     root_bind = "--bind"  # how the overlay becomes the root
     proxies = True  # whether a list of names can be reached from inside
@@ -133,8 +198,7 @@ class Container:
     nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
-        self._box, self._layers, self._spec, self._home = box, layers, spec, home
-        self._group = home.group if home else None
+        super().__init__(box, layers, spec, home)
         self.capabilities = capabilities_here(self._group, files="overlay")
         self._filter = linux.seccomp_program()
         if spec.network and self.proxies:
@@ -146,7 +210,6 @@ class Container:
         self._hold = self._said = self._first = self._upper = -1
 
     def start(self) -> None:
-        """Bring bubblewrap up and take hold of its namespaces; raises SandboxError with what it said."""
         assert self._home is not None, "made in the process that is inside already"
         tool = linux.which("bwrap")
         if tool is None:
@@ -162,14 +225,12 @@ class Container:
         self._home.control.send(os.fsencode(self._box))
         facts = json.dumps({"tool": tool, "first": self._first_process(), "grouped": self._group is not None})
         socket.send_fds(self._home.control, [facts.encode()], [info_w, said_w, hold])
-        for fd in (info_w, said_w, hold):
-            os.close(fd)
+        linux.close(info_w, said_w, hold)
         try:
-            text = _until_ready(self._said)
+            text = until_ready(self._said, START_S)
             if text != b"ready\n":
-                raise SandboxError(
-                    f"container {self._spec.id} did not start: {text.decode('utf-8', 'replace').strip()}"
-                )
+                said = text.decode("utf-8", "replace").strip()
+                raise SandboxError(f"container {self._spec.id} did not start: {said}")
             self._take_namespaces(json.loads(os.read(info, 65536))["child-pid"])
             socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
             if self._spec.network:
@@ -277,17 +338,11 @@ class Container:
             linux.setns(self._ns[name], "user" if name == "owner" else name)
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
-        """Start a command inside; `stdio` stays the caller's to close."""
-        assert self._home is not None, "made in the process that is inside already"
         way = dict.fromkeys(PROXY_WORDS, f"http://127.0.0.1:{PROXY_PORT}") if self._spec.network else {}
         ask = {"argv": command.argv, "env": way | dict(command.env), "cwd": command.cwd, "tty": command.tty}
-        try:
-            return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
-        except OSError as error:
-            raise SandboxError(f"sandbox {self._spec.id}: the process that forks commands ended ({error})") from None
+        return self.hand_over(ask, stdio)
 
     def run_inside(self, control: socket.socket) -> None:
-        """In the process of `Home`: start bubblewrap, enter what it made, and run commands there until told to end."""
         facts, fds, _, _ = socket.recv_fds(control, 1 << 16, 3)
         if not facts:
             return
@@ -299,8 +354,7 @@ class Container:
             lambda: self._launch(told["tool"], fds[0], fds[1], fds[2], told["first"]),
             lambda error: os.write(fds[1], f"{type(error).__name__}: {error}".encode()),
         )
-        for fd in fds:
-            os.close(fd)
+        linux.close(*fds)
         try:
             said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
             if said:
@@ -341,10 +395,8 @@ class Container:
                         os.write(status, b'{"exit_code":%d}\n' % code)
                     with contextlib.suppress(KeyError):
                         poll.unregister(other)
-                    for each in (fd, other):
-                        del ends[each]
-                    for each in (fd, other, status):
-                        os.close(each)
+                    del ends[fd], ends[other]
+                    linux.close(fd, other, status)
 
     def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> tuple[int, int, int]:
         """Fork a command and return its pid, the descriptor its end is told on, and its leash."""
@@ -356,8 +408,7 @@ class Container:
             os._exit(127)
 
         pid = linux.fork(lambda: self._execute(command, (stdin, stdout, stderr)), complain)
-        for fd in (text, stdin, stdout, stderr):
-            os.close(fd)
+        linux.close(text, stdin, stdout, stderr)
         return pid, status, leash
 
     def _execute(self, command: Command, stdio: tuple[int, int, int]) -> None:
@@ -409,19 +460,9 @@ class Container:
         return out, lambda: os.waitpid(pid, 0)[1] == 0
 
     def alive(self) -> bool:
-        """Whether the first process still runs."""
         return self._first >= 0 and not select.select([self._first], [], [], 0)[0]
 
-    def usage(self) -> dict[str, int]:
-        """Return what the control groups say, nothing where there are none."""
-        return self._group.usage() if self._group else {}
-
-    def kills(self) -> int:
-        """Return how many processes were killed for memory."""
-        return self._group.kills() if self._group else 0
-
     def pause(self, on: bool) -> None:
-        """Freeze by control group, else stop each process by signal."""
         if self._group and "freezer" in self._group.directories:
             self._group.freeze(on)
             return
@@ -436,9 +477,8 @@ class Container:
         os.waitpid(linux.fork(work, print), 0)
 
     def stop(self) -> None:
-        """End the process that forks, bubblewrap with it, and so the pid namespace; remove the control groups."""
         if self._home:
-            self._home.close()
+            self._home.close()  # with it bubblewrap, and so the pid namespace
         if self._first >= 0:
             select.select([self._first], [], [], END_S)
         if self._proxy > 0:
@@ -452,29 +492,12 @@ class Container:
         self._hold = self._said = self._first = self._upper = -1
 
 
-def hand_over(control: socket.socket, ask: bytes, stdio: tuple[int, int, int]) -> tuple[int, int]:
-    """Send a command with its three descriptors to the process that runs it; return its status's end and its leash."""
-    text = linux.file_of(ask)
-    status, status_w = os.pipe()
-    leash_r, leash = os.pipe()
-    try:
-        socket.send_fds(control, [b"run"], [text, *stdio, status_w, leash_r])
-    except OSError:
-        os.close(status)
-        os.close(leash)
-        raise
-    finally:
-        for fd in (text, status_w, leash_r):
-            os.close(fd)
-    return status, leash
-
-
-def _until_ready(fd: int) -> bytes:
-    """What the starting child said: `ready`, or its complaint up to its end."""
-    text, deadline = b"", time.monotonic() + START_S
+def until_ready(fd: int, seconds: float) -> bytes:
+    """Read what somebody who starts says: `ready`, or a complaint up to its end."""
+    text, deadline = b"", time.monotonic() + seconds
     while text != b"ready\n":
         if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            return text + f"nothing within {START_S:.0f} s".encode()
+            return text + f"nothing within {seconds:.0f} s".encode()
         if not (piece := os.read(fd, 65536)):
             return text or b"it ended without a word"
         text += piece

@@ -1,7 +1,5 @@
 """What this host can do, found by doing it: every substrate is really started, timed and ended."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import platform
@@ -52,9 +50,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{key:18} {value}" for key, value in report["host"].items()]
     lines += [f"missing: {name}; install {package} (Debian)" for name, package in report["missing"].items()]
     for name, found in report["substrates"].items():
-        facts = (
-            found["error"] if not found["works"] else ", ".join(f"{k}={v}" for k, v in found.items() if k != "works")
-        )
+        facts = found.get("error") or ", ".join(f"{k}={v}" for k, v in found.items() if k != "works")
         lines.append(f"{name:18} {'works' if found['works'] else 'FAILS'}: {facts}")
     return "\n".join(lines)
 
@@ -69,10 +65,10 @@ def host_facts() -> dict[str, Any]:
         facts["seccomp_steps"] = len(linux.seccomp_program()) // 8
     except OSError as error:
         facts["seccomp_steps"] = str(error)
+    house = str(Path(__file__).resolve().parents[2])
     probe = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pelagos.sandbox import linux; linux.unshare('user', 'mnt')"
     )
-    house = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", probe, house], capture_output=True, text=True)
     facts["user_namespaces"] = done.returncode == 0 or done.stderr.strip().rpartition("\n")[2]
     return facts

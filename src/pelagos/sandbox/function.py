@@ -3,8 +3,6 @@
 Stateless: nothing of a call is there for the next one, so there are no file calls, no snapshots; the root is read-only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -15,30 +13,14 @@ from pathlib import Path
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux, worker
 from pelagos.sandbox.api import Child, Command, Spec
-from pelagos.sandbox.container import (
-    ENVIRONMENT,
-    INSIDE_UID,
-    START_S,
-    Container,
-    Home,
-    capabilities_here,
-)
+from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, START_S, Container, Home, capabilities_here
 
 _BOOT = "import os, socket; c = socket.socket(fileno=0); exec(os.pread(socket.recv_fds(c, 9, 1)[1][0], 1 << 20, 0))"
-_PROGRAM = """
-import sys, types
-package = sys.modules['pelagos'] = sys.modules['pelagos.sandbox'] = types.ModuleType('pelagos.sandbox')
-for name, text in TEXTS.items():
-    module = sys.modules[name] = types.ModuleType(name)
-    setattr(package, name.rpartition('.')[2], module)
-    exec(compile(text, name, 'exec'), module.__dict__)
-module.serve(c, SETTINGS)
-"""
 READY = 3  # slots, each with a process that waits; about 3 MB each
 
 
 class Function(Container):
-    """One warm interpreter and its ready processes; see `api.Substrate`."""
+    """One warm interpreter and its ready processes."""
 
     root_bind = "--ro-bind"
     nested = True
@@ -61,16 +43,14 @@ class Function(Container):
             "limits": {"processes": limits.processes + 1, "open_files": limits.open_files, "file_bytes": disk,
                        "address_bytes": address},
         }  # fmt: skip
-        # The inside has no Pelagos: two modules travel as text, under the names they import each other by.
-        texts = {m.__name__: Path(str(m.__file__)).read_text(encoding="utf-8") for m in (linux, worker)}
-        program = linux.file_of(f"TEXTS, SETTINGS = {texts!r}, {settings!r}\n{_PROGRAM}".encode())
+        start = f"module.serve(c, {settings!r})"
+        program = linux.file_of(linux.modules_as_program((linux, worker), start).encode())
         socket.send_fds(control, [b"program"], [program])
         os.close(program)
         self._hold = control.detach()
         return theirs.detach()
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
-        """Hand a call to a ready process; raises SandboxError where the warm interpreter is gone."""
         text = linux.file_of(json.dumps({
             "argv": command.argv, "env": ENVIRONMENT | dict(command.env), "source": command.call,
             "arguments": command.arguments, "cwd": command.cwd,

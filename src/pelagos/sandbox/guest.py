@@ -4,8 +4,6 @@ Runs as the text of `linux.py`, `inside.py` and this file, standard library only
 its user, without capabilities, on an overlay whose upper directory is all that a snapshot keeps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import io
@@ -18,6 +16,7 @@ import subprocess
 import tarfile
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from pelagos.sandbox import inside, linux
@@ -25,15 +24,23 @@ from pelagos.sandbox import inside, linux
 HEAD = struct.Struct("!IcI")  # command, kind, bytes that follow
 PIECE_BYTES = 1 << 15
 PLACES = {
-    "proc": "proc",
-    "dev": "devtmpfs",
-    "sys": "sysfs",
-    "dev/pts": "devpts",
-    "dev/shm": "tmpfs",
-    "tmp": "tmpfs",
+    "proc": "proc", "dev": "devtmpfs", "sys": "sysfs", "dev/pts": "devpts", "dev/shm": "tmpfs", "tmp": "tmpfs",
     "run": "tmpfs",
-}
+}  # fmt: skip
 ROOT, DATA = "/mnt", "/d"
+
+
+def take_frames(read: bytearray, most: int = 1 << 32) -> Iterator[tuple[int, bytes, bytes]]:
+    """Take (command, kind, data) of each frame that is whole off the front of `read`; OSError for one beyond `most`."""
+    while len(read) >= HEAD.size:
+        number, kind, size = HEAD.unpack_from(read)
+        if size > most:
+            raise OSError(f"a frame of {size} bytes came, which none of ours sends")
+        if len(read) < HEAD.size + size:
+            return
+        data = bytes(read[HEAD.size : HEAD.size + size])
+        del read[: HEAD.size + size]
+        yield number, kind, data
 
 
 class Agent:
@@ -56,13 +63,8 @@ class Agent:
             for fd, _ in self._poll.poll():
                 if fd == self._port:
                     self._in += os.read(fd, 1 << 18)
-                    while len(self._in) >= HEAD.size:
-                        number, kind, size = HEAD.unpack_from(self._in)
-                        if len(self._in) < HEAD.size + size:
-                            break
-                        data = bytes(self._in[HEAD.size : HEAD.size + size])
-                        del self._in[: HEAD.size + size]
-                        self._frame(number, kind, data)
+                    for frame in take_frames(self._in):
+                        self._frame(*frame)
                 elif fd in self._reads:
                     self._pass_on(fd)
                 elif fd in self._ends:
@@ -104,13 +106,8 @@ class Agent:
         linux.mount("overlay", ROOT, "overlay", linux.MS_NODEV, options)
         for place, kind in PLACES.items():
             os.makedirs(f"{ROOT}/{place}", exist_ok=True)
-            linux.mount(
-                kind,
-                f"{ROOT}/{place}",
-                kind,
-                linux.MS_NOSUID | (linux.MS_RDONLY if kind == "sysfs" else 0),
-                "mode=1777" if kind == "tmpfs" else None,
-            )
+            flags = linux.MS_NOSUID | (linux.MS_RDONLY if kind == "sysfs" else 0)
+            linux.mount(kind, f"{ROOT}/{place}", kind, flags, "mode=1777" if kind == "tmpfs" else None)
         subprocess.run(["sync"], check=True)
 
     def _begin(self, number: int, ask: dict[str, Any], data: bytes) -> None:
@@ -148,8 +145,7 @@ class Agent:
             inside.write_all(1, json.dumps({"error": f"{error}"}).encode())
 
         pid = linux.fork(work, complain)
-        for fd in (stdin, out_w, err_w):
-            os.close(fd)
+        linux.close(stdin, out_w, err_w)
         for fd, kind in ((out, b"O"), (err, b"E")):
             os.set_blocking(fd, False)
             self._reads[fd] = [number, kind, ask["most"]]
@@ -161,9 +157,7 @@ class Agent:
     def _enter(self) -> None:
         os.chroot(ROOT)
         os.chdir("/")
-        os.setgroups([])
-        os.setresgid(self._uid, self._uid, self._uid)
-        os.setresuid(self._uid, self._uid, self._uid)
+        linux.become(self._uid, self._uid)
 
     def _pass_on(self, fd: int) -> bool:
         number, kind, left = self._reads[fd]

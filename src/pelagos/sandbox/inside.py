@@ -4,8 +4,6 @@ Standard library only: containers run these in a fork of the keeper, virtual mac
 file as text. A task writes its answer to a descriptor; what goes wrong is an exception for the caller to tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

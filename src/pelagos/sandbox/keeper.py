@@ -26,8 +26,8 @@ from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import cgroups, linux
-from pelagos.sandbox.api import Command, Spec, Substrate
-from pelagos.sandbox.container import Container, Home, take_notes
+from pelagos.sandbox.api import Command, Spec
+from pelagos.sandbox.container import Container, Home, Substrate, take_notes
 from pelagos.sandbox.function import Function
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
@@ -44,9 +44,8 @@ OURS = 3  # processes in a container's control group that are not its commands: 
 SPARES = 2  # keepers kept ready; each is about 3 MB
 DRAIN_BYTES = 1 << 16
 STATUS_BYTES = 8 << 20  # JSON of JSON of 1 MiB may be this long
-PURE = frozenset(
-    ("read", "list")
-)  # change nothing that stays, as nothing stateless does: no intent, may be asked again
+# Change nothing that stays, as nothing stateless does: no intent, may be asked again.
+PURE = frozenset(("read", "list"))
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
 
@@ -107,7 +106,7 @@ class Keeper:
         self._still, self._done = Promise(loop), Promise(loop)  # nobody needs the files to stand still; it ends
         self._still.settle()
 
-    async def serve(self, ready: int) -> None:
+    async def serve(self, ready: socket.socket) -> None:
         """Start the sandbox, say so on `ready`, and answer until closed or idle."""
         path = self._box / SOCKET
         try:
@@ -122,9 +121,8 @@ class Keeper:
             self._substrate.stop()
             raise
         self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
-        with contextlib.suppress(BrokenPipeError):  # whoever asked was killed; the next one finds a sandbox
-            os.write(ready, json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode())
-        os.close(ready)
+        with ready, contextlib.suppress(OSError):  # whoever asked was killed; the next one finds a sandbox
+            ready.sendall(json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode() + b"\n")
         self._loop.start(self._watch()).then(self._done.settle)
         try:
             await self._done
@@ -521,12 +519,12 @@ def _keep(asks: socket.socket) -> None:
     asks.close()
     try:
         if data:
-            _keep_one(Path(os.fsdecode(data)), fds[0], home)
+            _keep_one(Path(os.fsdecode(data)), socket.socket(fileno=fds[0]), home)
     finally:
         home.close()
 
 
-def _keep_one(box: Path, ready: int, home: Home) -> None:
+def _keep_one(box: Path, ready: socket.socket, home: Home) -> None:
     take_notes(box)
     os.umask(0o077)
     try:
@@ -536,4 +534,4 @@ def _keep_one(box: Path, ready: int, home: Home) -> None:
         if not isinstance(error, PelagosError):
             traceback.print_exc()
         with contextlib.suppress(OSError):  # the client is gone, or this comes after `ready` was told
-            os.write(ready, json.dumps({"error": f"{error}" or type(error).__name__}).encode())
+            ready.sendall(json.dumps({"error": f"{error}" or type(error).__name__}).encode() + b"\n")

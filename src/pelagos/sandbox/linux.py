@@ -4,8 +4,6 @@ Standard library only, because warm workers get this file's text into a sandbox 
 Numbers are from the kernel's headers; the seccomp program is classic BPF as `seccomp(2)` describes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -15,6 +13,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 NAMESPACES = {  # in the order in which they are entered: the user namespace gives the right to the others
@@ -49,6 +48,15 @@ _FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock and others are n
 _IOCTLS = (0x5412, 0x541C, 0xC028660F, 0xC0C0586D)  # TIOCSTI, TIOCLINUX, ext4 and xfs extent swaps
 _CLOSE_RANGE = 436
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+
+_MAKE_MODULES = """
+import sys, types
+package = sys.modules['pelagos'] = sys.modules['pelagos.sandbox'] = types.ModuleType('pelagos.sandbox')
+for name, text in TEXTS.items():
+    module = sys.modules[name] = types.ModuleType(name)
+    setattr(package, name.rpartition('.')[2], module)
+    exec(compile(text, name, 'exec'), module.__dict__)
+"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,6 +100,12 @@ def file_of(data: bytes) -> int:
         view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def close(*fds: int) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
 
 
 def which(program: str) -> str | None:
@@ -220,6 +234,15 @@ def close_all_but(keep: Sequence[int]) -> None:
         if fd > start:
             _call("syscall", _CLOSE_RANGE, start, ctypes.c_uint(min(fd - 1, 0xFFFFFFFE)), 0)
         start = fd + 1
+
+
+def modules_as_program(modules: Sequence[ModuleType], start: str) -> str:
+    """Return Python that makes modules of ours by their names where there is no Pelagos, and then does `start`."""
+    texts = {}
+    for module in modules:
+        with open(str(module.__file__), encoding="utf-8") as file:
+            texts[module.__name__] = file.read()
+    return f"TEXTS = {texts!r}\n{_MAKE_MODULES}\n{start}\n"
 
 
 def sync_filesystem(path: os.PathLike[str]) -> None:

@@ -4,8 +4,6 @@ Its listening socket was made in the sandbox's network namespace and is held out
 What is encrypted stays so: the list is of names that are connected to, not of what is said to them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import encodings.idna  # noqa: F401  of names; who became another user may not read Python's files
 import ipaddress
@@ -69,9 +67,8 @@ def addresses(host: str, port: int, allowed: tuple[str, ...]) -> list[tuple[str,
     """Return where to connect for an allowed name; PermissionError says why not. Private addresses must be listed."""
     for entry in allowed:
         name, _, listed = entry.partition(":")
-        if (host == name or (name.startswith(".") and host.endswith(name))) and port in (
-            [int(listed)] if listed else PORTS
-        ):
+        is_named = host == name or (name.startswith(".") and host.endswith(name))
+        if is_named and port in ([int(listed)] if listed else PORTS):
             break
     else:
         raise PermissionError(f"{host}:{port} is not on this sandbox's list")

@@ -61,12 +61,10 @@ class AsyncSandbox:
         store = store or default_store()
         image = image or Image.host(store)
         names = () if network == "none" else tuple(network)
-        if (isinstance(network, str) and names) or not all(
-            re.fullmatch(r"[a-z0-9.-]+(:\d{1,5})?", name) for name in names
-        ):
-            raise SandboxError(
-                f"network={network!r}: expected 'none' or names like example.org, .example.net, 10.0.0.1:8080"
-            )
+        good = all(re.fullmatch(r"[a-z0-9.-]+(:\d{1,5})?", name) for name in names)
+        if not good or (isinstance(network, str) and names):
+            said = "expected 'none' or names like example.org, .example.net, 10.0.0.1:8080"
+            raise SandboxError(f"network={network!r}: {said}")
         limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, processes=processes, open_files=open_files,
                         output_bytes=output_bytes)  # fmt: skip
         spec = Spec(id=id or f"{substrate[:1]}-{secrets.token_hex(6)}", substrate=substrate, base=image.base,
@@ -144,9 +142,8 @@ class AsyncSandbox:
     ) -> int:
         """Type into a terminal that is open, and give it another size; return how many bytes it took."""
         args = {"name": name, "size": list(size) if size else None}
-        return (await self._ask("type", args, data.encode() if isinstance(data, str) else data, request_id))[0][
-            "written"
-        ]
+        typed = data.encode() if isinstance(data, str) else data
+        return (await self._ask("type", args, typed, request_id))[0]["written"]
 
     async def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
                    ) -> ExecResult:  # fmt: skip
@@ -174,7 +171,7 @@ class AsyncSandbox:
     async def fork(self, n: int, *, request_id: str | None = None) -> list[Self]:
         """Return n new sandboxes that start from this one's files (not its processes)."""
         image = await self.snapshot(request_id=request_id)
-        limits = {f.name: getattr(self.spec.limits, f.name) for f in dataclasses.fields(Limits)}
+        limits = dataclasses.asdict(self.spec.limits)
         made = [type(self).create(substrate=self.spec.substrate, image=image, ttl_s=self.spec.ttl_s,
                                   require=self.spec.require, store=self.store,
                                   network=self.spec.network or "none", **limits) for _ in range(n)]  # fmt: skip
@@ -264,17 +261,19 @@ class AsyncSandbox:
 
     async def _start_keeper(self) -> dict[str, str]:
         """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
-        read, write = os.pipe()
-        try:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                try:
+                    self._hand_over(theirs.fileno())
+                except OSError:  # the nursery was killed: start another
+                    _nursery.cache_clear()
+                    self._hand_over(theirs.fileno())
+            ours.setblocking(False)
             try:
-                self._hand_over(write)
-            except OSError:  # the nursery was killed: start another
-                _nursery.cache_clear()
-                self._hand_over(write)
-        finally:
-            os.close(write)
-        said = await _until_end(read)
-        told = json.loads(said or b'{"error": "the keeper ended without a word"}')
+                told = json.loads(await _Link(ours).take())
+            except ConnectionError:
+                raise SandboxError("the keeper ended without a word") from None
         if "error" in told:
             if "another process writes" in told["error"]:
                 await asyncio.sleep(0.05)  # another client was quicker, or the old keeper is about to end
@@ -430,9 +429,8 @@ async def replay(directory: Path, *, store: Store | None = None) -> list[dict[st
             except SandboxError as error:
                 got, blobs = {"status": "error", "value": {"message": str(error)}}, {}
             got["blobs"] = {name: hashlib.sha256(data).hexdigest() for name, data in blobs.items()}
-            want = {k: record[k] for k in ("status", "value")} | {
-                "blobs": {k: b["sha"] for k, b in record["blobs"].items()}
-            }
+            want = {k: record[k] for k in ("status", "value")}
+            want["blobs"] = {k: b["sha"] for k, b in record["blobs"].items()}
             for side in (got, want):
                 side["value"] = {k: v for k, v in side["value"].items() if k != "wall_ms"}
             if got != want:
@@ -443,28 +441,6 @@ async def replay(directory: Path, *, store: Store | None = None) -> list[dict[st
 def _result(answer: tuple[dict[str, Any], dict[str, bytes], bool]) -> ExecResult:
     value, blobs, replayed = answer
     return ExecResult(stdout=blobs["stdout"], stderr=blobs["stderr"], replayed=replayed, **value)
-
-
-async def _until_end(fd: int) -> bytes:
-    """Read a pipe to its end without a thread, and close it."""
-    loop, ended, data = asyncio.get_running_loop(), asyncio.Event(), bytearray()
-    os.set_blocking(fd, False)
-
-    def take() -> None:
-        with contextlib.suppress(BlockingIOError):
-            piece = os.read(fd, 1 << 16)
-            data.extend(piece)
-            if not piece:
-                loop.remove_reader(fd)
-                ended.set()
-
-    loop.add_reader(fd, take)
-    try:
-        await ended.wait()
-        return bytes(data)
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
 
 
 def _absolute(path: str) -> str:
@@ -490,8 +466,7 @@ def _nursery() -> int:
     house = str(Path(__file__).resolve().parents[2])
     program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
     with theirs:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno(), start_new_session=True
-        )
+        words = [sys.executable, "-I", "-S", "-c", program]
+        child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
     child.returncode = 0  # nobody waits for it: it ends with this process
     return ours.detach()

@@ -5,14 +5,13 @@ killed and started at any time, and a request that is sent again with its `Idemp
 An idle sandbox ends after its time to live and comes back, files and log, with the next request.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib
 import dataclasses
 import functools
 import hmac
+import io
 import json
 import random
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
-from pelagos.sandbox.api import Limits
+from pelagos.sandbox.api import ExecResult, Limits
 from pelagos.sandbox.layers import Image, Store
 from pelagos.sandbox.sdk import AsyncSandbox
 
@@ -104,7 +103,8 @@ class Edge:
         if verb == "create":
             image = Image.host(self._store)
             if body.get("tar"):
-                image = await asyncio.to_thread(self._with_tar, image, base64.b64decode(body["tar"]))
+                tar = io.BytesIO(base64.b64decode(body["tar"]))
+                image = Image(image.base, (*image.layers, await asyncio.to_thread(self._store.add_tar, tar)))
             elif body.get("layers"):
                 image = Image("host", tuple(body["layers"]))
             options = {name: value for name, value in body.items() if name in OPTIONS}
@@ -124,13 +124,11 @@ class Edge:
         if verb == "exec":
             facts = {k: body[k] for k in ("timeout", "env", "cwd") if k in body}
             data = base64.b64decode(body.get("stdin", ""))
-            done = dataclasses.asdict(await box.exec(body["command"], stdin=data, request_id=request, **facts))
-            return done | {name: base64.b64encode(done[name]).decode("ascii") for name in ("stdout", "stderr")}
+            return _plain(await box.exec(body["command"], stdin=data, request_id=request, **facts))
         if verb == "call":
-            done = dataclasses.asdict(await box.call(body["source"], *body.get("arguments", []), request_id=request))
-            return done | {name: base64.b64encode(done[name]).decode("ascii") for name in ("stdout", "stderr")}
+            return _plain(await box.call(body["source"], *body.get("arguments", []), request_id=request))
         if verb == "read":
-            return {"data": base64.b64encode(await box.files.read(body["path"], request_id=request)).decode("ascii")}
+            return {"data": _text(await box.files.read(body["path"], request_id=request))}
         if verb == "write":
             await box.files.write(body["path"], base64.b64decode(body["data"]), request_id=request)
         elif verb == "list":
@@ -139,7 +137,7 @@ class Edge:
         elif verb == "snapshot":
             return {"layers": list((await box.snapshot(request_id=request)).layers)}
         elif verb == "diff":
-            return {"data": base64.b64encode(await box.pack_diff(request_id=request)).decode("ascii")}
+            return {"data": _text(await box.pack_diff(request_id=request))}
         elif verb == "resolve":
             await box.resolve(body["request"], body["how"])
         elif verb in ("pause", "resume"):
@@ -150,10 +148,13 @@ class Edge:
             raise SandboxError(f"there is no {verb!r}")
         return {}
 
-    def _with_tar(self, image: Image, data: bytes) -> Image:
-        import io
 
-        return Image(image.base, (*image.layers, self._store.add_tar(io.BytesIO(data))))
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _plain(done: ExecResult) -> dict[str, Any]:
+    return dataclasses.asdict(done) | {"stdout": _text(done.stdout), "stderr": _text(done.stderr)}
 
 
 class Gateway:
@@ -199,9 +200,8 @@ class Gateway:
 
         def post() -> dict[str, Any]:
             try:
-                with urllib.request.urlopen(
-                    urllib.request.Request(f"{edge.url}/edge", ask, headers), timeout=700
-                ) as answer:
+                request = urllib.request.Request(f"{edge.url}/edge", ask, headers)
+                with urllib.request.urlopen(request, timeout=700) as answer:
                     return json.loads(answer.read())
             except urllib.error.HTTPError as error:
                 with error:
@@ -236,10 +236,8 @@ class Gateway:
                           if request and i == f"{e.name}.{project.name}.{request}"), None):  # fmt: skip
             return await self._forward(again, "create", f"{again.name}.{project.name}.{request}", body, request)
         mine = [memory for boxes in self._seen.values() for _, name, memory in boxes if name == project.name]
-        if (
-            len(mine) + self._placing[project.name] >= project.sandboxes
-            or sum(mine) + limits.memory_mb > project.memory_mb
-        ):
+        many = len(mine) + self._placing[project.name] >= project.sandboxes
+        if many or sum(mine) + limits.memory_mb > project.memory_mb:
             raise OverflowError(f"project {project.name} has {len(mine)} sandboxes of {sum(mine):.0f} MB; its quota is "
                                 f"{project.sandboxes} and {project.memory_mb} MB: close some")  # fmt: skip
         self._placing[project.name] += 1
@@ -247,9 +245,8 @@ class Gateway:
             fits = [e for e in self._edges.values() if e.alive and e.memory_mb + limits.memory_mb <= e.most_memory_mb]
             if not fits:
                 raise OverflowError(f"no edge has {limits.memory_mb} MB left; try again later")
-            edge = min(
-                random.sample(fits, min(SAMPLED, len(fits))), key=lambda e: (len(e.recent) + e.sandboxes, e.memory_mb)
-            )
+            some = random.sample(fits, min(SAMPLED, len(fits)))
+            edge = min(some, key=lambda e: (len(e.recent) + e.sandboxes, e.memory_mb))
             edge.recent.append(time.monotonic())
             name = f"{edge.name}.{project.name}.{request or random.randbytes(8).hex()}"
             return await self._forward(edge, "create", name, body, request)

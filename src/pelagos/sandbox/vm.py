@@ -5,8 +5,6 @@ KVM is used only where a guest booted with it, else QEMU translates (TCG). Guest
 packages as a disk, the image's layers on a second one, and no network. Needs a kernel with modules in /boot.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import gzip
@@ -30,7 +28,7 @@ from typing import Any
 from pelagos.errors import SandboxError
 from pelagos.sandbox import guest, inside, linux
 from pelagos.sandbox.api import Capabilities, Child, Command, Spec
-from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, PATH, Home, Running, hand_over, host_ids
+from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, PATH, Home, Substrate, host_ids, until_ready
 
 # What a guest has of the host, with what these packages need; a host without dpkg has no such base.
 PACKAGES = (
@@ -64,19 +62,18 @@ exec busybox chroot /b /usr/bin/python3 -I -S -c "$(busybox cat /agent)"
 """
 
 
-class VirtualMachine:
-    """One guest; see `api.Substrate`."""
+class VirtualMachine(Substrate):
+    """One guest."""
 
     machine = "microvm"
     bus = "device"  # what a virtio device's name ends in on this machine
     restores = True
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
-        self._box, self._layers, self._spec, self._home = box, layers, spec, home
+        super().__init__(box, layers, spec, home)
         self._art = box.parents[1] / "vm"
         self._art.mkdir(exist_ok=True)
         self._art.chmod(0o711)
-        self._group = home.group if home else None
         self._state, self._ended = Path(), -1
         if spec.network:
             raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
@@ -87,7 +84,6 @@ class VirtualMachine:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Boot, or restore what booted before; raises SandboxError naming what is missing."""
         assert self._home is not None, "made in the process that is inside already"
         tools()
         if self._spec.base != "host":
@@ -120,11 +116,10 @@ class VirtualMachine:
             ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore,
                    "grouped": self._group is not None}  # fmt: skip
             socket.send_fds(self._home.control, [json.dumps(ask).encode()], [ready_w, ended_w])
-            for fd in (ready_w, ended_w):
-                os.close(fd)
-            said = _read_all(ready, BOOT_S)
+            linux.close(ready_w, ended_w)
+            said = until_ready(ready, BOOT_S)
             os.close(ready)
-            if said != b"ready":
+            if said != b"ready\n":
                 self.stop()
                 last = (own / "console").read_bytes()[-600:] if (own / "console").exists() else b""
                 raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said.decode()[-2000:]}; "
@@ -174,7 +169,6 @@ class VirtualMachine:
                 *(["-incoming", "exec:cat /state"] if restore else [])]  # fmt: skip
 
     def run_inside(self, control: socket.socket) -> None:
-        """In the process of `Home`: start QEMU, and pass frames between its port and the keeper's descriptors."""
         told, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
         if not told:
             return
@@ -214,7 +208,7 @@ class VirtualMachine:
         pid = linux.fork(launch, traceback.print_exception)
         port_vm.close()
         qmp_vm.close()
-        mux = _Mux(control, port, ENVIRONMENT, self._spec)
+        mux = _Mux(control, port)
         try:
             say = _monitor(qmp)
             if not ask["restore"]:
@@ -228,7 +222,7 @@ class VirtualMachine:
                     time.sleep(0.002)
                 say("cont")  # it was saved while it stood still
             mux.ask({"now": time.time()}, os.urandom(64), answered=False)
-            os.write(ready, b"ready")
+            os.write(ready, b"ready\n")
             os.close(ready)
             mux.serve()
         except (OSError, SandboxError) as error:
@@ -262,31 +256,21 @@ class VirtualMachine:
             raise SandboxError("QEMU could not write its state; is the disk full?")
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
-        """Start a command in the guest."""
         limits = self._spec.limits
         ask = {"argv": command.argv, "env": ENVIRONMENT | dict(command.env), "cwd": command.cwd, "limits": {
             "processes": limits.processes, "open_files": limits.open_files, "address_bytes": None,
             "file_bytes": int(limits.disk_mb * 1024 * 1024)}, "most": limits.output_bytes + 1}  # fmt: skip
-        return self._hand_over(ask, stdio)
-
-    def _hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
-        assert self._home is not None, "made in the process that is inside already"
-        try:
-            return Running(*hand_over(self._home.control, json.dumps(ask).encode(), stdio))
-        except OSError as error:
-            raise SandboxError(f"sandbox {self._spec.id}: its virtual machine ended ({error})") from None
+        return self.hand_over(ask, stdio)
 
     def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
-        """Begin a task of `inside.py` in the guest."""
         out, out_w = os.pipe()
         data = linux.file_of(arguments.get("data", b""))
         null = os.open(os.devnull, os.O_WRONLY)
         plain = {name: value for name, value in arguments.items() if name != "data"}
         try:
-            running = self._hand_over({"task": task, "arguments": plain, "most": 1 << 40}, (data, out_w, null))
+            running = self.hand_over({"task": task, "arguments": plain, "most": 1 << 40}, (data, out_w, null))
         finally:
-            for fd in (out_w, data, null):
-                os.close(fd)
+            linux.close(out_w, data, null)
 
         def ended() -> bool:
             try:
@@ -297,26 +281,21 @@ class VirtualMachine:
         return out, ended
 
     def alive(self) -> bool:
-        """Whether QEMU and the process beside it still run."""
         return self._ended >= 0 and not select.select([self._ended], [], [], 0)[0]
 
     def usage(self) -> dict[str, int]:
-        """Return the memory of QEMU as its control group counts it."""
         return {"memory": self._group.usage()["memory"]} if self._group else {}
 
     def kills(self) -> int:
-        """Return 0: what the guest's kernel kills is seen by its exit code alone."""
-        return 0
+        return 0  # what the guest's kernel kills is seen by its exit code alone
 
     def pause(self, on: bool) -> None:
-        """Stop every process of the guest's user, or let them go on."""
         out, ended = self.inside("stop", {"signal": signal.SIGSTOP if on else signal.SIGCONT})
-        _read_all(out, 10)
+        until_ready(out, 10)  # it says nothing: to its end
         os.close(out)
         ended()
 
     def stop(self) -> None:
-        """End QEMU; the disk stays."""
         if self._home:
             self._home.close()
         if self._ended >= 0:
@@ -342,8 +321,7 @@ class VirtualMachine:
 
     def _initrd(self) -> Path:
         """Return the first file system: modules, busybox and the agent's text."""
-        texts = {m.__name__: Path(str(m.__file__)).read_text(encoding="utf-8") for m in (linux, inside, guest)}
-        agent = f"TEXTS = {texts!r}\n{BOOT_MODULES}\nguest.main({INSIDE_UID})\n"
+        agent = linux.modules_as_program((linux, inside, guest), f"module.main({INSIDE_UID})")
         version = _kernel().name.removeprefix("vmlinuz-")
         init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode())
         path = self._art / f"initrd-{hashlib.sha256(f'{version}{agent}{init}'.encode()).hexdigest()[:16]}"
@@ -378,11 +356,8 @@ class VirtualMachine:
             done = subprocess.run(words, capture_output=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             return f"a guest under KVM said nothing within {PROBE_S:.0f} s"
-        return (
-            ""
-            if HELLO in done.stdout
-            else (done.stderr.decode("utf-8", "replace").strip() or "no guest came up")[-300:]
-        )
+        complaint = done.stderr.decode("utf-8", "replace").strip() or "no guest came up"
+        return "" if HELLO in done.stdout else complaint[-300:]
 
 
 class FullVM(VirtualMachine):
@@ -413,7 +388,7 @@ def _monitor(sock: socket.socket) -> Callable[..., Any]:
 class _Mux:
     """Between the keeper, which hands over descriptors, and the guest, which speaks frames."""
 
-    def __init__(self, control: socket.socket, port: socket.socket, environment: dict[str, str], spec: Spec) -> None:
+    def __init__(self, control: socket.socket, port: socket.socket) -> None:
         self._control, self._port, self._in = control, port, bytearray()
         self._asked: dict[int, tuple[int, int, int, int]] = {}  # command: stdout, stderr, status, leash
         self._count = 0
@@ -468,38 +443,17 @@ class _Mux:
         if kind == b"X":
             with contextlib.suppress(KeyError):
                 poll.unregister(leash)
-            for fd in self._asked.pop(number):
-                os.close(fd)
+            linux.close(*self._asked.pop(number))
 
     def _send(self, number: int, kind: bytes, data: bytes) -> None:
         self._port.sendall(guest.HEAD.pack(number, kind, len(data)) + data)
 
     def _frames(self) -> list[tuple[int, bytes, bytes]]:
-        """Return the frames that are whole now; raises SandboxError when QEMU ended or the guest talks nonsense."""
+        """Return the frames that are whole now; SandboxError when QEMU ended, OSError when the guest talks nonsense."""
         if not (piece := self._port.recv(1 << 18)):
             raise SandboxError("QEMU ended")
         self._in += piece
-        found, head = [], guest.HEAD.size
-        while len(self._in) >= head:
-            number, kind, size = guest.HEAD.unpack_from(self._in)
-            if size > guest.PIECE_BYTES * 2:
-                raise SandboxError(f"the guest sent a frame of {size} bytes; it is not our agent any more")
-            if len(self._in) < head + size:
-                break
-            found.append((number, kind, bytes(self._in[head : head + size])))
-            del self._in[: head + size]
-        return found
-
-
-BOOT_MODULES = """
-import sys, types
-package = sys.modules['pelagos'] = sys.modules['pelagos.sandbox'] = types.ModuleType('pelagos.sandbox')
-for name, text in TEXTS.items():
-    module = sys.modules[name] = types.ModuleType(name)
-    setattr(package, name.rpartition('.')[2], module)
-    exec(compile(text, name, 'exec'), module.__dict__)
-from pelagos.sandbox import guest
-"""
+        return list(guest.take_frames(self._in, guest.PIECE_BYTES * 2))
 
 
 def tools() -> None:
@@ -634,15 +588,6 @@ def _run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SandboxError(f"{words[0]}: {done.stderr.strip()}")
-
-
-def _read_all(fd: int, seconds: float) -> bytes:
-    data, deadline = b"", time.monotonic() + seconds
-    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        if not (piece := os.read(fd, 65536)):
-            return data
-        data += piece
-    return data or f"nothing within {seconds:.0f} s".encode()
 
 
 @contextlib.contextmanager

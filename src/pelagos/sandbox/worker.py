@@ -5,8 +5,6 @@ network namespace, each call its own pid, mount and ipc namespace, fresh /tmp, /
 and the seccomp filter. The keeper talks to the process of a call itself, since every hop costs a wake-up.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json
