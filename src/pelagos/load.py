@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from pelagos.checkpoint.write import SHARD_BYTES
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.model import Transformer
 from pelagos.model.cuda_weights import Weights
+from pelagos.model.streaming import ExpertStore, StreamedExperts
+from pelagos.model.transformer import Block
 
 _LISTED = 5  # names an error lists before it only counts
 _log = logging.getLogger(__name__)
@@ -29,11 +31,13 @@ def load_model(
     mode: str = "reference",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    expert_bytes: int | None = None,
 ) -> Transformer:
     """Load a bundled name, a directory or a cached hub id into a Transformer in evaluation state.
 
-    `dtype` (None = float32) is the parameters' and the carrier's. Of a GA build the backbone is loaded and a logged
-    notice says which draft was left out. Raises CheckpointError naming tensor, file, expected and got; ConfigError
+    `dtype` (None = float32) is the parameters' and the carrier's. With `expert_bytes` routed experts are read when they
+    are chosen and so many bytes of them kept. Of a GA build the backbone is loaded and a logged notice says which draft
+    was left out. Raises CheckpointError naming tensor, file, expected and got; ConfigError
     for a bad `config.json`, mode, dtype or device. Peak memory is the model plus one tensor.
     """
     dtype = torch.float32 if dtype is None else dtype
@@ -47,13 +51,35 @@ def load_model(
     model = Transformer(config, mode=mode, dtype=dtype, device="meta")
     found = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
     _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
+    if expert_bytes is not None:
+        if dtype != torch.float32 or target.type != "cpu":
+            raise ConfigError(f"expert_bytes={expert_bytes}: for float32 on a CPU, not {dtype} on {target}")
+        _stream_experts(model, checkpoint, expert_bytes)
     model.to_empty(device=target)
-    targets = {name: tensor for name, tensor, _ in model.released_tensors()}
+    targets = {name: tensor for name, tensor, _ in model.released_tensors(streamed=False)}
+    found = {name: found[name] for name in targets}
     with torch.no_grad():
         for name, values, stored in checkpoint.stream(found):
             targets[name].copy_(values)
             model.set_format(name, stored)
     return model.eval()
+
+
+def _stream_experts(model: Transformer, checkpoint: Checkpoint, budget_bytes: int) -> None:
+    """Put experts that stay in the checkpoint's file in the place of the model's."""
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: values for name, values, _ in checkpoint.stream(names)}
+
+    infos = {name: info for name, info in checkpoint.tensors.items() if ".ffn.experts." in name}
+    kinds = {info.format if info.scale is None else info.scale.dtype for info in infos.values()}
+    sizes = {name: info.num_bytes for name, info in infos.items()}
+    store = ExpertStore(model.config, read, sizes, budget_bytes, narrow=kinds <= {"bf16", "F8_E8M0"})
+    for layer, block in enumerate((*model.blocks, *model.mtp)):
+        assert isinstance(block, Block)
+        block.ffn.experts = StreamedExperts(block.ffn.experts, store, layer)
+    for name, info in infos.items():
+        model.set_format(name, info.format)
 
 
 def load_weights(path_or_name: str | Path, device: torch.device | str) -> Weights:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pelagos.cli.counts import parse_tokens
 from pelagos.errors import RequestError
 
 LINES_AHEAD = 32
@@ -25,15 +26,21 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes every completion repeatable.")] = None,
     mode: Annotated[str, typer.Option(help="Number mode: reference or released.")] = "reference",
     device: Annotated[str | None, typer.Option(help="Device of the weights, such as cpu or cuda.")] = None,
+    expert_bytes: Annotated[
+        str | None, typer.Option(help="Memory for routed experts, such as 8M; the rest is read from disk when chosen.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
 ) -> None:
     """Complete every line of a JSONL file, {"prompt": ...} or {"messages": ...}; exit code 1 when a line was bad."""
     from pelagos.engine import LLM
     from pelagos.evals.lines import complete_lines
+    from pelagos.model.streaming import store_of
 
     defaults = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     ahead = LINES_AHEAD if source.seekable() else 1  # whoever writes a pipe may wait for the answer to a line
-    results = complete_lines(LLM(model, mode=mode, device=device), source, defaults=defaults, ahead=ahead)
+    budget = None if expert_bytes is None else parse_tokens(expert_bytes, "expert-bytes")
+    llm = LLM(model, mode=mode, device=device, expert_bytes=budget)
+    results = complete_lines(llm, source, defaults=defaults, ahead=ahead)
     with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as sink:
         done = bad = 0
         for done, result in enumerate(results, 1):
@@ -41,6 +48,9 @@ def generate(
             bad += _tell(done, result)
             if bad and strict:
                 break
+    if store := store_of(llm.model):
+        typer.echo("experts: {places} of {experts} in memory, {bytes_per_token:,} bytes read a token, "
+                   "{hit_rate:.1%} found there, {tokens:,} tokens".format(**store.report()), err=True)  # fmt: skip
     if bad:
         raise RequestError(f"{bad} of {done} lines failed")
 

@@ -66,6 +66,7 @@ class LLM:
         exact: bool | None = None,
         native: bool | None = None,
         preemption: str = "swap",
+        expert_bytes: int | None = None,
     ) -> None:
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
@@ -74,7 +75,7 @@ class LLM:
         full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
         where the host's library can keep them, with a warning where not; True insists). speculation: draft with MTP
         as deep as pays, or always that deep. native: the compiled helper (None: where it can run). preemption: swap
-        or recompute.
+        or recompute. expert_bytes: on a CPU, memory for routed experts, which are read when chosen (None: all of them).
         Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
         MissingDependency without `tokenizers`.
         """
@@ -87,7 +88,8 @@ class LLM:
             speculation=speculation, exact=exact, native=native, preemption=preemption,
         )  # fmt: skip
         path = resolve_model(path_or_name)
-        model, tokenizer = aside(lambda: load_model(path, mode=mode, device=device)), Tokenizer.load(path)
+        model = aside(lambda: load_model(path, mode=mode, device=device, expert_bytes=expert_bytes))
+        tokenizer = Tokenizer.load(path)
         self._hold(model.config, tokenizer, generation, model)
         self.engine: Engine = build_engine(model, tokenizer, options)
 

@@ -25,6 +25,7 @@ from pelagos.model import Transformer
 from pelagos.model.cuda_forward import CudaForward
 from pelagos.model.cuda_weights import Weights
 from pelagos.model.paged import PagedForward
+from pelagos.model.streaming import store_of
 
 _log = logging.getLogger(__name__)
 _WHOLE_BYTES, _ROW_BYTES = 1 << 20, 4096
@@ -157,10 +158,11 @@ def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native
         return found
     reason = "" if native is False else _uncovered(model)
     if native is not False and not reason:
-        tensors = {name: tensor.detach().numpy() for name, tensor, _ in model.released_tensors()}
+        tensors = {name: tensor.detach().numpy() for name, tensor, _ in model.released_tensors(streamed=False)}
         buffers = (pools.page_bytes, pools.slot_bytes)
         try:
-            return NativeForward(tensors, model.config, pools.layout, *buffers, threads=torch.get_num_threads())
+            threads, store = torch.get_num_threads(), store_of(model)
+            return NativeForward(tensors, model.config, pools.layout, *buffers, threads=threads, store=store)
         except (MissingDependency, ConfigError) as error:
             reason = str(error)
     if native:

@@ -16,9 +16,10 @@ import subprocess
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -128,7 +129,7 @@ class _Layer(ctypes.Structure):
         + _integers("index_kv index_score index_rows")
         + _matrices("first second wo_a wo_b attn_fn ffn_fn gate w13 w2 shared_w2")
         + _pointers("attn_base attn_scale attn_norm ffn_base ffn_scale ffn_norm q_norm kv_norm sink main_ape")
-        + _pointers("main_norm index_ape index_norm bias tid2eid")
+        + _pointers("main_norm index_ape index_norm bias tid2eid place")
     )
 
 
@@ -146,8 +147,39 @@ class _Model(ctypes.Structure):
         + _matrices("head e_proj h_proj")
         + _pointers("enorm hnorm")
         + [("collapse", _Collapse * 2), ("freqs", ctypes.c_void_p * 2)]
-        + _pointers("pages slots")
+        + _pointers("pages slots fetch")
     )
+
+
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
+
+
+class Places(Protocol):
+    """Experts in memory: numbers of places, which a layer asks for what it has chosen."""
+
+    count: int
+
+    def of(self, layer: int) -> Array:
+        """The places (E,) int64 of a layer's experts, a live view."""
+        ...
+
+    def fetch(self, layer: int, chosen: Array) -> None:
+        """Have the chosen experts in places."""
+        ...
+
+    def begin(self, tables: Mapping[int, Array], ids: Array) -> None:
+        """Tell of a call's token ids, and of the layers that route by them."""
+        ...
+
+
+class Store(Protocol):
+    """Where experts are that are not in memory; `narrow`: all of their values are bfloat16 ones."""
+
+    narrow: bool
+
+    def open(self, each_bytes: int, put: Callable[[int, Array, Array, Array], None]) -> Places:
+        """Return places of `each_bytes` that `put(place, w1, w2, w3)` fills."""
+        ...
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -185,8 +217,8 @@ def _padded(outputs: int) -> int:
 class _Weights:
     """Packed weights: planned first, then written into one arena, so that huge pages can hold what a step streams."""
 
-    def __init__(self, tensors: Mapping[str, Array]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Array], store: Store | None) -> None:
+        self._tensors, self.store = tensors, store
         self._plan: list[tuple[_Matrix, Sequence[Parts], int, int]] = []
         self._arena_bytes = _ALIGN
         self._kept: list[object] = []
@@ -237,6 +269,35 @@ class _Weights:
         self.keep(arena)
         self._plan, self._tensors = [], {}
 
+    def stream(self, layers: Iterable[_Layer], config: ModelConfig, store: Store) -> Places:
+        """Let experts come from a store: make places, and have the layers look them up."""
+        dim, hidden, size = config.hidden_size, config.moe_intermediate_size, 2 if store.narrow else 4
+        sizes = _padded(2 * hidden) * dim * size, _padded(dim) * hidden * size
+
+        def put(place: int, w1: Array, w2: Array, w3: Array) -> None:
+            for room, weight in zip(rooms, (np.concatenate(_turns(w1, w3)), w2), strict=True):
+                if store.narrow and not _is_bf16(weight):
+                    raise CheckpointError("a streamed expert has values that bfloat16 does not hold")
+                room[place] = _panels(weight, narrow=store.narrow).view(np.uint8)
+
+        places = store.open(sum(sizes), put)
+        rooms: list[Array] = []
+        for each in sizes:
+            room = np.empty(places.count * each + _ALIGN, np.uint8)
+            self.keep(room)
+            rooms.append(room[-room.ctypes.data % _ALIGN :][: places.count * each].reshape(-1, each))
+        shapes = (2 * hidden, dim), (dim, hidden)
+        for i, layer in enumerate(layers):
+            for matrix, room, (n, k) in zip((layer.w13, layer.w2), rooms, shapes, strict=True):
+                matrix.data, matrix.n, matrix.k, matrix.bf16 = room.ctypes.data, n, k, int(store.narrow)
+            layer.place = places.of(i).ctypes.data
+        return places
+
+
+def _turns(w1: Array, w3: Array) -> list[Array]:
+    """Rows of w1 and w3 (F, D) in turns of 16: a panel holds gates next to their ups."""
+    return [w[i : i + _LANES] for i in range(0, len(w1), _LANES) for w in (w1, w3)]
+
 
 def _to_bf16(values: Array) -> Array:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -262,6 +323,7 @@ class NativeForward:
 
     tensors: float32 arrays by official name, `tid2eid` int64; they are copied (packed) and not kept. pages (num_pages,
     page_bytes) and slots (num_slots, slot_bytes) uint8, contiguous, stay the caller's and must outlive this object.
+    Routed experts come from `store` if there is one, with the same bits.
     Raises ConfigError for a layout or shape it does not serve, CheckpointError for a missing or wrong tensor,
     MissingDependency when the library cannot be built. One call at a time; a second waits.
     """
@@ -277,6 +339,7 @@ class NativeForward:
         slots: Array,
         *,
         threads: int,
+        store: Store | None = None,
     ) -> None:
         _check_shape(config)
         if layout.mode != "reference" or threads < 1:
@@ -293,8 +356,12 @@ class NativeForward:
         self.numeric_path = f"cpu:native:{built.key}"
         self._library = _load(built.path)
         self._config, self._layout, self._pages, self._slots = config, layout, pages, slots
-        self._weights = _Weights(tensors)
-        self._model = _describe(self._weights, config, layout, pages, slots)
+        self._weights = _Weights(tensors, store)
+        self._tables = {i: tensors[f"layers.{i}.ffn.gate.tid2eid"] for i in range(config.num_hash_layers)}
+        self._model, self._places = _describe(self._weights, config, layout, pages, slots)
+        self._callback, self._failed = _FETCH(self._fetch), None
+        if self._places is not None:
+            self._model.fetch = ctypes.cast(self._callback, ctypes.c_void_p).value
         self._pointer = ctypes.addressof(self._model)
         self._pool = self._library.pool_new(threads)
         self._threads = threads
@@ -351,12 +418,27 @@ class NativeForward:
             out = np.empty((logits, config.vocab_size), np.float32)
             out_streams = np.empty((kept, _STREAMS, config.hidden_size), np.float32)
             if total:
+                if self._places is not None and streams is None:
+                    self._places.begin(self._tables, self._tokens[:total])
                 self._library.native_forward(
                     self._pointer, self._pool, self._rows.ctypes.data, len(spans), self._tokens.ctypes.data,
                     self._page_ids.ctypes.data, self._block, -(-self._scratch.ctypes.data // _ALIGN) * _ALIGN,
                     None if streams is None else streams.ctypes.data, out.ctypes.data, out_streams.ctypes.data,
                 )  # fmt: skip
+            if self._failed is not None:
+                failed, self._failed = self._failed, None
+                raise failed
         return Output(out, out_streams)
+
+    def _fetch(self, layer: int, chosen: Any, count: int) -> int:
+        """What the library calls between choosing experts and using them; an error ends the call, which raises it."""
+        assert self._places is not None
+        try:
+            self._places.fetch(layer, np.ctypeslib.as_array(chosen, (count,)))
+        except BaseException as error:
+            self._failed = error
+            return 1
+        return 0
 
     def _lay_out(self, spans: Sequence[Span], *, paged: bool) -> tuple[int, int, int]:
         """Check spans and copy them to the flat lists the library reads; return tokens, logit and stream rows."""
@@ -409,8 +491,10 @@ def _check_range(name: str, values: Array, end: int, error: type[Exception]) -> 
         raise error(f"{name} {values.min()}..{values.max()}: expected 0 <= id < {end}")
 
 
-def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages: Array, slots: Array) -> _Model:
-    """Pack all weights and fill the library's model descriptor."""
+def _describe(
+    weights: _Weights, config: ModelConfig, layout: CacheLayout, pages: Array, slots: Array
+) -> tuple[_Model, Places | None]:
+    """Pack all weights and fill the library's model descriptor; return it, and the places of streamed experts."""
     from pelagos.kernels.ref.norm_rope import rope_frequencies
 
     model = _Model(
@@ -439,6 +523,7 @@ def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages
         prefix = f"layers.{i}." if backbone else f"mtp.{i - config.num_hidden_layers}."
         _describe_layer(layers[i], weights, config, place, prefix, hashed=i < config.num_hash_layers and backbone)
     weights.hold(layers)
+    places = None if weights.store is None else weights.stream(layers, config, weights.store)
     model.layer = ctypes.addressof(layers)
     embed = weights.get("embed.weight", vocab, dim)
     model.embed_bf16 = int(_is_bf16(embed))
@@ -456,7 +541,7 @@ def _describe(weights: _Weights, config: ModelConfig, layout: CacheLayout, pages
         for name in ("enorm", "hnorm"):
             setattr(model, name, weights.vector(f"mtp.0.{name}.weight", dim))
     weights.pack()
-    return model
+    return model, places
 
 
 def _describe_layer(
@@ -511,15 +596,14 @@ def _describe_experts(layer: _Layer, weights: _Weights, config: ModelConfig, ffn
     dim, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
 
     def pair(path: str) -> list[Array]:
-        """Rows of w1 and w3 (F, D) in turns of 16: a panel holds gates next to their ups."""
-        w1, w3 = (weights.get(f"{path}.{name}.weight", hidden, dim) for name in ("w1", "w3"))
-        return [w[i : i + _LANES] for i in range(0, hidden, _LANES) for w in (w1, w3)]
+        return _turns(*(weights.get(f"{path}.{name}.weight", hidden, dim) for name in ("w1", "w3")))
 
     gate = weights.get(f"{ffn}gate.weight", experts, dim)
     pad = np.zeros((-experts % _LANES, dim), np.float32)
     weights.matrix(layer.gate, [gate, pad, *pair(f"{ffn}shared_experts")])
-    weights.matrix(layer.w13, *(pair(f"{ffn}experts.{e}") for e in range(experts)))
-    weights.matrix(layer.w2, *([weights.get(f"{ffn}experts.{e}.w2.weight", dim, hidden)] for e in range(experts)))
+    if weights.store is None:
+        weights.matrix(layer.w13, *(pair(f"{ffn}experts.{e}") for e in range(experts)))
+        weights.matrix(layer.w2, *([weights.get(f"{ffn}experts.{e}.w2.weight", dim, hidden)] for e in range(experts)))
     weights.matrix(layer.shared_w2, [weights.get(f"{ffn}shared_experts.w2.weight", dim, hidden)])
     if hashed:
         table = weights.get(f"{ffn}gate.tid2eid", config.vocab_size, config.num_experts_per_tok, dtype=np.int64)

@@ -5,6 +5,8 @@ Source: technical report 2.1; inference/model.py Gate, Expert, MoE.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,6 +51,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: w13 (E, 2F, D) is w1 over w3, w2 (E, D, F)."""
 
+    streamed = False  # whether the weights are elsewhere until they are chosen
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         count, width, dim = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -71,6 +75,14 @@ class Experts(nn.Module):
         inputs = (x, chosen, weights, w13, w2, self.limit, quantize)
         few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
         return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple, self.hits, self.leave)
+
+    def released(self, dot: str) -> Iterator[tuple[str, Tensor, str]]:
+        """Yield (official name after `dot`, live view, released format) of each expert's weights."""
+        width = self.w2.shape[2]
+        for expert in range(self.w2.shape[0]):
+            views = {"w1": self.w13[expert, :width], "w2": self.w2[expert], "w3": self.w13[expert, width:]}
+            for name, view in views.items():
+                yield f"{dot}{expert}.{name}.weight", view, self.release
 
 
 class SharedExpert(nn.Module):

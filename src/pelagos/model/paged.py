@@ -24,6 +24,7 @@ from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.attention import Attention, Compressor, Indexer, Step, Table
 from pelagos.model.decode import Decoder
 from pelagos.model.exactness import exact_rows
+from pelagos.model.streaming import store_of
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
 
 FEW = 4  # tokens that the decoder takes faster, one by one, than the batch does together
@@ -72,10 +73,13 @@ class PagedForward:
         self.model, self.layout, self.exact, self._at_once = model, layout, exact, at_once(device)
         self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
         self._decoder = None
-        if not exact and Decoder.covers(model):
+        if not exact and store_of(model) is None and Decoder.covers(model):
             with torch.inference_mode(model.embed.weight.is_inference()), torch.no_grad():
                 self._decoder = Decoder(model, self._layers, layout.page_tokens)
-        self.weight_bytes = 0  # the weights are the model's own
+        self._store = store_of(model)
+        gates = [block.ffn.gate for block in model.blocks]
+        self._tables = {i: gate.tid2eid.numpy() for i, gate in enumerate(gates) if gate.tid2eid is not None}
+        self.weight_bytes = 0 if self._store is None else self._store.budget_bytes  # else the model's own
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of the bytes that a call over `tokens` tokens takes for a moment; calls of any length need no more."""
@@ -116,6 +120,8 @@ class PagedForward:
 
     def _backbone(self, spans: Sequence[Span]) -> Output:
         batch, model = self._batch(spans), self.model
+        if self._store is not None:
+            self._store.stacked[0].begin(self._tables, np.concatenate([span.tokens for span in spans]))
         embedded = model.embed(batch.step.ids).to(model.carrier)
         streams = embedded.unsqueeze(2).repeat(1, 1, self.layout.config.hc_mult, 1)
         for block, rows in zip(model.blocks, self._layers, strict=False):

@@ -234,12 +234,15 @@ class Transformer(Collapse):
         ):
             raise RequestError(f"ids: expected 0 <= id < vocab_size={self.config.vocab_size}, got {int(ids.max())}")
 
-    def released_tensors(self) -> Iterator[Released]:
-        """Yield (official name, live tensor or view, released format) for every tensor of the checkpoint."""
+    def released_tensors(self, *, streamed: bool = True) -> Iterator[Released]:
+        """Yield (official name, live tensor or view, released format) for every tensor of the checkpoint.
+
+        `streamed` experts are read from their file one by one.
+        """
         for prefix, module in self.named_modules():
             dot = f"{prefix}." if prefix else ""
             if isinstance(module, Experts):
-                yield from _expert_tensors(dot, module)
+                yield from module.released(dot) if streamed or not module.streamed else ()
                 continue
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 yield dot + name, tensor, _release_format(module, name)
@@ -252,14 +255,6 @@ class Transformer(Collapse):
         module = self.get_submodule(path) if path != name else self
         if isinstance(module, (Linear, Experts)):
             module.stored = stored
-
-
-def _expert_tensors(dot: str, module: Experts) -> Iterator[Released]:
-    width = module.w2.shape[2]
-    for expert in range(module.w2.shape[0]):
-        views = {"w1": module.w13[expert, :width], "w2": module.w2[expert], "w3": module.w13[expert, width:]}
-        for name, view in views.items():
-            yield f"{dot}{expert}.{name}.weight", view, module.release
 
 
 def _release_format(module: nn.Module, name: str) -> str:

@@ -541,7 +541,8 @@ static void expert_in(const Work *w, const Layer *l, int64_t item, int thread) {
         from[r] = w->x + w->order[g->first + r] / (m->picks + 1) * m->dim;
         to[r] = tile + r * PANEL;
     }
-    int64_t column = product_panel(&l->w13, g->expert, item % panels, from, to, (int)g->count, 1);
+    int64_t place = l->place ? l->place[g->expert] : g->expert;
+    int64_t column = product_panel(&l->w13, place, item % panels, from, to, (int)g->count, 1);
     int64_t count = 2 * m->hidden - column < PANEL ? 2 * m->hidden - column : PANEL;
     for (int r = 0; r < g->count; r++) {
         int64_t slot = w->order[g->first + r], token = slot / (m->picks + 1), pick = slot % (m->picks + 1);
@@ -555,13 +556,14 @@ static void expert_out(const Work *w, const Layer *l, int64_t item) {
     int64_t panels = panel_count(&l->w2);
     const Group *g = &w->group[item / panels];
     int shared = g->expert == m->experts;
+    int64_t place = shared ? 0 : l->place ? l->place[g->expert] : g->expert;
     const float *from[ROWS];
     float *to[ROWS];
     for (int r = 0; r < g->count; r++) {
         from[r] = w->hidden + w->order[g->first + r] * m->hidden;
         to[r] = w->down + w->order[g->first + r] * m->dim;
     }
-    product_panel(shared ? &l->shared_w2 : &l->w2, shared ? 0 : g->expert, item % panels, from, to, (int)g->count, 0);
+    product_panel(shared ? &l->shared_w2 : &l->w2, place, item % panels, from, to, (int)g->count, 0);
 }
 
 /* y of token t: the chosen experts in order of choice, then the shared one. */
@@ -654,7 +656,10 @@ static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     linear(stage, &l->gate, 1, w->x, dim, 0, w->gate, l->gate.n, 0, tokens);
     EACH(t, tokens) route(w, l, t);
     END;
-    EACH(i, 1) group_rows(w);
+    EACH(i, 1) {
+        group_rows(w);
+        if (m->fetch && m->fetch(l - m->layer, w->chosen, tokens * m->picks)) w->groups = w->routed_groups = 0;
+    }
     END;
     EACH(i, w->routed_groups * panel_count(&l->w13)) expert_in(w, l, i, thread);
     END;

@@ -32,6 +32,7 @@ typedef struct {
     const float *attn_base, *attn_scale, *attn_norm, *ffn_base, *ffn_scale, *ffn_norm;
     const float *q_norm, *kv_norm, *sink, *main_ape, *main_norm, *index_ape, *index_norm, *bias;
     const int64_t *tid2eid;                         /* (V, K), or NULL where `bias` chooses */
+    const int64_t *place;                           /* (E,) of each expert among w13 and w2, or NULL: its own number */
 } Layer;
 
 typedef struct {
@@ -51,6 +52,7 @@ typedef struct {
     Collapse collapse[2];                           /* backbone, draft */
     const float *freqs[2];                          /* rope / 2 each: window-only layers, compressed layers */
     uint8_t *pages, *slots;
+    int (*fetch)(int64_t layer, const int32_t *chosen, int64_t count); /* fills places; not 0: failed. Or NULL */
 } Model;
 
 /* One row of the span table (int64 each); tokens and pages are offsets into the flat lists. */
