@@ -21,6 +21,7 @@ from pelagos.kernels.cache_write import CacheWeights
 from pelagos.kernels.fp4_experts import MAX_SCALE_BYTE
 from pelagos.kernels.skinny_gemm import BLOCK, TALL
 from pelagos.model.attention import CSA_RATIO
+from pelagos.model.expert_blocks import ExpertBlocks
 
 _SITE_ROWS, _STREAMS = 24, 4
 _FP8_SPREAD, _FP4_SPREAD = 16.0, 2.93  # root mean square of random codes
@@ -62,8 +63,9 @@ class LayerWeights:
     table: Tensor | None
     shared13: Fp8
     shared2: Fp8
-    w13: Fp8  # (E, 2F, D/2) packed E2M1 and (E, 2F, D/32)
+    w13: Fp8  # (E, 2F, D/2) packed E2M1 and (E, 2F, D/32); of blocks the first, (1, ...)
     w2: Fp8
+    place: Tensor | None = None  # (E,) int64 offsets of the experts' blocks, where they are in blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,14 @@ class Place:
 
 @dataclass(slots=True)
 class Weights:
-    """All weights of `config` on `device`, zeros at first; ConfigError for shapes that the kernels do not take."""
+    """All weights of `config` on `device`, zeros at first; ConfigError for shapes that the kernels do not take.
+
+    With `blocks` the routed experts lie there.
+    """
 
     config: ModelConfig
     device: torch.device
+    blocks: ExpertBlocks | None = None
     places: dict[str, Place] = field(default_factory=dict)
     layers: list[LayerWeights] = field(default_factory=list)
     draft: DraftWeights | None = None
@@ -109,10 +115,10 @@ class Weights:
         self.embed = self._plain("bf16", {"embed.weight": (vocab, d)})
         self.head = self._plain("bf16", {"head.weight": (vocab, d)})
         for index, ratio in enumerate(config.layer_ratios):
-            self.layers.append(self._layer(f"layers.{index}.", ratio, hashed=index < config.num_hash_layers))
+            self.layers.append(self._layer(f"layers.{index}.", index, ratio, hashed=index < config.num_hash_layers))
         self.head_site = self._head_site("")
         if config.num_nextn_predict_layers:
-            layer = self._layer("mtp.0.", 0, hashed=False)
+            layer = self._layer("mtp.0.", config.num_hidden_layers, 0, hashed=False)
             e_proj, h_proj = (self._fp8({f"mtp.0.{name}.weight": d}, d) for name in ("e_proj", "h_proj"))
             enorm, hnorm = (self._plain("bf16", {f"mtp.0.{name}.weight": (d,)}) for name in ("enorm", "hnorm"))
             self.draft = DraftWeights(layer, self._head_site("mtp.0."), e_proj, h_proj, enorm, hnorm)
@@ -224,15 +230,27 @@ class Weights:
             at += count
         return weight
 
-    def _experts(self, prefix: str, names: tuple[str, ...], outputs: int, depth: int) -> Fp8:
-        shape = (self.config.n_routed_experts, outputs * len(names))
-        sizes = (depth // 2, depth // numerics.FP4_GROUP)
-        codes, scales = (torch.zeros((*shape, size), dtype=torch.uint8, device=self.device) for size in sizes)
-        self._whole.append(("fp4", codes, scales))
-        for expert, own in enumerate(zip(codes.unbind(0), scales.unbind(0), strict=True)):
-            for name, values, scale in zip(names, own[0].split(outputs), own[1].split(outputs), strict=True):
-                self.places[f"{prefix}{expert}.{name}.weight"] = Place("fp4", values, scale)
-        return Fp8(codes, scales)
+    def _routed(self, prefix: str, layer: int) -> tuple[Fp8, Fp8]:
+        """The routed experts' w13 and w2: stacked tensors, or blocks."""
+        c, d, inner = self.config, self.config.hidden_size, self.config.moe_intermediate_size
+        if self.blocks is None:
+            shapes = [(2 * inner, d // 2), (2 * inner, d // numerics.FP4_GROUP),
+                      (d, inner // 2), (d, inner // numerics.FP4_GROUP)]  # fmt: skip
+            whole = [
+                torch.zeros((c.n_routed_experts, *shape), dtype=torch.uint8, device=self.device) for shape in shapes
+            ]
+            self._whole += [("fp4", whole[0], whole[1]), ("fp4", whole[2], whole[3])]
+            each = list(zip(*(part.unbind(0) for part in whole), strict=True))
+        else:
+            whole = self.blocks.first()
+            each = [self.blocks.parts(layer, expert) for expert in range(c.n_routed_experts)]
+            self._whole += [("fp4", part[at], part[at + 1]) for part in each for at in (0, 2)]
+        for expert, (codes, scales, codes2, scales2) in enumerate(each):
+            own = f"{prefix}{expert}."
+            for name, values, scale in zip(("w1", "w3"), codes.split(inner), scales.split(inner), strict=True):
+                self.places[f"{own}{name}.weight"] = Place("fp4", values, scale)
+            self.places[f"{own}w2.weight"] = Place("fp4", codes2, scales2)
+        return Fp8(*whole[:2]), Fp8(*whole[2:])
 
     def _site(self, prefix: str, norm: str) -> SiteWeights:
         width = _STREAMS * self.config.hidden_size
@@ -249,7 +267,7 @@ class Weights:
             self.places[f"{prefix}hc_head_{name}"] = Place("f32", values[:rows])
         return SiteWeights(fn, base, scale, self._plain("bf16", {f"{prefix}norm.weight": (self.config.hidden_size,)}))
 
-    def _layer(self, prefix: str, ratio: int, *, hashed: bool) -> LayerWeights:
+    def _layer(self, prefix: str, index: int, ratio: int, *, hashed: bool) -> LayerWeights:
         c, d, attn, ffn = self.config, self.config.hidden_size, f"{prefix}attn.", f"{prefix}ffn."
         width, inner, heads = c.head_dim, c.moe_intermediate_size, c.num_attention_heads
         wide: dict[str, tuple[int, int]] = {}
@@ -266,6 +284,7 @@ class Weights:
             second[f"{attn}indexer.wq_b.weight"] = c.index_n_heads * c.index_head_dim
         shared = f"{ffn}shared_experts."
         gate_pad = -c.n_routed_experts % TALL
+        w13, w2 = self._routed(f"{ffn}experts.", index)
         return LayerWeights(
             ratio=ratio,
             attn_site=self._site(f"{prefix}hc_attn", f"{prefix}attn_norm.weight"),
@@ -285,8 +304,7 @@ class Weights:
             table=self._plain("i64", {f"{ffn}gate.tid2eid": (c.vocab_size, c.num_experts_per_tok)}) if hashed else None,
             shared13=self._fp8({f"{shared}w1.weight": inner, f"{shared}w3.weight": inner}, d),
             shared2=self._fp8({f"{shared}w2.weight": d}, inner),
-            w13=self._experts(f"{ffn}experts.", ("w1", "w3"), inner, d),
-            w2=self._experts(f"{ffn}experts.", ("w2",), d, inner),
+            w13=w13, w2=w2, place=None if self.blocks is None else self.blocks.table[index],
         )  # fmt: skip
 
 

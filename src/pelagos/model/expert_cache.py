@@ -78,14 +78,18 @@ class ExpertCache:
         assert self.held[place] < 0
         self.held[place], self.place[expert] = expert, place
 
-    def exchange(self) -> tuple[int, int] | None:
-        """Return (expert outside, expert inside) that should change places, or None where no two surely should."""
+    def exchange(self, most: int = 1) -> list[tuple[int, int]]:
+        """Return up to `most` pairs (expert outside, expert inside) that surely should change places."""
         outside, inside = np.flatnonzero(self.place < 0), self.held[self.held >= 0]
-        if not len(outside) or not len(inside):
-            return None
-        hot, cold = outside[self._score[outside].argmax()], inside[self._score[inside].argmin()]
+        most = min(most, len(outside), len(inside))
+        if not most:
+            return []
+        hot = outside[np.argpartition(-self._score[outside], most - 1)[:most]]
+        cold = inside[np.argpartition(self._score[inside], most - 1)[:most]]
+        hot, cold = hot[np.argsort(-self._score[hot])], cold[np.argsort(self._score[cold])]
         more, less = self._score[hot] / self._worth, self._score[cold] / self._worth
-        return (int(hot), int(cold)) if more - less > 1 + SURE * (more + less) ** 0.5 else None
+        sure = more - less > 1 + SURE * (more + less) ** 0.5
+        return list(zip(hot[sure].tolist(), cold[sure].tolist(), strict=True))
 
 
 def draw_routes(rng: np.random.Generator, tokens: int, *, experts: int, picks: int, exponent: float) -> Array:
