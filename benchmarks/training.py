@@ -27,7 +27,7 @@ from pelagos.kernels import mhc, training_attention
 from pelagos.kernels.ref import mhc as mhc_ref
 from pelagos.kernels.ref import training_attention as attention_ref
 from pelagos.train.ablate import _open_residual
-from pelagos.train.data import write_meta, write_shard
+from pelagos.train.data import ShardWriter, write_meta
 from pelagos.train.meter import peak_flops, training_flops
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
@@ -114,8 +114,10 @@ def shards(directory: Path, vocabulary: int) -> Path:
     (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     entries = {}
     for split, count in (("train", 2000), ("heldout", 8)):
-        samples = [rng.integers(2, vocabulary, 2049).astype(np.uint16) for _ in range(count)]
-        entries[split] = write_shard(directory, split, samples, ["docs"] * count, [4 * 2049] * count)
+        writer = ShardWriter(directory, split)
+        for _ in range(count):
+            writer.add(rng.integers(2, vocabulary, 2049).astype(np.uint16), "docs", 4 * 2049)
+        entries[split] = writer.close()
     write_meta(directory, directory / "tokenizer.json", entries, {})
     return directory
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig, tiny
 from pelagos.model import Transformer
-from pelagos.train.data import IGNORE, write_meta, write_shard
+from pelagos.train.data import IGNORE, ShardWriter, write_meta
 from pelagos.train.init import initialise
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
@@ -64,7 +64,10 @@ def write_shards(directory: Path, *, largest: int = 127, samples: int = 24, kind
             tokens.append((2 + (start + pace * np.arange(rng.integers(60, 128))) % (largest - 1)).astype(np.uint16))
         named = [kinds[i % len(kinds)] for i in range(count)]
         sizes = [0 if kind == "chat" else 3 * len(t) for kind, t in zip(named, tokens, strict=True)]
-        splits[split] = write_shard(directory, split, tokens, named, sizes)
+        writer = ShardWriter(directory, split)
+        for sample in zip(tokens, named, sizes, strict=True):
+            writer.add(*sample)
+        splits[split] = writer.close()
     write_meta(directory, tokenizer, splits, {"licences": {}})
     return directory
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pelagos.errors import ConfigError, DataError
-from pelagos.train.data import ALIGN, IGNORE, KINDS, NO_LOSS, PackedBatches, Shard, read_shard, write_meta, write_shard
+from pelagos.train.data import ALIGN, IGNORE, KINDS, NO_LOSS, PackedBatches, Shard, ShardWriter, read_shard, write_meta
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 
@@ -134,9 +134,10 @@ def test_wrong_state_is_refused():
 @pytest.fixture
 def directory(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    samples = [np.arange(n, dtype=np.uint16) for n in (5, 9)]
-    entry = write_shard(tmp_path, "train", samples, ["docs", "chat"], [17, 0])
-    write_meta(tmp_path, tmp_path / "tokenizer.json", {"train": entry}, {"licences": {}})
+    writer = ShardWriter(tmp_path, "train")
+    writer.add(np.arange(5, dtype=np.uint16), "docs", 17)
+    writer.add(np.arange(9, dtype=np.uint16), "chat", 0)
+    write_meta(tmp_path, tmp_path / "tokenizer.json", {"train": writer.close()}, {"licences": {}})
     return tmp_path
 
 
@@ -179,7 +180,7 @@ def test_other_tokenizers_versions_and_splits_are_refused(directory):
 
 def test_samples_of_one_token_are_refused(tmp_path):
     with pytest.raises(DataError, match="at least 2"):
-        write_shard(tmp_path, "train", [np.zeros(1, dtype=np.uint16)], ["docs"], [1])
+        ShardWriter(tmp_path, "train").add(np.zeros(1, dtype=np.uint16), "docs", 1)
 
 
 def test_reading_needs_only_numpy():

@@ -78,8 +78,8 @@ def test_parquet(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2"), ("a.jsonl", b'{"words": "x"}\n', "row 1: expected an object"),
-        ("a.jsonl", b'["x"]\n', "row 1"), ("a.txt", b"\xff\xfe\xfd", "expected UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2"), ("a.jsonl", b'{"words": "x"}\n', "line 1: expected an object"),
+        ("a.jsonl", b'["x"]\n', "line 1"), ("a.txt", b"\xff\xfe\xfd", "expected UTF-8"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named(tmp_path, name, content, said):

@@ -7,12 +7,9 @@ several documents pays for a separator too); its bytes do not, so the figure err
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import random
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +24,8 @@ from pelagos.checkpoint import resolve_model
 from pelagos.errors import ConfigError, DataError
 from pelagos.load import load_model
 from pelagos.model import ContiguousCache, Transformer
+from pelagos.train import sources
 
-JSON_LINES = (".jsonl", ".ndjson")
 FORWARD_TOKENS = 512  # in one forward: larger ones leave the processor's caches, smaller ones leave it idle
 MAX_ROWS = 8
 BATCH_TOKENS = 8192  # several documents share a batch up to this size, so that progress shows
@@ -106,24 +103,10 @@ def bits_per_byte(
 
 
 def read_documents(file: Path) -> list[str]:
-    """Return the documents of a file: the `text` of each JSON line, or the whole file as one text; `.gz` is unpacked.
-
-    The name decides: `.jsonl` and `.ndjson` hold JSON lines. Raises DataError naming file, line and what is wrong.
-    """
-    try:
-        raw = file.read_bytes()
-        raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
-    name = file.with_suffix("") if file.suffix == ".gz" else file
-    if name.suffix in JSON_LINES:
-        documents = [
-            _text_of(line, f"{file}: line {number}") for number, line in enumerate(raw.split(b"\n"), 1) if line.strip()
-        ]
-    else:
-        documents = [_decoded(raw, str(file))] if raw else []
+    """Return the texts of a file as `train.sources` reads it; raises DataError naming file, line and what is wrong."""
+    documents = [document.text for document in sources.read_documents("", str(file), empty=False)]
     if not documents:
-        raise DataError(f"{file}: empty; expected text, or JSON lines with a text field in a {JSON_LINES[0]} file")
+        raise DataError(f"{file}: empty; expected text, or JSON lines with a text field in a .jsonl file")
     return documents
 
 
@@ -188,21 +171,3 @@ def _drawn(documents: list[str], sample: int | None, seed: int) -> list[str]:
     if sample is None or sample >= len(documents):
         return documents
     return random.Random(seed).sample(documents, sample)
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}: {error.reason})") from None
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        text = json.loads(_decoded(line, where))["text"]
-        if not isinstance(text, str) or not text:
-            raise TypeError(f"text is {text!r:.40}")
-        text.encode("utf-8")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f'{where}: expected an object with a "text" that is not empty ({error!r:.120})') from None
-    return text

@@ -24,9 +24,14 @@ from pelagos.sandbox import inside, linux
 HEAD = struct.Struct("!IcI")  # command, kind, bytes that follow
 PIECE_BYTES = 1 << 15
 PLACES = {
-    "proc": "proc", "dev": "devtmpfs", "sys": "sysfs", "dev/pts": "devpts", "dev/shm": "tmpfs", "tmp": "tmpfs",
+    "proc": "proc",
+    "dev": "devtmpfs",
+    "sys": "sysfs",
+    "dev/pts": "devpts",
+    "dev/shm": "tmpfs",
+    "tmp": "tmpfs",
     "run": "tmpfs",
-}  # fmt: skip
+}
 ROOT, DATA = "/mnt", "/d"
 
 

@@ -4,8 +4,6 @@ FLOPs are those of `meter.training_flops`; an arm that is dearer a token gets fe
 run directory and resumes as one. What comes out stands as measured.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ A document is held out when sha256(source) % 20 == 0; of each book the last twen
 that nearly repeats a training document moves to training, so held-out figures measure no recall. Only numpy.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -6,8 +6,6 @@ int32). The top bit of a token says: no loss on predicting it (a prompt). Files 
 version or tokenizer is refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile
@@ -125,16 +123,6 @@ class ShardWriter:
         with self._path.open("ab") as file:
             file.write(b"".join(self._held))
         self._held.clear()
-
-
-def write_shard(
-    directory: Path, split: str, samples: Sequence[np.ndarray], kinds: Sequence[str], text_bytes: Sequence[int]
-) -> dict[str, Any]:
-    """Write one split's files and return its entry for `meta.json`; samples are (n,) uint16 with n >= 2."""
-    writer = ShardWriter(directory, split)
-    for sample, kind, size in zip(samples, kinds, text_bytes, strict=True):
-        writer.add(sample, kind, size)
-    return writer.close()
 
 
 def write_meta(

@@ -1,7 +1,5 @@
 """What a run would take: memory by arithmetic before anything is built, then two steps of every stage, measured."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

@@ -5,8 +5,6 @@ hyper-connections; `recompute` drops the norms' outputs after use and makes them
 Source: technical report 5.1, 5.4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial

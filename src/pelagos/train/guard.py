@@ -5,8 +5,6 @@ chose: batches are fetched some steps ahead and routed on arrival. The report gi
 Source: technical report 4.2.3; defaults of the specification's section 12.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Random initialisation of a V4-architecture model for training from zero."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

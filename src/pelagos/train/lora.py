@@ -3,8 +3,6 @@
 The adapted weight is W + B A / rank x ALPHA: the forward, its quantisation and the export see one weight, as ever.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -4,8 +4,6 @@ Event files are written here (a record is a length, two checksums and a small pr
 not be installed to make them. FLOPs come from cost.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -3,8 +3,6 @@
 Source: technical report 2.1, 4.2.2; V3 for the balance rules; V3.2 for the indexer's loss over compressed entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

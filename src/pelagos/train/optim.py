@@ -5,8 +5,6 @@ Source: technical report 2.4, Algorithm 1, 4.2.2.
 # torch.optim itself updates lists of tensors by the foreach functions, which torch names with an underscore.
 # pyright: reportPrivateImportUsage=false
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ the answer knows. A document always gives the same pairs. Pairs become conversat
 or on (at each effort). Only the standard library.
 """
 
-from __future__ import annotations
-
 import ast
 import random
 import re

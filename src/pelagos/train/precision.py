@@ -3,8 +3,6 @@
 Source: technical report 4, 5.2.1; V3's FP8 framework.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from pelagos.chat import Tokenizer, train_tokenizer
 from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, FIM_BEGIN, FIM_END, FIM_HOLE
 from pelagos.errors import DataError
 from pelagos.train.corpus import TEXT_KINDS, Document, Split, read_corpus, split
-from pelagos.train.data import NO_LOSS, SPLITS, PackedBatches, read_shard, write_meta, write_shard
+from pelagos.train.data import NO_LOSS, SPLITS, PackedBatches, ShardWriter, read_shard, write_meta
 from pelagos.train.pairs import Conversation, conversations, pairs_of, small_talk
 
 if TYPE_CHECKING:
@@ -66,9 +66,8 @@ def prepare(
     if heldout_text:
         write_heldout_text(texts, directory)
     if archive is not None:
-        _pack(
-            directory, ["meta.json", *(file for entry in meta["splits"].values() for file in entry["files"])], archive
-        )
+        files = [file for entry in meta["splits"].values() for file in entry["files"]]
+        _pack(directory, ["meta.json", *files], archive)
     return meta
 
 
@@ -100,12 +99,12 @@ def write_shards(texts: Split, tokenizer_dir: Path, directory: Path) -> dict[str
     if chat.vocab_size > NO_LOSS:
         raise DataError(f"{tokenizer_dir}: {chat.vocab_size} tokens; shards hold vocabularies of at most {NO_LOSS}")
     directory.mkdir(parents=True, exist_ok=True)
-    entries = {}
+    encoder, entries = text_encoder(tokenizer_dir), {}
     for name in SPLITS:
-        documents = texts.train if name == "train" else texts.heldout
-        talks = _conversations(documents, with_small_talk=name == "train")
-        samples, kinds, text_bytes = _samples(documents, talks, chat, tokenizer_dir, with_fim=name == "train")
-        entries[name] = write_shard(directory, name, samples, kinds, text_bytes)
+        writer = ShardWriter(directory, name)
+        for sample in _samples(texts, name == "train", chat, encoder):
+            writer.add(*sample)
+        entries[name] = writer.close()
     everything = [*texts.train, *texts.heldout]
     provenance = {
         "near_duplicates_moved": texts.moved,
@@ -169,39 +168,32 @@ def _conversations(documents: Iterable[Document], *, with_small_talk: bool) -> l
     return conversations(groups, random.Random(0))
 
 
-def _samples(
-    documents: Sequence[Document],
-    talks: Iterable[Conversation],
-    chat: Tokenizer,
-    tokenizer_dir: Path,
-    *,
-    with_fim: bool,
-) -> tuple[list[np.ndarray], list[str], list[int]]:
+def text_encoder(directory: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a directory for plain text: what spells a special token gets ordinary tokens."""
     import tokenizers
 
-    text_tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    text_tokenizer.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
-    bos, eos = chat.id(BOS), chat.id(EOS)
-    samples, kinds, text_bytes = [], [], []
-    for ids, document in zip(_encode(text_tokenizer, [d.text for d in documents]), documents, strict=True):
-        samples.append(np.array([bos, *ids, eos], dtype=np.uint16))
-        kinds.append(document.kind)
-        text_bytes.append(len(document.text.encode()))
-    extra = [(_chat_sample(chat, talk), "chat") for talk in talks]
-    if with_fim:
-        pieces = (fim_sample(d, text_tokenizer, chat, np.dtype("<u2")) for d in documents if d.kind == "code")
-        extra += [(piece, "fim") for piece in pieces if piece is not None]
-    for sample, kind in extra:
-        samples.append(sample)
-        kinds.append(kind)
-        text_bytes.append(0)
-    return samples, kinds, text_bytes
+    encoder = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    encoder.encode_special_tokens = True
+    return encoder
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
-    for start in range(0, len(texts), _BATCH):
-        for encoding in tokenizer.encode_batch_fast(list(texts[start : start + _BATCH]), add_special_tokens=False):
-            yield encoding.ids
+def _samples(
+    texts: Split, is_train: bool, chat: Tokenizer, encoder: tokenizers.Tokenizer
+) -> Iterator[tuple[np.ndarray, str, int]]:
+    """Yield (sample, kind, bytes of text) of a split: its documents, conversations, and pieces to fill in."""
+    documents = texts.train if is_train else texts.heldout
+    for start in range(0, len(documents), _BATCH):
+        batch = documents[start : start + _BATCH]
+        encodings = encoder.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encodings, strict=True):
+            sample = np.array([chat.id(BOS), *encoding.ids, chat.id(EOS)], dtype=np.uint16)
+            yield sample, document.kind, len(document.text.encode())
+    for talk in _conversations(documents, with_small_talk=is_train):
+        yield _chat_sample(chat, talk), "chat", 0
+    for document in documents if is_train else ():
+        piece = fim_sample(document, encoder, chat, np.dtype("<u2")) if document.kind == "code" else None
+        if piece is not None:
+            yield piece, "fim", 0
 
 
 def _chat_sample(chat: Tokenizer, talk: Conversation) -> np.ndarray:

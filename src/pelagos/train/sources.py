@@ -3,15 +3,14 @@
 One batch of documents in memory. Exact duplicates are dropped by hash, near ones, when asked, by MinHash in bands.
 """
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pelagos.chat.tokens import BOS, EOS
 from pelagos.errors import DataError, MissingDependency
 from pelagos.train.corpus import NUM_PERMUTATIONS, Document, is_held_out, minhash
 from pelagos.train.data import NO_LOSS, SPLITS, ShardWriter, write_meta
+from pelagos.train.prepare import fim_sample, text_encoder
 
 BATCH = 256
 BANDS = 16  # of 8 values: two documents of similarity 0.7 share one with probability 0.61, of 0.85 with 0.99
@@ -40,28 +40,35 @@ def paths_of(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def read_documents(kind: str, path: str) -> Iterator[Document]:
+def read_documents(kind: str, path: str, *, empty: bool = True) -> Iterator[Document]:
     """Yield the documents of one file: a row of .jsonl or .parquet with a `text`, any other file whole; .gz is undone.
 
-    Raises DataError naming file and row, MissingDependency for Parquet without pyarrow or URLs without fsspec.
+    Empty texts are passed over, without `empty` refused. Raises DataError naming file and line, MissingDependency for
+    Parquet without pyarrow or URLs without fsspec.
     """
-    name = path.removesuffix(".gz")
-    with _opened(path) as raw:
-        if name.endswith(".parquet"):
-            rows: Iterable[Any] = _parquet_rows(raw, path)
-        elif name.endswith((".jsonl", ".ndjson")):
-            rows = _json_rows(raw, path)
-        else:
-            try:
-                rows = [{"text": raw.read().decode()}]
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: expected UTF-8 text, .jsonl or .parquet ({error})") from None
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise DataError(f"{path}: row {number}: expected an object with a string `text`, got {str(row)[:60]!r}")
-            if row["text"]:
+    place = path
+    try:
+        with _opened(path) as raw:
+            for number, found in enumerate(_rows(raw, path), 1):
+                place, given = found
+                row = json.loads(given) if isinstance(given, bytes) else given
+                text = row["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {text!r:.40}")
+                if not text and not empty:
+                    raise ValueError("it is empty")
+                text.encode("utf-8")
                 source = str(row.get("source") or f"{Path(path).name}:{number}")
-                yield Document(kind, source, str(row.get("licence") or row.get("license") or "unknown"), row["text"])
+                licence = str(row.get("licence") or row.get("license") or "unknown")
+                if text:
+                    yield Document(kind, source, licence, text)
+    except UnicodeDecodeError as error:
+        said = f"not UTF-8 (byte {error.start}: {error.reason})"
+        raise DataError(f"{place}: {said}; expected UTF-8 text, .jsonl or .parquet") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{place}: expected an object with a string `text` ({error!r:.120})") from None
 
 
 class Duplicates:
@@ -108,17 +115,13 @@ def tokenise(
 
     Raises DataError for sources or a tokenizer that cannot be read, and for a split that stays empty.
     """
-    import tokenizers
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pelagos.train.prepare import fim_sample
 
     files = [(kind, path) for kind, pattern in sources for path in paths_of(pattern)]
     kinds = list(dict.fromkeys([kind for kind, _ in sources] + ["fim"] * bool(fim)))
     chat = Tokenizer.load(str(tokenizer_dir))
-    encoder = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    encoder.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
+    encoder = text_encoder(tokenizer_dir)
     directory.mkdir(parents=True, exist_ok=True)
     wide = chat.vocab_size > NO_LOSS
     writers = {split: ShardWriter(directory, split, kinds, wide=wide) for split in SPLITS}
@@ -161,23 +164,20 @@ def _fsspec() -> Any:
 
 
 def _opened(path: str) -> Any:
-    try:
-        if "://" in path:
-            return _fsspec().open(path, "rb", compression="infer")
-        return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    if "://" in path:
+        return _fsspec().open(path, "rb", compression="infer")
+    return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")
 
 
-def _json_rows(lines: Iterable[bytes], path: str) -> Iterator[Any]:
-    done = 0
-    try:
-        for line in lines:
-            if line.strip():
-                yield json.loads(line)
-            done += 1
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: line {done + 1}: expected a JSON object a line, got {error!r}") from None
+def _rows(raw: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, row) of a file; a row of JSON as its bytes, and a file that holds no rows as one."""
+    name = path.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(_parquet_rows(raw, path), 1))
+    elif name.endswith((".jsonl", ".ndjson")):
+        yield from ((f"{path}: line {number}", line) for number, line in enumerate(raw, 1) if line.strip())
+    else:
+        yield path, {"text": raw.read().decode()}
 
 
 def _parquet_rows(raw: Any, path: str) -> Iterator[Any]:

@@ -3,8 +3,6 @@
 What a step should be is the recipe's business (recipe.py). Source: technical report 4.2.2, 4.2.3, 5.2.1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
