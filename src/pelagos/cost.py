@@ -5,8 +5,6 @@ device code. Notation: a ratio of 4 is CSA, 0 a window-only layer, anything else
 (architecture and efficiency sections), the released checkpoints' tensor lists and cache layouts, the price pages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import math

@@ -283,9 +283,6 @@ ROWS = {
         ("R STOP", "a\nSTO", [], "stop"),
     ),
     "stop text that does not come": ("R</think>a ST", {"stop": ["STOP"]}, ("R", "a ST", [], "stop")),
-    "mirrored": ("only thoughts", {"mirror_reasoning": True}, ("only thoughts", "only thoughts", [], "stop")),
-    "mirrored, but cut": ("only", {"mirror_reasoning": True, "reason": "length"}, ("only", "", [], "length")),
-    "not mirrored": ("R</think>", {"mirror_reasoning": True}, ("R", "", [], "stop")),
     "JSON mode": (
         'Here:\n```json\n{"a":1}\n```\nbye',
         {"json_output": True, "tools": None, "thinking": False},
@@ -419,18 +416,6 @@ def test_the_end_of_a_block_ends_the_answer():
         parser.push(index, text)
     assert parser.done
     assert parser.push(100, "more") == []
-
-
-def test_a_block_that_loops_is_cut():
-    parser = Parser(False, TOOLS, special_tokens=SPECIAL, max_block_tokens=200)
-    pushed = 0
-    for index, text in tokens_of(C[: C.index("x</")] + "again " * 1000):
-        pushed += 1
-        parser.push(index, text)
-        if parser.done:
-            break
-    assert 200 < pushed < 230
-    assert parser.finish("stop") == [Event("finish", "length")]
 
 
 def test_a_broken_character_before_a_special_token_is_kept():

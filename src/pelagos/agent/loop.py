@@ -4,8 +4,6 @@ Every turn is a line of the transcript before the next one begins. What a tool d
 turn's request id, so an agent that was killed goes on from its transcript and runs nothing twice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

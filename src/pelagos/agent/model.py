@@ -1,7 +1,5 @@
 """What the agent asks: one chat completion at a time from an OpenAI-compatible server, with patience for a busy one."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import time

@@ -1,7 +1,5 @@
 """From the parameters of one DSML tool call to its arguments as JSON text, repaired where they must be."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

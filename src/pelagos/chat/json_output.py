@@ -1,7 +1,5 @@
 """JSON mode: the JSON in an answer goes through, the prose and the code fence around it become single spaces."""
 
-from __future__ import annotations
-
 import re
 
 _PROSE = re.compile(r"[^{\[`]+|`")

@@ -71,8 +71,6 @@ class Parser:
     json_output: bool = False  # prose around JSON becomes spaces
     stop: Sequence[str] = ()  # texts that end the answer, looked for in content only
     mute: bool = False  # none of the tools that were spoken of may be called: calls are dropped
-    mirror_reasoning: bool = False  # an answer that never left its reasoning is given as content too
-    max_block_tokens: int | None = None  # a tool block longer than this ends the answer
     rng: random.Random | None = None  # source of tool-call ids
 
     def __post_init__(self) -> None:
@@ -89,7 +87,6 @@ class Parser:
         self._fresh = not self.continues  # leading newlines are dropped
         self._closing = False  # no more input: nothing is held back
         self._truncated = False  # the input was cut off: what is open stays open
-        self._block_tokens = 0
         self._loose = ""  # text in a block that so far has no call
         self._outside: Callable[[], bool] | None = None  # where the tag being read was met, None inside a block
         self._is_closer = False  # the tag being read began with </
@@ -120,10 +117,6 @@ class Parser:
         self.done = name == EOS
         while self._state():
             pass
-        if self._state in (self._block, self._tag, self._value):
-            self._block_tokens += 1
-            if self.max_block_tokens is not None and self._block_tokens > self.max_block_tokens:
-                self.done = self._truncated = True
         return self._take()
 
     def finish(self, reason: str) -> list[Event]:
@@ -132,7 +125,6 @@ class Parser:
         The reason of a stopped answer with at least one call becomes `tool_calls`; an answer cut off in the middle
         of a call keeps `length` and half the call's JSON.
         """
-        reason = "length" if self._truncated else reason
         self.done, self._closing, self._truncated = True, True, reason != "stop"
         while self._state():
             pass
@@ -140,8 +132,6 @@ class Parser:
         self._release_loose()
         if self._json is not None:
             self._add("content", self._json.push("", closing=True))
-        if self.mirror_reasoning and self._state == self._reasoning and reason == "stop":
-            self._add("content", "".join(self._reasoned))
         is_call = reason == "stop" and self._calls and not self.mute
         return [*self._take(), Event("finish", "tool_calls" if is_call else reason)]
 

@@ -5,8 +5,6 @@ the two prompt generations, quick instructions (`task`), the `developer` role, c
 reading of histories. Every case where the prompt differs from the library's stands in `docs/prompt_exceptions.md`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -4,8 +4,6 @@ Ids are never written down: they are read from `tokenizer.json`. A new small voc
 them the ids 0, 1, 2 ... in the order of SPECIAL_TOKENS. Source: the released tokenizer.
 """
 
-from __future__ import annotations
-
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"

@@ -1,7 +1,5 @@
 """Tool-call ids as DeepSeek's service makes them: an index, random letters and digits, a checksum."""
 
-from __future__ import annotations
-
 import random
 import string
 

@@ -4,8 +4,6 @@ Names already in the released spelling pass through unchanged. Source: released 
 whose `save_pretrained` writes a mixture of both unless told `save_original_format=False`.
 """
 
-from __future__ import annotations
-
 import re
 
 # Applied in this order: scopes first, then the leaves inside them.

@@ -4,8 +4,6 @@ The format of a tensor is what its dtype says, never what `config.json` promises
 released checkpoint (names, dtypes, scales) and the Base builds (float32 scales, FP8 experts).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

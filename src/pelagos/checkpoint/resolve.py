@@ -1,7 +1,5 @@
 """From what the user typed to a checkpoint directory: a bundled name, a directory, or a hub id already downloaded."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

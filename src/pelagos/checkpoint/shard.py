@@ -4,8 +4,6 @@ Parsed here and not by the safetensors library because damage has to be reported
 and because a plain read never holds more than one tensor. Source: the safetensors format description.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ A write fills a directory beside the target and then takes its place, so a full 
 checkpoint whole. Source: released index layout (`metadata.total_size`, `weight_map`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import json

@@ -1,7 +1,5 @@
 """`pelagos cost`: parse token counts and tasks, make one report, print it."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Annotated

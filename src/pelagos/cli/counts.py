@@ -1,7 +1,5 @@
 """Token counts as people write them on a command line: 4096, 128K, 1M (binary suffixes)."""
 
-from __future__ import annotations
-
 import re
 
 from pelagos.errors import ConfigError

@@ -1,7 +1,5 @@
 """`pelagos data`: from a corpus directory to token shards, and what they hold."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`pelagos eval`: measures of a model. Plain argparse: runs without typer and rich."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

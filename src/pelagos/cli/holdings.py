@@ -1,7 +1,5 @@
 """What a checkpoint holds, summed from its headers: by layer, part and format, beside what its config plans."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """`pelagos sandbox`: doctor, and what one asks of a trajectory log. Data on stdout, complaints on stderr."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

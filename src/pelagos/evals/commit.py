@@ -1,7 +1,5 @@
 """Which commit a figure was measured at."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Completion of JSONL: one request a line in, one result a line out, a bad line reported and passed over."""
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,8 +1,6 @@
 """Templates of small bugs: a module whose hidden tests fail, and the smallest change that mends it."""
 
 # ruff: noqa: E501  scripts and texts that are one line stay one
-from __future__ import annotations
-
 import random
 
 from pelagos.tasks.draft import Draft, words

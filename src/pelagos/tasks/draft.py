@@ -1,7 +1,5 @@
 """What a template gives: words, files, a solution and a check; and the made-up names templates share."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

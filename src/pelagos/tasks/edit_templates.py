@@ -1,8 +1,6 @@
 """Templates of file edits: change what is asked and nothing else."""
 
 # ruff: noqa: E501  scripts and texts that are one line stay one
-from __future__ import annotations
-
 import json
 import random
 

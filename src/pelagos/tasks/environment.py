@@ -4,8 +4,6 @@ The agent's sandbox holds the environment alone. Grading takes what the agent ch
 sandbox the agent never saw, and runs them there. Dockerfiles that build are refused: nothing here builds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 import tomllib

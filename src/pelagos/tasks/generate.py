@@ -1,7 +1,5 @@
 """Task folders from templates: the same seed gives the same bytes, and no two tasks have the same solution."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """Templates of log mining: one answer that is in the log and in no single line of it."""
 
 # ruff: noqa: E501  scripts and texts that are one line stay one
-from __future__ import annotations
-
 import itertools
 import random
 from collections import Counter

@@ -1,8 +1,6 @@
 """Templates of shell work: finding, moving and counting files."""
 
 # ruff: noqa: E501  scripts and texts that are one line stay one
-from __future__ import annotations
-
 import hashlib
 import random
 
