@@ -235,6 +235,13 @@ def test_it_is_never_a_loss_and_near_the_best_fixed_depth(name: str, telling: bo
         assert ours >= 0.97 * max(fixed)
 
 
+def test_a_slow_first_step_does_not_make_drafts_look_good() -> None:
+    policy, world = AdaptiveDepth(4), World(*WORLDS["one, even"])
+    policy.depths(["0"])
+    policy.observe([Outcome("0", 0, [0])], 2.5)  # it takes 1.0
+    assert world.pace(policy, 300) >= 0.97 * World(*WORLDS["one, even"]).pace(0, 300)
+
+
 def test_where_drafts_do_not_pay_it_mostly_rests_and_looks_again_when_the_batch_changes() -> None:
     world, policy = World(*WORLDS["sixteen, losing"]), AdaptiveDepth(4)
     world.pace(policy, 3000)
@@ -306,4 +313,9 @@ def test_the_first_step_is_plain_and_steps_with_other_work_are_not_timed() -> No
         assert policy.cut(["a"], [Draft()], 0.0) == [0]
         policy.observe([Outcome("a", 0, [0])], None)
     policy.observe([Outcome("a", 0, [0])], 1e-3)
+    assert policy.depths(["a", "b"]) == [0, 0]
+    rested = 0
+    while policy.rests(2, 1e-3):  # what plain steps of two take comes first
+        rested += 1
+    assert rested > 1
     assert [policy.depths(["a", "b"]), AdaptiveDepth(0).depths(["a"]), policy.depths([])] == [[1, 1], [0], []]

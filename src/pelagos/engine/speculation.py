@@ -26,14 +26,15 @@ _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 
 # samples, of which the least counts; entries for each doubling of a step with drafts.
 _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 # A new plan or a probe holds for three steps, one may catch up; an unchanged one twice as long each time, to a limit;
-# after so many steps with drafts, more where there is much to gain, some without them renew what those take.
-_PROBE_STEPS, _PLAN_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 128, 48
+# a probe out of a rest comes after eight steps of which we are told; after so many steps with drafts, more where there
+# is much to gain, a short rest renews what plain steps take.
+_PROBE_STEPS, _PLAN_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
 _GAIN = 1.06
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
 # lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
 # catch up counts as so many steps at most.
-_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.007, 8, 12, 4, 6
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.006, 5, 8, 4, 6
 
 
 class Draft(NamedTuple):
@@ -215,7 +216,7 @@ class _StepSeconds:
     """
 
     def __init__(self) -> None:
-        self._scale = 1.0
+        self.scale = 1.0
         self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale,
         self._steps = 0  # samples, and the step of the last
 
@@ -229,13 +230,13 @@ class _StepSeconds:
             samples = min(samples, _FIRST)
         entry[2:] = samples + 1, self._steps
         if samples < _FIRST:  # slow for other reasons, perhaps; too low a guess is corrected by what follows from it
-            entry[1] = min(old, max(seconds, 1e-9) / self._scale)
+            entry[1] = min(old, max(seconds, 1e-9) / self.scale)
         else:
-            ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)
-            self._scale *= ratio**_DRIFT
+            ratio = min(max(seconds / (old * self.scale), 0.6), 1.6)
+            self.scale *= ratio**_DRIFT
             entry[1] = old * ratio ** (max(_LEARN, 1 / (samples - _FIRST + 2)) - _DRIFT)
         entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
-        return entry[1] * self._scale
+        return entry[1] * self.scale
 
     def table(self, first: int, count: int) -> np.ndarray | None:
         """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
@@ -253,7 +254,7 @@ class _StepSeconds:
         guess = np.interp(sizes, places, seconds) + np.maximum(0, sizes - places[-1]) * slope
         if (first, True) in self._seen:
             guess[0] = self._seen[first, True][1]
-        return guess * self._scale
+        return guess * self.scale
 
 
 class _DraftSeconds:
@@ -313,10 +314,11 @@ class AdaptiveDepth:
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
         self._loss = math.inf  # seconds that the last probe cost
-        self._since_plain = 0  # steps with drafts
+        self._since_plain, self._look_after = 0, _PLAN_STEPS  # steps with drafts: so far, and until the next rest
         self._rest = self._resting_for = 0  # steps without a thought of drafts, for so many requests
         self._rested: list[float] = []  # what those took
-        self._ease = 1.0  # times a plain step of which we are told
+        self._told = 0  # steps since the last rest
+        self._plain: dict[int, float] = {}  # what a step takes in a rest, by requests, over the common scale
         self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
@@ -332,34 +334,59 @@ class AdaptiveDepth:
         self._rest = self._rest - 1 if self._rest and requests == self._resting_for else 0
         return self._rest > 0
 
-    def _note_rest(self, plain: float) -> None:
-        """Learn how much less a step takes in a rest than the `plain` one of which we are told."""
+    def _note_rest(self) -> None:
+        """Learn what a step takes in a rest."""
         self._elapsed += sum(self._rested)
-        if len(self._rested) >= _PLAN_STEPS:
-            self._ease += 0.3 * (min(max(statistics.median(self._rested) / plain, 0.7), 1.0) - self._ease)
-        self._rested.clear()
+        if self._rested:
+            plain = statistics.median(self._rested) / self._step_seconds.scale
+            old = self._plain.get(self._resting_for, plain)
+            self._plain[self._resting_for] = old * min(max(plain / old, 0.6), 1.6) ** 0.5
+            self._rested.clear()
+
+    def _plain_s(self) -> float:
+        """Return the seconds of a step without a thought of drafts for the requests of the plan."""
+        assert self._times is not None
+        known = self._plain.get(len(self._planned_for))
+        return float(self._times[0]) if known is None else known * self._step_seconds.scale
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
+        self._told += 1
         if not self._left or self._planned_for != list(keys):
             self._planned_for, last = list(keys), self._plan
-            self._plan = self._best(keys)
-            if self._times is not None and self._debt > _SHARE * self._elapsed + _START * self._times[0]:
-                self._plan, self._probes = [0] * len(keys), None  # whatever the estimates say, it did not pay
-            elif any(self._plan) and self._since_plain >= _PLAIN_EVERY * (1 + 4 * self._gain):
-                self._probes = [0] * len(keys)
-            else:
-                self._probes = self._probe()
-            if self._plan == last and not self._probes:
-                self._hold = min(max(2 * self._hold, _PLAN_STEPS), _LONGEST)
-            elif self._plan != last or any(self._plan):  # a probe out of a rest leads back to it
-                self._hold = _PROBE_STEPS
-            self._left = _PROBE_STEPS if self._probes else self._hold
-            if self._times is not None and not any(self._probes or self._plan):
-                self._left = min(self._hold, _PLAN_STEPS)
-                self._rest, self._resting_for = self._hold - self._left, len(keys)
+            self._plan, self._probes = self._best(keys), None
+            if self._times is None:
+                return self._plan
+            if self._debt > _SHARE * self._elapsed + _START * self._plain_s():
+                self._plan = [0] * len(keys)  # whatever the estimates say, it did not pay
+            self._choose(last)
         self._left -= 1
         return self._probes or self._plan
+
+    def _choose(self, last: list[int]) -> None:
+        """Set for how long the new plan holds and what comes of it now: a probe, a rest, or itself."""
+        drafts, batch, before = any(self._plan), len(self._plan), self._hold
+        unchanged = self._plan == last if drafts else not any(last)
+        self._hold = min(max(2 * before, _PLAN_STEPS), _LONGEST) if unchanged else _PROBE_STEPS
+        self._left = self._hold
+        if drafts and (batch not in self._plain or self._since_plain >= self._look_after):
+            self._probes, self._since_plain = [0] * batch, 0  # what plain steps take comes first
+            self._look_after = min(2 * self._look_after, int(_PLAIN_EVERY * (1 + 4 * self._gain)))
+            self._rest_for(_PLAN_STEPS)
+        elif (drafts or self._told >= _PLAN_STEPS) and (probes := self._probe()):
+            self._probes, self._left = probes, _PROBE_STEPS
+            self._hold = _PROBE_STEPS if drafts else before  # it leads back to the rest it came from
+        elif not drafts and self._told < _PLAN_STEPS and self._affordable():
+            self._left = _PLAN_STEPS - self._told  # something for the draft layer to go on from
+        elif not drafts:
+            self._rest_for(self._hold)
+
+    def _rest_for(self, steps: int) -> None:
+        self._rest, self._resting_for, self._left, self._told = steps, len(self._plan), 1, 0
+
+    def _affordable(self) -> bool:
+        loss = self._loss if self._loss < math.inf else len(self._plan) / max(self._pace, 1e-9)
+        return self._spent + max(loss, 0.0) <= _SHARE * self._elapsed
 
     def _best(self, keys: Sequence[str]) -> list[int]:
         """Return the depths with the most expected tokens a second, if only the confident drafts are verified."""
@@ -380,9 +407,9 @@ class AdaptiveDepth:
         tokens = batch + np.cumsum([0.0, *(-chance for chance, _, _ in chances)])
         shares = np.cumprod([share for share, _ in passes])
         verified = np.cumsum([0.0, *shares[order]])
-        self._note_rest(float(self._times[0]))
+        self._note_rest()
         seconds = np.interp(verified, np.arange(self._times.size), self._times)
-        seconds[0] *= self._ease
+        seconds[0] = self._plain_s()
         seconds += self._draft_seconds.of(
             np.maximum.accumulate([0, *(1 + depth for depth in order)]), np.arange(verified.size)
         )
@@ -435,8 +462,7 @@ class AdaptiveDepth:
         if probes == self._plan:
             self._turn += 1
             return None
-        loss = self._loss if self._loss < math.inf else len(self._plan) / max(self._pace, 1e-9)
-        if self._spent + max(loss, 0.0) > _SHARE * self._elapsed:
+        if not self._affordable():
             return None
         self._turn += 1
         self._loss = 0.0
@@ -495,7 +521,7 @@ class AdaptiveDepth:
         tokens = sum(len(outcome.picked) for outcome in outcomes)
         if self._times is None:
             return
-        plain = float(self._times[0]) * self._ease
+        plain = self._plain_s()
         if self._draft_s:
             loss = seconds - tokens * plain / len(self._planned_for)
             self._debt = max(self._debt + loss, -_CREDIT * plain)
