@@ -64,9 +64,8 @@ def main(argv: Sequence[str]) -> int:
         return _plot(args)
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    rows = {"kernels": _kernels, "decode": _decode, "prefill": _prefill, "stream": _stream, "engine": _engine}[
-        args.bench
-    ](args)
+    benched = {"kernels": _kernels, "decode": _decode, "prefill": _prefill, "stream": _stream, "engine": _engine}
+    rows = benched[args.bench](args)
     columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")

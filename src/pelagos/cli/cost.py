@@ -25,11 +25,23 @@ def cost(
         str, typer.Option(help=f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}.")
     ] = costs.DEFAULT_WEIGHTING,
     layout: Annotated[str, typer.Option(help=f"How cache rows are encoded: {', '.join(costs.LAYOUTS)}.")] = "released",
+    dry_run: Annotated[
+        str | None,
+        typer.Option(metavar="GPUS", help="Plan serving on so many GPUs, such as 4,8,16; times are simulated."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="For --dry-run: sequences that decode together.")] = 1,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Cost a model: parameters, cache bytes, FLOPs per token, V3.2 and GQA-8 beside it, a task's price."""
     if prices is not None and task is None:
         raise ConfigError(f"--prices {prices}: prices a task, give one with --task IN,OUT,HIT,N")
+    if dry_run is not None:
+        from pelagos.evals.placement import plan_rows, table
+
+        counts = [parse_tokens(each, "dry-run") for each in dry_run.split(",")]
+        rows = list(plan_rows(model, gpus=counts, context=parse_tokens(context, "context"), batch=batch))
+        typer.echo(json.dumps(rows, indent=1) if json_output else table(rows))
+        return
     report = costs.report(
         model,
         context=parse_tokens(context, "context"),

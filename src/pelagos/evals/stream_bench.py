@@ -1,0 +1,112 @@
+"""What `pelagos bench stream` measures: whole Flash on one device, its least used experts in pinned host memory.
+
+Every layer is routed by a table of token ids drawn for the stated trace, so that routes are known exactly whatever the
+random weights; tokens are drawn uniformly. A step takes from its call on the host to the end of its graph, exchanges
+of experts running beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pelagos import cost
+from pelagos.config import ModelConfig
+from pelagos.errors import CapacityError, KernelUnavailable
+from pelagos.evals.commit import commit
+from pelagos.evals.step_bench import SPARE_BYTES, cut_config, fill_caches
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.model.cuda_forward import CudaForward, step_bytes
+from pelagos.model.cuda_weights import Weights
+from pelagos.model.expert_blocks import ExpertBlocks
+from pelagos.model.expert_cache import draw_routes
+
+IDS = 4096  # tokens that are drawn, each with routes of its own
+STEPS = 200  # measured ones
+
+
+def stream_rows(
+    shape: str,
+    *,
+    layers: str | None,
+    context: int,
+    exponents: Sequence[float],
+    warmup: int,
+    fast_bytes: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row a trace: tok/s, bytes streamed a token and hit rate of `STEPS` steps after `warmup` others.
+
+    An exponent 0 routes uniformly, s > 0 draws a layer's expert of rank r with weight r^-s. `fast_bytes` None leaves on
+    the device what fits. Raises KernelUnavailable without CUDA, CapacityError where a step does not fit.
+    """
+    if not torch.cuda.is_available():
+        raise KernelUnavailable("bench stream: no CUDA device here; a model is only timed where it runs")
+    config = cut_config(shape, layers)
+    config = dataclasses.replace(config, num_hash_layers=config.num_hidden_layers)
+    begun = time.perf_counter()
+    forward, weights, blocks = _make(config, context, fast_bytes)
+    head = {
+        "bench": "stream", "device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__,
+        "weights": "random", "made_s": round(time.perf_counter() - begun, 1), "blocks": len(blocks.cache.place),
+        "fast_blocks": len(blocks.fast), "block_bytes": blocks.block_bytes,
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    pages = np.arange(len(forward.pages), dtype=np.int32)
+    for exponent in exponents:
+        for layer in weights.layers:
+            routes = draw_routes(
+                rng, IDS, experts=config.n_routed_experts, picks=config.num_experts_per_tok, exponent=exponent
+            )
+            assert layer.table is not None
+            layer.table[:IDS].copy_(torch.from_numpy(routes))
+        times = []
+        for step in range(warmup + STEPS):
+            if step == warmup:
+                cache = blocks.cache
+                cache.hits = cache.misses = cache.tokens = blocks.moved = 0
+            span = Span(rng.integers(0, IDS, 1), context - 2, 0, pages, decode=True)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for staged in forward.launch([span]):
+                assert staged.call.chosen is not None
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        took, report = statistics.mean(times[warmup:]), blocks.report()
+        trace = "uniform" if exponent == 0 else f"zipf {exponent:g}"
+        yield head | {
+            "case": f"{shape} layers={config.num_hidden_layers} context={context} batch=1 trace={trace}",
+            "us": round(took * 1e6, 1), "median_us": round(statistics.median(times[warmup:]) * 1e6, 1),
+            "tok_s": round(1 / took, 1), "warmup": warmup, "steps": STEPS, **report,
+            "host_gbps": round(report["bytes_per_token"] / took / 1e9, 1),
+            "reserved_bytes": torch.cuda.memory_reserved(),
+        }  # fmt: skip
+
+
+def _make(config: ModelConfig, context: int, fast_bytes: int | None) -> tuple[CudaForward, Weights, ExpertBlocks]:
+    """Return a forward over random weights and caches of one sequence, with as many experts on the device as fit."""
+    layout, device = CacheLayout(config, "released", 0), torch.device("cuda")
+    torch.zeros(1, device=device)
+    routed = sum(
+        size
+        for group in cost.inventory(config)
+        if group.part == "routed_experts"
+        for _, size in group.stored().values()
+    )
+    others = cost.weights_bytes(config, draft=False) - routed + cost.sequence_bytes(config, context)
+    room = torch.cuda.mem_get_info()[0] - others - step_bytes(layout, 1, context) - SPARE_BYTES
+    fast = room if fast_bytes is None else fast_bytes
+    if not 0 < fast <= room:
+        raise CapacityError(f"{fast:,} bytes of experts on the device: there is room for {max(0, room):,}")
+    blocks = ExpertBlocks(config, device, fast)
+    weights = Weights(config, device, blocks).fill_random()
+    pages = torch.zeros((layout.pages_for(context), layout.page_bytes), dtype=torch.uint8, device=device)
+    slots = torch.zeros((1, layout.slot_bytes), dtype=torch.uint8, device=device)
+    fill_caches(layout, pages, slots)
+    torch.cuda.empty_cache()
+    return CudaForward(weights, layout, pages, slots, positions=context), weights, blocks
