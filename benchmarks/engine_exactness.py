@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.engine.scripted import TEXTS, config_for
+from tests.engine.small_tokens import TEXTS, config_for
 
 from pelagos import cost
 from pelagos.chat import Tokenizer, train_tokenizer

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.scripted import TEXTS, config_for, scripted_llm
+from tests.engine.scripted import scripted_llm
+from tests.engine.small_tokens import TEXTS, config_for
 
 from pelagos import cli
 from pelagos.chat import Tokenizer, train_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.scripted import TEXTS, config_for
+from tests.engine.small_tokens import TEXTS, config_for
 
 from pelagos import cli, cost
 from pelagos.chat import Tokenizer, train_tokenizer

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.scripted import config_for, scripted_llm, small_tokenizer
+from tests.engine.scripted import scripted_llm
+from tests.engine.small_tokens import config_for, small_tokenizer
 
 import pelagos
 from pelagos.engine import LLM, SamplingParams

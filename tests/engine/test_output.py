@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.scripted import small_tokenizer
+from tests.engine.small_tokens import small_tokenizer
 
 from pelagos.engine.output import TextStream
 from pelagos.engine.sampler import Pick, SamplingParams

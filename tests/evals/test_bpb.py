@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.scripted import TEXTS, config_for
+from tests.engine.small_tokens import TEXTS, config_for
 
 from pelagos import cli
 from pelagos.chat import Tokenizer, train_tokenizer

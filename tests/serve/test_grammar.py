@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.scripted import small_tokenizer
+from tests.engine.small_tokens import small_tokenizer
 from tests.serve.answers import OFF, tool
 
 from pelagos.chat.parser import Event, Parser

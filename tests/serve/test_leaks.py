@@ -11,7 +11,7 @@ from benchmarks import leaks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.chat.conversations import WORDS
-from tests.engine.scripted import small_tokenizer
+from tests.engine.small_tokens import small_tokenizer
 from tests.serve.answers import CARD
 
 from pelagos.chat.tokens import DSML

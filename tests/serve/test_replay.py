@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.scripted import scripted_engine, scripted_llm, small_tokenizer
+from tests.engine.scripted import scripted_engine, scripted_llm
+from tests.engine.small_tokens import small_tokenizer
 from tests.serve.answers import OFF, answered, tool
 
 from pelagos.chat.render import render_prompt
