@@ -83,9 +83,8 @@ class Agent:
                 on_turn({**record, "results": results})
             if not calls:
                 ended = "length" if record.get("finish_reason") == "length" else "done"
-                return Outcome(
-                    ended=ended, turns=turn + 1, answer=record["message"].get("content") or "", tokens=tokens
-                )
+                said = record["message"].get("content") or ""
+                return Outcome(ended=ended, turns=turn + 1, answer=said, tokens=tokens)
         return Outcome(ended="turns", turns=self._most, answer="", tokens=tokens)
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -112,11 +111,8 @@ class Agent:
             text = "error: interrupted; the command may have run in part or whole. Look before you go on."
         except (KeyError, TypeError, ValueError, AttributeError, SandboxError) as error:
             text = f"error: {error}"
-        return {
-            "role": "tool",
-            "tool_call_id": (call if isinstance(call, dict) else {}).get("id", request),
-            "content": text,
-        }
+        identity = call.get("id", request) if isinstance(call, dict) else request
+        return {"role": "tool", "tool_call_id": identity, "content": text}
 
     def _bash(self, request: str, command: str, timeout: float = TIMEOUT_S) -> str:
         if not isinstance(command, str) or not isinstance(timeout, (int, float)):

@@ -4,13 +4,11 @@ Markup is recognised by special token ids alone, never by spelling, and no piece
 markup is recovered where its meaning is plain. Grammar: released encoder; recoveries: what servers meet in practice.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from pelagos.chat.arguments import Arguments
 from pelagos.chat.json_output import JsonOutput
@@ -98,7 +96,7 @@ class Parser:
         self.done = False  # nothing that could still come will be used: generation can stop
 
     @classmethod
-    def for_prompt(cls, prompt: Prompt, tokenizer: Tokenizer, **options: Any) -> Parser:
+    def for_prompt(cls, prompt: Prompt, tokenizer: Tokenizer, **options: Any) -> Self:
         """Return the parser of the answer to a rendered prompt; options are the fields a prompt does not decide."""
         fixed = {"start": prompt.start, "continues": prompt.continues, "json_output": prompt.json_output}
         return cls(prompt.thinking, prompt.tools, special_tokens=tokenizer.special_tokens, **fixed, **options)

@@ -5,15 +5,13 @@ alone. The bits of EOS count, since without it nobody could tell where the docum
 several documents pays for a separator too); its bytes do not, so the figure errs on the high side by that little.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
@@ -45,7 +43,7 @@ class Score:
     nats: float = 0.0
     seconds: float = 0.0
 
-    def add(self, other: Score) -> None:
+    def add(self, other: Self) -> None:
         """Count another score's documents too."""
         for name in ("documents", "tokens", "bytes", "nats", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

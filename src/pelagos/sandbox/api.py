@@ -1,11 +1,9 @@
 """What clients, keeper and substrates say to each other: specs, limits, capability flags, results, commands."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pelagos.errors import SandboxError
 
@@ -66,7 +64,7 @@ class Spec:
     network: tuple[str, ...] = ()  # names that may be connected to, perhaps with :PORT, or .SUFFIX; none: no network
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Spec:
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read back what `dataclasses.asdict` and JSON made of a spec."""
         return cls(**{**raw, "limits": Limits(**raw["limits"]), "layers": tuple(raw["layers"]),
                       "network": tuple(raw.get("network", ()))})  # fmt: skip

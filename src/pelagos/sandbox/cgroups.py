@@ -3,13 +3,12 @@
 Groups lie under `pelagos/<sandbox>` of each hierarchy. What a controller cannot do here is a flag, never a guess.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from pelagos.sandbox.api import Limits
 
@@ -27,7 +26,7 @@ class Group:
     unified: bool
 
     @classmethod
-    def create(cls, name: str) -> Group | None:
+    def create(cls, name: str) -> Self | None:
         """Make the groups; None where memory and process limits cannot both be had."""
         found, unified = _hierarchies()
         made: dict[str, Path] = {}

@@ -4,8 +4,6 @@ Nothing of ours runs inside but a `cat` that waits on a pipe. Mounts are made in
 user, so they end with the processes. Refuses to start where user namespaces, overlay or bubblewrap are missing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import gc
@@ -59,6 +57,70 @@ def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
         host_user="separate" if os.geteuid() == 0 else "caller",
         terminal="yes" if files == "overlay" else "none",
     )
+
+
+def take_notes(box: Path) -> None:
+    """Write what goes wrong from here on to the sandbox's `keeper.err`."""
+    os.dup2(os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), 2)
+
+
+class Home:
+    """The control groups of a sandbox to come, and a process in them that will fork what runs there.
+
+    Joining groups takes 16 ms (the kernel waits for a grace period), so it is done before anybody asks, and once.
+    """
+
+    def __init__(self, make: "Callable[[Path], Substrate]") -> None:
+        self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        linux.seccomp_program()
+
+        def work() -> None:
+            joins = self.group.open_joins() if self.group else []
+            for fd in joins:
+                os.write(fd, b"0")
+            linux.close_all_but([theirs.fileno()])
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if box := theirs.recv(1 << 16):
+                take_notes(Path(os.fsdecode(box)))
+                make(Path(os.fsdecode(box))).run_inside(theirs)
+
+        self._pid = linux.fork(work, traceback.print_exception)
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process, and with it the sandbox; remove the groups."""
+        if self.group and "freezer" in self.group.directories:
+            with contextlib.suppress(OSError):
+                self.group.freeze(False)
+        self.control.close()
+        if self._pid > 0:
+            fd = os.pidfd_open(self._pid)
+            if not select.select([fd], [], [], END_S)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+            os.close(fd)
+            os.waitpid(self._pid, 0)
+            self._pid = -1
+        if self.group:
+            self.group.remove()
+
+
+class Running:
+    """A command that runs; closing the leash ends it."""
+
+    def __init__(self, status_fd: int, leash: int) -> None:
+        self.status_fd, self._leash = status_fd, leash
+
+    def kill(self) -> None:
+        """End the command and what belongs to it; its status still comes."""
+        if self._leash >= 0:
+            os.close(self._leash)
+            self._leash = -1
+
+    def reap(self) -> None:
+        """Close what the keeper held of the command."""
+        os.close(self.status_fd)
+        self.kill()
 
 
 class Substrate(ABC):
@@ -123,70 +185,6 @@ class Substrate(ABC):
         finally:
             linux.close(text, status_w, leash_r)
         return Running(status, leash)
-
-
-def take_notes(box: Path) -> None:
-    """Write what goes wrong from here on to the sandbox's `keeper.err`."""
-    os.dup2(os.open(box / "keeper.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), 2)
-
-
-class Home:
-    """The control groups of a sandbox to come, and a process in them that will fork what runs there.
-
-    Joining groups takes 16 ms (the kernel waits for a grace period), so it is done before anybody asks, and once.
-    """
-
-    def __init__(self, make: Callable[[Path], Substrate]) -> None:
-        self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        linux.seccomp_program()
-
-        def work() -> None:
-            joins = self.group.open_joins() if self.group else []
-            for fd in joins:
-                os.write(fd, b"0")
-            linux.close_all_but([theirs.fileno()])
-            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-            if box := theirs.recv(1 << 16):
-                take_notes(Path(os.fsdecode(box)))
-                make(Path(os.fsdecode(box))).run_inside(theirs)
-
-        self._pid = linux.fork(work, traceback.print_exception)
-        theirs.close()
-
-    def close(self) -> None:
-        """End the process, and with it the sandbox; remove the groups."""
-        if self.group and "freezer" in self.group.directories:
-            with contextlib.suppress(OSError):
-                self.group.freeze(False)
-        self.control.close()
-        if self._pid > 0:
-            fd = os.pidfd_open(self._pid)
-            if not select.select([fd], [], [], END_S)[0]:
-                os.kill(self._pid, signal.SIGKILL)
-            os.close(fd)
-            os.waitpid(self._pid, 0)
-            self._pid = -1
-        if self.group:
-            self.group.remove()
-
-
-class Running:
-    """A command that runs; closing the leash ends it."""
-
-    def __init__(self, status_fd: int, leash: int) -> None:
-        self.status_fd, self._leash = status_fd, leash
-
-    def kill(self) -> None:
-        """End the command and what belongs to it; its status still comes."""
-        if self._leash >= 0:
-            os.close(self._leash)
-            self._leash = -1
-
-    def reap(self) -> None:
-        """Close what the keeper held of the command."""
-        os.close(self.status_fd)
-        self.kill()
 
 
 class Container(Substrate):

@@ -4,13 +4,12 @@ It outlives its clients and ends on `close` or after `ttl_s` without a request. 
 starting Python costs more than starting a sandbox. A request is one connection: a JSON line and payload in, frames out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import gc
+import importlib
 import json
 import os
 import select
@@ -25,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
-from pelagos.sandbox import cgroups, linux
+from pelagos.sandbox import cgroups, function, linux  # noqa: F401  `function` is loaded once for all keepers
 from pelagos.sandbox.api import Command, Spec
-from pelagos.sandbox.container import Container, Home, Substrate, take_notes
-from pelagos.sandbox.function import Function
+from pelagos.sandbox.container import Home, Substrate, take_notes
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
 from pelagos.sandbox.loop import Connection, Loop, Promise
@@ -49,22 +47,13 @@ PURE = frozenset(("read", "list"))
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
 
-# The substrates that exist; each takes (the sandbox's directory, the directory of layers, spec, where it will live).
-def _virtual(name: str) -> Callable[[Path, Path, Spec, Home | None], Substrate]:
-    """Load what virtual machines need when one is asked for: keepers of containers stay small."""
-
-    def make(box: Path, layers: Path, spec: Spec, home: Home | None) -> Substrate:
-        from pelagos.sandbox import vm
-
-        return getattr(vm, name)(box, layers, spec, home)
-
-    return make
-
-
-SUBSTRATES: dict[str, Callable[[Path, Path, Spec, Home | None], Substrate]] = {
-    "container": Container, "function": Function, "microvm": _virtual("VirtualMachine"), "fullvm": _virtual("FullVM"),
-}  # fmt: skip
-
+# Where the class of each substrate is: what virtual machines need is loaded when one is asked for, keepers stay small.
+SUBSTRATES = {
+    "container": "container.Container",
+    "function": "function.Function",
+    "microvm": "vm.VirtualMachine",
+    "fullvm": "vm.FullVM",
+}
 Emit = Callable[[str, bytes], None]
 Outcome = tuple[dict[str, Any], dict[str, bytes]]
 
@@ -73,8 +62,11 @@ def _make(box: Path, spec: Spec, home: Home | None) -> Substrate:
     """Return the substrate of a spec, not yet started, once it has every flag the spec requires."""
     if spec.substrate not in SUBSTRATES:
         raise SandboxError(f"substrate {spec.substrate!r}: expected one of {', '.join(SUBSTRATES)}")
-    substrate = SUBSTRATES[spec.substrate](box, box.parents[1] / LAYERS, spec, home)
-    substrate.capabilities.check(spec.require)
+    module, _, name = SUBSTRATES[spec.substrate].partition(".")
+    kind = getattr(importlib.import_module(f"pelagos.sandbox.{module}"), name)
+    substrate = kind(box, box.parents[1] / LAYERS, spec, home)
+    if home is not None:  # where it is not only the copy inside
+        substrate.capabilities.check(spec.require)
     return substrate
 
 
@@ -83,7 +75,64 @@ def _read_spec(box: Path) -> Spec:
 
 
 def _home() -> Home:
-    return Home(lambda box: SUBSTRATES[(spec := _read_spec(box)).substrate](box, box.parents[1] / LAYERS, spec, None))
+    return Home(lambda box: _make(box, _read_spec(box), None))
+
+
+class _Stream:
+    """One output pipe: keeps the first `most` bytes, reads on slowly and drops the rest."""
+
+    def __init__(self, loop: Loop, name: str, most: int, emit: Emit) -> None:
+        self.name, self.kept, self.truncated = name, bytearray(), False
+        self._loop, self._most, self._emit, self._closing = loop, most, emit, False
+        self._fd, self.write_fd = os.pipe()
+        os.set_blocking(self._fd, False)
+
+    def listen(self) -> None:
+        """Let go of the write end, which the command has now, and take what comes."""
+        os.close(self.write_fd)
+        self.write_fd = -1
+        self._loop.watch(self._fd, self._take)
+
+    def turn_to(self, fd: int) -> None:
+        """Read another descriptor from here on."""
+        self._loop.watch(self._fd, None)
+        os.close(self._fd)
+        self._fd = fd
+        os.set_blocking(fd, False)
+        self._loop.watch(fd, self._take)
+
+    def _take(self) -> bool:
+        try:
+            data = os.read(self._fd, DRAIN_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:  # how a terminal ends
+            data = b""
+        new = data[: self._most - len(self.kept)]
+        self.kept += new
+        self.truncated |= len(new) < len(data)
+        if new:
+            self._emit(self.name, new)
+        if not data or (self.truncated and not self._closing):
+            self._loop.watch(self._fd, None)
+        if data and self.truncated and not self._closing:
+            # A flood is read at some 60 MB/s, so that it costs the host little and the command still ends.
+            self._loop.later(0.001, self._again)
+        return bool(data)
+
+    def _again(self) -> None:
+        if not self._closing:
+            self._loop.watch(self._fd, self._take)
+
+    def close(self) -> None:
+        """Take what is in the pipe, wait for nobody, and close."""
+        self._closing = True
+        self._loop.watch(self._fd, None)
+        if self.write_fd >= 0:
+            os.close(self.write_fd)
+        while self._take() and not self.truncated:
+            pass
+        os.close(self._fd)
 
 
 class Keeper:
@@ -412,63 +461,6 @@ class Keeper:
             at = data.rfind(b'{"error": ')
             raise SandboxError(json.loads(data[at:])["error"] if at >= 0 else "killed while it read the files")
         return data
-
-
-class _Stream:
-    """One output pipe: keeps the first `most` bytes, reads on slowly and drops the rest."""
-
-    def __init__(self, loop: Loop, name: str, most: int, emit: Emit) -> None:
-        self.name, self.kept, self.truncated = name, bytearray(), False
-        self._loop, self._most, self._emit, self._closing = loop, most, emit, False
-        self._fd, self.write_fd = os.pipe()
-        os.set_blocking(self._fd, False)
-
-    def listen(self) -> None:
-        """Let go of the write end, which the command has now, and take what comes."""
-        os.close(self.write_fd)
-        self.write_fd = -1
-        self._loop.watch(self._fd, self._take)
-
-    def turn_to(self, fd: int) -> None:
-        """Read another descriptor from here on."""
-        self._loop.watch(self._fd, None)
-        os.close(self._fd)
-        self._fd = fd
-        os.set_blocking(fd, False)
-        self._loop.watch(fd, self._take)
-
-    def _take(self) -> bool:
-        try:
-            data = os.read(self._fd, DRAIN_BYTES)
-        except BlockingIOError:
-            return False
-        except OSError:  # how a terminal ends
-            data = b""
-        new = data[: self._most - len(self.kept)]
-        self.kept += new
-        self.truncated |= len(new) < len(data)
-        if new:
-            self._emit(self.name, new)
-        if not data or (self.truncated and not self._closing):
-            self._loop.watch(self._fd, None)
-        if data and self.truncated and not self._closing:
-            # A flood is read at some 60 MB/s, so that it costs the host little and the command still ends.
-            self._loop.later(0.001, self._again)
-        return bool(data)
-
-    def _again(self) -> None:
-        if not self._closing:
-            self._loop.watch(self._fd, self._take)
-
-    def close(self) -> None:
-        """Take what is in the pipe, wait for nobody, and close."""
-        self._closing = True
-        self._loop.watch(self._fd, None)
-        if self.write_fd >= 0:
-            os.close(self.write_fd)
-        while self._take() and not self.truncated:
-            pass
-        os.close(self._fd)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,6 @@ Canonical: sorted names, no owners, no setuid bits, nanosecond times, hard links
 as pax headers of our own. Extended attributes, sockets and devices are left out. Tars are treated as hostile.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -18,9 +16,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
@@ -42,28 +40,6 @@ _ETC = {
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "resolv.conf": "",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """What a sandbox starts from: base "host" (its /usr, read-only) or "none", and layers from the bottom up."""
-
-    base: str
-    layers: tuple[str, ...]
-
-    @classmethod
-    def host(cls, store: Store | None = None) -> Image:
-        """Return the image of the host's own programs, with home, /workspace and an /etc without secrets."""
-        return cls("host", ((store or default_store()).host_layer,))
-
-    def with_directory(self, path: Path | str, *, at: str = "/", store: Store | None = None) -> Image:
-        """Return this image with a copy of a host directory on top."""
-        return Image(self.base, (*self.layers, (store or default_store()).add_directory(Path(path), at=at)))
-
-    def with_tar(self, path: Path | str, *, store: Store | None = None) -> Image:
-        """Return this image with a tar on top (a root file system, or what `pack_diff` gave)."""
-        with Path(path).open("rb") as file:
-            return Image(self.base, (*self.layers, (store or default_store()).add_tar(file)))
 
 
 class Store:
@@ -166,6 +142,28 @@ def default_store() -> Store:
     from pelagos.config import read_environment
 
     return Store(read_environment().cache_home / "pelagos" / "sandbox")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What a sandbox starts from: base "host" (its /usr, read-only) or "none", and layers from the bottom up."""
+
+    base: str
+    layers: tuple[str, ...]
+
+    @classmethod
+    def host(cls, store: Store | None = None) -> Self:
+        """Return the image of the host's own programs, with home, /workspace and an /etc without secrets."""
+        return cls("host", ((store or default_store()).host_layer,))
+
+    def with_directory(self, path: Path | str, *, at: str = "/", store: Store | None = None) -> Self:
+        """Return this image with a copy of a host directory on top."""
+        return replace(self, layers=(*self.layers, (store or default_store()).add_directory(Path(path), at=at)))
+
+    def with_tar(self, path: Path | str, *, store: Store | None = None) -> Self:
+        """Return this image with a tar on top (a root file system, or what `pack_diff` gave)."""
+        with Path(path).open("rb") as file:
+            return replace(self, layers=(*self.layers, (store or default_store()).add_tar(file)))
 
 
 def unpack(file: IO[bytes], target: Path) -> None:

@@ -4,8 +4,6 @@ Format and promises: `docs/sandbox.md`. It refuses to open what does not verify,
 one request id two meanings. It knows nothing of processes: the keeper, its only writer, asks before and tells after.
 """
 
-from __future__ import annotations
-
 import base64
 import fcntl
 import hashlib
@@ -17,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pelagos.errors import SandboxError, TrajectoryError, UnknownOutcome
 
@@ -67,7 +65,7 @@ class TrajectoryLog:
         self._entered = False  # whether the directory entry is known to be on disk
 
     @classmethod
-    def create(cls, directory: Path, header: Mapping[str, Any]) -> TrajectoryLog:
+    def create(cls, directory: Path, header: Mapping[str, Any]) -> Self:
         """Start a log in `directory`, which must not hold one; it is on disk when the first intent is."""
         directory.mkdir(parents=True, exist_ok=True)
         path, draft = directory / NAME, directory / f"{NAME}.new"
@@ -80,7 +78,7 @@ class TrajectoryLog:
         return cls.open(directory)
 
     @classmethod
-    def open(cls, directory: Path) -> TrajectoryLog:
+    def open(cls, directory: Path) -> Self:
         """Verify a log, cut a torn tail, take the writer's lock; TrajectoryError for damage or a second writer."""
         path = directory / NAME
         try:
@@ -92,7 +90,7 @@ class TrajectoryLog:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TrajectoryError(f"{path}: another process writes this log; one keeper at a time") from None
-            log: TrajectoryLog | None = None
+            log: Self | None = None
             for offset, previous, head, record in _verified(path):
                 if log is None:
                     log = cls(directory, fd, record)

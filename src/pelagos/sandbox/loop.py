@@ -4,8 +4,6 @@ Not asyncio, because a keeper forks for every command and what a fork costs is w
 with that. It has no threads and no cancelling; a loop that stops forgets what still waits.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import heapq
@@ -15,7 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, Self
 
 READ_BYTES = 1 << 18
 
@@ -23,7 +21,7 @@ READ_BYTES = 1 << 18
 class Promise:
     """Something that will be settled once, with a value or an error; await it as often as you like."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: "Loop") -> None:
         self.settled, self._loop = False, loop
         self._value: Any = None
         self._error: BaseException | None = None
@@ -48,7 +46,7 @@ class Promise:
             raise self._error
         return self._value
 
-    def __await__(self) -> Generator[Promise, None, Any]:
+    def __await__(self) -> Generator[Self, None, Any]:
         if not self.settled:
             yield self
         return self.result()

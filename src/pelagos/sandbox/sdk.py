@@ -4,8 +4,6 @@ A client holds no state that matters: every request is one connection to the san
 Where the keeper is gone a new one is started and asked again; the log makes that safe.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -35,6 +33,43 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Sink = Callable[[bytes], None]
 CLOSE_S = 10.0
+
+
+class _Link:
+    """One connection to a keeper; it belongs to no event loop between two uses."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self._in = sock, bytearray()
+
+    @classmethod
+    async def to(cls, directory: Path) -> Self:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with keeper.short_name(directory) as short:
+                await asyncio.get_running_loop().sock_connect(sock, f"{short}/{keeper.SOCKET}")
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def take(self, size: int | None = None) -> bytes:
+        """Return `size` bytes or a line."""
+        while (end := self._in.find(b"\n") + 1 if size is None else size) > len(self._in) or (size is None and not end):
+            piece = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 20)
+            if not piece:
+                raise ConnectionResetError("the keeper ended before it answered")
+            self._in += piece
+        data = bytes(self._in[:end])
+        del self._in[:end]
+        return data
+
+
+def _hang_up(links: list[_Link]) -> None:
+    while links:
+        links.pop().sock.close()
 
 
 class AsyncSandbox:
@@ -282,43 +317,6 @@ class AsyncSandbox:
         return told
 
 
-class _Link:
-    """One connection to a keeper; it belongs to no event loop between two uses."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock, self._in = sock, bytearray()
-
-    @classmethod
-    async def to(cls, directory: Path) -> _Link:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            with keeper.short_name(directory) as short:
-                await asyncio.get_running_loop().sock_connect(sock, f"{short}/{keeper.SOCKET}")
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
-
-    async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.sock, data)
-
-    async def take(self, size: int | None = None) -> bytes:
-        """Return `size` bytes or a line."""
-        while (end := self._in.find(b"\n") + 1 if size is None else size) > len(self._in) or (size is None and not end):
-            piece = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 20)
-            if not piece:
-                raise ConnectionResetError("the keeper ended before it answered")
-            self._in += piece
-        data = bytes(self._in[:end])
-        del self._in[:end]
-        return data
-
-
-def _hang_up(links: list[_Link]) -> None:
-    while links:
-        links.pop().sock.close()
-
-
 class AsyncFiles:
     """A sandbox's files, reached as the user inside reaches them."""
 
@@ -380,16 +378,16 @@ class Sandbox:
     info, resolve = _waiting(AsyncSandbox.info), _waiting(AsyncSandbox.resolve)
 
     @classmethod
-    def create(cls, **options: Any) -> Sandbox:
+    def create(cls, **options: Any) -> Self:
         """Start a sandbox; options as for `AsyncSandbox.create`."""
         return cls(AsyncSandbox.create(**options))
 
     @classmethod
-    def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Sandbox:
+    def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Self:
         """Come back to a sandbox; see `AsyncSandbox.open`."""
         return cls(AsyncSandbox.open(id, replay=replay, store=store))
 
-    def fork(self, n: int, *, request_id: str | None = None) -> list[Sandbox]:
+    def fork(self, n: int, *, request_id: str | None = None) -> list["Sandbox"]:
         """Return n new sandboxes that start from this one's files."""
         return [Sandbox(box) for box in self.runner.run(self.wrapped.fork(n, request_id=request_id))]
 
@@ -400,7 +398,7 @@ class Sandbox:
             self.runner.close()
             self._closed = True
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

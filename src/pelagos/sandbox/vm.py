@@ -5,6 +5,7 @@ KVM is used only where a guest booted with it, else QEMU translates (TCG). Guest
 packages as a disk, the image's layers on a second one, and no network. Needs a kernel with modules in /boot.
 """
 
+import base64
 import contextlib
 import fcntl
 import gzip
@@ -20,6 +21,7 @@ import subprocess
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +37,7 @@ PACKAGES = (
     "bash coreutils dash diffutils findutils gawk git grep gzip libpython3-stdlib make mawk patch procps "
     "python3-minimal sed tar util-linux"
 )
-_UNWANTED = re.compile(
-    r"^/usr/share/(doc|man|locale|info|lintian|perl|i18n)/|/(__pycache__|test|tests|idlelib|lib2to3)/"
-)
+_UNWANTED = re.compile(r"^/usr/share/(doc|man|locale|info|lintian|perl|i18n)/|/(__pycache__|tests?|idlelib|lib2to3)/")
 MODULES = (
     "virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_mmio virtio_pci virtio_blk "
     "virtio_console overlay"
@@ -46,6 +46,7 @@ PROGRAMS = {
     "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs",
     "busybox": "busybox-static", "dpkg": "dpkg",
 }  # fmt: skip
+_MKE2FS = "mke2fs -q -F -t ext4 -O ^has_journal -m 0 -E".split()
 OVERHEAD_MB = 224  # of QEMU itself, beside the guest's memory
 BOOT_S = 60.0
 PROBE_S = 10.0
@@ -174,10 +175,8 @@ class VirtualMachine(Substrate):
             return
         ask, (ready, ended) = json.loads(told), fds
         (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
-        words = [
-            w.replace("fd=PORT", f"fd={port_vm.fileno()}").replace("fd=QMP", f"fd={qmp_vm.fileno()}")
-            for w in ask["words"]
-        ]
+        ends = f"fd={port_vm.fileno()}", f"fd={qmp_vm.fileno()}"
+        words = [w.replace("fd=PORT", ends[0]).replace("fd=QMP", ends[1]) for w in ask["words"]]
         notes = os.open(self._box / "qemu.err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
         def launch() -> None:
@@ -313,8 +312,7 @@ class VirtualMachine(Substrate):
                     _stage(files, Path(stage))
                     size = sum(os.lstat(f).st_blocks // 2 + 4 for f in files) * 5 // 4 + (16 << 10)
                     draft = path.with_suffix(".new")
-                    _run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0",
-                         "-d", stage, str(draft), f"{size}k")  # fmt: skip
+                    _run(*_MKE2FS, "root_owner=0:0", "-d", stage, str(draft), f"{size}k")
                     draft.chmod(0o444)
                     draft.rename(path)
         return path
@@ -326,7 +324,8 @@ class VirtualMachine(Substrate):
         init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode())
         path = self._art / f"initrd-{hashlib.sha256(f'{version}{agent}{init}'.encode()).hexdigest()[:16]}"
         if not path.exists():
-            squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{_squeeze(agent)}')))"
+            packed = base64.b64encode(zlib.compress(agent.encode(), 9)).decode("ascii")
+            squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{packed}')))"
             parts = {"init": (0o755, init.encode()), "agent": (0o644, squeezed.encode())}
             parts |= {"bin/busybox": (0o755, Path(str(linux.which("busybox"))).read_bytes())}
             parts |= {module.name: (0o644, module.read_bytes()) for module in find_modules()}
@@ -471,9 +470,8 @@ def find_modules() -> list[Path]:
     built_in = (root / "modules.builtin").read_text(encoding="utf-8") if (root / "modules.builtin").exists() else ""
     for name in ("virtio_blk", "virtio_console", "overlay"):
         if name not in found and f"/{name}.ko" not in built_in:
-            raise SandboxError(
-                f"{root}: no plain module {name} (compressed ones are not read); install linux-image-cloud-amd64"
-            )
+            said = "compressed ones are not read"
+            raise SandboxError(f"{root}: no plain module {name} ({said}); install linux-image-cloud-amd64")
     return list(found.values())
 
 
@@ -492,9 +490,8 @@ def _package_files() -> list[str]:
     for entry in Path("/var/lib/dpkg/status").read_text(encoding="utf-8").split("\n\n"):
         if name := re.search(r"^Package: (.*)$", entry, re.M):
             provided = re.search(r"^Provides: (.*)$", entry, re.M)
-            for word in (
-                [name[1], *(re.split(r"[ (]", w.strip())[0] for w in provided[1].split(","))] if provided else [name[1]]
-            ):
+            also = provided[1].split(",") if provided else []
+            for word in (name[1], *(re.split(r"[ (]", w.strip())[0] for w in also)):
                 known.setdefault(word, entry)
     todo, seen, files = [name for name in PACKAGES.split() if name in known], set(), set()
     while todo:
@@ -544,8 +541,7 @@ def _stage(files: list[str], stage: Path) -> None:
 
 
 def _make_disk(path: Path, megabytes: float) -> None:
-    _run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0,lazy_itable_init=1",
-         str(path), f"{int(megabytes * 1024)}k")  # fmt: skip
+    _run(*_MKE2FS, "root_owner=0:0,lazy_itable_init=1", str(path), f"{int(megabytes * 1024)}k")
 
 
 def _copy_sparse(source: Path, target: Path) -> None:
@@ -575,13 +571,6 @@ def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
     return bytes(out)
-
-
-def _squeeze(text: str) -> str:
-    import base64
-    import zlib
-
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
 
 
 def _run(*words: str) -> None:
