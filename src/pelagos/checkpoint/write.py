@@ -104,10 +104,8 @@ def _write_files(
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         (work / f"{i}.part").rename(work / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(
-        work / INDEX_NAME,
-        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-    )
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(work / INDEX_NAME, index)
     return formats
 
 

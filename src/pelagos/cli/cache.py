@@ -1,19 +1,16 @@
 """`pelagos cache`: what the prefix cache on disk holds, whether it is intact, and its removal."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from pelagos.config import read_environment
+from pelagos.engine.disk_file import KINDS, CacheDirectory, DamagedFile, Listed
 from pelagos.errors import CacheError, ConfigError
-
-if TYPE_CHECKING:
-    from pelagos.engine.disk_file import CacheDirectory, Listed
 
 app = typer.Typer(no_args_is_help=True)
 Place = Annotated[Path | None, typer.Option("--dir", help="Cache directory (default: pelagos/prefix in your cache).")]
@@ -37,8 +34,6 @@ def verify(
     delete: Annotated[bool, typer.Option("--delete", help="Remove the damaged files.")] = False,
 ) -> None:  # fmt: skip
     """Read every byte and compare checksums; exit code 1 when a file is damaged."""
-    from pelagos.engine.disk_file import DamagedFile
-
     cache = _open(directory)
     counts, damaged = {"intact": 0, "other_format": 0, "gone": 0}, []
     for tag, listed in _files(cache, user):
@@ -78,9 +73,6 @@ def purge(
 
 
 def _open(directory: Path | None) -> CacheDirectory:
-    from pelagos.config import read_environment
-    from pelagos.engine.disk_file import CacheDirectory
-
     usual = read_environment().cache_home / "pelagos" / "prefix"
     return CacheDirectory(directory or usual, create=directory is None)
 
@@ -95,8 +87,6 @@ def _files(cache: CacheDirectory, user: str | None) -> Iterator[tuple[str, Liste
 
 
 def _rows(cache: CacheDirectory, tag: str) -> Iterator[dict[str, Any]]:
-    from pelagos.engine.disk_file import KINDS
-
     for listed in cache.list_files(tag):
         row = {"file": listed.name, "kind": KINDS[listed.kind], "model": listed.fingerprint.hex()}
         row |= {"format": listed.version, "bytes": listed.size, "last_use": _moment(listed.used)}

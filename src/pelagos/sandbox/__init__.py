@@ -7,15 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pelagos.sandbox.api import Capabilities as Capabilities
-    from pelagos.sandbox.api import ExecResult as ExecResult
-    from pelagos.sandbox.api import FileInfo as FileInfo
-    from pelagos.sandbox.api import Limits as Limits
-    from pelagos.sandbox.layers import Image as Image
-    from pelagos.sandbox.layers import Store as Store
-    from pelagos.sandbox.sdk import AsyncSandbox as AsyncSandbox
-    from pelagos.sandbox.sdk import Sandbox as Sandbox
-    from pelagos.sandbox.sdk import replay as replay
+    from pelagos.sandbox.api import Capabilities, ExecResult, FileInfo, Limits
+    from pelagos.sandbox.layers import Image, Store
+    from pelagos.sandbox.sdk import AsyncSandbox, Sandbox, replay
 
 _ROOMS = {
     "Capabilities": "api", "ExecResult": "api", "FileInfo": "api", "Limits": "api", "Image": "layers",
