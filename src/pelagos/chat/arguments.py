@@ -55,7 +55,6 @@ class Arguments:
         return self._key() + (_quoted(self._text)[:-1] if self._is_string else self._text)
 
     def _settle(self) -> str:
-        """Finish the value in hand, if there is one."""
         if self._name is None:
             return ""
         added = '"' if self._streams else self._key() + self._value(self._properties.get(self._name))

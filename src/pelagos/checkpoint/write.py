@@ -110,7 +110,6 @@ def _write_files(
 
 
 def _encode(name: str, values: Tensor, format: str) -> list[tuple[str, Tensor]]:
-    """Return the stored CPU tensors of one weight: itself, and its scale where the format has one."""
     values = values.detach()
     if format not in FORMATS:
         raise CheckpointError(f"tensor {name!r}: format {format!r}, expected one of {', '.join(FORMATS)}")
@@ -135,7 +134,6 @@ def _encode(name: str, values: Tensor, format: str) -> list[tuple[str, Tensor]]:
 
 
 def _config_json(config: ModelConfig, formats: set[tuple[str, str]]) -> dict[str, Any]:
-    """Return `config.json` with the keys that describe how these tensors are stored."""
     result = config.to_dict()
     kinds = {format for format, _ in formats}
     result["torch_dtype"] = "float32" if kinds <= {"f32", "i64"} else "bfloat16"

@@ -35,7 +35,6 @@ def complete_lines(
 
 
 def _begin(llm: LLM, line: str | bytes, result: dict[str, Any], defaults: Mapping[str, Any]) -> Finish:
-    """Submit one line; return what waits for its result."""
     try:
         record = _parse(line)
         if "id" in record:

@@ -183,7 +183,6 @@ class Keeper:
             self._log.close()
 
     async def _watch(self) -> None:
-        """Mind the disk and the idle time."""
         limit = self._spec.limits.disk_mb * 1024 * 1024
         pause, rest, last = WATCH_S, 1.0, -1
         while True:
@@ -211,7 +210,6 @@ class Keeper:
             rest, last = (min(2 * rest, REST_MOST_S), used) if used == last else (1.0, used)
 
     async def _answer(self, server: socket.socket) -> None:
-        """Answer one connection's requests, one after another."""
         try:
             link = Connection(self._loop, server.accept()[0])
         except OSError:

@@ -446,7 +446,6 @@ def _absolute(path: str) -> str:
 
 
 def _unlocked(path: Path) -> bool:
-    """Whether no keeper holds the log."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -486,29 +486,26 @@ def _kernel() -> Path:
 
 def _package_files() -> list[str]:
     """Return the files of `PACKAGES` and what they depend on, as dpkg lists them."""
-    known: dict[str, str] = {}
-    for entry in Path("/var/lib/dpkg/status").read_text(encoding="utf-8").split("\n\n"):
-        if name := re.search(r"^Package: (.*)$", entry, re.M):
-            provided = re.search(r"^Provides: (.*)$", entry, re.M)
-            also = provided[1].split(",") if provided else []
-            for word in (name[1], *(re.split(r"[ (]", w.strip())[0] for w in also)):
-                known.setdefault(word, entry)
-    todo, seen, files = [name for name in PACKAGES.split() if name in known], set(), set()
+    known: dict[str, tuple[str, str]] = {}
+    form = "${db:Status-Abbrev}\t${binary:Package}\t${Package},${Provides}\t${Pre-Depends},${Depends}\n"
+    for line in _run("dpkg-query", "-W", "-f", form).splitlines():
+        state, package, names, needs = line.split("\t")
+        if state.startswith("ii"):
+            known |= {name: (package, needs) for name in _names(names.split(",")) if name not in known}
+    todo, seen = [name for name in PACKAGES.split() if name in known], set()
     while todo:
-        entry = known[todo.pop()]
-        name = entry.partition("Package: ")[2].partition("\n")[0]
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in re.findall(r"^(?:Pre-)?Depends: (.*)$", entry, re.M):
-            for choice in line.split(","):
-                words = [re.split(r"[ (:]", w.strip())[0] for w in choice.split("|")]
-                todo += [w for w in words if w in known][:1]
-        for path in Path("/var/lib/dpkg/info").glob(f"{name}*.list"):
-            if path.name.split(":")[0].removesuffix(".list") == name:
-                files |= set(path.read_text(encoding="utf-8").splitlines())
+        package, needs = known[todo.pop()]
+        if package not in seen:
+            seen.add(package)
+            for choice in needs.split(","):
+                todo += [name for name in _names(choice.split("|")) if name in known][:1]
+    files = set(_run("dpkg-query", "-L", *sorted(seen)).splitlines())
     wanted = [f for f in files if not _UNWANTED.search(f) and f.startswith(("/usr/", "/bin", "/sbin", "/lib"))]
     return sorted(f for f in wanted if os.path.lexists(f))
+
+
+def _names(words: list[str]) -> list[str]:
+    return [re.split(r"[ (:]", word.strip())[0] for word in words]
 
 
 def _stage(files: list[str], stage: Path) -> None:
@@ -545,7 +542,6 @@ def _make_disk(path: Path, megabytes: float) -> None:
 
 
 def _copy_sparse(source: Path, target: Path) -> None:
-    """Copy what a sparse file holds and leave its holes."""
     with source.open("rb") as read, target.open("wb") as write:
         size, at = os.fstat(read.fileno()).st_size, 0
         os.truncate(write.fileno(), size)
@@ -573,10 +569,11 @@ def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
     return bytes(out)
 
 
-def _run(*words: str) -> None:
+def _run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SandboxError(f"{words[0]}: {done.stderr.strip()}")
+    return done.stdout
 
 
 @contextlib.contextmanager

@@ -242,7 +242,6 @@ class Trainer:
         return sum(config.rows_at(self.step)) * config.lengths[config.length_stage(self.step)][1]
 
     def _update(self) -> tuple[Losses, Tensor]:
-        """One optimizer step over the micro-batches of this step."""
         config = self.config
         self._set_stage(self.step)
         weights, dense, terms, load = config.weights_at(self.step), config.dense(self.step), None, None

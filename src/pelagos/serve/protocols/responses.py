@@ -239,7 +239,6 @@ class Responses(wire.Api):
 
 
 def _format(form: Any) -> dict[str, Any] | None:
-    """Return chat's response_format."""
     if not form or form.get("type") != "json_schema":
         return dict(form) or None
     kept = {key: form[key] for key in ("name", "description", "schema", "strict") if form.get(key) is not None}
@@ -260,7 +259,6 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choice(choice: Any) -> Any:
-    """Return chat's tool choice."""
     if not isinstance(choice, dict):
         return choice
     kind, name = choice.get("type"), choice.get("name")
@@ -273,7 +271,6 @@ def _choice(choice: Any) -> Any:
 
 
 def _item(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an input item with only parts the library knows."""
     if item.get("type", "message") == "message":
         return {**item, "content": wire.readable(item.get("content"), _PARTS, "input_text")}
     return {**item, "output": wire.readable(item.get("output"), _PARTS, "input_text")} if _is_output(item) else item
@@ -284,7 +281,6 @@ def _is_output(item: dict[str, Any]) -> bool:
 
 
 def _echo(body: dict[str, Any], reasoning: Any, text: Any) -> dict[str, Any]:
-    """Return what a response object says of its request."""
     return {
         "background": False, "completed_at": None, "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
         "instructions": body.get("instructions"), "max_output_tokens": body.get("max_output_tokens"),
