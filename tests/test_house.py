@@ -31,7 +31,7 @@ FLOORS = (
     ("__main__",),
 )
 LINE_CEILINGS = {
-    "cli": 1290, "posttrain": 2000, "evals": 2050, "serve": 5010, "agent": 270, "train": 3150, "engine": 4290,
+    "cli": 1290, "posttrain": 2000, "evals": 2050, "serve": 5010, "agent": 270, "train": 3150, "engine": 4310,
     "model": 2530, "checkpoint": 800, "tasks": 780, "kernels": 9140, "parallel": 500, "chat": 1010, "cost": 760,
     "sandbox": 4900, "config": 500, "errors": 150, "numerics": 500,
 }  # fmt: skip

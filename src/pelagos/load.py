@@ -82,6 +82,25 @@ def _stream_experts(model: Transformer, checkpoint: Checkpoint, budget_bytes: in
         model.set_format(name, info.format)
 
 
+def load_served(
+    path_or_name: str | Path,
+    *,
+    mode: str = "reference",
+    device: torch.device | str | None = None,
+    expert_bytes: int | None = None,
+) -> Transformer | Weights:
+    """Load what an engine serves: on CUDA in released mode packed weights if kernels take their shapes, else a model.
+
+    Raises as `load_model`.
+    """
+    if mode == "released" and device is not None and expert_bytes is None and usable_device(device).type == "cuda":
+        try:
+            return load_weights(path_or_name, device)
+        except (ConfigError, CheckpointError) as error:  # what is wrong with the files themselves is said again below
+            _log.warning("the captured step does not take this model, it runs in torch: %s", error)
+    return load_model(path_or_name, mode=mode, device=device, expert_bytes=expert_bytes)
+
+
 def load_weights(path_or_name: str | Path, device: torch.device | str) -> Weights:
     """Load a checkpoint into the merged weights of the captured step, packed as released; one tensor at a time.
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from pelagos import LLM, cost
+from pelagos.chat import Tokenizer
+from pelagos.checkpoint import resolve_model
 from pelagos.config import preset
-from pelagos.engine.runner import Pools
+from pelagos.engine import EngineOptions, build_engine
+from pelagos.engine.runner import fingerprint
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import CapacityError, CheckpointError, ConfigError, RequestError
 from pelagos.kernels.layout import CacheLayout, Output, Span
@@ -123,15 +126,20 @@ def test_a_checkpoint_fills_the_same_weights(step: CudaForward) -> None:
             assert torch.equal(loaded.places[name].scales, place.scales), name
 
 
-def test_the_engine_runs_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_runs_over_packed_weights(step: CudaForward) -> None:
     """Prompts, drafts and generated tokens of several requests, on a CPU by the references."""
-
-    def make(model: Transformer, pools: Pools, **_: object) -> CudaForward:
-        weights = Weights(model.config, torch.device("cpu")).fill((n, t) for n, t, _ in model.released_tensors())
-        return CudaForward(weights, pools.layout, pools.pages, pools.slots, positions=POSITIONS)
-
-    monkeypatch.setattr("pelagos.engine.build.make_forward", make)
-    llm = LLM("nano", mode="released", max_requests=2, speculation=2)
+    weights, tokenizer = load_weights("nano", "cpu"), Tokenizer.load(resolve_model("nano"))
+    engine = build_engine(weights, tokenizer, EngineOptions(max_requests=2, speculation=2))
+    llm = LLM.over(engine, weights.config, tokenizer)
+    assert engine.stats().bytes_planned["weight_bytes"] == weights.bytes
+    assert fingerprint(weights) == fingerprint(step.weights)
+    weights.head[0, 0] += 1
+    assert fingerprint(weights) != fingerprint(step.weights)
+    weights.head[0, 0] -= 1
+    with pytest.raises(ConfigError, match="packed weights"):
+        _ = llm.model
+    with pytest.raises(ConfigError, match="native=True"):
+        build_engine(weights, tokenizer, EngineOptions(native=True))
     prompts = [[0, 377, 953, 1806, 29, 305, 766, 443], [7, 300, 12]]
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
     assert [len(each.token_ids) for each in results] == [10, 10]

@@ -13,11 +13,12 @@ from pelagos.chat.tokenizer import Tokenizer
 from pelagos.engine.disk import DiskCache, parse_policy
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.memory import plan_memory
-from pelagos.engine.runner import Pools, available_bytes, fingerprint, make_forward, weight_bytes
+from pelagos.engine.runner import Pools, available_bytes, device_of, fingerprint, make_forward, weight_bytes
 from pelagos.engine.speculation import FixedDepth, MTPDrafter
 from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels.layout import CacheLayout
 from pelagos.model import Transformer
+from pelagos.model.cuda_weights import Weights
 
 MAX_DRAFT = 4  # drafted tokens a step may verify; state slots have room to take as many back
 LAYOUT_VERSION = b"pages-1"
@@ -64,29 +65,31 @@ def aside(make: Callable[[], T]) -> T:
         return thread.submit(make).result()
 
 
-def build_engine(model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions) -> LocalEngine:
+def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, options: EngineOptions) -> LocalEngine:
     """Plan memory, allocate the pools and start an engine over a loaded model.
 
     Raises CapacityError when the plan does not fit the device's memory, ConfigError for options that mean nothing.
     """
-    config, device = model.config, model.embed.weight.device
+    config, device, weights = model.config, device_of(model), weight_bytes(model)
     drafts = MAX_DRAFT if options.speculation and config.num_nextn_predict_layers else 0
     layout = CacheLayout(config, model.mode, drafts)
     policy = parse_policy(options.disk_policy, layout.page_tokens)
+    free = available_bytes(device)
     plan = plan_memory(
         config, mode=model.mode, kv_bytes=options.kv_bytes, max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=options.prefix_cache,
-        swap=options.preemption == "swap", weight_bytes=weight_bytes(model), available=available_bytes(device),
+        swap=options.preemption == "swap", weight_bytes=weights, available=None if free is None else free + weights,
     )  # fmt: skip
     pools = Pools(layout, pages=plan.pages, slots=plan.slots, device=device)
     forward = aside(lambda: make_forward(model, pools, exact=options.exact, native=options.native))
     name = aside(lambda: fingerprint(model))
     tokens = options.chunk_tokens + options.max_requests * (1 + drafts)
-    plan = dataclasses.replace(
-        plan, weight_bytes=plan.weight_bytes + forward.weight_bytes, scratch_bytes=forward.scratch_bytes(tokens)
-    )
+    if isinstance(model, Transformer):
+        weights += forward.weight_bytes
+    plan = dataclasses.replace(plan, weight_bytes=weights, scratch_bytes=forward.scratch_bytes(tokens))
     free = available_bytes(device)
-    if free is not None and plan.kv_bytes + plan.scratch_bytes > free:
+    needed = plan.scratch_bytes + (plan.kv_bytes if pools.on_cpu else 0)  # a device backed its pools at once
+    if free is not None and needed > free:
         raise CapacityError(
             f"caches of {plan.kv_bytes:,} and scratch of {plan.scratch_bytes:,} bytes do not fit the {free:,} there "
             "are: lower kv_bytes, max_requests or chunk_tokens"

@@ -22,7 +22,7 @@ from pelagos.engine.build import EngineOptions, aside, build_engine
 from pelagos.engine.sampler import SamplingParams
 from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, RequestError
-from pelagos.load import load_model
+from pelagos.load import load_served
 from pelagos.model import Transformer
 
 Prompt = str | Sequence[int]
@@ -88,9 +88,9 @@ class LLM:
             speculation=speculation, exact=exact, native=native, preemption=preemption,
         )  # fmt: skip
         path = resolve_model(path_or_name)
-        model = aside(lambda: load_model(path, mode=mode, device=device, expert_bytes=expert_bytes))
+        model = aside(lambda: load_served(path, mode=mode, device=device, expert_bytes=expert_bytes))
         tokenizer = Tokenizer.load(path)
-        self._hold(model.config, tokenizer, generation, model)
+        self._hold(model.config, tokenizer, generation, model if isinstance(model, Transformer) else None)
         self.engine: Engine = build_engine(model, tokenizer, options)
 
     @classmethod
@@ -129,9 +129,9 @@ class LLM:
 
     @property
     def model(self) -> Transformer:
-        """The model itself; ConfigError when the engine is not over one in this process."""
+        """The model itself; ConfigError when the engine is not over one in this process, or over packed weights."""
         if self._model is None:
-            raise ConfigError("this LLM stands over an engine without a model of its own")
+            raise ConfigError("this LLM stands over an engine without a model of its own, or over packed weights")
         return self._model
 
     def generate(

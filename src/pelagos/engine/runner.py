@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, MissingDependency
 from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
 from pelagos.kernels.native import NativeForward
@@ -131,8 +132,15 @@ class Pools:
         self.pages[list(pages)[: len(swapped.pages)]] = torch.from_numpy(swapped.pages).to(self.pages.device)
 
 
-def weight_bytes(model: Transformer) -> int:
+def device_of(model: Transformer | Weights) -> torch.device:
+    """Where a model's weights are."""
+    return model.device if isinstance(model, Weights) else model.embed.weight.device
+
+
+def weight_bytes(model: Transformer | Weights) -> int:
     """Bytes of a model's parameters and tables where they are."""
+    if isinstance(model, Weights):
+        return model.bytes
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -147,13 +155,17 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 @torch.inference_mode()
-def make_forward(model: Transformer, pools: Pools, *, exact: bool | None, native: bool | None) -> Forward:
+def make_forward(model: Transformer | Weights, pools: Pools, *, exact: bool | None, native: bool | None) -> Forward:
     """Choose the forward: the captured step on CUDA in released mode, else by `native` (the compiled helper: None
     where it can run, False never, True insists), else torch.
 
-    `exact` None is exact where this host's library can keep it, and else says in a warning that it does not.
-    Raises ConfigError when it is insisted on and cannot be had, saying why.
+    `exact` None is exact where this host's library can keep it, and else says in a warning that it does not; the
+    captured step always is. Raises ConfigError when it is insisted on and cannot be had, saying why.
     """
+    if isinstance(model, Weights):
+        if native:
+            raise ConfigError(f"native=True: the compiled helper runs on a CPU, these weights are on {model.device}")
+        return CudaForward(model, pools.layout, pools.pages, pools.slots, positions=_positions(model.config, pools))
     if not native and (found := _captured(model, pools)) is not None:
         return found
     reason = "" if native is False else _uncovered(model)
@@ -184,13 +196,17 @@ def _captured(model: Transformer, pools: Pools) -> Forward | None:
     if device.type != "cuda" or model.mode != "released":
         return None
     tensors = ((name, tensor) for name, tensor, _ in model.released_tensors())
-    positions = min(len(pools.pages) * pools.layout.page_tokens, model.config.max_position_embeddings)
+    positions = _positions(model.config, pools)
     try:
         weights = Weights(model.config, device).fill(tensors)
         return CudaForward(weights, pools.layout, pools.pages, pools.slots, positions=positions)
     except (ConfigError, CheckpointError) as error:
         _log.warning("the captured step does not take this model, it runs in torch: %s", error)
         return None
+
+
+def _positions(config: ModelConfig, pools: Pools) -> int:
+    return min(len(pools.pages) * pools.layout.page_tokens, config.max_position_embeddings)
 
 
 def _uncovered(model: Transformer) -> str:
@@ -201,10 +217,12 @@ def _uncovered(model: Transformer) -> str:
 
 
 @torch.inference_mode()
-def fingerprint(model: Transformer) -> bytes:
+def fingerprint(model: Transformer | Weights) -> bytes:
     """Return 16 bytes that name these weights: every small tensor whole, large ones by sums that every byte is in."""
     digest = hashlib.blake2b(repr(sorted(model.config.to_dict().items())).encode(), digest_size=16)
-    for name, tensor, _ in model.released_tensors():
+    packed = isinstance(model, Weights)
+    tensors = enumerate(model.tensors()) if packed else ((name, each) for name, each, _ in model.released_tensors())
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().contiguous().view(torch.uint8).flatten()
         digest.update(_summed(flat).cpu().numpy().tobytes())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,8 @@ class Weights:
     embed: Tensor = field(init=False)
     head: Tensor = field(init=False)
     head_site: SiteWeights = field(init=False)
+    mode: ClassVar[str] = "released"
+    carrier: ClassVar[torch.dtype] = torch.bfloat16
     _whole: list[tuple[str, Tensor, Tensor | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,7 +128,11 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for _, values, scales in self._whole for t in (values, scales) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors as they lie there, codes and scales."""
+        return [t for _, values, scales in self._whole for t in (values, scales) if t is not None]
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> Weights:
         """Take every tensor's values by released name, encoded without loss; return self.
