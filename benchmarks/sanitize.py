@@ -67,7 +67,7 @@ def collected() -> dict[str, list[str]]:
 
 def spread(cases: list[str], count: int) -> list[str]:
     """So many cases of the first two thirds, which are the smaller ones."""
-    return [cases[len(cases) * 2 * at // (3 * count)] for at in range(min(count, len(cases)))]
+    return cases[:: max(1, 2 * len(cases) // (3 * count))][:count]
 
 
 def checked(tool: str, name: str, cases: list[str]) -> dict[str, Any]:
