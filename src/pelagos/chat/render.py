@@ -252,9 +252,8 @@ def _put_task(text: str, place: str, task: str, *, thinking: bool) -> str:
     if after.startswith(MARKS[EOS]):
         before, after = before + after[0], after[1:]
     opening = MARKS[ASSISTANT] + MARKS[THINK if thinking else END_THINK] if task == "action" else ""
-    return (
-        before + opening + MARKS[TASK_TOKENS[task]] + after.lstrip(MARKS[ASSISTANT] + MARKS[THINK] + MARKS[END_THINK])
-    )
+    after = after.lstrip(MARKS[ASSISTANT] + MARKS[THINK] + MARKS[END_THINK])
+    return before + opening + MARKS[TASK_TOKENS[task]] + after
 
 
 def _put_end(text: str, place: str, reasoning: str | None) -> str:

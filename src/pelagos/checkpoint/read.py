@@ -93,10 +93,8 @@ class Checkpoint:
                         f"expected 0..{self.config.n_routed_experts - 1} (n_routed_experts)"
                     )
         elif bool(values.isnan().any()):
-            count = int(values.isnan().sum())
-            raise CheckpointError(
-                f"{info.stored.place}: {count} of {values.numel()} values are NaN (weight or scale), expected none"
-            )
+            count = f"{int(values.isnan().sum())} of {values.numel()}"
+            raise CheckpointError(f"{info.stored.place}: {count} values are NaN (weight or scale), expected none")
         return values
 
 
@@ -108,9 +106,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: not a directory; a checkpoint is a directory with config.json and *.safetensors"
-        )
+        raise CheckpointError(f"{path}: not a directory; a checkpoint is one with config.json and *.safetensors")
     config = ModelConfig.load(path)
     stored: dict[str, Stored] = {}
     for entry in _entries(path):

@@ -120,9 +120,8 @@ def _encode(name: str, values: Tensor, format: str) -> list[tuple[str, Tensor]]:
     if format in _PLAIN:
         plain = values.to(_PLAIN[format])
         if plain.is_floating_point() and not bool(plain.isfinite().all()):
-            raise CheckpointError(
-                f"tensor {name!r}: a value of {float(values.abs().max()):g} is too large for {format}"
-            )
+            largest = float(values.abs().max())
+            raise CheckpointError(f"tensor {name!r}: a value of {largest:g} is too large for {format}")
         return [(name, plain.cpu())]
     if values.ndim != 2 or not name.endswith(".weight"):
         raise CheckpointError(f"tensor {name!r} {list(values.shape)}: {format} is for matrices named *.weight")

@@ -90,10 +90,8 @@ def bits_per_byte(
         score = Score(path=str(file))
         for part in score_documents(model, tokenizer, documents, context=context):
             score.add(part)
-            rate = score.tokens / score.seconds
-            progress(
-                f"{file}: {score.documents}/{len(documents)} documents, {score.tokens} tokens, {rate:.0f} tokens/s"
-            )
+            done = f"{score.documents}/{len(documents)} documents, {score.tokens} tokens"
+            progress(f"{file}: {done}, {score.tokens / score.seconds:.0f} tokens/s")
         total.add(score)
         rows.append({"file": score.path} | score.to_dict())
     settings = {"model": str(path_or_name), "mode": mode, "context": context, "sample": sample, "seed": seed}
@@ -154,9 +152,8 @@ def _nats(model: Transformer, samples: Sequence[list[int]], context: int | None)
         for start in range(begin, end, step):
             part = slice(start, min(start + step, end))
             logits = model(ids[:, part], cache)  # (B, S, V)
-            lost = functional.cross_entropy(
-                logits.flatten(0, 1), targets[:, part].flatten(), ignore_index=IGNORED, reduction="none"
-            )
+            given = {"ignore_index": IGNORED, "reduction": "none"}
+            lost = functional.cross_entropy(logits.flatten(0, 1), targets[:, part].flatten(), **given)
             nats += lost.view(len(samples), -1).double().sum(1).cpu()
     return nats.tolist()
 

@@ -66,10 +66,8 @@ def host_facts() -> dict[str, Any]:
     except OSError as error:
         facts["seccomp_steps"] = str(error)
     house = str(Path(__file__).resolve().parents[2])
-    probe = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pelagos.sandbox import linux; linux.unshare('user', 'mnt')"
-    )
-    done = subprocess.run([sys.executable, "-c", probe, house], capture_output=True, text=True)
+    probe = f"import sys; sys.path[:0] = [{house!r}]; from pelagos.sandbox import linux; linux.unshare('user', 'mnt')"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     facts["user_namespaces"] = done.returncode == 0 or done.stderr.strip().rpartition("\n")[2]
     return facts
 

@@ -65,9 +65,8 @@ def read_projects(path: Path) -> list[Project]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
         found = [Project(name=name, **facts) for name, facts in tables.items()]
     except (OSError, TypeError, ValueError) as error:
-        raise SandboxError(
-            f"{path}: no file of projects ({error}); expected tables with key, sandboxes, memory_mb"
-        ) from None
+        said = "expected tables with key, sandboxes, memory_mb"
+        raise SandboxError(f"{path}: no file of projects ({error}); {said}") from None
     if not found or any(not isinstance(p.key, str) or len(p.key) < 16 or "." in p.name for p in found):
         raise SandboxError(f"{path}: every project needs a name without dots and a key of at least 16 characters")
     return found
@@ -259,9 +258,7 @@ class Gateway:
             f'pelagos_sandbox_requests_total{{project="{p}",verb="{v}",code="{c}"}} {n}'
             for (p, v, c), n in self.counts.items()
         ]
-        lines += [
-            f'pelagos_sandbox_seconds_total{{verb="{verb}"}} {seconds:.6f}' for verb, seconds in self.seconds.items()
-        ]
+        lines += [f'pelagos_sandbox_seconds_total{{verb="{v}"}} {spent:.6f}' for v, spent in self.seconds.items()]
         for edge in self._edges.values():
             lines += [f'pelagos_sandbox_edge_up{{edge="{edge.name}"}} {int(edge.alive)}',
                       f'pelagos_sandbox_edge_sandboxes{{edge="{edge.name}"}} {edge.sandboxes}',

@@ -479,9 +479,8 @@ def _kernel() -> Path:
     for path in sorted(Path("/boot").glob("vmlinuz-*"), reverse=True):
         if Path("/lib/modules", path.name.removeprefix("vmlinuz-")).is_dir() and os.access(path, os.R_OK):
             return path
-    raise SandboxError(
-        "virtual machines need a readable kernel /boot/vmlinuz-* with modules; install linux-image-cloud-amd64"
-    )
+    needed = "a readable kernel /boot/vmlinuz-* with modules"
+    raise SandboxError(f"virtual machines need {needed}; install linux-image-cloud-amd64")
 
 
 def _package_files() -> list[str]:

@@ -184,9 +184,8 @@ def _compile_turn(vocabulary: Any, dsml: str, asked: str) -> tuple[Any, Any]:
     given = form.get("json_schema") or {}
     is_strict = given.get("strict") is True
     try:
-        made = (
-            regex_form(form["regex"]) if form["type"] == "regex" else json_form(given.get("schema"), strict=is_strict)
-        )
+        is_regex = form["type"] == "regex"
+        made = regex_form(form["regex"]) if is_regex else json_form(given.get("schema"), strict=is_strict)
         return block, _compile(vocabulary, f"start: {ways}\nform: {made}\n{rules}")
     except Unsupported as error:
         if is_strict or form["type"] == "regex":

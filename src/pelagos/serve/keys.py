@@ -129,9 +129,8 @@ class KeyFile:
     def _write(self, keys: list[Key]) -> None:
         """Replace the file as a whole; only its owner may read it."""
         text = json.dumps({"version": VERSION, "keys": [dataclasses.asdict(key) for key in keys]}, indent=1)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self.path.parent, delete=False, encoding="utf-8"
-        ) as file:  # mode 0600
+        place = {"dir": self.path.parent, "delete": False}  # made with mode 0600
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", **place) as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())

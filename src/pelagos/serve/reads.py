@@ -37,9 +37,9 @@ def _model(app: App, name: str | None = None) -> dict[str, Any]:
 def document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document; the schemas of requests are those beside the protocols."""
     answers = {"200": {"description": "As asked."}, "default": {"description": "An error object of the protocol."}}
-    paths: dict[str, Any] = {
-        path: {"get": {"summary": about, "responses": answers}} for path, (about, _) in READS.items()
-    }
+    paths: dict[str, Any] = {}
+    for path, (about, _) in READS.items():
+        paths[path] = {"get": {"summary": about, "responses": answers}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     found = {"summary": "The model of that name.", "parameters": [name], "responses": answers}
     paths["/models/{name}"] = {"get": found}
@@ -49,11 +49,7 @@ def document() -> dict[str, Any]:
             paths[path] = {"post": {"summary": api.summary, "requestBody": body, "responses": answers}}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Pelagos",
-            "version": "1",
-            "description": "Every path answers with /v1 in front and without.",
-        },
+        "info": {"title": "Pelagos", "version": "1", "description": "Every path answers with /v1 and without."},
         "paths": paths,
         "components": {
             "securitySchemes": {

@@ -113,9 +113,8 @@ class ScriptedEngine:
             number = next(self._names)
             stream = Stream(f"req-{number}", on_step=on_step)
             running = _Running(stream, iter(tokens), text, reply, list(prompt_ids), user_id)
-            stream.cached_tokens = PAGE_TOKENS * next(
-                (n for n, key in enumerate(keys) if key not in self._seen), len(keys)
-            )
+            seen = itertools.takewhile(self._seen.__contains__, keys)
+            stream.cached_tokens = PAGE_TOKENS * len(list(seen))
             self._seen.update(keys)
             self._stats.prompt_tokens += len(prompt_ids)
             self._stats.cached_tokens += stream.cached_tokens
@@ -192,10 +191,10 @@ class ScriptedEngine:
 
 def _page_keys(ids: Sequence[int], user_id: str) -> list[int]:
     """Return a key for each whole page of a user's token ids, which all before it go into."""
-    ends = range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS)
-    return list(
-        itertools.accumulate(ends, lambda key, end: hash((key, *ids[end - PAGE_TOKENS : end])), initial=hash(user_id))
-    )[1:]
+    keys = [hash(user_id)]
+    for end in range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS):
+        keys.append(hash((keys[-1], *ids[end - PAGE_TOKENS : end])))
+    return keys[1:]
 
 
 def scripted_llm(model: str, script: Path, *, generation: str | None = None) -> LLM:

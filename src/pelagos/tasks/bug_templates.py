@@ -94,9 +94,8 @@ def roman(r: random.Random) -> Draft:
     """A numeral that is never subtracted."""
     pairs = [(900, "CM"), (400, "CD"), (90, "XC"), (40, "XL"), (9, "IX"), (4, "IV")]
     value, letters = r.choice(pairs)
-    every = sorted(
-        [*pairs, (1000, "M"), (500, "D"), (100, "C"), (50, "L"), (10, "X"), (5, "V"), (1, "I")], reverse=True
-    )
+    single = [(1000, "M"), (500, "D"), (100, "C"), (50, "L"), (10, "X"), (5, "V"), (1, "I")]
+    every = sorted([*pairs, *single], reverse=True)
     table = ", ".join("BUG" if v == value else f'({v}, "{s}")' for v, s in every)
     return _bug(r, "write a number from 1 to 3999 in Roman numerals", f'({value}, "{letters[::-1]}")', f'({value}, "{letters}")',
                 f"PARTS = [{table}]\n\n\ndef NAME(n):\n    out = ''\n    for value, letters in PARTS:\n        while n >= value:\n            out += letters\n            n -= value\n    return out\n",

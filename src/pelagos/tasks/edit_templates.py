@@ -21,9 +21,8 @@ assert '{old}' not in names and names.count('{new}') == 4 and names.count('{old}
 assert run("import {other}").returncode == 0
 """
     solution = f"sed -i 's/\\b{old}\\b/{new}/g' lib.py {other}.py\n"
-    return Draft(
-        f"Rename the function `{old}` to `{new}` everywhere. `{old}_{extra}` keeps its name.", files, solution, check
-    )
+    ask = f"Rename the function `{old}` to `{new}` everywhere. `{old}_{extra}` keeps its name."
+    return Draft(ask, files, solution, check)
 
 
 def ini_setting(r: random.Random) -> Draft:
@@ -32,9 +31,8 @@ def ini_setting(r: random.Random) -> Draft:
     target = r.choice(sections)
     old = {name: r.randint(1, 99) for name in sections}
     text = "".join(f"[{name}]\n# of {name}\n{key} = {old[name]}\nname = {name}\n\n" for name in sections)
-    want = text.replace(
-        f"[{target}]\n# of {target}\n{key} = {old[target]}", f"[{target}]\n# of {target}\n{key} = {value}"
-    )
+    before = f"[{target}]\n# of {target}\n{key} = "
+    want = text.replace(f"{before}{old[target]}", f"{before}{value}")
     solution = f"sed -i '/^\\[{target}\\]/,/^\\[/s/^{key} = .*/{key} = {value}/' settings.ini\n"
     ask = f"In `settings.ini`, set `{key}` of section `{target}` to {value}. Every other line stays as it is."
     return Draft(ask, {"settings.ini": text}, solution, f"assert read('settings.ini') == {want!r}\n")

@@ -54,15 +54,13 @@ def load(path: Path) -> Task:
             raise DataError(f"{path}: no {name}; a task folder has instruction.md, task.toml, environment/ and tests/")
     try:
         facts = tomllib.loads((path / "task.toml").read_text(encoding="utf-8"))
-        told: dict[str, dict[str, Any]] = {
-            name: facts.get(name, {}) for name in ("metadata", "agent", "verifier", "environment")
-        }
+        tables = ("metadata", "agent", "verifier", "environment")
+        told: dict[str, dict[str, Any]] = {name: facts.get(name, {}) for name in tables}
         dockerfile = path / "environment" / "Dockerfile"
         lines = dockerfile.read_text(encoding="utf-8").splitlines() if dockerfile.exists() else []
         if bad := [line for line in lines if line.strip() and not line.startswith(_IMAGE_WORDS)]:
-            raise DataError(
-                f"{dockerfile}: {bad[0]!r} would have to be built; put the files it makes into environment/"
-            )
+            said = "would have to be built; put the files it makes into environment/"
+            raise DataError(f"{dockerfile}: {bad[0]!r} {said}")
         return Task(
             name=path.name, path=path, instruction=(path / "instruction.md").read_text(encoding="utf-8"),
             kind=str(told["metadata"].get("category", "other")),

@@ -128,9 +128,8 @@ def plot(out: Path) -> Path:
         panels[title] = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
     checks = [r for r in rows if "heldout" in r]
     kinds = checks[-1]["heldout"] if checks else ()
-    panels["held-out: bits a byte, chat nats a token"] = {
-        k: [(r["step"], r["heldout"][k]) for r in checks] for k in kinds
-    }
+    scores = {k: [(r["step"], r["heldout"][k]) for r in checks] for k in kinds}
+    panels["held-out: bits a byte, chat nats a token"] = scores
     return chart(out / "curves.png", panels, "step")
 
 

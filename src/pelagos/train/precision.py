@@ -88,9 +88,8 @@ class Stored:
     """
 
     def __init__(self, model: Transformer) -> None:
-        self._parameters = {
-            n: t for n, t, release in model.released_tensors() if release == "bf16" and "parametrizations" not in n
-        }
+        plain = ((name, tensor) for name, tensor, release in model.released_tensors() if release == "bf16")
+        self._parameters = {name: tensor for name, tensor in plain if "parametrizations" not in name}
         self.masters = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
         self.keep()
 

@@ -105,14 +105,11 @@ def write_shards(texts: Split, tokenizer_dir: Path, directory: Path) -> dict[str
         for sample in _samples(texts, name == "train", chat, encoder):
             writer.add(*sample)
         entries[name] = writer.close()
-    everything = [*texts.train, *texts.heldout]
-    provenance = {
-        "near_duplicates_moved": texts.moved,
-        "licences": {kind: dict(Counter(d.licence for d in everything if d.kind == kind)) for kind in TEXT_KINDS},
-        "sources": {
-            kind: sorted({d.source.split("/")[0] for d in everything if d.kind == kind}) for kind in TEXT_KINDS
-        },
-    }
+    provenance: dict[str, Any] = {"near_duplicates_moved": texts.moved, "licences": {}, "sources": {}}
+    for kind in TEXT_KINDS:
+        of_kind = [d for d in (*texts.train, *texts.heldout) if d.kind == kind]
+        provenance["licences"][kind] = dict(Counter(d.licence for d in of_kind))
+        provenance["sources"][kind] = sorted({d.source.split("/")[0] for d in of_kind})
     return write_meta(directory, tokenizer_dir / "tokenizer.json", entries, provenance)
 
 

@@ -69,9 +69,8 @@ class Trainer:
             _check_vocabulary(shard, model, data / f"{split}.tokens")
         self.shard, self.heldout = shards
         self.digests = {n: entry["sha256"] for n, entry in self.shard.meta["splits"]["train"]["files"].items()}
-        self.scored = [
-            k for k in self.heldout.meta["kinds"] if k != "fim" and (self.heldout.kinds == self._kind(k)).any()
-        ]
+        kinds = [kind for kind in self.heldout.meta["kinds"] if kind != "fim"]
+        self.scored = [kind for kind in kinds if (self.heldout.kinds == self._kind(kind)).any()]
         if not self.scored:
             raise DataError(f"{data}: the held-out split has no sample to score (fim is not); run `pelagos data` again")
         self.length_stage, self.batches = 0, self._loader(0)

@@ -74,9 +74,8 @@ class MessagesWriter(wire.Writer):
         frames = self._stop()
         self._block, self._arguments = block, ""
         self._message["content"].append(block)
-        frames.append(
-            wire.frame({"type": "content_block_start", "index": self._index, "content_block": block}, named=True)
-        )
+        started = {"type": "content_block_start", "index": self._index, "content_block": block}
+        frames.append(wire.frame(started, named=True))
         if not self._is_pinged:
             frames.append(wire.frame({"type": "ping"}, named=True))
             self._is_pinged = True

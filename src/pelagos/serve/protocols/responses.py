@@ -122,9 +122,8 @@ class ResponsesWriter(wire.Writer):
     def _start_call(self, event: Event) -> list[str]:
         self._arguments, self._shown = "", 0
         if event.name in self._ask.options["customs"]:
-            return self._start(
-                {"type": "custom_tool_call", "id": "ctc", "call_id": event.id, "name": event.name, "input": ""}
-            )
+            item = {"type": "custom_tool_call", "id": "ctc", "call_id": event.id, "name": event.name, "input": ""}
+            return self._start(item)
         space, name = self._ask.options["spaces"].get(event.name, (None, event.name))
         where = {"namespace": space} if space else {}
         item = {"type": "function_call", "id": "fc", "call_id": event.id, "name": name, **where, "arguments": ""}

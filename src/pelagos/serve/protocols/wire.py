@@ -197,9 +197,8 @@ def as_chat(conversation: Any, strict_tools: Container[str]) -> tuple[list[dict[
     tools: list[dict[str, Any]] = []
     for tool in conversation.tools:
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters}
-        tools.append(
-            {"type": "function", "function": function | ({"strict": True} if tool.name in strict_tools else {})}
-        )
+        function |= {"strict": True} if tool.name in strict_tools else {}
+        tools.append({"type": "function", "function": function})
     return messages, tools
 
 
@@ -317,9 +316,8 @@ def _choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
         return "auto"
     if function.get("name") not in [tool["function"].get("name") for tool in tools]:
         name = function.get("name")
-        raise RequestError(
-            f"Invalid value for 'tool_call': no function named '{name}' was specified in the 'tools' parameter."
-        )
+        missing = f"no function named '{name}' was specified in the 'tools' parameter"
+        raise RequestError(f"Invalid value for 'tool_call': {missing}.")
     return {"type": "function", "function": {"name": function["name"]}}
 
 
