@@ -12,6 +12,7 @@ from pelagos.cli.counts import parse_tokens
 
 _COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
 _KERNEL_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
+SHAPES = ("flash", "pro", "nano")
 _LISTS, _STEP_LISTS = ("contexts", "batches"), ("context", "batch")
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     engine.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
     about = "Each kernel of a decode step on one CUDA device beside its floor, one JSON line a figure; random weights."
     kernels = benches.add_parser("kernels", help=about, description=about)
-    kernels.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes")
+    kernels.add_argument("--shape", default="flash", choices=SHAPES, help="preset that gives sizes")
     kernels.add_argument("--only", help="comma-separated kernels (default: all)")
     kernels.add_argument("--batch", help="comma-separated tokens a call (default: each kernel's own list)")
     kernels.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")
@@ -49,9 +50,7 @@ def main(argv: Sequence[str]) -> int:
     stream.add_argument("--warmup", type=int, default=800, help="steps before the measured ones")
     stream.add_argument("--fast-bytes", help="of experts on the device, such as 1024M (default: what fits)")
     for command in (decode, prefill, stream):
-        command.add_argument(
-            "--shape", default="flash", choices=("flash", "pro", "nano"), help="preset that gives sizes"
-        )
+        command.add_argument("--shape", default="flash", choices=SHAPES, help="preset that gives sizes")
         command.add_argument("--layers", help="the first N layers, or A:B (default: all; 39 of flash fit)")
         command.add_argument("--context", default="8K,1M", help="positions, the measured ones among them")
         command.add_argument("--out", type=Path, help="file for the JSON lines (default: stdout)")

@@ -10,6 +10,8 @@ from pelagos import cost as costs
 from pelagos.cli.counts import parse_tokens
 from pelagos.errors import ConfigError
 
+_WEIGHTINGS = f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}."
+
 
 def cost(
     model: Annotated[str, typer.Option(help="flash, pro, nano, tiny, v3.2, a directory or a cached hub id")] = "flash",
@@ -18,12 +20,8 @@ def cost(
         str | None,
         typer.Option(metavar="IN,OUT,HIT,N", help="Price N requests; HIT is a share of IN (<= 1 or 90%) or tokens."),
     ] = None,
-    prices: Annotated[
-        str | None, typer.Option(help="For --task: launch, current (the default), or a date (YYYY-MM-DD).")
-    ] = None,
-    weighting: Annotated[
-        str, typer.Option(help=f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}.")
-    ] = costs.DEFAULT_WEIGHTING,
+    prices: Annotated[str | None, typer.Option(help="For --task: launch, current (default), or a YYYY-MM-DD.")] = None,
+    weighting: Annotated[str, typer.Option(help=_WEIGHTINGS)] = costs.DEFAULT_WEIGHTING,
     layout: Annotated[str, typer.Option(help=f"How cache rows are encoded: {', '.join(costs.LAYOUTS)}.")] = "released",
     dry_run: Annotated[
         str | None,
@@ -42,14 +40,9 @@ def cost(
         rows = list(plan_rows(model, gpus=counts, context=parse_tokens(context, "context"), batch=batch))
         typer.echo(json.dumps(rows, indent=1) if json_output else table(rows))
         return
-    report = costs.report(
-        model,
-        context=parse_tokens(context, "context"),
-        weighting=weighting,
-        layout=layout,
-        task=None if task is None else parse_task(task),
-        prices=prices or "current",
-    )
+    priced = {"task": None if task is None else parse_task(task), "prices": prices or "current"}
+    tokens = parse_tokens(context, "context")
+    report = costs.report(model, context=tokens, weighting=weighting, layout=layout, **priced)
     typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else report.table())
 
 

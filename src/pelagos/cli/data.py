@@ -41,14 +41,7 @@ def data(
     if source:
         named = [(kind, path) for kind, _, path in pairs]
         meta = sources.tokenise(named, out, tokenizer, near_duplicates=near_duplicates, fim=fim)
-        typer.echo(json.dumps(meta, indent=1, ensure_ascii=False) if json_output else prepare.report(out, row_tokens))
-        return
-    meta = prepare.prepare(
-        places[0],
-        out,
-        tokenizer_dir=tokenizer,
-        learn_vocab_size=vocab_size if learn_tokenizer else None,
-        heldout_text=heldout_text,
-        archive=archive,
-    )
+    else:
+        learnt = {"tokenizer_dir": tokenizer, "learn_vocab_size": vocab_size if learn_tokenizer else None}
+        meta = prepare.prepare(places[0], out, **learnt, heldout_text=heldout_text, archive=archive)
     typer.echo(json.dumps(meta, indent=1, ensure_ascii=False) if json_output else prepare.report(out, row_tokens))

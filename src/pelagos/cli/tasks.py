@@ -16,9 +16,8 @@ def main(argv: Sequence[str]) -> int:
              "run": "do tasks by their own solution and grade them", "grade": "grade a packed diff"}  # fmt: skip
     for name, text in texts.items():
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument(
-            "path", type=Path, help="a directory of folders" if name in ("make", "list") else "a folder, or many"
-        )
+        about = "a directory of folders" if name in ("make", "list") else "a folder, or many"
+        verb.add_argument("path", type=Path, help=about)
         if name == "make":
             verb.add_argument("--count", type=int, default=200)
             verb.add_argument("--seed", type=int, default=0)

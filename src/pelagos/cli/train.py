@@ -117,13 +117,10 @@ def _parser(config: type[TrainConfig], *, study: bool = False) -> argparse.Argum
     parser.add_argument("--dry-run", action="store_true", help="say whether it fits and how long it takes, and stop")
     if study:
         parser.add_argument("--study", required=True, help="optimizer, residual, attention, precision or mtp")
-    parser.add_argument(
-        "--export", type=Path, metavar="DIR", help="at the end, write the released-format checkpoint here"
-    )
+    parser.add_argument("--export", type=Path, metavar="DIR", help="at the end, write a released-format checkpoint")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="one setting, its value in JSON; repeatable"
-    )
+    about = "one setting, its value in JSON; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=about)
     return parser
 
 
