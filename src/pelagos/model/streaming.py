@@ -97,7 +97,7 @@ class ExpertPlaces:
         self._store, self._put = store, put
         self._each = store.config.n_routed_experts
         self._reader = ThreadPoolExecutor(1, "experts")
-        self._ahead: dict[int, Future[None]] = {}
+        self._ahead: dict[int, Future[None] | None] = {}
 
     def of(self, layer: int) -> Array:
         """The places (E,) int64 of a layer's experts, a live view; -1 for those that have none."""
@@ -105,22 +105,28 @@ class ExpertPlaces:
 
     def fetch(self, layer: int, chosen: Array) -> None:
         """Have the experts of `chosen` in places; they stay there until the next call."""
-        ahead = self._ahead.pop(layer, None)
-        if ahead is None:
+        if layer in self._ahead:
+            loading = self._ahead.pop(layer)
+        else:
             wanted = np.unique(chosen) + layer * self._each
             self.cache.note(wanted)
-            ahead = self._reader.submit(self._load, wanted, wanted)
-        ahead.result()
+            loading = self._submit(wanted, wanted)
+        if loading is not None:
+            loading.result()
 
     def begin(self, tables: Mapping[int, Array], ids: Array) -> None:
         """Tell of a call's token ids: layers routed by tables (V, K) of them read ahead, as far as all that fits."""
-        wait(self._ahead.values())  # of a call that failed
+        wait([each for each in self._ahead.values() if each])  # of a call that failed
         wanted = {layer: np.unique(table[ids]) + layer * self._each for layer, table in tables.items()}
         together = np.concatenate([*wanted.values(), np.empty(0, np.int64)]).astype(np.int64)
         if self.count < len(together):
             wanted = {}
         self.cache.note(together if wanted else together[:0], len(ids))
-        self._ahead = {layer: self._reader.submit(self._load, own, together) for layer, own in wanted.items()}
+        self._ahead = {layer: self._submit(own, together) for layer, own in wanted.items()}
+
+    def _submit(self, wanted: Array, keep: Array) -> Future[None] | None:
+        """Let the reader fetch what is missing; None where nothing is."""
+        return None if (self.cache.place[wanted] >= 0).all() else self._reader.submit(self._load, wanted, keep)
 
     def _load(self, wanted: Array, keep: Array) -> None:
         admitted = self.cache.admit(wanted, keep)
