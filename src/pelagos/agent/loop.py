@@ -140,15 +140,12 @@ def replay(transcript: Path, box: Sandbox) -> list[dict[str, Any]]:
     """Do a transcript's tool calls again in another sandbox, no model asked; return the results turn by turn."""
     head, *turns = read_transcript(transcript)
     agent = Agent(box, transcript)
-    results = [
-        {
-            "turn": record["turn"],
-            "results": [agent._call(f"turn{record['turn']}.{n}", call) for n, call in enumerate(calls)],
-        }
-        for record in turns
-        if (calls := record["message"].get("tool_calls") or [])
-    ]
-    return [{"instruction": head["instruction"]}, *results]
+    told = [{"instruction": head["instruction"]}]
+    for record in turns:
+        if calls := record["message"].get("tool_calls") or []:
+            results = [agent._call(f"turn{record['turn']}.{n}", call) for n, call in enumerate(calls)]
+            told.append({"turn": record["turn"], "results": results})
+    return told
 
 
 def read_transcript(path: Path) -> list[dict[str, Any]]:

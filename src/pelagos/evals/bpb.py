@@ -50,13 +50,8 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return bits per byte and the counts behind it."""
-        return {
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "documents": self.documents,
-            "seconds": round(self.seconds, 1),
-        }
+        counts = {name: getattr(self, name) for name in ("tokens", "bytes", "documents")}
+        return {"bits_per_byte": self.nats / math.log(2) / self.bytes, **counts, "seconds": round(self.seconds, 1)}
 
 
 def bits_per_byte(

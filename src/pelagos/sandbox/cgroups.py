@@ -103,10 +103,8 @@ def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str,
     if unified:
         found = {"memory": [("memory.max", memory), ("memory.swap.max", "0")], "cpu": [("cpu.max", f"{quota} 100000")]}
     else:
-        found = {
-            "memory": [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)],
-            "cpu": [("cpu.cfs_quota_us", str(quota))],
-        }
+        names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+        found = {"memory": [(name, memory) for name in names], "cpu": [("cpu.cfs_quota_us", str(quota))]}
     return (found | {"pids": pids}).get(controller, [])
 
 

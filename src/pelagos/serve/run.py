@@ -77,12 +77,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App) -> None:
         settings = app.settings
-        super().__init__(
-            uvicorn.Config(
-                app, log_config=None, access_log=False, http="h11", ws="none", server_header=False, proxy_headers=False,
-                timeout_keep_alive=int(settings.idle_s) or 1, timeout_graceful_shutdown=CANCELLED_SECONDS,
-            )
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, http="h11", ws="none", server_header=False, proxy_headers=False,
+            timeout_keep_alive=int(settings.idle_s) or 1, timeout_graceful_shutdown=CANCELLED_SECONDS,
         )  # fmt: skip
+        super().__init__(config)
         self._app, self._settings = app, settings
         self._drain_until: float | None = None
         self._waits: dict[Any, tuple[int, float]] = {}
