@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import accumulate
 from typing import Any
 
+from pelagos.chat import Prompt
 from pelagos.chat.tokens import SPECIAL_TOKENS
+
+
+def special_ranges(prompt: Prompt) -> list[tuple[int, int]]:
+    """Half-open character ranges of a prompt's text, ascending, one special token each."""
+    ends = list(accumulate(len(text) for text, _ in prompt.pieces))
+    return [(end - len(text), end) for end, (text, special) in zip(ends, prompt.pieces, strict=True) if special]
+
 
 WORDS = (
     *SPECIAL_TOKENS,

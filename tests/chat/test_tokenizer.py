@@ -5,7 +5,7 @@ import deepseek_recipe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.chat.conversations import some_body, some_text
+from tests.chat.conversations import some_body, some_text, special_ranges
 
 from pelagos.chat import Tokenizer, render_prompt
 from pelagos.chat.tokens import DSML, SPECIAL_TOKENS
@@ -61,7 +61,7 @@ def test_special_ids_stand_exactly_where_the_renderer_wrote_them(tokenizer, coun
                 text = tokenizer.special_tokens[index].encode()
                 assert prompt.text.encode()[position : position + len(text)] == text
                 begin = len(prompt.text.encode()[:position].decode())
-                assert (begin, begin + len(text.decode())) in prompt.special_ranges
+                assert (begin, begin + len(text.decode())) in special_ranges(prompt)
             position += len(tokenizer.spell(index))
 
 

@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal
 
 from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, LATEST_REMINDER, MARKS, TASK_TOKENS, THINK, USER
@@ -43,12 +42,6 @@ class Prompt:
     def text(self) -> str:
         """The prompt as one string."""
         return "".join(text for text, _ in self.pieces)
-
-    @property
-    def special_ranges(self) -> list[tuple[int, int]]:
-        """Half-open character ranges of `text`, ascending, one special token each."""
-        ends = list(accumulate(len(text) for text, _ in self.pieces))
-        return [(end - len(text), end) for end, (text, special) in zip(ends, self.pieces, strict=True) if special]
 
 
 def render(body: dict[str, Any], *, generation: str = "0731") -> str:
