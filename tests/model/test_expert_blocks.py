@@ -10,6 +10,7 @@ import torch
 
 from pelagos.config import preset
 from pelagos.errors import ConfigError
+from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.model.expert_blocks import AT_ONCE, ExpertBlocks
 from pelagos.model.expert_cache import draw_routes
 
@@ -22,7 +23,7 @@ def filled(fast: int) -> tuple[ExpertBlocks, torch.Tensor]:
     size = ExpertBlocks(CONFIG, torch.device("cpu"), 1 << 30).block_bytes
     blocks = ExpertBlocks(CONFIG, torch.device("cpu"), fast * size)
     assert len(blocks.fast) == fast
-    want = torch.randint(0, 256, (COUNT, blocks.block_bytes), dtype=torch.uint8)
+    want = torch.randint(116, 121, (COUNT, blocks.block_bytes), dtype=torch.uint8)
     for number in range(COUNT):
         layer, expert = divmod(number, blocks.experts)
         for part, source in zip(blocks.parts(layer, expert), blocks._views(want[number]), strict=True):
@@ -86,6 +87,16 @@ def test_a_copy_under_way_is_waited_for() -> None:
     blocks.turn()
     assert blocks.cache.place[outside[0]] >= 0
     check(blocks, want)
+
+
+def test_bases_are_those_of_stacked_experts() -> None:
+    blocks, _ = filled(120)
+    for layer, found in enumerate(blocks.bases()):
+        parts = [
+            torch.stack(each) for each in zip(*(blocks.parts(layer, e) for e in range(blocks.experts)), strict=True)
+        ]
+        assert torch.equal(found[0], base_bytes(*parts[:2]))
+        assert torch.equal(found[1], base_bytes(*parts[2:]))
 
 
 def test_all_may_be_inside_and_too_little_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pelagos import numerics
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
+from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.model.expert_cache import ExpertCache
 
 AT_ONCE = 4  # pairs that change places together
@@ -87,6 +88,19 @@ class ExpertBlocks:
         """Return the four parts of the first fast block, (1, ...) each: what offsets count from."""
         return [part.unsqueeze(0) for part in self._views(self.fast[0])]
 
+    def bases(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's `base_bytes` of w13 and w2, (E, O/128) each, of filled blocks before any exchange."""
+        outside = np.flatnonzero(self.home >= 0)
+        found = []
+        for at in (0, 2):
+            rows = [base_bytes(*(self._stacked(blocks, part) for part in (at, at + 1)))
+                    for blocks in (self.fast, self.slow[: max(1, len(outside))])]  # fmt: skip
+            whole = torch.empty((len(self.home), rows[0].shape[1]), dtype=torch.uint8, device=self.table.device)
+            whole[torch.from_numpy(self.cache.held).to(whole.device)] = rows[0]
+            whole[torch.from_numpy(outside).to(whole.device)] = rows[1][self.home[outside]].to(whole.device)
+            found.append(whole.view(self.layers, self.experts, -1).unbind(0))
+        return list(zip(*found, strict=True))
+
     def note(self, first_layer: int, chosen: np.ndarray) -> None:
         """Count what a step over (N layers, T, K) chose."""
         for layer, own in enumerate(chosen, first_layer):
@@ -127,10 +141,13 @@ class ExpertBlocks:
         }  # fmt: skip
 
     def _views(self, block: Tensor) -> list[Tensor]:
-        return [
-            block[offset : offset + math.prod(shape)].view(shape)
-            for offset, shape in zip(self._offsets, self._shapes, strict=True)
-        ]
+        return [self._stacked(block.unsqueeze(0), part)[0] for part in range(len(self._shapes))]
+
+    def _stacked(self, blocks: Tensor, part: int) -> Tensor:
+        """One part of many blocks, a view."""
+        shape = self._shapes[part]
+        offset = self._offsets[part]
+        return blocks[:, offset : offset + math.prod(shape)].unflatten(1, shape)
 
     def _point(self, experts: np.ndarray) -> None:
         """Write where experts are into the table, in the order of the current stream."""
