@@ -54,6 +54,7 @@ class _Call:
     graph: torch.cuda.CUDAGraph | None
     logits: Tensor
     streams: Tensor
+    chosen: Tensor | None = None  # (layers, T, K) int32 experts, where they lie in blocks
 
     def run(self) -> None:
         """Run the graph once more on the rows it was told of."""
@@ -61,7 +62,7 @@ class _Call:
             self.graph.replay()
 
 
-class _Staged(NamedTuple):
+class Staged(NamedTuple):
     """A call under way, and of logits and of streams the (span, row) that were asked for."""
 
     call: _Call
@@ -73,10 +74,9 @@ class CudaForward:
     """One model over two pools on a device, in released mode; implements `engine.runner.Forward`.
 
     `positions` is the longest context planned for; a page table a row holds as many. Raises ConfigError for a layout of
-    another mode or model. On a CPU (tests) the same calls run eagerly through the references.
+    another mode or model. On a CPU (tests) the same calls run eagerly through the references. Of weights with blocks of
+    experts prompts take the step too, 64 rows a call.
     """
-
-    two_kinds = True  # prompts have kernels of their own
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
@@ -84,6 +84,7 @@ class CudaForward:
         config, device = weights.config, weights.device
         self.weights, self.layout, self.pages, self.slots = weights, layout, pages, slots
         self.weight_bytes = weights.bytes
+        self.two_kinds = weights.blocks is None  # prompts have kernels of their own
         self._device, self._cuda = device, device.type == "cuda"
         self._width = layout.pages_for(positions)
         most = BUCKETS[-1]
@@ -103,6 +104,11 @@ class CudaForward:
         self.prefill = Prefill(weights, layout, pages, slots)
         self._calls: dict[tuple[int, bool, bool], _Call] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+        # What the last call chose: its first layer, its rows, and where it is copied to.
+        self._routes = torch.empty(
+            (config.num_hidden_layers + 1) * most * config.num_experts_per_tok, dtype=torch.int32, pin_memory=self._cuda
+        )
+        self._routed: tuple[int, int, Tensor] | None = None
 
     @property
     def numeric_path(self) -> str:
@@ -138,7 +144,7 @@ class CudaForward:
             raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
         return self._run(spans, streams)
 
-    def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[_Staged]:
+    def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[Staged]:
         """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
         begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
         streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
@@ -146,11 +152,22 @@ class CudaForward:
             yield self._launch(spans, part, streams, begins)
 
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
+        config = self.weights.config
+        shapes = ((0, config.vocab_size), (0, config.hc_mult, config.hidden_size))
+        flat = ([row for each in found for row in each] for found in self._found(spans, past))
+        both = zip(flat, shapes, strict=True)
+        return Output(*(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in both))
+
+    def _found(
+        self, spans: Sequence[Span], past: np.ndarray | None
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+        """Run all spans; return each one's logits and streams."""
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         kept: list[list[np.ndarray]] = [[] for _ in spans]
-        if past is None:
+        if past is None and self.two_kinds:
             self._prompts(spans, logits, kept)
-        decoding = [which for which, span in enumerate(spans) if span.decode or past is not None]
+        stepped = past is not None or not self.two_kinds
+        decoding = [which for which, span in enumerate(spans) if span.decode or stepped]
         for staged in self.launch([spans[which] for which in decoding], past):
             call = staged.call
             for found, rows, results in ((logits, staged.wanted, call.logits), (kept, staged.kept, call.streams)):
@@ -159,11 +176,7 @@ class CudaForward:
                     values = results.index_select(0, index).float().cpu().numpy()
                     for (which, _), value in zip(rows, values, strict=True):
                         found[decoding[which]].append(value)
-        config = self.weights.config
-        shapes = ((0, config.vocab_size), (0, config.hc_mult, config.hidden_size))
-        flat = ([row for each in found for row in each] for found in (logits, kept))
-        both = zip(flat, shapes, strict=True)
-        return Output(*(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in both))
+        return logits, kept
 
     def _prompts(self, spans: Sequence[Span], logits: list[list[np.ndarray]], kept: list[list[np.ndarray]]) -> None:
         """Run what was given through the prompt kernels, and hand each span its rows."""
@@ -193,12 +206,14 @@ class CudaForward:
             yield part
 
     def _launch(
-        self, spans: Sequence[Span], part: list[tuple[int, int, int]], past: Tensor | None, begins: list[int]
-    ) -> _Staged:
-        """Tell one graph its rows and run it."""
+        self, spans: Sequence[Span], part: list[tuple[int, int, int]], past: Tensor | None, begins: list[int],
+        agreed: tuple[int, int] = (1, 0),
+    ) -> Staged:  # fmt: skip
+        """Tell one graph its rows and run it; several ranks have agreed on a least bucket and last position."""
         if self._cuda:
             torch.cuda.current_stream().synchronize()  # the pinned buffer may still be on its way
-        bucket = bucket_of(sum(end - begin for _, begin, end in part))
+        self._learn()
+        bucket = max(agreed[0], bucket_of(sum(end - begin for _, begin, end in part)))
         host = self._host.numpy()
         head = host[: _FIELDS * BUCKETS[-1]].reshape(_FIELDS, -1)
         head[:] = 0
@@ -206,7 +221,7 @@ class CudaForward:
         tables = host[_FIELDS * BUCKETS[-1] :].reshape(-1, self._width)  # unused places keep old pages
         wanted: list[tuple[int, int]] = []
         kept: list[tuple[int, int]] = []
-        at = last = 0
+        at, last = 0, agreed[1]
         for owner, (which, begin, end) in enumerate(part):
             span = spans[which]
             total, start, count = len(span.tokens), span.start + begin, end - begin
@@ -223,7 +238,21 @@ class CudaForward:
             kept += [(which, at + i - begin) for i in range(max(begin, total - span.streams), end)]
             at, last = at + count, max(last, start + count)
         dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
-        return _Staged(self._replay(bucket, dense, past is not None), wanted, kept)
+        call = self._replay(bucket, dense, past is not None)
+        if call.chosen is not None:
+            into = self._routes[: call.chosen.numel()].view_as(call.chosen)
+            into.copy_(call.chosen, non_blocking=True)
+            self._routed = 0 if past is None else len(self.weights.layers), at, into
+        return Staged(call, wanted, kept)
+
+    def _learn(self) -> None:
+        """Between two calls tell the blocks of experts what the last one chose, and let them change places."""
+        if self.weights.blocks is not None:
+            if self._routed is not None:
+                first, rows, chosen = self._routed
+                self.weights.blocks.note(first, chosen[:, :rows].numpy())
+            self._routed = None
+            self.weights.blocks.turn()
 
     def _check(self, which: int, span: Span, end: int, *, paged: bool) -> None:
         pages = self.layout.pages_for(end)
@@ -258,8 +287,8 @@ class CudaForward:
             results = self._step(bucket, dense, drafts)
         return _Call(graph, *results)
 
-    def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor]:
-        """Compute logits (T, V) float32 and streams (T, n, D) bfloat16 of the rows in the static buffer."""
+    def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute logits (T, V) float32 and streams (T, n, D) bfloat16 of the rows in the static buffer, and routes."""
         head, table = self._rows.split((_FIELDS * BUCKETS[-1], self._width * BUCKETS[-1]))
         ids, positions, slots, first, owner, frozen = head.view(_FIELDS, -1)[:, :bucket].unbind(0)
         table = table.view(-1, self._width)[:bucket]
@@ -275,11 +304,12 @@ class CudaForward:
             streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)
             layers, head_site = list(enumerate(weights.layers)), weights.head_site
         state = _State(None, streams, None, None)
+        chosen: list[Tensor] = []
         for index, layer in layers:
-            state = self._layer(state, index, layer, rows, ids, turns, dense)
+            state = self._layer(state, index, layer, rows, ids, turns, dense, chosen)
         streams, _, _, normed, _, _ = self._site(state, head_site)
         logits = skinny_gemm.merged(None, None, normed, None, None, weights.head, self._arrived)
-        return logits, streams
+        return logits, streams, None if weights.blocks is None else torch.stack(chosen)
 
     def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config
@@ -295,6 +325,7 @@ class CudaForward:
         ids: Tensor,
         turns: Sequence[Tensor],
         dense: bool,
+        chosen: list[Tensor],
     ) -> _State:
         c, layout, arrived = self.weights.config, self.layout, self._arrived
         streams, post, comb, normed, codes, scales = self._site(state, layer.attn_site)
@@ -320,12 +351,21 @@ class CudaForward:
         codes, scales = skinny_gemm.quantised_product(attended, None, *layer.wo_a, arrived, groups=c.o_groups)
         y = skinny_gemm.product(codes, scales, *layer.wo_b, arrived)
         streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
+        y = self._mixture(index, layer, normed, codes, scales, ids, chosen)
+        return _State(y, streams, post, comb)
+
+    def _mixture(
+        self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,
+        chosen: list[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Return the expert site's output (T, D) bfloat16."""
+        c = self.weights.config
         routed = router.route(
-            normed, codes, scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, arrived,
+            normed, codes, scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, self._arrived,
             experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
         )  # fmt: skip
-        y = fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
-        return _State(y, streams, post, comb)
+        chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
+        return fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
 
     def _enter(self, embedded: Tensor, bucket: int) -> Tensor:
         """Join next-token embeddings (T, D) with the backbone's streams: (T, n, D)."""
