@@ -541,18 +541,7 @@ def _make_disk(path: Path, megabytes: float) -> None:
 
 
 def _copy_sparse(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("wb") as write:
-        size, at = os.fstat(read.fileno()).st_size, 0
-        os.truncate(write.fileno(), size)
-        while at < size:
-            try:
-                at = os.lseek(read.fileno(), at, os.SEEK_DATA)
-            except OSError:
-                break
-            end = os.lseek(read.fileno(), at, os.SEEK_HOLE)
-            while at < end:
-                os.lseek(write.fileno(), at, os.SEEK_SET)
-                at += os.sendfile(write.fileno(), read.fileno(), at, end - at)
+    _run("cp", "--sparse=always", "--reflink=auto", str(source), str(target))
 
 
 def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
