@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     measures = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
     about = "Bits per byte of text; each document counts alone, with its end."
     bpb = measures.add_parser("bpb", help=about, description=about)
-    bpb.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text, or JSON lines or Parquet with a `text`; .gz")
+    bpb.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text, JSON lines or Parquet; .gz is unpacked")
     bpb.add_argument("--model", default="nano", help="bundled name, checkpoint directory or cached hub id")
     bpb.add_argument("--mode", default="reference", help="number mode: reference or released")
     bpb.add_argument("--context", type=int, metavar="N", help="start anew every N tokens (default: whole documents)")
