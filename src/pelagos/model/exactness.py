@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pelagos.errors import ConfigError
+from pelagos.kernels.layout import Span
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref.gemm import THREAD_ELEMENTS, elementwise
 from pelagos.kernels.ref.tiles import TILE, TiledAttention, tile_scores
 from pelagos.model.attention import Attention, Step
+from pelagos.model.decode import Decoder
 from pelagos.model.transformer import Block, Transformer
 
+SEQUENCES, NEAR = 10, 700  # in the decoder's trial, and where the first of them stands
 ROWS = (4, 16)  # tried in turn: a product's rows keep their bits in any company that is a multiple of it
 
 Named = Iterator[tuple[str, Tensor]]
@@ -35,6 +39,33 @@ def exact_rows(model: Transformer) -> int:
         f"exact=True: this host's library does not keep a row's bits in {broken}; take exact=False "
         "(logits then depend on their batch in the last bits) or the compiled helper (native=True)"
     )
+
+
+@torch.inference_mode()
+def keeps_rows(decoder: Decoder, pages: Tensor, slots: Tensor) -> bool:
+    """Whether the decoder's rows have the bits alone that they have together; leaves the pools' first units zeroed."""
+    layout, generator = decoder.layout, torch.Generator().manual_seed(0)
+    count, tokens = min(SEQUENCES, len(slots), len(pages)), np.arange(layout.rewind + 1)
+    pools = [pool[:count].view(-1).view(torch.float32) for pool in (pages, slots)]
+    drawn = [torch.randn(pool.shape, generator=generator) for pool in pools]
+    spans = [  # a sequence's table holds one page again and again, so its entries are frozen
+        Span(tokens, end - len(tokens), which, np.full(layout.pages_for(end), which), frozen=end, logits=len(tokens))
+        for which, end in enumerate(range(NEAR, NEAR + 61 * count, 61))
+    ]
+
+    def logits(calls: list[list[Span]]) -> np.ndarray:
+        for pool, values in zip(pools, drawn, strict=True):
+            pool.copy_(values)
+        return np.concatenate([decoder.forward(part).logits for part in calls])
+
+    def alone(span: Span) -> list[list[Span]]:
+        return [[span._replace(tokens=tokens[at : at + 1], start=span.start + at, logits=1)] for at in tokens]
+
+    together = logits([spans]).reshape(count, len(tokens), -1)
+    same = [np.array_equal(logits(alone(spans[which])), together[which]) for which in (0, -1)]
+    for pool in pools:
+        pool.zero_()
+    return all(same)
 
 
 @torch.inference_mode()

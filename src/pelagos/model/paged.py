@@ -23,11 +23,11 @@ from pelagos.kernels.ref.tiles import TILE, TiledAttention
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.attention import Attention, Compressor, Indexer, Step, Table
 from pelagos.model.decode import Decoder
-from pelagos.model.exactness import exact_rows
+from pelagos.model.exactness import exact_rows, keeps_rows
 from pelagos.model.streaming import store_of
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
 
-FEW = 4  # tokens that the decoder takes faster, one by one, than the batch does together
+FEW = 32  # tokens that the decoder takes faster than the batch does
 
 
 class _Batch(Batch):
@@ -48,12 +48,13 @@ class _Batch(Batch):
 class PagedForward:
     """One model over two pools: pages (num_pages, page_bytes), slots (num_slots, slot_bytes) uint8, zeroed at first.
 
-    `exact` keeps a position's bits independent of its company at some cost in small batches. The model's device is
-    where it computes and where the pools lie. Raises ConfigError for pools or a mode that the layout does not fit,
+    `exact` keeps a position's bits independent of its company; where the `Decoder` covers the model and keeps its rows'
+    bits here, generated tokens are then its alone (`two_kinds`). The model's device is where it computes and where the
+    pools lie. Raises ConfigError for pools or a mode that the layout does not fit,
     and with `exact` where the library's products depend on their company (`exactness.exact_rows`).
     """
 
-    two_kinds = False  # decode and prefill share their arithmetic
+    draws = False
 
     def __init__(
         self, model: Transformer, layout: CacheLayout, pages: Tensor, slots: Tensor, *, exact: bool = True
@@ -73,9 +74,10 @@ class PagedForward:
         self.model, self.layout, self.exact, self._at_once = model, layout, exact, at_once(device)
         self._layers = [LayerRows(layout, index, pages, slots) for index in range(len(layout.layers))]
         self._decoder = None
-        if not exact and store_of(model) is None and Decoder.covers(model):
+        if Decoder.covers(model):
             with torch.inference_mode(model.embed.weight.is_inference()), torch.no_grad():
-                self._decoder = Decoder(model, self._layers, layout.page_tokens)
+                self._decoder = Decoder(model, self._layers, layout)
+        self.two_kinds = exact and self._decoder is not None and keeps_rows(self._decoder, pages, slots)
         self._store = store_of(model)
         gates = [block.ffn.gate for block in model.blocks]
         self._tables = {i: gate.tid2eid.numpy() for i, gate in enumerate(gates) if gate.tid2eid is not None}
@@ -91,14 +93,27 @@ class PagedForward:
         device, model = self.model.embed.weight.device, self.model
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         kind = f"{torch.get_num_threads()} threads {f'exact {self._multiple} rows' if self.exact else 'fast'}"
-        return f"torch {torch.__version__} {device.type} {name} {model.carrier} {model.mode} {kind}"
+        rows = f" numpy {np.__version__}" if self.two_kinds else ""
+        return f"torch {torch.__version__}{rows} {device.type} {name} {model.carrier} {model.mode} {kind}"
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Output:
         """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order."""
-        if self._decoder is not None and sum(len(span.tokens) for span in spans) <= FEW:
-            return _joined([self._decoder.step(part[0]) for part in turns(spans, 1)])
-        return _joined([self._backbone(part) for part in turns(spans, self._at_once)])
+        few = not self.exact and sum(len(span.tokens) for span in spans) <= FEW
+        kinds = [self._decoder is not None and (few or (self.two_kinds and span.decode)) for span in spans]
+        order = sorted(range(len(spans)), key=kinds.__getitem__)
+        ordered = [spans[which] for which in order]
+        outputs = [self._backbone(part) for part in turns(ordered[: kinds.count(False)], self._at_once)]
+        if self._decoder is not None and any(kinds):
+            self._read_ahead(generated := ordered[kinds.count(False) :])
+            outputs.append(self._decoder.forward(generated))
+        output = _joined(outputs)
+        if len(set(kinds)) == 1:
+            return output
+        back = np.argsort(order)
+        ends = np.cumsum([(span.logits, span.streams) for span in ordered], 0)[:-1].T
+        pieces = (np.split(rows, cuts) for rows, cuts in zip(output[:2], ends, strict=True))
+        return Output(*(np.concatenate([piece[which] for which in back]) for piece in pieces))
 
     @torch.inference_mode()
     def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
@@ -120,13 +135,16 @@ class PagedForward:
 
     def _backbone(self, spans: Sequence[Span]) -> Output:
         batch, model = self._batch(spans), self.model
-        if self._store is not None:
-            self._store.stacked[0].begin(self._tables, np.concatenate([span.tokens for span in spans]))
+        self._read_ahead(spans)
         embedded = model.embed(batch.step.ids).to(model.carrier)
         streams = embedded.unsqueeze(2).repeat(1, 1, self.layout.config.hc_mult, 1)
         for block, rows in zip(model.blocks, self._layers, strict=False):
             streams = self._block(block, streams, rows, batch)
         return self._output(model, streams[0], spans)
+
+    def _read_ahead(self, spans: Sequence[Span]) -> None:
+        if self._store is not None:
+            self._store.stacked[0].begin(self._tables, np.concatenate([span.tokens for span in spans]))
 
     def _draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
         batch, model, block = self._batch(spans), self.model, self.model.mtp[0]
@@ -250,4 +268,4 @@ def _add_entries(
 def _joined(outputs: list[Output]) -> Output:
     if len(outputs) == 1:
         return outputs[0]
-    return Output(*(np.concatenate(each) for each in zip(*outputs, strict=True)))
+    return Output(*(np.concatenate([output[part] for output in outputs]) for part in (0, 1)))

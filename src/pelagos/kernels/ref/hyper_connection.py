@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear, ordered_sum
 
+FEW_MATRICES = 8  # scaled faster one by one
+
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Make each (n, n) matrix of logits (..., n, n) float32 nearly doubly stochastic.
@@ -46,25 +48,44 @@ def _sinkhorn_on_cpu(first: Tensor, iters: int, eps: float) -> Tensor:
 
 
 def sinkhorn4(logits: np.ndarray, iters: int, eps: float) -> np.ndarray:
-    """`sinkhorn` of one (4, 4) matrix, as row and column scalings of the softmax in float64."""
-    k = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
-    k = k / k.sum(1, keepdims=True) + eps
-    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = k.tolist()
-    p = q = r = s = 1.0
-    w = 1.0 / (a0 + b0 + c0 + d0 + eps)
-    x = 1.0 / (a1 + b1 + c1 + d1 + eps)
-    y = 1.0 / (a2 + b2 + c2 + d2 + eps)
-    z = 1.0 / (a3 + b3 + c3 + d3 + eps)
-    for _ in range(iters - 1):
-        p /= p * (a0 * w + a1 * x + a2 * y + a3 * z) + eps
-        q /= q * (b0 * w + b1 * x + b2 * y + b3 * z) + eps
-        r /= r * (c0 * w + c1 * x + c2 * y + c3 * z) + eps
-        s /= s * (d0 * w + d1 * x + d2 * y + d3 * z) + eps
-        w /= w * (a0 * p + b0 * q + c0 * r + d0 * s) + eps
-        x /= x * (a1 * p + b1 * q + c1 * r + d1 * s) + eps
-        y /= y * (a2 * p + b2 * q + c2 * r + d2 * s) + eps
-        z /= z * (a3 * p + b3 * q + c3 * r + d3 * s) + eps
-    return (k * np.array([[p], [q], [r], [s]]) * np.array([w, x, y, z])).astype(np.float32)
+    """`sinkhorn` of (B, 4, 4) matrices, transposed, as divisors of the softmax's rows and columns in float64.
+
+    Few go one by one through scalars, many elementwise together: the same sums in the same order, so the same bits.
+    """
+    k = np.exp((logits - np.maximum.reduce(logits, 2, keepdims=True)).astype(np.float64))
+    k = k / np.add.reduce(k, 2, keepdims=True) + eps
+    if len(k) <= FEW_MATRICES:
+        divisors = np.array([_divisors(matrix, iters, eps) for matrix in k.tolist()])
+        return np.ascontiguousarray((k / (divisors[:, :4, None] * divisors[:, None, 4:])).swapaxes(1, 2), np.float32)
+    by_row, by_column = (np.ascontiguousarray(k.transpose(order)) for order in ((1, 2, 0), (2, 1, 0)))
+    rows, columns = np.ones((4, len(k))), np.ones((4, len(k)))
+    terms = np.empty_like(by_row)
+    near, far, first, second = terms[:2], terms[2:], terms[0], terms[1]
+    for half in range(1, 2 * iters):
+        matrix, other, own = (by_row, rows, columns) if half % 2 else (by_column, columns, rows)
+        np.divide(matrix, other[:, None], out=terms)
+        np.add(near, far, out=near)
+        np.add(first, second, out=first)
+        np.multiply(own, eps, out=own)
+        np.add(first, own, out=own)
+    return np.ascontiguousarray((by_column / (rows * columns[:, None])).transpose(2, 0, 1), np.float32)
+
+
+def _divisors(matrix: list[list[float]], iters: int, eps: float) -> tuple[float, ...]:
+    """Return what the four rows of a matrix and then its columns are divided by."""
+    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = matrix
+    p = q = r = s = w = x = y = z = 1.0
+    for half in range(iters):
+        if half:
+            p = ((a0 / w + a2 / y) + (a1 / x + a3 / z)) + p * eps
+            q = ((b0 / w + b2 / y) + (b1 / x + b3 / z)) + q * eps
+            r = ((c0 / w + c2 / y) + (c1 / x + c3 / z)) + r * eps
+            s = ((d0 / w + d2 / y) + (d1 / x + d3 / z)) + s * eps
+        w = ((a0 / p + c0 / r) + (b0 / q + d0 / s)) + w * eps
+        x = ((a1 / p + c1 / r) + (b1 / q + d1 / s)) + x * eps
+        y = ((a2 / p + c2 / r) + (b2 / q + d2 / s)) + y * eps
+        z = ((a3 / p + c3 / r) + (b3 / q + d3 / s)) + z * eps
+    return p, q, r, s, w, x, y, z
 
 
 def mix_logits(streams: Tensor, fn: Tensor, norm_eps: float, *, ordered: bool = False) -> Tensor:
