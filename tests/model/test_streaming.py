@@ -35,7 +35,8 @@ def outputs(model: Transformer, native: bool) -> list[Output]:
     pages = np.arange(4, dtype=np.int32)
     spans = [Span(ids[i], 0, i, pages + 4 * i, logits=len(ids[i]), streams=2) for i in range(2)]
     found = [forward.forward(spans)]
-    found.append(forward.forward([Span(ids[1][:1], len(ids[i]), i, pages + 4 * i, logits=1) for i in range(2)]))
+    generated = [Span(ids[1][:1], len(ids[i]), i, pages + 4 * i, logits=1, decode=True) for i in range(2)]
+    found.append(forward.forward(generated))
     drafted = [Span(ids[1][:2], len(ids[0]) - 2, 0, pages, logits=2)]
     return [*found, forward.draft(drafted, found[0].streams[:2])]
 
