@@ -44,12 +44,7 @@ def main(argv: Sequence[str]) -> int:
     decode.add_argument("--batch", default="1,8,32,128", help="sequences that decode together")
     about = "Prompts of random models of true shape on one CUDA device, one JSON line a context."
     prefill = benches.add_parser("prefill", help=about, description=about)
-    about = "Decode steps of a model whose least used experts are in host memory, on one CUDA device, a line a trace."
-    stream = benches.add_parser("stream", help=about, description=about)
-    stream.add_argument("--trace", default="0,1", help="exponents of Zipf within a layer; 0 routes uniformly")
-    stream.add_argument("--warmup", type=int, default=800, help="steps before the measured ones")
-    stream.add_argument("--fast-bytes", help="of experts on the device, such as 1024M (default: what fits)")
-    for command in (decode, prefill, stream):
+    for command in (decode, prefill):
         command.add_argument("--shape", default="flash", choices=SHAPES, help="preset that gives sizes")
         command.add_argument("--layers", help="the first N layers, or A:B (default: all; 39 of flash fit)")
         command.add_argument("--context", default="8K,1M", help="positions, the measured ones among them")
@@ -63,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return _plot(args)
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    benched = {"kernels": _kernels, "decode": _decode, "prefill": _prefill, "stream": _stream, "engine": _engine}
-    rows = benched[args.bench](args)
+    rows = {"kernels": _kernels, "decode": _decode, "prefill": _prefill, "engine": _engine}[args.bench](args)
     columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
@@ -109,16 +103,6 @@ def _prefill(args: argparse.Namespace) -> Any:
 
     contexts = [parse_tokens(each, "context") for each in args.context.split(",")]
     return prefill_rows(args.shape, layers=args.layers, contexts=contexts)
-
-
-def _stream(args: argparse.Namespace) -> Any:
-    from pelagos.evals.stream_bench import stream_rows
-
-    context, fast = parse_tokens(args.context.split(",")[0], "context"), args.fast_bytes
-    return stream_rows(
-        args.shape, layers=args.layers, context=context, exponents=[float(each) for each in args.trace.split(",")],
-        warmup=args.warmup, fast_bytes=None if fast is None else parse_tokens(fast, "fast-bytes"),
-    )  # fmt: skip
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -155,31 +155,21 @@ _FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_
 
 
 class Places(Protocol):
-    """Experts in memory: numbers of places, which a layer asks for what it has chosen."""
+    """Experts in memory: numbers of places (E,) int64 a layer, filled with what a layer has chosen."""
 
     count: int
 
-    def of(self, layer: int) -> Array:
-        """The places (E,) int64 of a layer's experts, a live view."""
-        ...
-
-    def fetch(self, layer: int, chosen: Array) -> None:
-        """Have the chosen experts in places."""
-        ...
-
-    def begin(self, tables: Mapping[int, Array], ids: Array) -> None:
-        """Tell of a call's token ids, and of the layers that route by them."""
-        ...
+    def of(self, layer: int) -> Array: ...
+    def fetch(self, layer: int, chosen: Array) -> None: ...
+    def begin(self, tables: Mapping[int, Array], ids: Array) -> None: ...
 
 
 class Store(Protocol):
-    """Where experts are that are not in memory; `narrow`: all of their values are bfloat16 ones."""
+    """Where experts are that are not in memory, and what makes places; `narrow`: their values are bfloat16 ones."""
 
     narrow: bool
 
-    def open(self, each_bytes: int, put: Callable[[int, Array, Array, Array], None]) -> Places:
-        """Return places of `each_bytes` that `put(place, w1, w2, w3)` fills."""
-        ...
+    def open(self, each_bytes: int, put: Callable[[int, Array, Array, Array], None]) -> Places: ...
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -1,13 +1,17 @@
-"""What `pelagos bench stream` measures: whole Flash on one device, its least used experts in pinned host memory.
+"""Decode steps of a model whose least used experts are in pinned host memory, on one CUDA device: a JSON line a trace.
 
-Every layer is routed by a table of token ids drawn for the stated trace, so that routes are known exactly whatever the
-random weights; tokens are drawn uniformly. A step takes from its call on the host to the end of its graph, exchanges
-of experts running beside it.
+    python benchmarks/stream_decode.py --shape flash --context 8K --trace 0,1
+
+Random weights. Every layer is routed by a table of token ids drawn for the stated trace (exponent 0 is uniform, s > 0
+Zipf with weight rank^-s within a layer), so that routes are known exactly; tokens are drawn uniformly. A step takes
+from its call on the host to the end of its graph, exchanges of experts running beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,10 +21,11 @@ import numpy as np
 import torch
 
 from pelagos import cost
+from pelagos.cli.counts import parse_tokens
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, KernelUnavailable
 from pelagos.evals.commit import commit
-from pelagos.evals.step_bench import SPARE_BYTES, cut_config, fill_caches
+from pelagos.evals.step_bench import cut_config, fill_caches
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward, step_bytes
 from pelagos.model.cuda_weights import Weights
@@ -29,6 +34,7 @@ from pelagos.model.expert_cache import draw_routes
 
 IDS = 4096  # tokens that are drawn, each with routes of its own
 STEPS = 200  # measured ones
+SPARE_BYTES = 3 << 29  # left to graphs, libraries and the allocator's rounding
 
 
 def stream_rows(
@@ -40,13 +46,9 @@ def stream_rows(
     warmup: int,
     fast_bytes: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a trace: tok/s, bytes streamed a token and hit rate of `STEPS` steps after `warmup` others.
-
-    An exponent 0 routes uniformly, s > 0 draws a layer's expert of rank r with weight r^-s. `fast_bytes` None leaves on
-    the device what fits. Raises KernelUnavailable without CUDA, CapacityError where a step does not fit.
-    """
+    """Yield one row a trace; `fast_bytes` of experts on the device, None for what fits."""
     if not torch.cuda.is_available():
-        raise KernelUnavailable("bench stream: no CUDA device here; a model is only timed where it runs")
+        raise KernelUnavailable("stream_decode: no CUDA device here; a model is only timed where it runs")
     config = cut_config(shape, layers)
     config = dataclasses.replace(config, num_hash_layers=config.num_hidden_layers)
     begun = time.perf_counter()
@@ -84,7 +86,7 @@ def stream_rows(
             "us": round(took * 1e6, 1), "median_us": round(statistics.median(times[warmup:]) * 1e6, 1),
             "tok_s": round(1 / took, 1), "warmup": warmup, "steps": STEPS, **report,
             "host_gbps": round(report["bytes_per_token"] / took / 1e9, 1),
-            "reserved_bytes": torch.cuda.memory_reserved(),
+            "reserved_bytes": torch.cuda.memory_reserved(), "free_bytes": torch.cuda.mem_get_info()[0],
         }  # fmt: skip
 
 
@@ -110,3 +112,25 @@ def _make(config: ModelConfig, context: int, fast_bytes: int | None) -> tuple[Cu
     fill_caches(layout, pages, slots)
     torch.cuda.empty_cache()
     return CudaForward(weights, layout, pages, slots, positions=context), weights, blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="flash")
+    parser.add_argument("--layers", help="the first N layers, or A:B")
+    parser.add_argument("--context", default="8K")
+    parser.add_argument("--trace", default="0,1")
+    parser.add_argument("--warmup", type=int, default=1000, help="steps before the measured ones")
+    parser.add_argument("--fast-bytes", help="of experts on the device, such as 1024M (default: what fits)")
+    args = parser.parse_args()
+    rows = stream_rows(
+        args.shape, layers=args.layers, context=parse_tokens(args.context, "context"), warmup=args.warmup,
+        exponents=[float(each) for each in args.trace.split(",")],
+        fast_bytes=None if args.fast_bytes is None else parse_tokens(args.fast_bytes, "fast-bytes"),
+    )  # fmt: skip
+    for row in rows:
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
