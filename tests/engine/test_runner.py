@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.engine.small import engine_of, finish, params, prompt
 
 from pelagos.config import tiny
 from pelagos.engine.runner import fingerprint
@@ -31,3 +32,15 @@ def test_every_byte_of_a_large_tensor_counts(dtype: torch.dtype) -> None:
     assert len(names) == 9
     behind = torch.cat((base[:1], base))[1:]  # the same content off the words' boundary
     assert named(behind) == named(base)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_the_helper_answers_are_shared_only_where_bits_may_differ(exact: bool) -> None:
+    engine = engine_of(native=False, exact=exact, speculation=False, threaded=False)
+    given = prompt(300, 1)
+    [said] = finish(engine, engine.submit(given, params(150)))
+    stream = engine.submit([*given, *said, 3], params(2))
+    finish(engine, stream)
+    assert stream.cached_tokens > 0
+    assert (stream.cached_tokens > len(given)) != exact
+    engine.close()

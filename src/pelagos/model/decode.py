@@ -106,7 +106,7 @@ class _Site:
         mix = _product(self.fn, flat) * _inverse_rms(flat, self.eps) * self.scale.take(self.part) + self.base
         gates = _sigmoid(mix[:, : 2 * STREAMS, None])
         comb = sinkhorn4(mix[:, 2 * STREAMS :].reshape(-1, STREAMS, STREAMS), self.iters, self.hc_eps)
-        pre = (gates[:, :STREAMS] + F32(self.hc_eps)).swapaxes(1, 2)
+        pre = (gates[:, :STREAMS] + self.hc_eps).swapaxes(1, 2)
         return _norm(np.matmul(pre, streams)[:, 0], self.norm, self.eps), 2 * gates[:, STREAMS:], comb
 
 
@@ -204,7 +204,7 @@ class _Attend:
 
     def __init__(self, module: Attention, ropes: dict[bool, _Rope], rows: LayerRows) -> None:
         self.ratio, self.heads, self.width, self.eps = module.ratio, module.heads, module.width, module.eps
-        self.rope = ropes[module.ratio > 0]
+        self.rope, self.scale = ropes[module.ratio > 0], F32(module.width**-0.5)
         first: list[Linear] = [module.wq_a, module.wkv]
         second: list[Linear] = [module.wq_b]
         self.ring = rows.window.parts[0].rows.numpy()  # (slots, rows, C)
@@ -223,7 +223,7 @@ class _Attend:
             second.append(module.indexer.wq_b)
             self.index_pool = _Pool(inner, rows.index_tail, rows.index, self.rope)
             self.index_heads, self.index_width = module.indexer.heads, module.indexer.width
-            self.topk = module.indexer.topk
+            self.topk, self.index_scale = module.indexer.topk, (self.index_width * self.index_heads) ** -0.5
         ends = np.cumsum([m.weight.shape[0] for m in first]).tolist()
         self.cuts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         self.first = fuse([m.weight for m in first])
@@ -239,7 +239,7 @@ class _Attend:
         parts = [fused[:, cut] for cut in self.cuts]
         second = _product(self.second, _norm(parts[0], self.q_norm, self.eps))
         q = second[:, : self.heads * self.width].reshape(len(x), self.heads, self.width)
-        q = q * (_inverse_rms(q, self.eps) * F32(self.width**-0.5))
+        q = q * (_inverse_rms(q, self.eps) * self.scale)
         self.rope.turn(q, turns)
         kv = _norm(parts[1], self.kv_norm, self.eps)
         self.rope.turn(kv, turns[:, 0])
@@ -255,7 +255,7 @@ class _Attend:
             if entries is None:
                 index_q = second[group.among, self.heads * self.width :].reshape(-1, self.index_heads, self.index_width)
                 self.rope.turn(index_q, turns[group.among])
-                weights = parts[6][group.among, None] * F32(self.index_width**-0.5 * self.index_heads**-0.5)
+                weights = parts[6][group.among, None] * self.index_scale
                 picks = [self._picks(index_q[i], weights[i], call, row) for i, row in enumerate(group.rows)]
                 entries = divmod(np.array(picks), call.page_tokens // self.ratio)
             found = self._group(q[group.among], entries, group, call)
@@ -271,27 +271,29 @@ class _Attend:
         """Return the entries that a row attends (topk,), for q (h, c) and weights (1, h)."""
         assert self.index_pool is not None
         keys, count = self.index_pool.entries, (call.positions[row] + 1) // self.ratio
-        scores, found, topk = np.empty(0, F32), np.empty(0, np.int64), self.topk
+        scores = found = np.empty(0, np.int64)
         for at, block in enumerate(call.blocks[row]):
             fresh = np.matmul(weights, np.maximum(np.matmul(q, keys[block].transpose(0, 2, 1)), 0)).ravel()
-            low = at * PAGES * keys.shape[1]
-            scores = np.concatenate((scores, fresh[: count - low]))
-            found = np.concatenate((found, np.arange(low, min(count, low + len(fresh)))))
-            if len(scores) > topk:
-                best = np.argpartition(-scores, topk - 1)[:topk]
-                scores, found = scores[best], found[best]
+            index = np.arange(at * PAGES * keys.shape[1], count)[: len(fresh)]
+            fresh = fresh[: len(index)]
+            if at:
+                fresh, index = np.concatenate((scores, fresh)), np.concatenate((found, index))
+            best = (-fresh).argpartition(min(self.topk, len(fresh)) - 1)[: self.topk]
+            scores, found = fresh[best], index[best]
         return found
 
     def _group(self, q: Array, entries: tuple[Array, Array], group: _Group, call: _Call) -> Array:
         """Attend q (b, H, C) over the window and entries, tile by tile from the sink on."""
-        peak, total, out = self.sink, F32(1), np.zeros(1, F32)
+        peak, total, out = self.sink, F32(1), None
         for low in range(0, max(group.entries, 1), ENTRIES):
             keys = self._keys(entries, group, call, low)
             logits = np.matmul(q, keys.swapaxes(1, 2))
             top = np.maximum(np.maximum.reduce(logits, 2, keepdims=True), peak)
             weights, fade = np.exp(logits - top), np.exp(peak - top)
             total = total * fade + np.add.reduce(weights, 2, keepdims=True)
-            peak, out = top, out * fade + np.matmul(weights, keys)
+            part = np.matmul(weights, keys)
+            peak, out = top, part if out is None else out * fade + part
+        assert out is not None
         return out / total
 
     def _keys(self, entries: tuple[Array, Array], group: _Group, call: _Call, low: int) -> Array:
@@ -334,7 +336,7 @@ class _Mixture:
         if self.table is not None:
             chosen = self.table[tokens]
         else:
-            chosen = np.argpartition(-(scores + self.bias), self.topk - 1)[:, : self.topk]
+            chosen = (-(scores + self.bias)).argpartition(self.topk - 1)[:, : self.topk]
         weights = scores.take(chosen + np.arange(0, scores.size, self.count)[:, None])
         weights *= self.scaling / (np.add.reduce(weights, 1, keepdims=True) + F32(1e-20))
         hidden = np.empty((len(x), self.topk + 1, 2 * self.width), F32)
@@ -409,5 +411,5 @@ class Decoder:
         fn, base, scale, norm = self.head
         flat = streams.reshape(len(streams), -1)
         mix = _product(fn, flat) * _inverse_rms(flat, self.eps) * scale + base
-        hidden = np.matmul((_sigmoid(mix) + F32(self.hc_eps))[:, None], streams)[:, 0]
+        hidden = np.matmul((_sigmoid(mix) + self.hc_eps)[:, None], streams)[:, 0]
         return _product(self.vocabulary, _norm(hidden, norm, self.eps))

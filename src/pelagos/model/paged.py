@@ -112,8 +112,8 @@ class PagedForward:
             return output
         back = np.argsort(order)
         ends = np.cumsum([(span.logits, span.streams) for span in ordered], 0)[:-1].T
-        pieces = (np.split(rows, cuts) for rows, cuts in zip(output[:2], ends, strict=True))
-        return Output(*(np.concatenate([piece[which] for which in back]) for piece in pieces))
+        logits, streams = (np.split(rows, cuts) for rows, cuts in zip(output[:2], ends, strict=True))
+        return _joined([Output(logits[which], streams[which]) for which in back])
 
     @torch.inference_mode()
     def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
@@ -268,4 +268,5 @@ def _add_entries(
 def _joined(outputs: list[Output]) -> Output:
     if len(outputs) == 1:
         return outputs[0]
-    return Output(*(np.concatenate([output[part] for output in outputs]) for part in (0, 1)))
+    logits, streams = zip(*(output[:2] for output in outputs), strict=True)
+    return Output(np.concatenate(logits), np.concatenate(streams))
