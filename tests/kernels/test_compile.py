@@ -16,13 +16,14 @@ TYPES = dict(
     y=BF16, streams=BF16, out=BF16, terms=BF16, norm=BF16, normed=BF16, x=BF16, planes=BF16, hidden=BF16,
     post=F32, comb=F32, fn=F32, base=F32, scale=F32, parts=F32, weights=F32, partial=F32,
     codes=U8, scales=U8, weight=U8, weight_scales=U8, w=U8, chosen=I32, table=I32, slot_expert=I32, slot_rows=I32,
-    arrived=I32, pairs=I16, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
+    arrived=I32, homes="*i64", pairs=I16, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
     shared_scales=U8, shared_w=U8, shared_w_scales=U8, wide_weight=BF16, out_scales=U8,
     scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32",
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
 EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, TARGET=made_for)
+HERE, THERE = dict(PLACED=False), dict(PLACED=True)
 PRODUCT = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, QUANTISE=False, TARGET=made_for)
 CHOICE = dict(PICKS=6, BY_TABLE=False, TARGET=made_for)
 ROUTER = dict(DEPTH=512, GATE_PARTS=1, PARTS=2, PADDED=64, CHOOSE=True, CUT=1, COLUMNS=1024, TALL=64, WIDE=16, **CHOICE)
@@ -34,8 +35,8 @@ KERNELS = [
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
-    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, FP8_PARTS=0, **EXPERT), dict(scale=U8)),
-    (fp4_experts._product_kernel, dict(SHARED=1, DEPTH=512, OUTPUTS=256, FP8_PARTS=2, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, FP8_PARTS=0, **THERE, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=1, DEPTH=512, OUTPUTS=256, FP8_PARTS=2, **HERE, **EXPERT), dict(scale=U8)),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
     (fp4_experts._combine_kernel,
      dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),

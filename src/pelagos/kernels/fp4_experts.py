@@ -52,12 +52,14 @@ def mixture(
 
 def site(
     codes: Tensor, scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor,
-    shared2_scales: Tensor, limit: float,
+    shared2_scales: Tensor, limit: float, place: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return routed and shared experts' sum (T, D) bfloat16 for tokens that `router.route` has routed.
 
     shared2 (D, F) E4M3 with shared2_scales (D/128, F/128); the rest as `mixture`. The routed experts' sum is float32,
-    in the order of the picks; the shared expert's bfloat16 output joins it last. Raises ConfigError for other shapes.
+    in the order of the picks; the shared expert's bfloat16 output joins it last. With `place` (E,) int64 the routed
+    weights are (1, ...) and an expert's lie so many bytes, a multiple of 256, behind them. Raises ConfigError for other
+    shapes.
     """
     width, inner = codes.shape[1], w2.shape[2] * 2
     expected = {"shared": (routed.shared, (codes.shape[0], 2 * inner)), "shared2": (shared2, (width, inner)),
@@ -66,12 +68,13 @@ def site(
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected {shape}")
     if routed.planes is None:
-        return ref.site(codes, scales, routed, w13, s13, w2, s2, shared2, shared2_scales, limit)
+        experts = (w13, s13, w2, s2) if place is None else [ref.placed(each, place) for each in (w13, s13, w2, s2)]
+        return ref.site(codes, scales, routed, *experts, shared2, shared2_scales, limit)
     from pelagos.kernels.triton import fp4_experts as kernel
 
     return kernel.site(
         routed.planes, routed.chosen, routed.weights, routed.lists, routed.shared, w13, s13, w2, s2, shared2,
-        shared2_scales, limit,
+        shared2_scales, limit, place,
     )  # fmt: skip
 
 

@@ -365,7 +365,9 @@ class CudaForward:
             experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
         )  # fmt: skip
         chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
-        return fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
+        return fp4_experts.site(
+            codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place
+        )
 
     def _enter(self, embedded: Tensor, bucket: int) -> Tensor:
         """Join next-token embeddings (T, D) with the backbone's streams: (T, n, D)."""

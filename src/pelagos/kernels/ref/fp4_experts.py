@@ -49,6 +49,12 @@ def decode(packed: Tensor, scale: Tensor) -> Tensor:
     return numerics.decode_fp4(packed.view(torch.int8), scale.view(torch.float8_e8m0fnu))
 
 
+def placed(first: Tensor, place: Tensor) -> Tensor:
+    """Return all experts' weights (E, ...) of one storage, given the first block's (1, ...) and byte offsets (E,)."""
+    views = [first.as_strided(first.shape, first.stride(), first.storage_offset() + at) for at in place.tolist()]
+    return torch.cat(views)
+
+
 def forward(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
     limit: float,

@@ -103,10 +103,10 @@ def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: 
 
 @triton.jit
 def _product_kernel(
-    x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks,
+    x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks,
     shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
-    SINGLE: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
+    SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x.
@@ -128,15 +128,15 @@ def _product_kernel(
             place = ((slot + FP8_PARTS) * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
             tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
     else:
-        _expert_rows(x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks, slot, part,
-                     SHARED, DEPTH, OUTPUTS, PARTS, SINGLE, ROWS, BYTES, TARGET)  # fmt: skip
+        _expert_rows(x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks, slot, part,
+                     SHARED, DEPTH, OUTPUTS, PARTS, SINGLE, PLACED, ROWS, BYTES, TARGET)  # fmt: skip
 
 
 @triton.jit
 def _expert_rows(
-    x, table, slot_expert, slot_rows, w, scale, partial, CAPACITY, picks, slot, part,
+    x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks, slot, part,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, 16)
     # Loaded together: each would cost a round trip before the weights can be asked for.
@@ -150,8 +150,12 @@ def _expert_rows(
     stride: tl.constexpr = DEPTH // 2
     share: tl.constexpr = stride // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight = w + expert * (OUTPUTS * stride) + part * share
-    scales = scale + expert * (OUTPUTS * (stride // 16)) + part * (share // 16)
+    if PLACED:  # bytes from the first block, the same for codes and scales
+        block = tl.multiple_of(tl.load(homes + expert), 256)
+        weight, scales = w + block, scale + block
+    else:
+        weight, scales = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
+    weight, scales = weight + part * share, scales + part * (share // 16)
     first = 0
     while first < rows:  # not range(): the interpreter takes no tensor there
         live = first + at < rows
@@ -277,21 +281,22 @@ def forward(
         CUT=columns, TARGET=made_for, **launch(made_for),
     )  # fmt: skip
     out = codes.new_empty((tokens, width), dtype=torch.float32)
-    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, None, out)
+    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, None, out, None)
 
 
 def site(
     planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, shared: Tensor, w13: Tensor,
-    s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor, shared2_scales: Tensor, limit: float,
+    s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor, shared2_scales: Tensor, limit: float, place: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return (T, D) bfloat16; operands as in `kernels.fp4_experts.site`."""
     return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, (shared, shared2, shared2_scales),
-                    torch.empty_like(planes))  # fmt: skip
+                    torch.empty_like(planes), place)  # fmt: skip
 
 
 def _experts(
     planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, w13: Tensor, s13: Tensor,
     w2: Tensor, s2: Tensor, limit: float, shared: tuple[Tensor, Tensor, Tensor] | None, out: Tensor,
+    place: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (tokens, width), picked, picks = planes.shape, chosen.shape[1], chosen.numel()
     inner = w2.shape[2] * 2
@@ -312,9 +317,10 @@ def _experts(
         shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
     lent = (codes, scales, weight, weight_scales, shared_down, tokens)
     shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": max(16, triton.next_power_of_2(tokens)), "TARGET": made_for}
+    shape["PLACED"], homes = place is not None, chosen if place is None else place
     options = launch(made_for, num_stages=STAGES)
     _product_kernel[(2 * inner // ROWS, first["PARTS"], slots)](
-        planes, *lists, w13, s13, up, tokens, picks, *lent,
+        planes, *lists, w13, s13, homes, up, tokens, picks, *lent,
         SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
     _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
@@ -322,7 +328,7 @@ def _experts(
         **launch(made_for, num_warps=1),
     )  # fmt: skip
     _product_kernel[(width // ROWS, second["PARTS"], fp8_parts + slots)](
-        hidden, *lists, w2, s2, down, tokens, picks, *lent,
+        hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
         SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
     _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](

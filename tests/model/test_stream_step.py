@@ -1,0 +1,56 @@
+"""The captured step over experts in blocks, on a CPU by the references: the bits of stacked experts, whatever moves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from pelagos.config import preset
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.model.cuda_forward import CudaForward
+from pelagos.model.cuda_weights import Weights
+from pelagos.model.expert_blocks import ExpertBlocks
+
+CPU = torch.device("cpu")
+CONFIG = dataclasses.replace(
+    preset("nano"), num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, vocab_size=512
+)
+
+
+def test_bits_do_not_depend_on_where_experts_are(monkeypatch) -> None:
+    monkeypatch.setattr("pelagos.model.cuda_weights._RANDOM_BLOCK", 1 << 22)
+    layout = CacheLayout(CONFIG, "released", 4)
+    whole = Weights(CONFIG, CPU).fill_random()
+    blocks = ExpertBlocks(CONFIG, CPU, 56 * ExpertBlocks(CONFIG, CPU, 1 << 30).block_bytes)
+    streamed = Weights(CONFIG, CPU, blocks)
+    assert set(streamed.places) == set(whole.places)
+    for name, place in streamed.places.items():
+        for into, values in ((place.values, whole.places[name].values), (place.scales, whole.places[name].scales)):
+            if into is not None and values is not None:
+                into.copy_(values)
+    assert streamed.bytes == whole.bytes
+    steps = []
+    for weights in (whole, streamed):
+        pools = (torch.zeros((4, layout.page_bytes), dtype=torch.uint8),
+                 torch.zeros((2, layout.slot_bytes), dtype=torch.uint8))  # fmt: skip
+        steps.append(CudaForward(weights, layout, *pools, positions=256))
+    assert (steps[0].two_kinds, steps[1].two_kinds) == (True, False)
+    rng, table = np.random.default_rng(0), np.arange(2, dtype=np.int32)
+    results = []
+    for step in steps:
+        rng = np.random.default_rng(0)
+        found = [step.forward([Span(rng.integers(0, 512, 9), 0, 0, table, logits=2, streams=1, decode=True)])]
+        for at in range(9, 120):
+            # Few ids: some experts of the layer routed by ids become hot.
+            found.append(step.forward([Span(rng.integers(0, 4, 1), at, 0, table, decode=True)]))
+        found.append(step.draft([Span(np.array([5]), 8, 0, table, decode=True)], found[0].streams))
+        results.append(found)
+    for got, want in zip(results[1], results[0], strict=True):
+        assert np.array_equal(got.logits, want.logits)
+        assert np.array_equal(got.streams, want.streams)
+    report = blocks.report()
+    assert report["exchanges"] > 0
+    assert report["tokens"] == 120
+    assert 0.5 < report["hit_rate"] < 1
