@@ -21,7 +21,7 @@ TYPES = dict(
     scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32",
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
-FINISH = dict(ITERS=20, WIDTH=512, PADDED=4, TARGET=made_for)
+FINISH = dict(ITERS=20, WIDTH=512, PARTS=4, PADDED=4, TARGET=made_for)
 EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, TARGET=made_for)
 HERE, THERE = dict(PLACED=False), dict(PLACED=True)
 PRODUCT = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, QUANTISE=False, TARGET=made_for)
@@ -31,7 +31,7 @@ ROUTED = dict(table="*i64", shared=U8, shared_scales=U8, out=F32)
 KERNELS = [
     (site._mix_token_kernel, dict(EACH=1, **SITE), dict()),
     (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),
-    (site._mix_kernel, dict(TILE=64, **SITE), dict(num_warps=8)),
+    (site._mix_kernel, dict(TILE=64, STEP=32, SPAN=512, STAGES=3, **SITE), dict()),
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),

@@ -15,7 +15,7 @@ from pelagos.kernels.site import site
 
 OPTIONS = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Streams, post, comb, normed and its FP8 copy. bfloat16 and E4M3 results may fall to the other side of a rounding.
-ON_DEVICE = (1e-4, 1e-5, 1e-4, 4e-3, 8e-3)
+ON_DEVICE = (1e-4, 2e-5, 1e-4, 4e-3, 8e-3)
 # The interpreter cuts where a bfloat16 should be rounded, which is half a unit in the last place on average.
 INTERPRETED = (6e-3, 4e-3, 4e-3, 1e-2, 4e-2)
 

@@ -1,6 +1,6 @@
 """One hyper-connection site: post of the one before, mix logits, Sinkhorn, collapse, norm and quantisation.
 
-Two launches. A mix kernel writes the new streams and, for every 128 channels, partial sums of the 24 logits and of the
+Two launches. A mix kernel writes the new streams and, for a range of channels, partial sums of the 24 logits and of the
 streams' Gram matrix; `_finish_kernel` adds the parts and collapses. The Gram matrix gives the norm of the collapsed
 vector before it exists, so no block waits for another. Up to FEW_TOKENS each token is a program of its own over float32
 weights. Longer calls multiply tiles: streams are bfloat16, so three bfloat16 terms of a weight multiply them exactly.
@@ -33,99 +33,102 @@ from pelagos.kernels.triton.formats import (
 BLOCK = 128  # channels a part, and of an activation scale
 FEW_TOKENS = 128  # up to here each token is a program, so that a token's bits are its own
 TILE = 16  # tokens of a tile
-WIDE_TILE = 64  # tokens of a tile of the products
+WIDE_TILE, SPAN, STEP, STAGES = 64, 1024, 32, 3  # tokens and channels of a program of the products, channels a step
 LOGITS, STATS = 24, 40  # 4 pre + 4 post + 16 comb; then 10 of the Gram matrix, the rest is padding
 
 
 @triton.jit
 def _split_kernel(fn, terms, WIDTH: tl.constexpr, TARGET: tl.constexpr):
-    """Cut float32 weights into three bfloat16 terms (3, 24, 4 * WIDTH), 8 bits of the mantissa each."""
+    """Cut float32 weights into three bfloat16 terms (3, 32, 4 * WIDTH), 8 bits of the mantissa each, a channel's four
+    streams beside each other."""
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    live = at < 96 * WIDTH
-    rest = tl.load(fn + at, mask=live, other=0.0)
+    inner = at % (4 * WIDTH)
+    rest = tl.load(fn + at - inner + inner % 4 * WIDTH + inner // 4, mask=at < 96 * WIDTH, other=0.0)
     for term in tl.static_range(3):
         bits = rest.to(tl.int32, bitcast=True)
-        tl.store(terms + term * (96 * WIDTH) + at, bits_to_bfloat16(bits >> 16), mask=live)
+        tl.store(terms + term * (128 * WIDTH) + at, bits_to_bfloat16(bits >> 16), mask=at < 128 * WIDTH)
         rest -= (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _split_dot(x, terms, lane, total, WIDTH: tl.constexpr, TARGET: tl.constexpr):
-    """total + x @ weight^T for bfloat16 x (T, 128), by three exact products."""
-    real = lane < 24
-    for term in tl.static_range(3):
-        total = dot(x, tl.trans(tl.load(terms + term * (96 * WIDTH), mask=real, other=0.0)), total, TARGET)
-    return total
+def _shares_of(comb, post, token, live, K: tl.constexpr):
+    """(T,) each: what the four streams and the previous site's output count in stream K after it."""
+    place = comb + token * 16 + K
+    return (
+        tl.load(place, mask=live, other=0.0)[:, None], tl.load(place + 4, mask=live, other=0.0)[:, None],
+        tl.load(place + 8, mask=live, other=0.0)[:, None], tl.load(place + 12, mask=live, other=0.0)[:, None],
+        tl.load(post + token * 4 + K, mask=live, other=0.0)[:, None],
+    )  # fmt: skip
 
 
 @triton.jit
-def _stream(y, s0, s1, s2, s3, post, comb, token, live, K: tl.constexpr, HAS_POST: tl.constexpr):
-    """bfloat16 stream K after the previous site."""
+def _stream(y, s, shares, K: tl.constexpr, HAS_POST: tl.constexpr, TARGET: tl.constexpr):
+    """bfloat16 stream K after the previous site, computed once."""
     if HAS_POST:
-        mixed = tl.load(comb + token * 16 + K, mask=live, other=0.0)[:, None] * s0
-        mixed += tl.load(comb + token * 16 + 4 + K, mask=live, other=0.0)[:, None] * s1
-        mixed += tl.load(comb + token * 16 + 8 + K, mask=live, other=0.0)[:, None] * s2
-        mixed += tl.load(comb + token * 16 + 12 + K, mask=live, other=0.0)[:, None] * s3
-        mixed += tl.load(post + token * 4 + K, mask=live, other=0.0)[:, None] * y
-        return mixed.to(tl.bfloat16)
-    if K == 0:
-        return s0.to(tl.bfloat16)
-    if K == 1:
-        return s1.to(tl.bfloat16)
-    if K == 2:
-        return s2.to(tl.bfloat16)
-    return s3.to(tl.bfloat16)
+        mixed = shares[0] * s[0]
+        mixed += shares[1] * s[1]
+        mixed += shares[2] * s[2]
+        mixed += shares[3] * s[3]
+        return pinned((mixed + shares[4] * y).to(tl.bfloat16), TARGET)
+    return pinned(s[K].to(tl.bfloat16), TARGET)
 
 
 @triton.jit
-def _mix_block(
-    y, streams, post, comb, terms, out, parts, token, live, block,
-    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
+def _inner(a, b, STEP: tl.constexpr):
+    """Sums of a * b over the eight channels of a lane."""
+    return tl.sum((a * b).reshape(a.shape[0], STEP // 8, 8), 2)
+
+
+@triton.jit
+def _mix_kernel(
+    y, streams, post, comb, terms, out, parts, tokens,
+    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr,
+    STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Streams of 128 channels (bfloat16 x 4), stored if they are new; their share of all sums goes to `parts`."""
-    column = block * 128 + tl.arange(0, 128)
-    both = live[:, None]
-    row = token.to(tl.int64)[:, None] * (4 * WIDTH) + column[None, :]
-    s0 = tl.load(streams + row, mask=both, other=0.0).to(tl.float32)
-    s1 = tl.load(streams + row + WIDTH, mask=both, other=0.0).to(tl.float32)
-    s2 = tl.load(streams + row + 2 * WIDTH, mask=both, other=0.0).to(tl.float32)
-    s3 = tl.load(streams + row + 3 * WIDTH, mask=both, other=0.0).to(tl.float32)
-    added = s0
-    if HAS_POST:
-        added = tl.load(y + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=both, other=0.0).to(tl.float32)
-    x0 = pinned(_stream(added, s0, s1, s2, s3, post, comb, token, live, 0, HAS_POST), TARGET)
-    x1 = pinned(_stream(added, s0, s1, s2, s3, post, comb, token, live, 1, HAS_POST), TARGET)
-    x2 = pinned(_stream(added, s0, s1, s2, s3, post, comb, token, live, 2, HAS_POST), TARGET)
-    x3 = pinned(_stream(added, s0, s1, s2, s3, post, comb, token, live, 3, HAS_POST), TARGET)
-    if HAS_POST:
-        tl.store(out + row, x0, mask=both)
-        tl.store(out + row + WIDTH, x1, mask=both)
-        tl.store(out + row + 2 * WIDTH, x2, mask=both)
-        tl.store(out + row + 3 * WIDTH, x3, mask=both)
-    lane = tl.arange(0, 32)
-    place = terms + lane[:, None] * (4 * WIDTH) + column[None, :]
-    logits = tl.zeros((TILE, 32), tl.float32)
-    logits = _split_dot(x0, place, lane[:, None], logits, WIDTH, TARGET)
-    logits = _split_dot(x1, place + WIDTH, lane[:, None], logits, WIDTH, TARGET)
-    logits = _split_dot(x2, place + 2 * WIDTH, lane[:, None], logits, WIDTH, TARGET)
-    logits = _split_dot(x3, place + 3 * WIDTH, lane[:, None], logits, WIDTH, TARGET)
-    blocks: tl.constexpr = WIDTH // 128
-    place = parts + token * (40 * blocks) + block
-    tl.store(place[:, None] + lane[None, :] * blocks, logits, mask=both & (lane[None, :] < 24))
-    f0, f1, f2, f3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-    tl.store(place + 24 * blocks, tl.sum(f0 * f0, 1), mask=live)
-    tl.store(place + 25 * blocks, tl.sum(f1 * f1, 1), mask=live)
-    tl.store(place + 26 * blocks, tl.sum(f2 * f2, 1), mask=live)
-    tl.store(place + 27 * blocks, tl.sum(f3 * f3, 1), mask=live)
-    tl.store(place + 28 * blocks, tl.sum(f0 * f1, 1), mask=live)
-    tl.store(place + 29 * blocks, tl.sum(f0 * f2, 1), mask=live)
-    tl.store(place + 30 * blocks, tl.sum(f0 * f3, 1), mask=live)
-    tl.store(place + 31 * blocks, tl.sum(f1 * f2, 1), mask=live)
-    tl.store(place + 32 * blocks, tl.sum(f1 * f3, 1), mask=live)
-    tl.store(place + 33 * blocks, tl.sum(f2 * f3, 1), mask=live)
-    return x0, x1, x2, x3
+    """SPAN channels of TILE tokens, STEP at a time: new streams are stored; their share of all sums goes to `parts`."""
+    let_next_start(TARGET)
+    wait_for_inputs(TARGET)
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live, lane = token < tokens, tl.arange(0, 32)
+    both, wide = live[:, None], token.to(tl.int64)[:, None] * WIDTH
+    w0, w1 = _shares_of(comb, post, token, live, 0), _shares_of(comb, post, token, live, 1)
+    w2, w3 = _shares_of(comb, post, token, live, 2), _shares_of(comb, post, token, live, 3)
+    logits, zero = tl.zeros((TILE, 32), tl.float32), tl.zeros((TILE, STEP // 8), tl.float32)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8, g9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    for begin in tl.range(tl.program_id(0) * SPAN, (tl.program_id(0) + 1) * SPAN, STEP, num_stages=STAGES):
+        column = begin + tl.arange(0, STEP)[None, :]
+        row = 4 * wide + column
+        s0 = tl.load(streams + row, mask=both, other=0.0).to(tl.float32)
+        s1 = tl.load(streams + row + WIDTH, mask=both, other=0.0).to(tl.float32)
+        s2 = tl.load(streams + row + 2 * WIDTH, mask=both, other=0.0).to(tl.float32)
+        s3 = tl.load(streams + row + 3 * WIDTH, mask=both, other=0.0).to(tl.float32)
+        s, added = (s0, s1, s2, s3), s0
+        if HAS_POST:
+            added = tl.load(y + wide + column, mask=both, other=0.0).to(tl.float32)
+        x0, x1 = _stream(added, s, w0, 0, HAS_POST, TARGET), _stream(added, s, w1, 1, HAS_POST, TARGET)
+        x2, x3 = _stream(added, s, w2, 2, HAS_POST, TARGET), _stream(added, s, w3, 3, HAS_POST, TARGET)
+        if HAS_POST:
+            tl.store(out + row, x0, mask=both)
+            tl.store(out + row + WIDTH, x1, mask=both)
+            tl.store(out + row + 2 * WIDTH, x2, mask=both)
+            tl.store(out + row + 3 * WIDTH, x3, mask=both)
+        x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(TILE, 4 * STEP)
+        place = terms + lane[:, None] * (4 * WIDTH) + 4 * begin + tl.arange(0, 4 * STEP)[None, :]
+        for term in tl.static_range(3):
+            logits = dot(x, tl.trans(tl.load(place + term * (128 * WIDTH))), logits, TARGET)
+        f0, f1, f2, f3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+        g0, g1, g2 = g0 + _inner(f0, f0, STEP), g1 + _inner(f1, f1, STEP), g2 + _inner(f2, f2, STEP)
+        g3, g4, g5 = g3 + _inner(f3, f3, STEP), g4 + _inner(f0, f1, STEP), g5 + _inner(f0, f2, STEP)
+        g6, g7, g8 = g6 + _inner(f0, f3, STEP), g7 + _inner(f1, f2, STEP), g8 + _inner(f1, f3, STEP)
+        g9 += _inner(f2, f3, STEP)
+    count: tl.constexpr = WIDTH // SPAN
+    to = parts + token * (40 * count) + tl.program_id(0)
+    tl.store(to[:, None] + lane[None, :] * count, logits, mask=both & (lane[None, :] < 24))
+    gram = (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9)
+    for i in tl.static_range(10):
+        tl.store(to + (24 + i) * count, tl.sum(gram[i], 1), mask=live)
 
 
 @triton.jit
@@ -137,13 +140,12 @@ def _added(parts, token, live, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED
 
 
 @triton.jit
-def _root(parts, token, live, norm_eps, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _root(parts, token, live, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
     """(T,) reciprocal root mean square of the flattened streams, and the diagonal of their Gram matrix."""
-    blocks: tl.constexpr = WIDTH // 128
-    g0 = _added(parts, token, live, 24, blocks, PADDED)
-    g1 = _added(parts, token, live, 25, blocks, PADDED)
-    g2 = _added(parts, token, live, 26, blocks, PADDED)
-    g3 = _added(parts, token, live, 27, blocks, PADDED)
+    g0 = _added(parts, token, live, 24, PARTS, PADDED)
+    g1 = _added(parts, token, live, 25, PARTS, PADDED)
+    g2 = _added(parts, token, live, 26, PARTS, PADDED)
+    g3 = _added(parts, token, live, 27, PARTS, PADDED)
     return tl.rsqrt((g0 + g1 + g2 + g3) / (4 * WIDTH) + norm_eps), g0, g1, g2, g3
 
 
@@ -154,20 +156,21 @@ def _gate(parts, token, live, base, factor, root, which: tl.constexpr, BLOCKS: t
 
 
 @triton.jit
-def _collapse_weights(parts, token, live, base, factor, eps, norm_eps, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _collapse_weights(
+    parts, token, live, base, factor, eps, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
+):
     """(T,) each: the four weights of the streams and the reciprocal RMS of the vector they give."""
-    blocks: tl.constexpr = WIDTH // 128
-    root, g0, g1, g2, g3 = _root(parts, token, live, norm_eps, WIDTH, PADDED)
-    p0 = _gate(parts, token, live, base, factor, root, 0, blocks, PADDED) + eps
-    p1 = _gate(parts, token, live, base, factor, root, 1, blocks, PADDED) + eps
-    p2 = _gate(parts, token, live, base, factor, root, 2, blocks, PADDED) + eps
-    p3 = _gate(parts, token, live, base, factor, root, 3, blocks, PADDED) + eps
-    crossed = p0 * p1 * _added(parts, token, live, 28, blocks, PADDED)
-    crossed += p0 * p2 * _added(parts, token, live, 29, blocks, PADDED)
-    crossed += p0 * p3 * _added(parts, token, live, 30, blocks, PADDED)
-    crossed += p1 * p2 * _added(parts, token, live, 31, blocks, PADDED)
-    crossed += p1 * p3 * _added(parts, token, live, 32, blocks, PADDED)
-    crossed += p2 * p3 * _added(parts, token, live, 33, blocks, PADDED)
+    root, g0, g1, g2, g3 = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
+    p0 = _gate(parts, token, live, base, factor, root, 0, PARTS, PADDED) + eps
+    p1 = _gate(parts, token, live, base, factor, root, 1, PARTS, PADDED) + eps
+    p2 = _gate(parts, token, live, base, factor, root, 2, PARTS, PADDED) + eps
+    p3 = _gate(parts, token, live, base, factor, root, 3, PARTS, PADDED) + eps
+    crossed = p0 * p1 * _added(parts, token, live, 28, PARTS, PADDED)
+    crossed += p0 * p2 * _added(parts, token, live, 29, PARTS, PADDED)
+    crossed += p0 * p3 * _added(parts, token, live, 30, PARTS, PADDED)
+    crossed += p1 * p2 * _added(parts, token, live, 31, PARTS, PADDED)
+    crossed += p1 * p3 * _added(parts, token, live, 32, PARTS, PADDED)
+    crossed += p2 * p3 * _added(parts, token, live, 33, PARTS, PADDED)
     square = p0 * p0 * g0 + p1 * p1 * g1 + p2 * p2 * g2 + p3 * p3 * g3 + 2.0 * crossed
     return p0, p1, p2, p3, tl.rsqrt(tl.maximum(square, 0.0) / WIDTH + norm_eps)
 
@@ -205,21 +208,20 @@ def _store_row(place, a, b, c, d, live):
 @triton.jit
 def _mixing(
     parts, base, scale, post, comb, token, live, eps, norm_eps,
-    ITERS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
+    ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store post (T, 4) and the Sinkhorn-normalised comb (T, 4, 4)."""
-    blocks: tl.constexpr = WIDTH // 128
-    root, _, _, _, _ = _root(parts, token, live, norm_eps, WIDTH, PADDED)
+    root, _, _, _, _ = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
     factor = tl.load(scale + 1)
     for i in tl.static_range(4):
         tl.store(
-            post + token * 4 + i, 2.0 * _gate(parts, token, live, base, factor, root, 4 + i, blocks, PADDED), mask=live
+            post + token * 4 + i, 2.0 * _gate(parts, token, live, base, factor, root, 4 + i, PARTS, PADDED), mask=live
         )
     factor = tl.load(scale + 2)
-    a0, a1, a2, a3 = _first_row(parts, base, factor, root, token, live, eps, 8, blocks, PADDED, TARGET)
-    b0, b1, b2, b3 = _first_row(parts, base, factor, root, token, live, eps, 12, blocks, PADDED, TARGET)
-    c0, c1, c2, c3 = _first_row(parts, base, factor, root, token, live, eps, 16, blocks, PADDED, TARGET)
-    d0, d1, d2, d3 = _first_row(parts, base, factor, root, token, live, eps, 20, blocks, PADDED, TARGET)
+    a0, a1, a2, a3 = _first_row(parts, base, factor, root, token, live, eps, 8, PARTS, PADDED, TARGET)
+    b0, b1, b2, b3 = _first_row(parts, base, factor, root, token, live, eps, 12, PARTS, PADDED, TARGET)
+    c0, c1, c2, c3 = _first_row(parts, base, factor, root, token, live, eps, 16, PARTS, PADDED, TARGET)
+    d0, d1, d2, d3 = _first_row(parts, base, factor, root, token, live, eps, 20, PARTS, PADDED, TARGET)
     for i in range(ITERS):
         if i > 0:
             a0, a1, a2, a3 = _shares(a0, a1, a2, a3, eps, TARGET)
@@ -283,7 +285,7 @@ def _mix_token_kernel(
     y, streams, post, comb, fn, out, parts, tokens,
     WIDTH: tl.constexpr, HAS_POST: tl.constexpr, EACH: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """`_mix_block` for single tokens: weights stay in registers and wait there for the streams."""
+    """`_mix_kernel` for single tokens: weights stay in registers and wait there for the streams."""
     let_next_start(TARGET)
     block = tl.program_id(0)
     column = block * 128 + tl.arange(0, 128)
@@ -327,24 +329,10 @@ def _mix_token_kernel(
 
 
 @triton.jit
-def _mix_kernel(
-    y, streams, post, comb, terms, out, parts, tokens,
-    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
-    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    _mix_block(
-        y, streams, post, comb, terms, out, parts, token, token < tokens, tl.program_id(0),
-        WIDTH, HAS_POST, TILE, TARGET,
-    )  # fmt: skip
-
-
-@triton.jit
 def _finish_kernel(
     streams, parts, base, scale, norm, post, comb, normed, codes, scales, tokens, tiles, eps, norm_eps,
-    ITERS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    TARGET: tl.constexpr,
+    ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    RUN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
@@ -353,10 +341,10 @@ def _finish_kernel(
     token = tile * TILE + tl.arange(0, TILE)
     live = token < tokens
     if part == 0:
-        _mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PADDED, TARGET)
+        _mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
     else:
         p0, p1, p2, p3, inverse = _collapse_weights(
-            parts, token, live, base, tl.load(scale), eps, norm_eps, WIDTH, PADDED
+            parts, token, live, base, tl.load(scale), eps, norm_eps, WIDTH, PARTS, PADDED
         )
         for step in tl.range(0, RUN, num_stages=2):
             block = (part - 1) * RUN + step
@@ -374,12 +362,11 @@ def forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) as `kernels.site.site` does."""
     tokens, _, width = streams.shape
-    blocks = width // BLOCK
-    padded = triton.next_power_of_2(blocks)
-    new = streams.new_empty
-    has_post = y is not None
+    blocks, few = width // BLOCK, tokens <= FEW_TOKENS
+    count = blocks if few else width // math.gcd(width, SPAN)
+    new, has_post = streams.new_empty, y is not None
     out = new(streams.shape) if has_post else streams
-    parts = new((tokens, STATS, blocks), dtype=torch.float32)
+    parts = new((tokens, STATS, count), dtype=torch.float32)
     post, comb = new((tokens, 4), dtype=torch.float32), new((tokens, 4, 4), dtype=torch.float32)
     normed = new((tokens, width))
     codes, scales = new((tokens, width), dtype=torch.uint8), new((tokens, blocks), dtype=torch.uint8)
@@ -387,24 +374,26 @@ def forward(
     y, old_post, old_comb = (streams if each is None else each for each in (y, old_post, old_comb))
     results = (out, post, comb, normed, codes, scales)
     options = {"WIDTH": width, "HAS_POST": has_post, "TARGET": made_for}
-    finish = {"ITERS": iters, "WIDTH": width, "PADDED": padded, "TARGET": made_for}
-    inputs = (y, streams, old_post, old_comb, fn, out, parts)
+    sizes = {"WIDTH": width, "PARTS": count, "PADDED": triton.next_power_of_2(count)}
+    finish = {"ITERS": iters, "TARGET": made_for, **sizes}
     outputs = (out, parts, base, scale, norm, *results[1:])
-    if tokens <= FEW_TOKENS:
+    if few:
         each = 1 if tokens <= TILE else 4
         _mix_token_kernel[(blocks, triton.cdiv(tokens, each))](
-            *inputs, tokens, EACH=each, **options, **launch(made_for, num_warps=4)
-        )
+            y, streams, old_post, old_comb, fn, out, parts, tokens, EACH=each, **options,
+            **launch(made_for, num_warps=4),
+        )  # fmt: skip
         _finish_kernel[(tokens * (1 + blocks),)](
             *outputs, tokens, tokens, eps, norm_eps, TILE=1, RUN=1, **finish, **launch(made_for, num_warps=1)
         )
         return results
-    terms = new((3, 24, 4 * width))
-    _split_kernel[(triton.cdiv(96 * width, 1024),)](fn, terms, WIDTH=width, TARGET=made_for, **launch(made_for))
+    terms = new((3, 32, 4 * width))
+    _split_kernel[(triton.cdiv(128 * width, 1024),)](fn, terms, WIDTH=width, TARGET=made_for, **launch(made_for))
     inputs = (y, streams, old_post, old_comb, terms, out, parts)
-    _mix_kernel[(blocks, triton.cdiv(tokens, WIDE_TILE))](
-        *inputs, tokens, TILE=WIDE_TILE, **options, **launch(made_for, num_warps=8)
-    )
+    _mix_kernel[(count, triton.cdiv(tokens, WIDE_TILE))](
+        *inputs, tokens, TILE=WIDE_TILE, STEP=STEP, SPAN=width // count, STAGES=STAGES, **options,
+        **launch(made_for, num_warps=4),
+    )  # fmt: skip
     tiles, run = triton.cdiv(tokens, TILE), math.gcd(blocks, 4)
     _finish_kernel[(tiles * (1 + blocks // run),)](
         *outputs, tokens, tiles, eps, norm_eps, TILE=TILE, RUN=run, **finish, **launch(made_for, num_warps=8)
