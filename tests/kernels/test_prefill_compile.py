@@ -7,6 +7,7 @@ from triton_cases import run
 
 SCRIPT = """
 from triton_cases import compile_all
+from pelagos.kernels.triton import hopper_attention, hopper_experts
 from pelagos.kernels.triton import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, prefill_products
 
 backend, arch, warp = {target}
@@ -32,7 +33,7 @@ KERNELS = [
      dict(blocks="i32")),
     (prefill_experts._place_kernel, dict(EXPERTS=256, PICKS=256), dict(picks="i32")),
     (prefill_experts._turn_kernel, dict(PICKED=6, WIDTH=512, COLUMNS=512), {{}}),
-    (prefill_experts._product_kernel, EXPERT, dict(x=CODE, scale=I32, num_warps=8, num_stages=2)),
+    (prefill_experts._product_kernel, EXPERT, dict(x=U8, scale=I32, num_warps=8, num_stages=2)),
     (prefill_experts._hidden_kernel, dict(INNER=256, GROUPS=8, TARGET=made_for), {{}}),
     (prefill_experts._combine_kernel, dict(PICKED=6, WIDTH=512, HAS_SHARED=True, COLUMNS=512, TARGET=made_for), {{}}),
     (prefill_attention._attend_kernel, ATTEND,
@@ -48,7 +49,12 @@ KERNELS = [
     (prefill_cache._decode_kernel, dict(WIDTH=512, SCALES=8, EACH=32, SIZE=0, ROWS=8), dict(base=I32)),
     (prefill_cache._index_kernel, dict(WIDTH=128, EACH=32, KEYS=32), dict(base=I32, scales=F32)),
 ]
-compile_all({target}, KERNELS, TYPES)
+HOPPER = [
+    (hopper_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256), dict(x=CODE, scale=U8, num_warps=4)),
+    (hopper_attention._attend_kernel, dict(HEADS=64, WIDTH=512, ROPE=64, SIZE=128, FAR=True, PICKS=512),
+     dict(base=I32, scale="fp32", num_warps=8)),
+]
+compile_all({target}, KERNELS + HOPPER * (arch == 90), TYPES)
 """
 
 
@@ -58,4 +64,5 @@ compile_all({target}, KERNELS, TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 17\n"
+    count = 19 if target[1] == 90 else 17
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == f"compiled {count}\n"

@@ -30,6 +30,12 @@ for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (65, 3, 2, 128, 256), (13
     want = ref.forward(*inputs, {LIMIT}, shared)
     off = error(got, want)
     assert off < 1e-3, (case, off)
+for experts, table in ((20, None), (20, torch.rand(9, 20).topk(4).indices), (48, None)):
+    logits, bias, ids = torch.randn(5, 64), torch.randn(experts), torch.arange(5)
+    some = (logits[:, :48] if experts > 32 else logits).contiguous()
+    inputs = (some, None if table is not None else bias, table, ids, experts, 4, 1.5)
+    for got, want in zip(kernel.choose(*inputs), ref.choose(*inputs)):
+        assert error(got, want) < 1e-6
 print("compared")
 """
 
@@ -84,3 +90,18 @@ def test_kernels_on_the_device(case):
     for part in (slice(0, 1), slice(case[0] // 3, None)):
         some = (each[part].contiguous() for each in inputs[:4])
         assert torch.equal(prefill_experts.mixture(*some, *inputs[4:], bases, LIMIT), got[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "hashed"), [(256, False), (256, True), (384, False)])
+def test_choice_on_the_device(experts, hashed):
+    """The reference's experts and weights, and the bits of a row among others."""
+    logits, bias = torch.randn(700, experts, device="cuda"), torch.randn(experts, device="cuda")
+    table = torch.rand(50, experts, device="cuda").topk(6).indices if hashed else None
+    rest, ids = (None if hashed else bias, table), torch.randint(0, 50, (700,), device="cuda")
+    got = prefill_experts.choose(logits, *rest, ids, experts, 6, 1.5)
+    want = ref.choose(logits, *rest, ids, experts, 6, 1.5)
+    assert torch.equal(got[0], want[0])
+    assert error(got[1], want[1]) < 1e-6
+    alone = prefill_experts.choose(logits[9:11].contiguous(), *rest, ids[9:11], experts, 6, 1.5)
+    assert all(torch.equal(a, b[9:11]) for a, b in zip(alone, got, strict=True))

@@ -39,6 +39,7 @@ def compile_all(target: tuple, kernels: list, types: dict[str, str], unaligned: 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     for kernel, constants, own in kernels:
         options = {name: own[name] for name in ("num_warps", "num_stages") if name in own}
@@ -47,5 +48,6 @@ def compile_all(target: tuple, kernels: list, types: dict[str, str], unaligned: 
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" and n not in unaligned]
         attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
-        triton.compile(ASTSource(kernel, signature, places, attributes), target=GPUTarget(*target), options=options)
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        triton.compile(source(kernel, signature, places, attributes), target=GPUTarget(*target), options=options)
     print("compiled", len(kernels))

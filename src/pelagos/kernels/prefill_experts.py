@@ -12,6 +12,7 @@ from pelagos.errors import ConfigError
 from pelagos.kernels.ref import prefill_experts as ref
 
 BLOCK = 128
+SPARE = 8  # places at which an expert's picks begin
 BINADES = 14  # of group scales that E4M3 holds beside the codes' own
 
 
@@ -52,6 +53,22 @@ def mixture(
     from pelagos.kernels.triton import prefill_experts as kernel
 
     return kernel.forward(*inputs, bases, shared, limit)
+
+
+def choose(
+    logits: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor, experts: int, picks: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return the experts chosen (T, K) int32 and their weights (T, K) float32.
+
+    logits (T, >= experts) float32; bias (E,) float32 for the choice alone, or table (V, K) int64 of the experts of each
+    token id in ids (T,). Scores are sqrt(softplus(logit)), weights the chosen ones' share times `scaling`. Source:
+    inference/model.py Gate.
+    """
+    if not logits.is_cuda:
+        return ref.choose(logits, bias, table, ids, experts, picks, scaling)
+    from pelagos.kernels.triton import prefill_experts as kernel
+
+    return kernel.choose(logits, bias, table, ids, experts, picks, scaling)
 
 
 def base_bytes(weight: Tensor, scale: Tensor) -> Tensor:

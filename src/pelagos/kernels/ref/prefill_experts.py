@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pelagos import numerics
-from pelagos.kernels.ref.experts import swiglu
+from pelagos.kernels.ref.experts import route, swiglu
 from pelagos.kernels.ref.fp4_experts import decode
 from pelagos.kernels.ref.gemm import ordered_sum
 
@@ -18,6 +19,19 @@ CASES = (
     (4096, 256, 6, 512, 256),
 )  # fmt: skip
 SMALL = 16  # of CASES, from the front, that an interpreter can run
+
+
+def choose(
+    logits: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor, experts: int, picks: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return the chosen experts and their weights; see `kernels.prefill_experts.choose`."""
+    scores = functional.softplus(logits[:, :experts]).sqrt()
+    if table is not None:
+        chosen = table[ids]
+    else:
+        assert bias is not None
+        chosen = (scores + bias).topk(picks, -1).indices
+    return chosen.int(), route(scores, chosen, scaling)
 
 
 def forward(

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pelagos.kernels.triton import hopper_attention
 from pelagos.kernels.triton.formats import dot, target, to_bfloat16
 
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
 
 TILE, MOST_HEADS = 64, 64  # keys and heads of a tile
+HOPPER_WIDTH = 512  # columns that its kernel is laid out for
 STAGES, WARPS = 2, 8
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -86,12 +88,17 @@ def attend(
     found = call.entries.get(ratio)
     base, seen = (call.start, call.start) if found is None else (found.base, found.seen)
     out = torch.empty((tokens, heads * width), dtype=torch.bfloat16, device=q.device)
-    padded = min(MOST_HEADS, max(16, triton.next_power_of_2(heads)))
-    _attend_kernel[(tokens, triton.cdiv(heads, padded))](
+    inputs = (
         q, keys, call.rows.positions, call.rows.owner, call.start, call.window, base, seen, call.windows,
         call.start if picks is None else picks, sink, turn, out, width**-0.5 * LOG2_E.value,
-        HEADS=heads, PADDED=padded, WIDTH=width, ROPE=2 * turn.shape[2], SIZE=size,
-        FAR=found is not None and found.total > 0, PICKS=0 if picks is None else picks.shape[1], TILE=TILE,
-        TARGET=target(), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
+    sizes = {"HEADS": heads, "WIDTH": width, "ROPE": 2 * turn.shape[2], "SIZE": size,
+             "FAR": found is not None and found.total > 0, "PICKS": 0 if picks is None else picks.shape[1]}  # fmt: skip
+    if hopper_attention.here() and heads % MOST_HEADS == 0 and width == HOPPER_WIDTH and size % TILE == 0:
+        hopper_attention.attend(*inputs, **sizes)
+        return out
+    padded = min(MOST_HEADS, max(16, triton.next_power_of_2(heads)))
+    _attend_kernel[(tokens, triton.cdiv(heads, padded))](
+        *inputs, PADDED=padded, TILE=TILE, TARGET=target(), num_warps=WARPS, num_stages=STAGES, **sizes
+    )
     return out

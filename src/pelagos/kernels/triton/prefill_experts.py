@@ -1,8 +1,8 @@
-"""Experts with FP4 weights for a prompt: rows grouped by expert, weights expanded to E4M3 in registers, FP8 products.
+"""Experts with FP4 weights for a prompt: rows grouped by expert, weights expanded in registers.
 
-A counting sort lists the picks by expert without the host. A program multiplies 128 weight rows by 128 picks; every 128
-columns end an activation scale, so their sum leaves the matrix unit and joins a float32 total. A weight's group scale
-becomes part of its E4M3 code by a table of eight bytes a group, exact within 15 binades of its tile's largest scale.
+A counting sort lists the picks by expert without the host. A program multiplies 128 weight rows by 64 picks; every 128
+columns end an activation scale, so their sum leaves the matrix unit and joins a float32 total. Hopper has a product of
+its own, in FP8: a weight's group scale becomes part of its E4M3 code, exact within 15 binades of its tile's largest.
 A pick's bits depend on its own activations and weights alone: columns of a product do not meet.
 """
 
@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
+from pelagos.kernels.prefill_experts import SPARE
+from pelagos.kernels.triton import hopper_attention, hopper_experts
 from pelagos.kernels.triton.formats import (
-    PTX,
     dot,
     e2m1_pair,
     e4m3_code,
@@ -26,28 +28,12 @@ from pelagos.kernels.triton.formats import (
     target,
     to_bfloat16,
 )
+from pelagos.kernels.triton.router import _choose_kernel
 
 TILE = 64  # picks of a program
 PICKS = 256  # picks a program of the sort
-ALIGN = 8  # places at which an expert's picks begin
 COLUMNS, GROUPS = 1024, 8  # of the kernels beside the products
 STAGES, WARPS = 3, 8
-
-# Four bytes of E2M1 pairs to E4M3: even columns first. A code's low three bits choose from eight bytes of a table.
-_EXPAND = tl.constexpr(
-    """{
-    .reg .b32 s, t, e, o;
-    and.b32 s, $2, 0x77777777;
-    prmt.b32 e, $3, $7, s;
-    shr.u32 t, s, 16;
-    prmt.b32 o, $3, $7, t;
-    shl.b32 s, $2, 4;
-    prmt.b32 t, e, o, 0x6420;
-    lop3.b32 $0, s, 0x80808080, t, 0xEA;
-    prmt.b32 t, e, o, 0x7531;
-    lop3.b32 $1, $2, 0x80808080, t, 0xEA;
-    }"""
-)
 
 
 @triton.jit
@@ -139,36 +125,12 @@ def _turn_kernel(codes, scales, place_of, turned, xs, room, PICKED: tl.constexpr
 
 
 @triton.jit
-def _tables(scale, base):
-    """int32 tables of the E4M3 codes of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6 under UE8M0 bytes `scale` relative to base."""
-    r = tl.maximum(scale - base, -8)
-    low = tl.where(r < -5, 0x03020100 << tl.minimum(r + 8, 2), 0x3C383000 + r * 0x08080800)
-    high = tl.where(r < -7, 0x0C080604, 0x4C484440 + r * 0x08080808)
-    return low, high
-
-
-@triton.jit
 def _weights(byte, word, base, TARGET: tl.constexpr):
-    """A matrix operand (128, 128) of 64 weight bytes a row and their four scale bytes; but for PTX times 2^-6."""
+    """A matrix operand (128, 128), times 2^-6, of 64 weight bytes a row and their four scale bytes."""
     group = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
-    if TARGET == "ptx":
-        low, high = _tables(group, base)
-        low = tl.broadcast_to(low[:, :, None], (128, 4, 16)).reshape(128, 64)
-        high = tl.broadcast_to(high[:, :, None], (128, 4, 16)).reshape(128, 64)
-        even, odd = tl.inline_asm_elementwise(
-            _EXPAND, "=r,=r,r,r,r,r,r,r,r,r,r", [byte, low, high], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True,
-            pack=4,
-        )  # fmt: skip
-    else:
-        factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (128, 4, 16)).reshape(128, 64)
-        even, odd = e2m1_pair(byte, factor, TARGET)
+    factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (128, 4, 16)).reshape(128, 64)
+    even, odd = e2m1_pair(byte, factor, TARGET)
     return _turned(even, odd)
-
-
-@triton.jit
-def _operand(value, TARGET: tl.constexpr):
-    """E4M3 as a matrix operand: itself where the unit takes it, else the bfloat16 values of its bytes."""
-    return value if TARGET == "ptx" else e4m3_to_float(value).to(tl.bfloat16)
 
 
 @triton.jit
@@ -203,10 +165,10 @@ def _product_kernel(
         for k in tl.range(0, blocks):
             factor = tl.load(factors + k * room).reshape(TILE // 16, 4, 2, 2)
             factor = tl.permute(factor, (0, 2, 1, 3)).reshape(TILE)
-            rows = _operand(tl.load(values + k * 128), TARGET)
+            rows = e4m3_to_float(tl.load(values + k * 128)).to(tl.bfloat16)
             tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, TARGET)
             total += dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
-        total *= power_of_two(low if TARGET == "ptx" else low + 6)
+        total *= power_of_two(low + 6)
         to = out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None]
         tl.store(to, to_bfloat16(total, TARGET), mask=live[None, :])
 
@@ -249,21 +211,38 @@ def _combine_kernel(
     tl.store(out + token * WIDTH + column, to_bfloat16(total, TARGET), mask=live)
 
 
+def choose(
+    logits: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor, experts: int, picks: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return chosen (T, K) int32 and weights (T, K) float32 as `kernels.prefill_experts.choose` does."""
+    tokens, width = logits.shape
+    padded = triton.next_power_of_2(width)
+    logits = functional.pad(logits, (0, padded - width)) if padded > width else logits
+    chosen = torch.empty((tokens, picks), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, picks), dtype=torch.float32, device=logits.device)
+    _choose_kernel[(tokens,)](
+        logits, logits if bias is None else bias, ids if table is None else table, ids, chosen, weights, tokens,
+        experts, scaling, PARTS=1, EXPERTS=padded, PICKS=picks, BY_TABLE=table is not None, TARGET=target(),
+        num_warps=1,
+    )  # fmt: skip
+    return chosen, weights
+
+
 def forward(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
     bases: tuple[Tensor, Tensor], shared: Tensor | None, limit: float,
 ) -> Tensor:  # fmt: skip
     """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
     (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], w13.shape[0], w2.shape[2] * 2
-    picks, made_for = tokens * picked, target()
-    blocks, tiles = triton.cdiv(picks, PICKS), picks // TILE + min(experts, picks)
+    picks, made_for, tile = tokens * picked, target(), hopper_experts.TILE if hopper_attention.here() else TILE
+    blocks, tiles = triton.cdiv(picks, PICKS), picks // tile + min(experts, picks)
     padded = max(16, triton.next_power_of_2(experts))
 
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=codes.device)
 
-    room = picks + ALIGN * min(experts, picks)
-    room += -room % TILE + TILE  # whole tiles may be read from any place
+    room = picks + SPARE * min(experts, picks)
+    room += -room % tile + tile  # whole tiles may be read from any place
     counts, order, place_of = new(blocks, experts), new(room), new(picks)
     lists = torch.zeros(3 * tiles + experts, dtype=torch.int32, device=codes.device)
     *table, totals = lists.split((tiles, tiles, tiles, experts))
@@ -271,7 +250,7 @@ def forward(
     _count_kernel[(blocks,)](chosen, counts, totals, picks, PADDED=padded, **common)
     _offset_kernel[(experts,)](
         counts, totals, *table, blocks, BLOCKS=max(16, triton.next_power_of_2(blocks)), EXPERTS=experts, PADDED=padded,
-        TILE=TILE, ALIGN=ALIGN,
+        TILE=tile, ALIGN=SPARE,
     )  # fmt: skip
     _place_kernel[(blocks,)](chosen, counts, order, place_of, picks, **common)
     turned, xs = torch.empty_like(codes), new(width // 128, room, dtype=torch.float32)
@@ -280,19 +259,22 @@ def forward(
     )
     up, down = (new(room, size, dtype=torch.bfloat16) for size in (2 * inner, width))
     hidden, hs = new(room, inner, dtype=torch.uint8), new(inner // 128, room, dtype=torch.float32)
-    options = {"TILE": TILE, "TARGET": made_for, "num_warps": WARPS, "num_stages": STAGES}
-    kind = torch.float8_e4m3fn if made_for == PTX else torch.uint8
-    _product_kernel[(2 * inner // 128, tiles)](
-        turned.view(kind), xs, order, *table, w13, s13.view(torch.int32), bases[0], up, room,
-        SHARED=picked, DEPTH=width, OUTPUTS=2 * inner, **options,
-    )  # fmt: skip
+
+    def product(x: Tensor, xs: Tensor, weight: Tensor, scale: Tensor, base: Tensor, out: Tensor, each: int) -> None:
+        sizes = {"SHARED": each, "DEPTH": x.shape[1], "OUTPUTS": out.shape[1]}
+        if tile != TILE:
+            hopper_experts.product(tiles, x, xs, order, *table, weight, scale, base, out, room, **sizes)
+            return
+        _product_kernel[(out.shape[1] // 128, tiles)](
+            x, xs, order, *table, weight, scale.view(torch.int32), base, out, room, **sizes, TILE=TILE,
+            TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+
+    product(turned, xs, w13, s13, bases[0], up, picked)
     _hidden_kernel[(picks, triton.cdiv(inner, 128 * GROUPS))](
         up, place_of, weights, hidden, hs, limit, room, INNER=inner, GROUPS=GROUPS, TARGET=made_for
     )
-    _product_kernel[(width // 128, tiles)](
-        hidden.view(kind), hs, order, *table, w2, s2.view(torch.int32), bases[1], down, room,
-        SHARED=0, DEPTH=inner, OUTPUTS=width, **options,
-    )  # fmt: skip
+    product(hidden, hs, w2, s2, bases[1], down, 0)
     out = new(tokens, width, dtype=torch.bfloat16)
     _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
         down, place_of, shared, out, PICKED=picked, WIDTH=width, HAS_SHARED=shared is not None, COLUMNS=COLUMNS,
