@@ -14,6 +14,8 @@ from pelagos.kernels.layout import OVERLAP_RATIO
 from pelagos.kernels.prefill_cache import Keys, Prompt
 from pelagos.kernels.ref import prefill_indexer as ref
 
+CHUNK = 4096  # keys scored before a selection: 128 MiB of scores for 8192 queries
+
 
 def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: int) -> Tensor:
     """Return the picked entries (T, topk) int32, ascending, then -1 where a row sees fewer.

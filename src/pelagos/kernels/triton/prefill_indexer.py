@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.layout import OVERLAP_RATIO
+from pelagos.kernels.prefill_indexer import CHUNK
 from pelagos.kernels.triton.formats import PTX, dot, e4m3_code, e4m3_to_float, power_of_two, round_to_e4m3, target
 
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
 
 KEYS = 128  # a tile
-CHUNK = 4096  # keys scored before a selection: 128 MiB of scores for 8192 queries
 STAGES, WARPS = 4, 4
 _LEAST = tl.constexpr(-(1 << 31))
 
@@ -90,8 +90,14 @@ def _select_kernel(
         kept_bits = tl.load(old_scores + row * TOPK + rank)
     least = tl.full((), _LEAST, tl.int32)
     if total > TOPK:
-        # The largest integer that at least TOPK reach, from its highest bit down, exactly TOPK ending the search.
+        # The largest integer that at least TOPK reach, from the highest bit in which what it lies between differs,
+        # exactly TOPK ending the search.
+        highest = tl.maximum(tl.max(bits, 0), tl.max(kept_bits, 0))
+        lowest = tl.min(tl.where(low + place < total, bits, 0x7FFFFFFF) if FIRST else kept_bits, 0)
         bit = tl.full((), 31, tl.int32)
+        while (bit >= 0) & (((lowest ^ highest) >> bit & 1) == 0):
+            bit -= 1
+        least = tl.where(bit == 31, _LEAST, lowest & -(tl.full((), 2, tl.int32) << bit))
         while bit >= 0:
             trial = least ^ (tl.full((), 1, tl.int32) << bit)
             reach = tl.sum((bits >= trial).to(tl.int32), 0) + tl.sum((kept_bits >= trial).to(tl.int32), 0)
