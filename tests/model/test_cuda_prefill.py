@@ -11,7 +11,7 @@ import torch
 from pelagos.config import preset
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.load import load_model
-from pelagos.model.cuda_prefill import Prefill
+from pelagos.model.cuda_prefill import Prefill, prompt_bytes
 from pelagos.model.cuda_weights import Weights
 
 
@@ -61,3 +61,26 @@ def test_chunks_change_no_bit_on_the_device(shape: str) -> None:
         count = min(len(logits), len(results[0][0]))
         assert torch.equal(logits[-count:], results[0][0][-count:])
         assert torch.equal(streams, results[0][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "tokens", "positions"), [
+    ("nano", 512, 4096), ("nano", 4096, 4096), ("nano", 4096, 262144), ("flash", 512, 8192), ("flash", 8192, 8192),
+    ("flash", 8192, 131072),
+])  # fmt: skip
+def test_a_call_takes_the_bytes_planned(shape: str, tokens: int, positions: int) -> None:
+    """Within 2 % of weights, pools and scratch together."""
+    config = preset(shape)
+    count = min(8, config.num_hidden_layers)
+    config = dataclasses.replace(config, num_hidden_layers=count, compress_ratios=config.compress_ratios[:count],
+                                 num_nextn_predict_layers=0)  # fmt: skip
+    weights = Weights(config, torch.device("cuda")).fill_random()
+    prefill = prefill_of(weights, positions)
+    part = span(prefill, np.zeros(tokens, np.int64), positions - tokens, 0, 1)
+    prefill.run([part])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prefill.run([part])
+    took, planned = torch.cuda.max_memory_allocated() - before, prompt_bytes(prefill.layout, tokens, positions)
+    assert abs(planned - took) < 0.02 * (weights.bytes + prefill.pages.nbytes + prefill.slots.nbytes + took)

@@ -26,7 +26,8 @@ from pelagos.evals.commit import commit
 from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.rows import LayerRows, Rows
-from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, prompt_bytes, step_bytes
+from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, step_bytes
+from pelagos.model.cuda_prefill import prompt_bytes
 from pelagos.model.cuda_weights import Weights
 
 Measure = Callable[[Weights, Ceilings, int, int], dict[str, Any]]
@@ -152,7 +153,7 @@ def _decode(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> d
 def _prefill(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> dict[str, Any]:
     """Time the first, the middle and the last chunk of a prompt; `us` is the whole prompt's, by Simpson's rule."""
     config, chunk = weights.config, min(context, PROMPT_TOKENS)
-    extra = prompt_bytes(CacheLayout(config, "released", 0), chunk)
+    extra = prompt_bytes(CacheLayout(config, "released", 0), chunk, context)
     forward, tables, planned = _forward(weights, context, batch, extra)
     ids, before = np.random.default_rng(0).integers(0, config.vocab_size, chunk), torch.cuda.memory_allocated()
     starts = sorted({0, (context - chunk) // 2 // chunk * chunk, context - chunk})

@@ -13,6 +13,10 @@ from pelagos.errors import ConfigError
 from pelagos.kernels.ref import prefill_products as ref
 
 BLOCK = 128
+# Of BF16 products, in which the library's order of adding can depend on the number of rows: large weights keep it from
+# LEAST_ROWS on (seen on an H200 from 256 to 8,192), for others every call has CALL_ROWS.
+LEAST_ROWS, CALL_ROWS, STEADY_WEIGHT = 512, 2048, 1 << 22
+SCALED_DEPTH = 512  # the library takes block scales of depths that this divides; others are decoded to BF16
 
 
 def factors(weight_scales: Tensor) -> Tensor:
@@ -46,7 +50,12 @@ def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors
     return kernel.product(codes, scales, weight, weight_factors, groups)
 
 
-def wide_product(x: Tensor, weight: Tensor, call_rows: int = 2048) -> Tensor:
+def steady_rows(rows: int, outputs: int, depth: int) -> int:
+    """Return how many rows a call of a BF16 product has, so that a row's bits are its own."""
+    return max(LEAST_ROWS, rows) if outputs * depth >= STEADY_WEIGHT else CALL_ROWS
+
+
+def wide_product(x: Tensor, weight: Tensor, call_rows: int = CALL_ROWS) -> Tensor:
     """Return x W^T (T, O) float32 of bfloat16 x (T, I) and weight (O, I).
 
     The library is called for `call_rows` rows at a time, filled up: of those calls a row's bits are its own.

@@ -11,14 +11,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pelagos.kernels import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, query
 from pelagos.kernels.cache_write import widths
 from pelagos.kernels.layout import CacheLayout, Span
-from pelagos.kernels.prefill_products import factors, product, quantise, swiglu, wide_product
-from pelagos.kernels.ref.experts import route
+from pelagos.kernels.prefill_products import (
+    CALL_ROWS,
+    SCALED_DEPTH,
+    factors,
+    product,
+    quantise,
+    steady_rows,
+    swiglu,
+    wide_product,
+)
 from pelagos.kernels.site import site
+from pelagos.kernels.skinny_gemm import TALL
 from pelagos.model.attention import CSA_RATIO, frequencies
 from pelagos.model.cuda_weights import LayerWeights, SiteWeights, Weights
 
@@ -63,40 +71,45 @@ class Prefill:
         positions = call.rows.positions
         turns = [query.angles(positions, freqs) for freqs in self._freqs]
         entry_turns = {ratio: query.angles(positions - ratio + 1, self._freqs[1]) for ratio in call.entries}
-        streams = weights.embed.index_select(0, ids).unsqueeze(1).repeat(1, config.hc_mult, 1)
-        state: tuple[Tensor | None, ...] = (None, streams, None, None)
+        # What one site hands to the next, replaced in place: output, streams, and how the one enters the others.
+        state = [None, weights.embed.index_select(0, ids).unsqueeze(1).repeat(1, config.hc_mult, 1), None, None]
         for index, (layer, extra) in enumerate(zip(weights.layers, self._layers, strict=True)):
             turn = turns[1 if layer.ratio else 0]
-            state = self._layer(state, index, layer, extra, call, ids, turn, entry_turns.get(layer.ratio))
+            self._attend(state, index, layer, extra, call, turn, entry_turns.get(layer.ratio))
+            self._feed(state, layer, extra, ids)
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0).tolist()
         wanted, kept = (
             torch.cat([torch.arange(end - getattr(span, name), end) for end, span in zip(ends, spans, strict=True)])
             for name in ("logits", "streams")
         )
         rows = torch.cat((wanted, kept)).to(device)
-        last = self._site(tuple(None if each is None else each[rows] for each in state), weights.head_site)
-        return wide_product(last[3][: len(wanted)], weights.head, 64), last[0][len(wanted) :]
+        state = [None if each is None else each[rows] for each in state]
+        normed, _, _ = self._site(state, weights.head_site)
+        assert state[1] is not None
+        return wide_product(normed[: len(wanted)], weights.head, 64), state[1][len(wanted) :]
 
-    def _site(self, state: tuple[Tensor | None, ...], weights: SiteWeights) -> tuple[Tensor, ...]:
+    def _site(self, state: list[Tensor | None], weights: SiteWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the last output into the streams; return this site's normed input, its codes and scales."""
         c = self.weights.config
         assert state[1] is not None
         count = len(state[1])
-        if count < SITE_ROWS:
-            state = tuple(
-                None if each is None else torch.cat((each, each.new_zeros((SITE_ROWS - count, *each.shape[1:]))))
-                for each in state
-            )
-        y, streams, post, comb = state
+        y, streams, post, comb = (
+            each if each is None or count >= SITE_ROWS
+            else torch.cat((each, each.new_zeros((SITE_ROWS - count, *each.shape[1:]))))
+            for each in state
+        )  # fmt: skip
         assert streams is not None
         options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
-        return tuple(each[:count] for each in site(y, streams, post, comb, *weights, **options))
+        found = [each[:count] for each in site(y, streams, post, comb, *weights, **options)]
+        state[:] = None, *found[:3]
+        return found[3], found[4], found[5]
 
-    def _layer(
-        self, state: tuple[Tensor | None, ...], index: int, layer: LayerWeights, extra: _Layer,
-        call: prefill_cache.Prompt, ids: Tensor, turn: Tensor, entry_turn: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    def _attend(
+        self, state: list[Tensor | None], index: int, layer: LayerWeights, extra: _Layer,
+        call: prefill_cache.Prompt, turn: Tensor, entry_turn: Tensor | None,
+    ) -> None:  # fmt: skip
         c, layout = self.weights.config, self.layout
-        streams, post, comb, normed, codes, scales = self._site(state, layer.attn_site)
+        normed, codes, scales = self._site(state, layer.attn_site)
         first = product(codes, scales, layer.first.codes, extra.first)
         wide = wide_product(normed, layer.first_wide) if layer.ratio else None
         keys = prefill_cache.cache_write(
@@ -116,24 +129,47 @@ class Prefill:
             head_weights = (wide[:, head : head + c.index_n_heads].bfloat16() * factor).float()
             picks = prefill_indexer.pick(index_q, head_weights, call, keys, c.index_topk)
         out = prefill_attention.attend(q, call, keys, layout, index, layer.sink, picks, turn)
+        del q, index_q, wide, keys, picks, normed  # what follows wants their room
         codes, scales = quantise(product(out, None, layer.wo_a.codes, extra.wo_a, groups=c.o_groups))
-        y = product(codes, scales, layer.wo_b.codes, extra.wo_b)
-        streams, post, comb, normed, codes, scales = self._site((y, streams, post, comb), layer.ffn_site)
+        state[0] = product(codes, scales, layer.wo_b.codes, extra.wo_b)
+
+    def _feed(self, state: list[Tensor | None], layer: LayerWeights, extra: _Layer, ids: Tensor) -> None:
+        c = self.weights.config
+        normed, codes, scales = self._site(state, layer.ffn_site)
         up = product(codes, scales, layer.shared13.codes, extra.shared13)
         shared = product(*swiglu(up, float(c.swiglu_limit)), layer.shared2.codes, extra.shared2)
-        chosen, weights = self._route(normed, layer, ids)
-        y = prefill_experts.mixture(
+        chosen, weights = prefill_experts.choose(
+            wide_product(normed, layer.gate), layer.bias, layer.table, ids, c.n_routed_experts, c.num_experts_per_tok,
+            c.routed_scaling_factor,
+        )  # fmt: skip
+        del normed, up
+        state[0] = prefill_experts.mixture(
             codes, scales, chosen, weights, *layer.w13, *layer.w2, extra.bases, float(c.swiglu_limit), shared=shared
         )
-        return y, streams, post, comb
 
-    def _route(self, normed: Tensor, layer: LayerWeights, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return chosen (T, K) int32 and weights (T, K) float32."""
-        c = self.weights.config
-        scores = functional.softplus(wide_product(normed, layer.gate)[:, : c.n_routed_experts]).sqrt()
-        if layer.table is not None:
-            chosen = layer.table[ids]
-        else:
-            assert layer.bias is not None
-            chosen = (scores + layer.bias).topk(c.num_experts_per_tok, -1).indices
-        return chosen.int(), route(scores, chosen, c.routed_scaling_factor)
+
+def prompt_bytes(layout: CacheLayout, tokens: int, positions: int) -> int:
+    """Return what a prompt call of so many tokens that ends at `positions` takes at its widest point, logits apart."""
+    c = layout.config
+    ratios = {ratio for ratio in c.layer_ratios if ratio}
+    heads, index, d = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim, c.hidden_size
+    called = tokens + -tokens % CALL_ROWS
+    streams, latent, inner = 2 * c.hc_mult * d, c.q_lora_rank + c.head_dim, c.moe_intermediate_size
+    site = max(tokens, SITE_ROWS) * (streams + 5 * d + 768) + 768 * d
+    # Before attention: keys, the normed input and its codes, first products.
+    entry = {ratio: 2 * c.head_dim + (c.index_head_dim + 4) * (ratio == CSA_RATIO) for ratio in ratios}
+    keys = 2 * (tokens + c.sliding_window) * c.head_dim
+    keys += max((positions // ratio * size for ratio, size in entry.items()), default=0)
+    wide = max((sum(widths(c, ratio)[2:]) for ratio in ratios), default=0)
+    before = keys + tokens * (3 * d + 2 * latent + c.q_lora_rank) + 4 * called * (wide + -wide % TALL)
+    second = 2 * (heads + index) * (called if c.q_lora_rank % SCALED_DEPTH else tokens)
+    scored = min(prefill_indexer.CHUNK, 1 << (max(128, positions // CSA_RATIO) - 1).bit_length())
+    chosen = tokens * (4 * scored + 16 * c.index_topk + index)
+    query_ = before + tokens * 2 * (heads + index) + max(second, chosen, tokens * 2 * heads)
+    rows = steady_rows(tokens, c.o_lora_rank, heads // c.o_groups)
+    output = 2 * heads * (tokens + c.o_lora_rank) + 2 * (tokens + -tokens % rows) * c.o_groups * c.o_lora_rank
+    picks = c.num_experts_per_tok * tokens
+    room = picks + prefill_experts.SPARE * min(c.n_routed_experts, picks)
+    experts = tokens * 6 * d + room * (5 * inner + 2 * d + d // 32 + inner // 32)
+    each = streams + 4 * c.qk_rope_head_dim * (2 + len(ratios)) + 128
+    return tokens * each + max(site, query_, output, experts) + (1 << 20)  # what the allocator does not split

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from pelagos.kernels.prefill_products import SCALED_DEPTH, steady_rows
 from pelagos.kernels.triton.formats import (
     e4m3_code,
     e4m3_to_float,
@@ -19,9 +20,6 @@ from pelagos.kernels.triton.formats import (
 from pelagos.kernels.triton.query import rounded
 
 COLUMNS = 1024
-# Of BF16 products, in which the library's order of adding can depend on the number of rows: large weights keep it from
-# LEAST_ROWS on (seen on an H200 from 256 to 8,192), for others every call has CALL_ROWS.
-LEAST_ROWS, CALL_ROWS, STEADY_WEIGHT = 512, 2048, 1 << 22
 
 
 @triton.jit
@@ -110,7 +108,7 @@ def _wide(x: Tensor, weight: Tensor, factors: Tensor, groups: int) -> Tensor:
     wide = torch.empty_like(weight, dtype=torch.bfloat16)
     _widen_kernel[(outputs, triton.cdiv(depth, COLUMNS))](weight, factors, wide, DEPTH=depth, COLUMNS=COLUMNS)
     own = outputs // groups
-    step = max(LEAST_ROWS, rows) if own * depth >= STEADY_WEIGHT else CALL_ROWS
+    step = steady_rows(rows, own, depth)
     out = torch.empty((rows + -rows % step, outputs), dtype=torch.bfloat16, device=x.device)
     for begin in range(0, rows, step):
         part = _filled(x[begin : begin + step], step)
@@ -123,7 +121,7 @@ def _wide(x: Tensor, weight: Tensor, factors: Tensor, groups: int) -> Tensor:
 def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int) -> Tensor:
     """Return (T, O) bfloat16 as `kernels.prefill_products.product` does."""
     (outputs, depth), rows = weight.shape, len(codes)
-    if scales is not None and depth % 512:  # the library takes no such scales; BF16 holds the values exactly
+    if scales is not None and depth % SCALED_DEPTH:  # BF16 holds the values exactly
         row_factors = scales.view(torch.float8_e8m0fnu).bfloat16().repeat_interleave(128, 1)
         codes, scales = codes.view(torch.float8_e4m3fn).bfloat16() * row_factors, None
     if scales is None:
