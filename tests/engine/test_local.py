@@ -20,8 +20,10 @@ from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt,
 from pelagos.config import tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, build_engine
 from pelagos.engine.scheduler import Plan
+from pelagos.engine.speculation import MTPDrafter
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
-from pelagos.kernels.layout import Span
+from pelagos.kernels import sampling
+from pelagos.kernels.layout import Drawn, Output, Span
 
 PATHS = [
     pytest.param(True, marks=pytest.mark.skipif(not HELPER, reason="no C compiler for the helper"), id="helper"),
@@ -44,6 +46,36 @@ def finish_all(engine: LocalEngine, streams: list[Any]) -> None:
         with torch.inference_mode():
             engine.step()
     raise AssertionError("the requests did not end")
+
+
+class Drawing:
+    """A forward that picks tokens itself where spans say how."""
+
+    draws = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.picked, self.rows = inner, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def forward(self, spans: list[Span]) -> Output:
+        return self._drawn(spans, self._inner.forward(spans))
+
+    def draft(self, spans: list[Span], streams: np.ndarray) -> Output:
+        return self._drawn(spans, self._inner.draft(spans, streams))
+
+    def _drawn(self, spans: list[Span], out: Output) -> Output:
+        picks, left, at = {}, [np.empty((0, out.logits.shape[1]), np.float32)], 0
+        for index, span in enumerate(spans):
+            rows, at = out.logits[at : at + span.logits], at + span.logits
+            if span.draws:
+                found = sampling.pick(torch.from_numpy(rows), torch.from_numpy(sampling.packed(span.draws)))
+                picks[index] = [Drawn(int(token), logprob) for token, logprob in found.tolist()]
+            else:
+                left.append(rows)
+        self.picked, self.rows = self.picked + len(picks), self.rows + len(left) - 1
+        return Output(np.concatenate(left), out.streams, picks)
 
 
 class TwoKinds:
@@ -554,3 +586,29 @@ def test_where_decode_is_another_kind_nothing_generated_is_shared(told: bool) ->
         assert (stats.preemptions > 0) == bool(options)
         engine.close()
     assert equal == told  # not told, the engine shares them, and a bit gives it away
+
+
+@pytest.mark.parametrize("speculation", [False, 3])
+def test_a_forward_that_picks_gives_the_same_tokens(speculation: int | bool) -> None:
+    """Greedy, drawn, cut, and beside them requests that need whole rows, with drafts and without."""
+    asked = [
+        SamplingParams(max_tokens=24, ignore_eos=True, seed=5, **each)
+        for each in (
+            {"temperature": 0}, {"temperature": 1.0, "logprobs": True}, {"top_p": 0.8, "top_k": 30}, {"min_p": 0.05},
+            {"presence_penalty": 0.5}, {"logprobs": 3}, {"prompt_logprobs": True},
+        )
+    ]  # fmt: skip
+    results = []
+    for drawing in (False, True):
+        engine = engine_of(speculation=speculation, threaded=False)
+        if drawing:
+            engine._forward = forward = Drawing(engine._forward)
+            if engine._drafter is not None:
+                engine._drafter = MTPDrafter(forward.draft, window=16, max_depth=4, draws=True)
+        streams = [engine.submit(prompt(30 + at, at), each) for at, each in enumerate(asked)]
+        results.append((finish(engine, *streams), [stream.prompt_logprobs for stream in streams]))
+        engine.close()
+        if drawing:
+            assert forward.picked > 60
+            assert forward.rows > 40
+    assert results[0] == results[1]

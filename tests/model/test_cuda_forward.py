@@ -14,7 +14,8 @@ from pelagos.engine import EngineOptions, build_engine
 from pelagos.engine.runner import fingerprint
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import CapacityError, CheckpointError, ConfigError, RequestError
-from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels import sampling
+from pelagos.kernels.layout import CacheLayout, Draw, Output, Span
 from pelagos.load import load_model, load_weights
 from pelagos.model import Transformer
 from pelagos.model.cuda_forward import BUCKETS, CudaForward
@@ -231,3 +232,37 @@ def test_the_engine_generates_on_the_device() -> None:
     alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
     assert together == alone
     assert "captured step" in llm.engine.numeric_path
+
+
+def picks_of(step: CudaForward) -> None:
+    """Spans with draws get what is picked from the logits that they get without, prompts, steps and drafts alike."""
+    draw = (Draw(1.0, 0.9, 0.0, 40, 77), Draw(key=78), Draw(1.0, key=79))
+    for spans in (
+        [span(tokens(9), 0, 0), span(tokens(5, 1), 0, 1, first_page=4)],
+        [span(tokens(2, 2), 9, 0), span(tokens(1, 3), 5, 1, first_page=4)],
+    ):
+        decode = spans[0].start > 0
+        spans = [each._replace(logits=min(each.logits, 3), decode=decode) for each in spans]
+        want = step.forward(spans).logits
+        drawn = [spans[0], spans[1]._replace(draws=draw[: spans[1].logits])]
+        for asked in (drawn, [each._replace(draws=draw[: each.logits]) for each in spans]):
+            out = step.forward(asked)
+            left, at = [], 0
+            for index, each in enumerate(asked):
+                rows, at = torch.from_numpy(want[at : at + each.logits]), at + each.logits
+                if each.draws:
+                    found = sampling.pick(rows, torch.from_numpy(sampling.packed(each.draws)))
+                    assert [pick.token for pick in out.picks[index]] == found[:, 0].tolist()
+                    assert np.allclose([pick.logprob for pick in out.picks[index]], found[:, 1], atol=1e-5)
+                else:
+                    left.append(rows)
+            assert np.array_equal(out.logits, np.concatenate(left) if left else np.empty((0, want.shape[1])))
+
+
+def test_spans_with_draws_are_picked_from(step: CudaForward) -> None:
+    picks_of(step)
+
+
+@pytest.mark.gpu
+def test_spans_with_draws_are_picked_from_on_the_device(model: Transformer) -> None:
+    picks_of(step_of(model, "cuda"))

@@ -101,7 +101,8 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
         )  # fmt: skip
-    drafter = MTPDrafter(forward.draft, window=config.sliding_window, max_depth=drafts) if drafts else None
+    window = config.sliding_window
+    drafter = MTPDrafter(forward.draft, window=window, max_depth=drafts, draws=forward.draws) if drafts else None
     return LocalEngine(
         config, pools=pools, forward=forward, plan=plan, chunk_tokens=options.chunk_tokens, salt=salt,
         decoder=None if tokenizer is None else tokenizer.stream_decoder, prefix_cache=options.prefix_cache,

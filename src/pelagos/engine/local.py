@@ -33,7 +33,7 @@ from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
 from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
 from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
-from pelagos.kernels.layout import Output, Span
+from pelagos.kernels.layout import Drawn, Output, Span
 
 FAR = 1 << 62  # a position no sequence reaches
 DISK_POLL_SECONDS = 0.001
@@ -465,24 +465,30 @@ class LocalEngine:
         if self._drafter is not None and self._drafting:
             near = self._drafter.window - (len(request.tokens) - start - known)  # older ones leave the draft's window
             streams = max(0, min(count, near))
-        decode = start >= request.prompt_tokens
+        draws = None
+        if self._forward.draws and logits and request.prompt_logprobs is None:
+            draws = request.sampler.draws(len(request.tokens), logits)
         return Span(
-            np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams, decode
-        )
+            np.asarray(tokens, np.int64), start, request.slot, request.table, request.frozen, logits, streams,
+            start >= request.prompt_tokens, draws or (),
+        )  # fmt: skip
 
     def _take_output(self, works: list[Work], spans: list[Span], output: Output) -> list[Outcome]:
         """Pick from the logits, tell the streams, publish pages, keep state; how each decoding request fared."""
         row = stream = 0
         outcomes: list[Outcome] = []
-        for work, span in zip(works, spans, strict=True):
+        for index, (work, span) in enumerate(zip(works, spans, strict=True)):
             request = _live(work.request)
-            rows, row = output.logits[row : row + span.logits], row + span.logits
+            rows = output.picks.get(index)
+            if rows is None:
+                rows, row = output.logits[row : row + span.logits], row + span.logits
             streams, stream = output.streams[stream : stream + span.streams], stream + span.streams
             before, known = request.computed, len(request.tokens)
             drafts, request.drafts = request.drafts, []
             request.computed = min(span.start + len(span.tokens), known)
             try:
-                rows = self._note_prompt(request, span, rows)
+                if isinstance(rows, np.ndarray):
+                    rows = self._note_prompt(request, span, rows)
                 if len(rows):
                     self._pick(request, drafts, rows)
                 self._publish(request)
@@ -538,7 +544,7 @@ class LocalEngine:
         request.reads_cache = self._caches
         return rows[-1:]
 
-    def _pick(self, request: Live, drafts: list[int], rows: np.ndarray) -> None:
+    def _pick(self, request: Live, drafts: list[int], rows: np.ndarray | Sequence[Drawn]) -> None:
         """Pick while the drafts agree, give the steps to the stream, and take back what was computed beyond them."""
         position = len(request.tokens)
         picks = request.sampler.verify(rows, drafts, position, request.text.ends)

@@ -49,6 +49,11 @@ class Forward(Protocol):
         ...
 
     @property
+    def draws(self) -> bool:
+        """Whether it picks tokens itself where spans say how."""
+        ...
+
+    @property
     def weight_bytes(self) -> int:
         """What it keeps of the weights beside the model's own."""
         ...

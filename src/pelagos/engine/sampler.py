@@ -20,9 +20,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from pelagos.errors import CheckpointError, RequestError
+from pelagos.kernels.layout import Draw, Drawn
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+_BROKEN = "the model computed logits that are NaN or infinite: its weights are damaged or misread"
 _WORD = 2**64 - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64
 
@@ -169,19 +171,38 @@ class Sampler:
         self.accept(pick.token)
         return pick
 
+    def draws(self, position: int, count: int) -> tuple[Draw, ...] | None:
+        """Return what picks the tokens of `count` positions from logits alone, None where more than those counts."""
+        params = self.params
+        if self._offset is not None or self._grammar is not None or self._top:
+            return None
+        keys = (_mix(self._key ^ _mix(at)) for at in range(position, position + count))
+        return tuple(Draw(params.temperature, params.top_p, params.min_p, params.top_k, key) for key in keys)
+
     def verify(
-        self, logits: np.ndarray, drafts: Sequence[int], position: int, ends: AbstractSet[int] = frozenset()
+        self,
+        rows: np.ndarray | Sequence[Drawn],
+        drafts: Sequence[int],
+        position: int,
+        ends: AbstractSet[int] = frozenset(),
     ) -> list[Pick]:
         """Pick from logits (1 + k, V) while the k drafts agree: 1 to 1 + k picks, the first one for `position`.
 
-        Stops after a pick that differs from its draft or is in `ends`; equal to picking one at a time.
+        Stops after a pick that differs from its draft or is in `ends`; equal to picking one at a time. Rows that were
+        drawn already (`draws`) are taken as they are.
         """
         picks: list[Pick] = []
-        for row, draft in zip(logits, (*drafts, -1), strict=True):
-            picks.append(self.pick(row, position + len(picks)))
+        for row, draft in zip(rows, (*drafts, -1), strict=True):
+            picks.append(self._taken(row) if isinstance(row, Drawn) else self.pick(row, position + len(picks)))
             if picks[-1].token != draft or draft in ends:
                 break
         return picks
+
+    def _taken(self, drawn: Drawn) -> Pick:
+        if drawn.token < 0:
+            raise CheckpointError(_BROKEN)
+        self.accept(drawn.token)
+        return Pick(drawn.token, drawn.logprob)
 
     def accept(self, token: int) -> None:
         """Record a generated token: penalties and grammar go on by it."""
@@ -279,7 +300,7 @@ def _normaliser(logits: np.ndarray) -> float:
     """Return log(sum(exp(logits))) of contiguous (V,) float64, summed in numpy's one order for V."""
     peak = float(logits.max())
     if not math.isfinite(peak):
-        raise CheckpointError(f"the model computed {peak} logits (NaN or inf): its weights are damaged or misread")
+        raise CheckpointError(_BROKEN)
     return peak + math.log(float(np.exp(logits - peak).sum()))
 
 

@@ -97,7 +97,14 @@ class MTPDrafter:
     at each step; a deeper one goes on from the block's own streams. Later positions are overwritten when fed.
     """
 
-    def __init__(self, block: Callable[[Sequence[Span], np.ndarray], Output], *, window: int, max_depth: int) -> None:
+    def __init__(
+        self,
+        block: Callable[[Sequence[Span], np.ndarray], Output],
+        *,
+        window: int,
+        max_depth: int,
+        draws: bool = False,
+    ) -> None:
         """`block`: a forward's `draft`; `window`: its layer's sliding window; max_depth: at most the layout's `rewind`.
 
         At most _CAUGHT_UP rows are caught up on: on nano as many drafts are accepted as with all 128, for a quarter of
@@ -105,7 +112,7 @@ class MTPDrafter:
         """
         self.window = min(window, _CAUGHT_UP)
         self.max_depth = max_depth
-        self._block = block
+        self._block, self._draws = block, draws
         self._fed: dict[str, _Fed] = {}
 
     def feed(self, key: str, start: int, following: Sequence[int], streams: np.ndarray) -> None:
@@ -127,18 +134,21 @@ class MTPDrafter:
             fed = self._fed.get(request.key)
             if fed is not None and fed.following and request.depth > 0:
                 following = np.array(fed.following, np.int64)
-                span = Span(following, fed.end - len(following), request.slot, request.pages, streams=1)
-                spans[index] = span, np.stack(list(fed.streams))
+                spans[index] = self._span(request, following, fed.end), np.stack(list(fed.streams))
                 fed.following.clear()
                 fed.streams.clear()
         while spans:
             out = self._block([span for span, _ in spans.values()], np.concatenate([s for _, s in spans.values()]))
             deeper: dict[int, tuple[Span, np.ndarray]] = {}
+            rows = iter(out.logits)
             for row, (index, (span, _)) in enumerate(spans.items()):
                 request, end = requests[index], span.start + len(span.tokens)
                 try:
-                    pick = request.sampler.peek(out.logits[row], end + 1)
+                    drawn = out.picks.get(row)
+                    pick = drawn[0] if drawn else request.sampler.peek(next(rows), end + 1)
                 except Exception:  # a grammar that ends here; verification asks it again, should it come so far
+                    continue
+                if pick.token < 0:
                     continue
                 tokens[index].append(pick.token)
                 chances[index].append(float(np.exp(pick.logprob)))
@@ -146,11 +156,15 @@ class MTPDrafter:
                     request.sampler.accept(pick.token)
                     accepted[index] += 1
                     following = np.array([pick.token], np.int64)
-                    deeper[index] = span._replace(tokens=following, start=end), out.streams[row : row + 1]
+                    deeper[index] = self._span(request, following, end + 1), out.streams[row : row + 1]
             spans = deeper
         for request, count in zip(requests, accepted, strict=True):
             request.sampler.rollback(count)
         return [Draft(tuple(drafted), tuple(chance)) for drafted, chance in zip(tokens, chances, strict=True)]
+
+    def _span(self, request: DraftRequest, following: np.ndarray, end: int) -> Span:
+        draws = request.sampler.draws(end + 1, 1) if self._draws else None
+        return Span(following, end - len(following), request.slot, request.pages, streams=1, draws=draws or ())
 
     def forget(self, key: str) -> None:
         """See `Drafter.forget`."""

@@ -1,4 +1,4 @@
-"""What `pelagos bench kernels` measures of attention: decode attention, indexer, queries and cache writes.
+"""What `pelagos bench kernels` measures of attention (decode attention, indexer, queries, cache writes) and picks.
 
 Sequences of a bench share a pool of pages larger than the L2 cache, in tables drawn at random; every call has rows,
 windows and picks of its own. Contexts are full: each sequence is at its last position.
@@ -14,15 +14,17 @@ import torch
 
 from pelagos import cost
 from pelagos.config import ModelConfig
-from pelagos.kernels import cache_write, decode_attention, indexer, query
+from pelagos.kernels import cache_write, decode_attention, indexer, query, sampling
 from pelagos.kernels.ref import decode_attention as ref
 from pelagos.kernels.ref import query as query_ref
+from pelagos.kernels.ref import sampling as sampling_ref
 
 Case = tuple[str, list[Callable[[], Any]], cost.KernelCost, int, dict[str, list[Callable[[], Any]]]]
 CONTEXTS = (8192, 131072, 1048576)
 CALLS = 16  # a round
 PAGES = {0: 8, 4: 6000, 128: 200_000}  # of a pool, by ratio
-TOKENS = {"attention": (1, 4, 16, 32, 128), "indexer": (1, 8, 32), "cache_write": (1, 16, 64), "query": (1, 16, 64)}
+TOKENS = {"attention": (1, 4, 16, 32, 128), "indexer": (1, 8, 32), "cache_write": (1, 16, 64), "query": (1, 16, 64),
+          "sampling": (1, 16, 64)}  # fmt: skip
 
 
 def _parts(call: ref.Call, tokens: int, count: int) -> list[slice]:
@@ -118,6 +120,18 @@ def queries(config: ModelConfig, tokens: int) -> Iterator[Case]:
         )
 
 
+def picks(config: ModelConfig, tokens: int) -> Iterator[Case]:
+    """Tokens picked from logits: the likeliest, drawn from all, and from what top-p or top-k leave."""
+    settings = {"greedy": (0.0, 0, 1.0), "drawn": (1.0, 0, 1.0), "top_p": (1.0, 0, 0.95), "top_k": (1.0, 20, 1.0)}
+    for name, setting in settings.items():
+        made = [
+            sampling_ref.make_inputs(tokens, config.vocab_size, 3.0, *setting, 0.0, seed=i, device="cuda")
+            for i in range(CALLS)
+        ]
+        calls = [functools.partial(sampling.pick, *each) for each in made]
+        yield name, calls, cost.KernelCost(4 * tokens * config.vocab_size, 0), 1, {}
+
+
 MAKERS: dict[str, Callable[[ModelConfig, int], Iterator[Case]]] = {
-    "attention": attention, "indexer": index, "cache_write": writes, "query": queries
+    "attention": attention, "indexer": index, "cache_write": writes, "query": queries, "sampling": picks
 }  # fmt: skip

@@ -9,7 +9,9 @@ Source: technical report 6.1; released cache layouts (584 and 68 bytes for Flash
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -70,13 +72,34 @@ class LayerPlace:
     index_tail: Tail | None
 
 
+class Draw(NamedTuple):
+    """How a token is picked from its logits where nothing but these counts; key is a 64-bit word of seed and position.
+
+    temperature 0 takes the likeliest, top_k 0 keeps all; see `engine.sampler.Sampler`.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    key: int = 0
+
+
+class Drawn(NamedTuple):
+    """A picked token, -1 where the logits held NaN or infinity, and the model's own log-probability of it."""
+
+    token: int
+    logprob: float
+
+
 class Span(NamedTuple):
     """Consecutive tokens of one sequence in one forward.
 
     tokens (S,) int64 from position `start`; `pages` (P,) int32 lists the page of every page_tokens positions up to
     the last token. Entries of windows that end before position `frozen` are there already and are not written.
     `logits` and `streams` say how many of the last tokens want logits and their final streams. `decode` says that the
-    tokens were generated, not given, which matters to a forward of two kinds.
+    tokens were generated, not given, which matters to a forward of two kinds. With `draws`, one for each of the
+    logits, a forward may pick the tokens itself and keep the logits.
     """
 
     tokens: np.ndarray
@@ -87,13 +110,18 @@ class Span(NamedTuple):
     logits: int = 1
     streams: int = 0
     decode: bool = False
+    draws: tuple[Draw, ...] = ()
 
 
 class Output(NamedTuple):
-    """logits (sum of span.logits, V) and streams (sum of span.streams, n, D), float32 on the CPU or the device."""
+    """logits (sum of span.logits, V) and streams (sum of span.streams, n, D), float32.
+
+    `picks` are what the forward picked for spans with draws, by index of span; their logits are then left out.
+    """
 
     logits: np.ndarray
     streams: np.ndarray
+    picks: Mapping[int, Sequence[Drawn]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,7 @@ class NativeForward:
     """
 
     two_kinds = False  # decode and prefill share their arithmetic
+    draws = False
 
     def __init__(
         self,

@@ -23,19 +23,20 @@ from torch import Tensor
 
 from pelagos import numerics
 from pelagos.errors import CapacityError, ConfigError, RequestError
-from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, skinny_gemm
+from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, sampling, skinny_gemm
 from pelagos.kernels.batch_rows import Rows
-from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels.layout import CacheLayout, Drawn, Output, Span
 from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
 from pelagos.kernels.site import site
 from pelagos.model.attention import CSA_RATIO, frequencies
-from pelagos.model.cuda_prefill import Prefill
+from pelagos.model.cuda_prefill import Prefill, prompt_bytes
 from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT_TOKENS = 8192  # of a call of the prompt kernels; longer ones run in turns, which changes no bit
 _FIELDS = 6  # ids, positions, slots, first, owner, frozen
+_HEAD = (_FIELDS + 2 * sampling.FIELDS) * BUCKETS[-1]  # with the draws, all words of 32 bits
 
 
 class _State(NamedTuple):
@@ -54,6 +55,7 @@ class _Call:
     graph: torch.cuda.CUDAGraph | None
     logits: Tensor
     streams: Tensor
+    picks: Tensor  # (T, 2) float64 of `sampling.pick`
     chosen: Tensor | None = None  # (layers, T, K) int32 experts, where they lie in blocks
 
     def run(self) -> None:
@@ -63,10 +65,11 @@ class _Call:
 
 
 class Staged(NamedTuple):
-    """A call under way, and of logits and of streams the (span, row) that were asked for."""
+    """A call under way, and the (span, row) that were asked for: of logits, of picks and of streams."""
 
     call: _Call
     wanted: list[tuple[int, int]]
+    drawn: list[tuple[int, int]]
     kept: list[tuple[int, int]]
 
 
@@ -78,6 +81,8 @@ class CudaForward:
     experts prompts take the step too, 64 rows a call.
     """
 
+    draws = True
+
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
             raise ConfigError(f"captured step: cache layout of mode {layout.mode!r}: expected this model's, released")
@@ -88,7 +93,7 @@ class CudaForward:
         self._device, self._cuda = device, device.type == "cuda"
         self._width = layout.pages_for(positions)
         most = BUCKETS[-1]
-        size = _FIELDS * most + most * self._width
+        size = _HEAD + most * self._width
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
         self._rows = torch.zeros(size, dtype=torch.int32, device=device)
         self._past = torch.zeros((most, config.hc_mult, config.hidden_size), dtype=torch.bfloat16, device=device)
@@ -124,7 +129,8 @@ class CudaForward:
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of what calls take beside weights and pools, static buffers included."""
         rows = bucket_of(min(tokens, BUCKETS[-1]))
-        return step_bytes(self.layout, rows, self.positions) + prompt_bytes(self.layout, min(tokens, PROMPT_TOKENS))
+        prompt = prompt_bytes(self.layout, min(tokens, PROMPT_TOKENS), self.positions)
+        return step_bytes(self.layout, rows, self.positions) + prompt
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Output:
@@ -152,20 +158,23 @@ class CudaForward:
             yield self._launch(spans, part, streams, begins)
 
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
-        config = self.weights.config
-        shapes = ((0, config.vocab_size), (0, config.hc_mult, config.hidden_size))
-        flat = ([row for each in found for row in each] for found in self._found(spans, past))
-        both = zip(flat, shapes, strict=True)
-        return Output(*(np.stack(each) if each else np.empty(shape, np.float32) for each, shape in both))
+        c, (logits, kept, picks) = self.weights.config, self._found(spans, past)
+
+        def flat(found: list[list[np.ndarray]], *shape: int) -> np.ndarray:
+            rows = [row for each in found for row in each]
+            return np.stack(rows) if rows else np.empty((0, *shape), np.float32)
+
+        return Output(flat(logits, c.vocab_size), flat(kept, c.hc_mult, c.hidden_size), picks)
 
     def _found(
         self, spans: Sequence[Span], past: np.ndarray | None
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-        """Run all spans; return each one's logits and streams."""
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]], dict[int, list[Drawn]]]:
+        """Run all spans; return each one's logits and streams, and what was picked."""
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         kept: list[list[np.ndarray]] = [[] for _ in spans]
+        picks: dict[int, list[Drawn]] = {}
         if past is None and self.two_kinds:
-            self._prompts(spans, logits, kept)
+            self._prompts(spans, logits, kept, picks)
         stepped = past is not None or not self.two_kinds
         decoding = [which for which, span in enumerate(spans) if span.decode or stepped]
         for staged in self.launch([spans[which] for which in decoding], past):
@@ -176,19 +185,36 @@ class CudaForward:
                     values = results.index_select(0, index).float().cpu().numpy()
                     for (which, _), value in zip(rows, values, strict=True):
                         found[decoding[which]].append(value)
-        return logits, kept
+            if staged.drawn:
+                values = call.picks.tolist()
+                for which, row in staged.drawn:
+                    picks.setdefault(decoding[which], []).append(_drawn(values[row]))
+        return logits, kept, picks
 
-    def _prompts(self, spans: Sequence[Span], logits: list[list[np.ndarray]], kept: list[list[np.ndarray]]) -> None:
-        """Run what was given through the prompt kernels, and hand each span its rows."""
+    def _prompts(
+        self,
+        spans: Sequence[Span],
+        logits: list[list[np.ndarray]],
+        kept: list[list[np.ndarray]],
+        picks: dict[int, list[Drawn]],
+    ) -> None:
+        """Run what was given through the prompt kernels, and hand each span its rows, or what is picked from them."""
         given = [which for which, span in enumerate(spans) if not span.decode]
         for which in given:
             self._check(which, spans[which], spans[which].start + len(spans[which].tokens), paged=True)
         parts = [self.prefill.run(part) for part in turns([spans[which] for which in given], PROMPT_TOKENS)]
-        for found, at, name in ((logits, 0, "logits"), (kept, 1, "streams")):
-            rows = [row for part in parts for row in part[at].float().cpu().numpy()]
-            for which in given:
-                count = getattr(spans[which], name)
-                found[which], rows = rows[:count], rows[count:]
+        streams = [row for _, part in parts for row in part.float().cpu().numpy()]
+        rows, at = torch.cat([part for part, _ in parts]) if parts else None, 0
+        for which in given:
+            span = spans[which]
+            kept[which], streams = streams[: span.streams], streams[span.streams :]
+            assert rows is not None
+            found, at = rows[at : at + span.logits].float(), at + span.logits
+            if span.logits and span.draws:
+                draws = torch.from_numpy(sampling.packed(span.draws)).to(self._device)
+                picks[which] = [_drawn(each) for each in sampling.pick(found, draws).tolist()]
+            else:
+                logits[which] = list(found.cpu().numpy())
 
     def _parts(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int, int]]]:
         """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
@@ -216,10 +242,12 @@ class CudaForward:
         bucket = max(agreed[0], bucket_of(sum(end - begin for _, begin, end in part)))
         host = self._host.numpy()
         head = host[: _FIELDS * BUCKETS[-1]].reshape(_FIELDS, -1)
+        draws = host[_FIELDS * BUCKETS[-1] : _HEAD].view(np.int64).reshape(-1, sampling.FIELDS)
         head[:] = 0
         head[1] = -1
-        tables = host[_FIELDS * BUCKETS[-1] :].reshape(-1, self._width)  # unused places keep old pages
+        tables = host[_HEAD:].reshape(-1, self._width)  # unused places keep old pages
         wanted: list[tuple[int, int]] = []
+        drawn: list[tuple[int, int]] = []
         kept: list[tuple[int, int]] = []
         at, last = 0, agreed[1]
         for owner, (which, begin, end) in enumerate(part):
@@ -234,7 +262,13 @@ class CudaForward:
             if past is not None:
                 first = begins[which] + begin
                 self._past[rows] = past[first : first + count].to(self._device, torch.bfloat16)
-            wanted += [(which, at + i - begin) for i in range(max(begin, total - span.logits), end)]
+            asked = range(max(begin, total - span.logits), end)
+            (drawn if span.draws else wanted).extend((which, at + i - begin) for i in asked)
+            if span.draws and asked:
+                first = asked.start - total
+                draws[at + asked.start - begin : at + end - begin] = sampling.packed(
+                    span.draws[first : first + len(asked) or None]
+                )
             kept += [(which, at + i - begin) for i in range(max(begin, total - span.streams), end)]
             at, last = at + count, max(last, start + count)
         dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
@@ -243,7 +277,7 @@ class CudaForward:
             into = self._routes[: call.chosen.numel()].view_as(call.chosen)
             into.copy_(call.chosen, non_blocking=True)
             self._routed = 0 if past is None else len(self.weights.layers), at, into
-        return Staged(call, wanted, kept)
+        return Staged(call, wanted, drawn, kept)
 
     def _learn(self) -> None:
         """Between two calls tell the blocks of experts what the last one chose, and let them change places."""
@@ -266,7 +300,7 @@ class CudaForward:
 
     def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
         """Run the graph of a bucket on what the host buffer holds, captured at its first use."""
-        key, size = (bucket, dense, drafts), _FIELDS * BUCKETS[-1] + self._width * bucket
+        key, size = (bucket, dense, drafts), _HEAD + self._width * bucket
         if self._cuda and key not in self._calls:
             self._calls[key] = self._capture(*key)
         self._rows[:size].copy_(self._host[:size], non_blocking=True)
@@ -287,9 +321,10 @@ class CudaForward:
             results = self._step(bucket, dense, drafts)
         return _Call(graph, *results)
 
-    def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compute logits (T, V) float32 and streams (T, n, D) bfloat16 of the rows in the static buffer, and routes."""
-        head, table = self._rows.split((_FIELDS * BUCKETS[-1], self._width * BUCKETS[-1]))
+    def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Compute logits (T, V) float32, streams (T, n, D) and picks (T, 2) of the static buffer's rows, and routes."""
+        sizes = (_FIELDS * BUCKETS[-1], _HEAD - _FIELDS * BUCKETS[-1], self._width * BUCKETS[-1])
+        head, draws, table = self._rows.split(sizes)
         ids, positions, slots, first, owner, frozen = head.view(_FIELDS, -1)[:, :bucket].unbind(0)
         table = table.view(-1, self._width)[:bucket]
         rows = Rows(positions, slots, first, owner, table, frozen)
@@ -309,7 +344,8 @@ class CudaForward:
             state = self._layer(state, index, layer, rows, ids, turns, dense, chosen)
         streams, _, _, normed, _, _ = self._site(state, head_site)
         logits = skinny_gemm.merged(None, None, normed, None, None, weights.head, self._arrived)
-        return logits, streams, None if weights.blocks is None else torch.stack(chosen)
+        picks = sampling.pick(logits, draws.view(torch.int64).view(-1, sampling.FIELDS)[:bucket])
+        return logits, streams, picks, None if weights.blocks is None else torch.stack(chosen)
 
     def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config
@@ -400,19 +436,16 @@ def bucket_of(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if bucket >= rows)
 
 
+def _drawn(pick: list[float]) -> Drawn:
+    return Drawn(int(pick[0]), pick[1])
+
+
 def step_bytes(layout: CacheLayout, rows: int, positions: int) -> int:
     """Bound of a step's bytes beside weights and pools: static buffers and what kernels hold for a moment."""
     c = layout.config
     static = 4 * BUCKETS[-1] * (_FIELDS + layout.pages_for(positions) + indexer.COUNTS)
     static += 2 * BUCKETS[-1] * c.hc_mult * c.hidden_size
     picks, inner = c.num_experts_per_tok, c.moe_intermediate_size
-    row = 4 * c.vocab_size + 2 * c.hidden_size * (6 * c.hc_mult + 8) + 4 * picks * (4 * inner + 2 * c.hidden_size)
+    row = 12 * c.vocab_size + 2 * c.hidden_size * (6 * c.hc_mult + 8) + 4 * picks * (4 * inner + 2 * c.hidden_size)
     row += c.num_attention_heads * c.head_dim * 16 + 4 * 40 * c.hidden_size // 128
     return static + rows * row
-
-
-def prompt_bytes(layout: CacheLayout, tokens: int) -> int:
-    """Bound of what a prompt call of so many tokens takes for a moment: queries, streams, picks, index scores."""
-    c = layout.config
-    picks = c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size)
-    return tokens * (8 * c.num_attention_heads * c.head_dim + 3 * picks + 8 * c.hc_mult * c.hidden_size) + (1 << 30)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, ConfigError
-from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.layout import CacheLayout, Drawn, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model.cuda_forward import BUCKETS, CudaForward, Staged, bucket_of
 from pelagos.model.cuda_weights import LayerWeights, Weights
@@ -99,11 +99,11 @@ class GroupForward(CudaForward):
 
     def _found(
         self, spans: Sequence[Span], past: np.ndarray | None
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]], dict[int, list[Drawn]]]:
         every = self._group.gather(super()._found(spans, past))
         owners = [span.slot % self._group.size for span in spans]
         logits, kept = ([every[owner][at][which] for which, owner in enumerate(owners)] for at in (0, 1))
-        return logits, kept
+        return logits, kept, {which: picks for _, _, found in every for which, picks in found.items()}
 
     def _mixture(
         self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,

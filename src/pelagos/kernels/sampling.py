@@ -1,0 +1,49 @@
+"""The next token of each row from its logits, where the logits are: contract, checks and dispatch.
+
+On CUDA one Triton launch; elsewhere `ref.sampling`, which defines the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pelagos.errors import ConfigError
+from pelagos.kernels.layout import Draw
+from pelagos.kernels.ref import sampling as ref
+
+FIELDS = 5  # 64-bit words of a draw
+MAX_VOCAB = 1 << 20
+
+
+def packed(draws: Sequence[Draw]) -> np.ndarray:
+    """Return draws as (T, FIELDS) int64: the bits of temperature, top_p and min_p as float64, then top_k and key."""
+    words = np.empty((len(draws), FIELDS), np.int64)
+    for row, draw in zip(words, draws, strict=True):
+        row[:3] = np.array(draw[:3], np.float64).view(np.int64)
+        row[3:] = np.array((draw.top_k, draw.key), np.uint64).view(np.int64)
+    return words
+
+
+def pick(logits: Tensor, draws: Tensor) -> Tensor:
+    """Return (T, 2) float64: the picked ids, -1 where logits hold NaN or infinity, and the model's log-probabilities.
+
+    logits (T, V) float32, draws (T, FIELDS) int64 as `packed`. What is kept and drawn is what
+    `engine.sampler.Sampler` keeps and draws but for rounding; a row's pick depends on nothing but the row and its draw.
+    Raises ConfigError for other shapes.
+    """
+    rows, vocab = logits.shape
+    if logits.dtype != torch.float32 or logits.stride(1) != 1 or not 0 < vocab <= MAX_VOCAB:
+        raise ConfigError(
+            f"sampling: logits are {logits.dtype} {tuple(logits.shape)}, expected float32 (T, at most {MAX_VOCAB})"
+        )
+    if draws.dtype != torch.int64 or tuple(draws.shape) != (rows, FIELDS) or not draws.is_contiguous():
+        raise ConfigError(f"sampling: draws are {draws.dtype} {tuple(draws.shape)}, expected int64 ({rows}, {FIELDS})")
+    if not logits.is_cuda:
+        return ref.forward(logits, draws)
+    from pelagos.kernels.triton import sampling as kernel
+
+    return kernel.forward(logits, draws)
