@@ -22,7 +22,7 @@ TYPES = dict(
 )
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PARTS=4, PADDED=4, TARGET=made_for)
-EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, TARGET=made_for)
+EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, TARGET=made_for)
 HERE, THERE = dict(PLACED=False), dict(PLACED=True)
 PRODUCT = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, QUANTISE=False, TARGET=made_for)
 CHOICE = dict(PICKS=6, BY_TABLE=False, TARGET=made_for)
@@ -35,8 +35,8 @@ KERNELS = [
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
-    (fp4_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256, FP8_PARTS=0, **THERE, **EXPERT), dict(scale=U8)),
-    (fp4_experts._product_kernel, dict(SHARED=1, DEPTH=512, OUTPUTS=256, FP8_PARTS=2, **HERE, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, **THERE, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, **HERE, **EXPERT), dict(scale=U8)),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
     (fp4_experts._combine_kernel,
      dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),

@@ -68,8 +68,9 @@ def site(
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected {shape}")
     if routed.planes is None:
-        experts = (w13, s13, w2, s2) if place is None else [ref.placed(each, place) for each in (w13, s13, w2, s2)]
-        return ref.site(codes, scales, routed, *experts, shared2, shared2_scales, limit)
+        if place is not None:
+            w13, s13, w2, s2 = (ref.placed(each, place) for each in (w13, s13, w2, s2))
+        return ref.site(codes, scales, routed, w13, s13, w2, s2, shared2, shared2_scales, limit)
     from pelagos.kernels.triton import fp4_experts as kernel
 
     return kernel.site(
