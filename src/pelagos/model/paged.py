@@ -27,7 +27,7 @@ from pelagos.model.exactness import exact_rows, keeps_rows
 from pelagos.model.streaming import store_of
 from pelagos.model.transformer import Block, Collapse, MTPBlock, Transformer
 
-FEW = 32  # tokens that the decoder takes faster than the batch does
+FEW, SHORT = 32, 4  # tokens, and of one span, that the decoder takes faster than the batch does
 
 
 class _Batch(Batch):
@@ -99,7 +99,8 @@ class PagedForward:
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Output:
         """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order."""
-        few = not self.exact and sum(len(span.tokens) for span in spans) <= FEW
+        sizes = [len(span.tokens) for span in spans]
+        few = not self.exact and sum(sizes) <= FEW and max(sizes) <= max(SHORT, self.layout.rewind + 1)
         kinds = [self._decoder is not None and (few or (self.two_kinds and span.decode)) for span in spans]
         order = sorted(range(len(spans)), key=kinds.__getitem__)
         ordered = [spans[which] for which in order]
