@@ -11,7 +11,7 @@ import torch
 from pelagos import LLM
 from pelagos.engine.runner import Pools, fingerprint, make_forward
 from pelagos.engine.sampler import SamplingParams
-from pelagos.errors import CheckpointError, ConfigError
+from pelagos.errors import CapacityError, CheckpointError, ConfigError
 from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.load import load_model
 from pelagos.model import Transformer
@@ -64,8 +64,8 @@ def test_bits_do_not_depend_on_the_budget(mode: str, native: bool) -> None:
 
 
 def test_a_budget_below_one_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="holds 19 experts of 196,608 bytes: a layer has 20"):
-        LLM("nano", expert_bytes=20 * BF16 - 1, native=True)
+    with pytest.raises(CapacityError, match="holds 19 experts of 196,608 bytes: a layer has 20"):
+        LLM("nano", expert_bytes=20 * BF16 - 1)
     with pytest.raises(ConfigError, match="for float32 on a CPU"):
         load_model("nano", dtype=torch.bfloat16, expert_bytes=1 << 24)
 

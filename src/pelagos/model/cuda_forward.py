@@ -82,6 +82,7 @@ class CudaForward:
     """
 
     draws = True
+    ranks = 1  # that share the rows of a call
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
@@ -221,12 +222,13 @@ class CudaForward:
         longest, done = self.layout.rewind + 1, [0] * len(spans)
         while True:
             part: list[tuple[int, int, int]] = []
-            room = BUCKETS[-1]
+            room = [BUCKETS[-1] // self.ranks] * self.ranks
             for which, span in enumerate(spans):
-                count = min(len(span.tokens) - done[which], longest, room)
+                owner = span.slot % self.ranks
+                count = min(len(span.tokens) - done[which], longest, room[owner])
                 if count > 0:
                     part.append((which, done[which], done[which] + count))
-                    done[which], room = done[which] + count, room - count
+                    done[which], room[owner] = done[which] + count, room[owner] - count
             if not part:
                 return
             yield part

@@ -54,13 +54,12 @@ class GroupForward(CudaForward):
     ) -> None:
         super().__init__(weights, layout, pages, slots, positions=positions)
         self.two_kinds = False
-        self._group = group
-        self._room = BUCKETS[-1] // group.size  # rows of each rank in a call
+        self._group, self.ranks = group, group.size
         self._everyone = torch.zeros(BUCKETS[-1], dtype=torch.int32, device=weights.device)  # token ids, rank by rank
 
     def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[Staged]:
         """Start one call after another as the base does; each rank its own rows, all ranks in step."""
-        ranks, rank = self._group.size, self._group.rank
+        ranks, rank = self.ranks, self._group.rank
         local = [self._local(which, span) for which, span in enumerate(spans)]
         begins = np.cumsum([0, *(len(span.tokens) for span in spans)]).tolist()
         streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
@@ -77,25 +76,10 @@ class GroupForward(CudaForward):
             yield self._launch(local, rows[rank], streams, begins, (bucket, last))
 
     def _local(self, which: int, span: Span) -> Span:
-        ranks = self._group.size
+        ranks = self.ranks
         if (span.pages % ranks != span.slot % ranks).any():
             raise CapacityError(f"span {which}: slot {span.slot} is of rank {span.slot % ranks}, a page of it is not")
         return span._replace(slot=span.slot // ranks, pages=span.pages // ranks)
-
-    def _parts(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int, int]]]:
-        longest, done, ranks = self.layout.rewind + 1, [0] * len(spans), self._group.size
-        while True:
-            part: list[tuple[int, int, int]] = []
-            room = [self._room] * ranks
-            for which, span in enumerate(spans):
-                owner = span.slot % ranks
-                count = min(len(span.tokens) - done[which], longest, room[owner])
-                if count > 0:
-                    part.append((which, done[which], done[which] + count))
-                    done[which], room[owner] = done[which] + count, room[owner] - count
-            if not part:
-                return
-            yield part
 
     def _found(
         self, spans: Sequence[Span], past: np.ndarray | None

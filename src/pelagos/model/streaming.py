@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pelagos.config import ModelConfig
-from pelagos.errors import ConfigError
+from pelagos.errors import CapacityError
 from pelagos.kernels.ref import experts as ops
 from pelagos.model.expert_cache import ExpertCache
 from pelagos.model.experts import FEW_TOKENS, Experts
@@ -53,12 +53,12 @@ class ExpertStore:
     def open(self, each_bytes: int, put: Put) -> ExpertPlaces:
         """Return as many empty places of `each_bytes` as the budget holds, which `put(place, w1, w2, w3)` fills.
 
-        Raises ConfigError for a budget that does not hold one layer's experts.
+        Raises CapacityError for a budget that does not hold one layer's experts.
         """
         count = self.config.n_routed_experts
         places = min(self.budget_bytes // each_bytes, self.layers * count)
         if places < count:
-            raise ConfigError(
+            raise CapacityError(
                 f"expert_bytes={self.budget_bytes:,} holds {places} experts of {each_bytes:,} bytes: a layer has "
                 f"{count}, expected at least {count * each_bytes:,}"
             )
