@@ -27,7 +27,7 @@ def test_the_line_goes_through_what_was_measured(batch: int, measured_ms: float)
     config = dataclasses.replace(FLASH, num_hidden_layers=39, compress_ratios=FLASH.compress_ratios[:39])
     took = plan(config, 1, "sequence", context=8192, batch=batch).step_s
     assert took * 1e3 == pytest.approx(measured_ms, rel=0.06)
-    assert 1 / prefill(config, 1, 8192)[0] == pytest.approx(17_200, rel=0.01)
+    assert 1 / prefill(config, 1, 8192)[0] == pytest.approx(20_900, rel=0.01)
 
 
 def test_one_gpu_holds_all_weights_once() -> None:

@@ -23,7 +23,7 @@ CALL_ROWS = 64  # of a decode call
 MEMORY_BYTES, RESERVED_BYTES = 150_754_820_096, 8 << 30
 STREAM, A_LAYER = 0.65 * 4.26e12, 45e-6
 FP8_FLOPS = 1.484e15
-PREFILL = (39, 17_200.0)  # layers of Flash, tokens a second of an 8K prompt
+PREFILL = (39, 20_900.0)  # layers of Flash, tokens a second of an 8K prompt
 # Two H200: peer copies, a one-shot all-reduce in a graph (6.2 us for 64 KB, 13 us for 1 MB). Between nodes: assumed.
 LINK, EXCHANGE_S, EXCHANGE = 394e9, 6.2e-6, 154e9
 NODE, FAR_LINK, FAR_EXCHANGE_S = 8, 50e9, 25e-6
