@@ -16,6 +16,7 @@ from torch import Tensor
 from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_model, write_checkpoint
 from pelagos.checkpoint.write import SHARD_BYTES
 from pelagos.errors import CheckpointError, ConfigError
+from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.model import Transformer
 from pelagos.model.cuda_weights import Weights
 from pelagos.model.streaming import ExpertStore, StreamedExperts
@@ -95,7 +96,10 @@ def load_served(
     """
     if mode == "released" and device is not None and expert_bytes is None and usable_device(device).type == "cuda":
         try:
-            return load_weights(path_or_name, device)
+            weights = load_weights(path_or_name, device)
+            for experts in (each for layer in weights.layers for each in (layer.w13, layer.w2)):
+                base_bytes(*experts)  # refuses scales that the kernels of prompts do not take
+            return weights
         except (ConfigError, CheckpointError) as error:  # what is wrong with the files themselves is said again below
             _log.warning("the captured step does not take this model, it runs in torch: %s", error)
     return load_model(path_or_name, mode=mode, device=device, expert_bytes=expert_bytes)

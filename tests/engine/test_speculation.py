@@ -242,6 +242,30 @@ def test_a_slow_first_step_does_not_make_drafts_look_good() -> None:
     assert world.pace(policy, 300) >= 0.97 * World(*WORLDS["one, even"]).pace(0, 300)
 
 
+@pytest.mark.parametrize("first", [20, 2000])
+def test_a_first_step_that_compiles_does_not_end_drafting(first: float) -> None:
+    seen: set[int] = set()
+    batch, usual, draft, chances = WORLDS["one, winning"]
+
+    def step(count: int) -> float:
+        compiles = count not in seen
+        seen.add(count)
+        return usual(count) + first * compiles
+
+    world, policy = World(batch, step, draft, chances), AdaptiveDepth(4)
+    world.pace(policy, 2500)
+    assert world.pace(policy, 1500) >= 1.15 * World(batch, usual, draft, chances).pace(0, 1500)
+
+
+def test_a_clock_that_stands_still_harms_nothing() -> None:
+    policy = AdaptiveDepth(4)
+    for _ in range(200):
+        if not policy.rests(1, 0.0):
+            depth = policy.depths(["a"])[0]
+            policy.cut(["a"], [Draft((0,) * depth, (0.5,) * depth)], 0.0)
+            policy.observe([Outcome("a", depth, [0] * (depth + 1))], 0.0)
+
+
 def test_where_drafts_do_not_pay_it_mostly_rests_and_looks_again_when_the_batch_changes() -> None:
     world, policy = World(*WORLDS["sixteen, losing"]), AdaptiveDepth(4)
     world.pace(policy, 3000)

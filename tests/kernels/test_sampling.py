@@ -38,7 +38,7 @@ compile_all({target}, [(sampling._pick_kernel, dict(TILE=4096), dict(num_warps=1
 """
 TARGETS = [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "gfx950", 64)]
 SETTINGS = st.fixed_dictionaries({
-    "temperature": st.sampled_from([0.0, 1e-3, 0.6, 1.0, 2.0]), "top_k": st.sampled_from([0, 1, 3, 40, 500]),
+    "temperature": st.sampled_from([0.0, 1e-3, 0.6, 1.0, 2.0]), "top_k": st.sampled_from([0, 1, 3, 40, 500, 2**64]),
     "top_p": st.sampled_from([1.0, 0.95, 0.5, 1e-3]), "min_p": st.sampled_from([0.0, 0.1, 1.0]),
     "seed": st.integers(0, 2**63 - 1),
 })  # fmt: skip

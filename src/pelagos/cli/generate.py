@@ -48,7 +48,7 @@ def generate(
             bad += _tell(done, result)
             if bad and strict:
                 break
-    if store := store_of(llm.model):
+    if budget is not None and (store := store_of(llm.model)):
         typer.echo("experts: {places} of {experts} in memory, {bytes_per_token:,} bytes read a token, "
                    "{hit_rate:.1%} found there, {tokens:,} tokens".format(**store.report()), err=True)  # fmt: skip
     if bad:

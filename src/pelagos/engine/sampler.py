@@ -177,7 +177,8 @@ class Sampler:
         if self._offset is not None or self._grammar is not None or self._top:
             return None
         keys = (_mix(self._key ^ _mix(at)) for at in range(position, position + count))
-        return tuple(Draw(params.temperature, params.top_p, params.min_p, params.top_k, key) for key in keys)
+        top_k = min(params.top_k, 1 << 31)
+        return tuple(Draw(params.temperature, params.top_p, params.min_p, top_k, key) for key in keys)
 
     def verify(
         self,

@@ -28,7 +28,7 @@ _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 # A new plan or a probe holds for three steps, one may catch up; an unchanged one twice as long each time, to a limit;
 # a probe out of a rest comes after eight steps of which we are told; after so many steps with drafts, more where there
 # is much to gain, a short rest renews what plain steps take.
-_PROBE_STEPS, _PLAN_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 256, 64
+_PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 6, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
 _GAIN = 1.06
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
@@ -230,7 +230,7 @@ class _StepSeconds:
     """
 
     def __init__(self) -> None:
-        self.scale = 1.0
+        self._scale = 1.0
         self._seen: dict[tuple[int, bool], list[float]] = {}  # (size class, plain): mean size, seconds / scale,
         self._steps = 0  # samples, and the step of the last
 
@@ -244,13 +244,13 @@ class _StepSeconds:
             samples = min(samples, _FIRST)
         entry[2:] = samples + 1, self._steps
         if samples < _FIRST:  # slow for other reasons, perhaps; too low a guess is corrected by what follows from it
-            entry[1] = min(old, max(seconds, 1e-9) / self.scale)
+            entry[1] = min(old, max(seconds, 1e-9) / self._scale)
         else:
-            ratio = min(max(seconds / (old * self.scale), 0.6), 1.6)
-            self.scale *= ratio**_DRIFT
+            ratio = min(max(seconds / (old * self._scale), 0.6), 1.6)
+            self._scale *= ratio**_DRIFT
             entry[1] = old * ratio ** (max(_LEARN, 1 / (samples - _FIRST + 2)) - _DRIFT)
         entry[0] = mean + (size - mean) * max(_LEARN, 1 / (samples + 1))
-        return entry[1] * self.scale
+        return entry[1] * self._scale
 
     def table(self, first: int, count: int) -> np.ndarray | None:
         """Return seconds of first, first + 1, .. tokens, (count,), None before any sample.
@@ -268,7 +268,7 @@ class _StepSeconds:
         guess = np.interp(sizes, places, seconds) + np.maximum(0, sizes - places[-1]) * slope
         if (first, True) in self._seen:
             guess[0] = self._seen[first, True][1]
-        return guess * self.scale
+        return guess * self._scale
 
 
 class _DraftSeconds:
@@ -301,6 +301,15 @@ class _DraftSeconds:
         return a * calls + b * tokens
 
 
+@dataclass(slots=True)
+class _Plain:
+    """The seconds of a step without drafts, the steps with drafts since, and after how many to look again."""
+
+    seconds: float
+    drafted: int = 0
+    look_after: int = _PLAN_STEPS
+
+
 class AdaptiveDepth:
     """Chooses how many tokens to draft and verify for each request, to get the most tokens a second.
 
@@ -328,11 +337,10 @@ class AdaptiveDepth:
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
         self._loss = math.inf  # seconds that the last probe cost
-        self._since_plain, self._look_after = 0, _PLAN_STEPS  # steps with drafts: so far, and until the next rest
         self._rest = self._resting_for = 0  # steps without a thought of drafts, for so many requests
         self._rested: list[float] = []  # what those took
         self._told = 0  # steps since the last rest
-        self._plain: dict[int, float] = {}  # what a step takes in a rest, by requests, over the common scale
+        self._plain: dict[int, _Plain] = {}  # what a step takes in a rest, by requests
         self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
@@ -351,17 +359,17 @@ class AdaptiveDepth:
     def _note_rest(self) -> None:
         """Learn what a step takes in a rest."""
         self._elapsed += sum(self._rested)
-        if self._rested:
-            plain = statistics.median(self._rested) / self._step_seconds.scale
-            old = self._plain.get(self._resting_for, plain)
-            self._plain[self._resting_for] = old * min(max(plain / old, 0.6), 1.6) ** 0.5
-            self._rested.clear()
+        if len(self._rested) > 1:
+            seconds = max(statistics.median(self._rested[1:]), 1e-9)  # the first may come from elsewhere
+            plain = self._plain.setdefault(self._resting_for, _Plain(seconds))
+            plain.seconds *= min(max(seconds / plain.seconds, 0.25), 4.0) ** 0.8
+        self._rested.clear()
 
     def _plain_s(self) -> float:
         """Return the seconds of a step without a thought of drafts for the requests of the plan."""
         assert self._times is not None
         known = self._plain.get(len(self._planned_for))
-        return float(self._times[0]) if known is None else known * self._step_seconds.scale
+        return float(self._times[0]) if known is None else known.seconds
 
     def depths(self, keys: Sequence[str]) -> list[int]:
         """Return how many tokens to draft for each decoding request of the coming step."""
@@ -383,10 +391,14 @@ class AdaptiveDepth:
         unchanged = self._plan == last if drafts else not any(last)
         self._hold = min(max(2 * before, _PLAN_STEPS), _LONGEST) if unchanged else _PROBE_STEPS
         self._left = self._hold
-        if drafts and (batch not in self._plain or self._since_plain >= self._look_after):
-            self._probes, self._since_plain = [0] * batch, 0  # what plain steps take comes first
-            self._look_after = min(2 * self._look_after, int(_PLAIN_EVERY * (1 + 4 * self._gain)))
-            self._rest_for(_PLAN_STEPS)
+        plain = self._plain.get(batch)
+        if drafts and (plain is None or plain.drafted >= plain.look_after):
+            self._probes = [0] * batch  # what plain steps take comes first
+            if plain is None:  # what we were told, should there be no rest without other work
+                plain = self._plain[batch] = _Plain(max(self._plain_s(), 1e-9), look_after=_PLAN_STEPS // 2)
+            plain.drafted = 0
+            plain.look_after = min(2 * plain.look_after, int(_PLAIN_EVERY * (1 + 4 * self._gain)))
+            self._rest_for(_LOOK_STEPS)
         elif (drafts or self._told >= _PLAN_STEPS) and (probes := self._probe()):
             self._probes, self._left = probes, _PROBE_STEPS
             self._hold = _PROBE_STEPS if drafts else before  # it leads back to the rest it came from
@@ -525,18 +537,21 @@ class AdaptiveDepth:
             return
         verified = sum(outcome.verified for outcome in outcomes)
         if seconds is not None:
-            self._since_plain = self._since_plain + 1 if verified else 0
             seconds = self._step_seconds.add(len(outcomes) + verified, not verified, seconds)
         else:  # what drafts cost there is booked as it would have been without the other work
             assert self._times is not None
             seconds = float(self._times[min(verified, self._times.size - 1)])
-        seconds += self._draft_s
-        self._elapsed += seconds
         tokens = sum(len(outcome.picked) for outcome in outcomes)
         if self._times is None:
+            self._elapsed += seconds
             return
         plain = self._plain_s()
+        # Where a size is met for the first time, kernels may be compiled: that says nothing about drafts.
+        seconds = min(seconds, _CATCH_UP * plain) + self._draft_s
+        self._elapsed += seconds
         if self._draft_s:
+            if (known := self._plain.get(len(self._planned_for))) is not None:
+                known.drafted += 1
             loss = seconds - tokens * plain / len(self._planned_for)
             self._debt = max(self._debt + loss, -_CREDIT * plain)
         if self._probes and any(self._probes):

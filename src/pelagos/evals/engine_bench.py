@@ -246,7 +246,7 @@ def engine_rows(
         ids = text_ids(llm.tokenizer, max(contexts) + TAIL_TOKENS * max(batches))
         first_token(llm.engine, ids[:300])  # warms up
         for context in sorted(contexts):
-            for row in _frontier(llm, ids, context, batches, tokens, rates):
+            for row in _frontier(llm, ids, context, batches, tokens, rates, layout):
                 yield marks | row
         llm.close()
         for context in sorted(contexts):
@@ -257,11 +257,11 @@ def engine_rows(
 
 
 def _frontier(
-    llm: LLM, ids: Sequence[int], context: int, batches: Iterable[int], tokens: int, rates: Rates
+    llm: LLM, ids: Sequence[int], context: int, batches: Iterable[int], tokens: int, rates: Rates, layout: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of one context on a warm engine: what lies before the frontier is in its cache."""
     engine, config = llm.engine, llm.config
-    layout, element = LAYOUTS[llm.model.mode], element_bytes(llm)
+    element = element_bytes(llm)
     if context > PREFILL_TOKENS:
         first_token(engine, ids[: context - PREFILL_TOKENS])
     seconds, cached = first_token(engine, ids[:context], cuts=(context,))

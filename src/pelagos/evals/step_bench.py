@@ -24,7 +24,7 @@ from pelagos.config import ModelConfig, preset
 from pelagos.errors import CapacityError, ConfigError, KernelUnavailable, MissingDependency
 from pelagos.evals.commit import commit
 from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
-from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, step_bytes
 from pelagos.model.cuda_prefill import prompt_bytes
@@ -121,7 +121,7 @@ def _decode(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> d
     forward, tables, planned = _forward(weights, context, batch, extra)
 
     def parts(position: int) -> list[list[Span]]:
-        spans = [Span(np.array([7 + i]), position, i, tables[i], decode=True) for i in range(batch)]
+        spans = [Span(np.array([7 + i]), position, i, tables[i], decode=True, draws=(Draw(),)) for i in range(batch)]
         return [spans[i : i + rows] for i in range(0, batch, rows)]
 
     for part in parts(context - 2):

@@ -222,7 +222,7 @@ class CudaForward:
         longest, done = self.layout.rewind + 1, [0] * len(spans)
         while True:
             part: list[tuple[int, int, int]] = []
-            room = [BUCKETS[-1] // self.ranks] * self.ranks
+            room = [max(bucket for bucket in BUCKETS if bucket * self.ranks <= BUCKETS[-1])] * self.ranks
             for which, span in enumerate(spans):
                 owner = span.slot % self.ranks
                 count = min(len(span.tokens) - done[which], longest, room[owner])
@@ -245,7 +245,7 @@ class CudaForward:
         host = self._host.numpy()
         head = host[: _FIELDS * BUCKETS[-1]].reshape(_FIELDS, -1)
         draws = host[_FIELDS * BUCKETS[-1] : _HEAD].view(np.int64).reshape(-1, sampling.FIELDS)
-        head[:] = 0
+        head[:], draws[:] = 0, 0
         head[1] = -1
         tables = host[_HEAD:].reshape(-1, self._width)  # unused places keep old pages
         wanted: list[tuple[int, int]] = []

@@ -81,7 +81,7 @@ class PagedForward:
         self._store = store_of(model)
         gates = [block.ffn.gate for block in model.blocks]
         self._tables = {i: gate.tid2eid.numpy() for i, gate in enumerate(gates) if gate.tid2eid is not None}
-        self.weight_bytes = 0 if self._store is None else self._store.budget_bytes  # else the model's own
+        self.weight_bytes = 0 if self._store is None else sum(each.nbytes for each in self._store.stacked[1:])
 
     def scratch_bytes(self, tokens: int) -> int:
         """Bound of the bytes that a call over `tokens` tokens takes for a moment; calls of any length need no more."""
