@@ -73,11 +73,11 @@ class LLM:
         chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
         the caches (None: a share of what is free). disk_dir: where prefixes outlive the process, with `disk_policy`
         full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
-        where the host's library can keep them, with a warning where not; True insists). speculation: draft with MTP
-        as deep as pays, or always that deep. native: the compiled helper (None: where it can run). preemption: swap
-        or recompute. expert_bytes: on a CPU, memory for routed experts, which are read when chosen (None: all of them).
-        Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
-        MissingDependency without `tokenizers`.
+        where the host's library can keep them, with a warning where not; True insists; on CUDA in released mode they
+        always are). speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper
+        (None: where it can run). preemption: swap or recompute. expert_bytes: on a CPU, memory for routed experts,
+        which are read when chosen (None: all of them). Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError,
+        CapacityError when the memory is not there, or MissingDependency without `tokenizers`.
         """
         threads = read_environment().threads
         if threads is not None:
