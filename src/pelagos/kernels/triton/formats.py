@@ -20,6 +20,11 @@ def target() -> str:
     return PTX if torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0) else ANY
 
 
+def hopper(device: torch.device) -> bool:
+    """Return whether kernels of this process run on compute capability 9.0, which alone takes those of `hopper_*`."""
+    return target() == PTX and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def launch(made_for: str, **options: int) -> dict[str, int | bool]:
     """Return launch options; where the target can, a kernel starts while the one before it ends."""
     return {**options, "launch_pdl": True} if made_for == PTX else options

@@ -18,19 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pelagos.kernels.triton.formats import PTX, target
-
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # its older name
 TILE = gl.constexpr(64)  # keys, and heads of a program
 STAGES = gl.constexpr(2)
 GATHER_REGISTERS = gl.constexpr(72)
 LOG2_E = gl.constexpr(1.4426950408889634)
 _PAIR = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-
-
-def here() -> bool:
-    """Return whether this process makes kernels for compute capability 9.0, which alone takes these."""
-    return target() == PTX and torch.cuda.get_device_capability() == (9, 0)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.triton import hopper_attention
-from pelagos.kernels.triton.formats import dot, target, to_bfloat16
+from pelagos.kernels.triton.formats import dot, hopper, target, to_bfloat16
 
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
@@ -94,7 +94,7 @@ def attend(
     )  # fmt: skip
     sizes = {"HEADS": heads, "WIDTH": width, "ROPE": 2 * turn.shape[2], "SIZE": size,
              "FAR": found is not None and found.total > 0, "PICKS": 0 if picks is None else picks.shape[1]}  # fmt: skip
-    if hopper_attention.here() and heads % MOST_HEADS == 0 and width == HOPPER_WIDTH and size % TILE == 0:
+    if hopper(q.device) and heads % MOST_HEADS == 0 and width == HOPPER_WIDTH and size % TILE == 0:
         hopper_attention.attend(*inputs, **sizes)
         return out
     padded = min(MOST_HEADS, max(16, triton.next_power_of_2(heads)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pelagos.kernels.prefill_experts import SPARE
-from pelagos.kernels.triton import hopper_attention, hopper_experts
+from pelagos.kernels.triton import hopper_experts
 from pelagos.kernels.triton.formats import (
     dot,
     e2m1_pair,
@@ -23,6 +23,7 @@ from pelagos.kernels.triton.formats import (
     e4m3_to_float,
     expert_scale,
     fp8_scale_exponent,
+    hopper,
     power_of_two,
     quantise_block,
     target,
@@ -234,7 +235,7 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
     (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], w13.shape[0], w2.shape[2] * 2
-    picks, made_for, tile = tokens * picked, target(), hopper_experts.TILE if hopper_attention.here() else TILE
+    picks, made_for, tile = tokens * picked, target(), hopper_experts.TILE if hopper(codes.device) else TILE
     blocks, tiles = triton.cdiv(picks, PICKS), picks // tile + min(experts, picks)
     padded = max(16, triton.next_power_of_2(experts))
 
