@@ -441,9 +441,7 @@ def test_swapped_out_right_after_rejected_drafts_opened_a_page() -> None:
             engine.step()
             for request in engine._scheduler.running:
                 if len(request.pages) > engine._layout.pages_for(request.computed + 1):
-                    plan = Plan()
-                    engine._scheduler._preempt(request, plan)
-                    engine._set_aside(plan.preempted[0])
+                    engine._scheduler._preempt(request, Plan())
                     swaps += 1
     assert swaps > 0
     assert finish(engine, stream) == expected
@@ -463,9 +461,7 @@ def test_put_aside_on_the_way_through_a_lost_window() -> None:
             engine.step()
             for request in engine._scheduler.running:
                 if request.computed < request.frozen and times < 3:
-                    plan = Plan()
-                    engine._scheduler._preempt(request, plan)
-                    engine._set_aside(plan.preempted[0])
+                    engine._scheduler._preempt(request, Plan())
                     times += 1
     assert times == 3
     assert engine.stats().hit_tokens >= 384
@@ -537,9 +533,7 @@ def test_a_page_of_the_first_generated_token_is_not_taken_from_another_prompt(le
         while engine.stats().generated_tokens < 20:
             engine.step()
         finish_all(engine, [engine.fork(stream.request_id, params(1))])  # a prompt with what is generated so far
-        aside = Plan()
-        engine._scheduler._preempt(engine._scheduler.running[0], aside)
-        engine._set_aside(aside.preempted[0])
+        engine._scheduler._preempt(engine._scheduler.running[0], Plan())
     finish_all(engine, [stream])
     assert [(step.token_id, step.logprob) for step in stream] == expected
     engine.close()

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from pelagos.chat.tokenizer import Tokenizer
 from pelagos.engine.disk import DiskCache, parse_policy
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.memory import plan_memory
 from pelagos.engine.runner import Pools, available_bytes, device_of, fingerprint, make_forward, weight_bytes
 from pelagos.engine.speculation import FixedDepth, MTPDrafter
+from pelagos.engine.tiers import Tiers, staging_bytes
 from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels.layout import CacheLayout
 from pelagos.model import Transformer
@@ -32,6 +35,7 @@ class EngineOptions:
     chunk_tokens: int = 512
     max_requests: int = 16
     kv_bytes: int | None = None
+    host_kv_bytes: int | None = None
     prefix_cache: bool = True
     disk_dir: str | Path | None = None
     disk_policy: str = "turns"
@@ -74,11 +78,14 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
     drafts = MAX_DRAFT if options.speculation and config.num_nextn_predict_layers else 0
     layout = CacheLayout(config, model.mode, drafts)
     policy = parse_policy(options.disk_policy, layout.page_tokens)
-    free = available_bytes(device)
+    free, host_free, apart = available_bytes(device), available_bytes(torch.device("cpu")), device.type != "cpu"
+    if not apart and host_free is not None:
+        host_free -= options.kv_bytes or 0
     plan = plan_memory(
         config, mode=model.mode, kv_bytes=options.kv_bytes, max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=options.prefix_cache,
         swap=options.preemption == "swap", weight_bytes=weights, available=None if free is None else free + weights,
+        host_kv_bytes=options.host_kv_bytes, host_available=host_free, apart=apart,
     )  # fmt: skip
     pools = Pools(layout, pages=plan.pages, slots=plan.slots, device=device)
     forward = aside(lambda: make_forward(model, pools, exact=options.exact, native=options.native))
@@ -86,7 +93,8 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
     tokens = options.chunk_tokens + options.max_requests * (1 + drafts)
     if isinstance(model, Transformer):
         weights += forward.weight_bytes
-    plan = dataclasses.replace(plan, weight_bytes=weights, scratch_bytes=forward.scratch_bytes(tokens))
+    scratch = forward.scratch_bytes(tokens) + (staging_bytes(layout) if plan.host_pages else 0)
+    plan = dataclasses.replace(plan, weight_bytes=weights, scratch_bytes=scratch)
     free = available_bytes(device)
     needed = plan.scratch_bytes + (plan.kv_bytes if pools.on_cpu else 0)  # a device backed its pools at once
     if free is not None and needed > free:
@@ -101,11 +109,13 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
         )  # fmt: skip
+    tiers = Tiers(pools, plan.host_pages, disk) if plan.host_pages else None
     window = config.sliding_window
     drafter = MTPDrafter(forward.draft, window=window, max_depth=drafts, draws=forward.draws) if drafts else None
     return LocalEngine(
         config, pools=pools, forward=forward, plan=plan, chunk_tokens=options.chunk_tokens, salt=salt,
         decoder=None if tokenizer is None else tokenizer.stream_decoder, prefix_cache=options.prefix_cache,
-        disk=disk, disk_policy=policy, drafter=drafter, swap=options.preemption == "swap", threaded=options.threaded,
+        disk=disk, disk_policy=policy, tiers=tiers, drafter=drafter, swap=options.preemption == "swap",
         depth=FixedDepth(int(options.speculation)) if options.speculation is not True else None,
+        threaded=options.threaded,
     )  # fmt: skip

@@ -58,6 +58,7 @@ class LLM:
         chunk_tokens: int = 512,
         max_requests: int = 16,
         kv_bytes: int | None = None,
+        host_kv_bytes: int | None = None,
         prefix_cache: bool = True,
         disk_dir: str | Path | None = None,
         disk_policy: str = "turns",
@@ -71,7 +72,8 @@ class LLM:
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
         chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
-        the caches (None: a share of what is free). disk_dir: where prefixes outlive the process, with `disk_policy`
+        the caches (None: a share of what is free); host_kv_bytes: of a tier in host memory behind them (None: where the
+        device has memory of its own, half as much). disk_dir: where prefixes outlive the process, with `disk_policy`
         full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
         where the host's library can keep them, with a warning where not; True insists; on CUDA in released mode they
         always are). speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper
@@ -83,8 +85,8 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
         options = EngineOptions(
-            chunk_tokens=chunk_tokens, max_requests=max_requests, kv_bytes=kv_bytes, prefix_cache=prefix_cache,
-            disk_dir=disk_dir, disk_policy=disk_policy, disk_bytes=disk_bytes,
+            chunk_tokens=chunk_tokens, max_requests=max_requests, kv_bytes=kv_bytes, host_kv_bytes=host_kv_bytes,
+            prefix_cache=prefix_cache, disk_dir=disk_dir, disk_policy=disk_policy, disk_bytes=disk_bytes,
             speculation=speculation, exact=exact, native=native, preemption=preemption,
         )  # fmt: skip
         path = resolve_model(path_or_name)

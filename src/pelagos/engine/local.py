@@ -27,11 +27,12 @@ from pelagos.engine.disk import DiskCache, StatePolicy, Ticket
 from pelagos.engine.memory import MemoryPlan
 from pelagos.engine.output import Decoder, TextStream
 from pelagos.engine.pages import PagePool
-from pelagos.engine.prefix import Cut, Match, PrefixCache
+from pelagos.engine.prefix import Cut, DiskIndex, Match, PrefixCache
 from pelagos.engine.runner import Forward, Pools, Swapped
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
 from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
+from pelagos.engine.tiers import Copy, Parked, Restore, Tiers
 from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 from pelagos.kernels.layout import Drawn, Output, Span
 
@@ -65,9 +66,10 @@ class Live(Request):
     published: int = 0  # pages the prefix cache knows
     written: int = 0  # pages queued for the disk
     table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    swapped: Swapped | None = None
-    ticket: Ticket | None = None
-    fetched: tuple[Match, list[int]] | None = None  # what is being read from disk: after which match, into which pages
+    swapped: Swapped | Parked | None = None
+    load: Copy | None = None  # of its state, into its slot
+    ticket: Ticket | Restore | None = None
+    fetched: tuple[Match, list[int]] | None = None  # what is being read from below: after which match, into which pages
     asked_disk: bool = False
     counted: bool = False
     prompt_logprobs: list[float | None] | None = None
@@ -89,6 +91,7 @@ class LocalEngine:
         prefix_cache: bool = True,
         disk: DiskCache | None = None,
         disk_policy: StatePolicy | None = None,
+        tiers: Tiers | None = None,
         drafter: Drafter | None = None,
         depth: DepthPolicy | None = None,
         swap: bool = True,
@@ -109,19 +112,21 @@ class LocalEngine:
         self._prefix = PrefixCache(self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval)
         self._caches = prefix_cache
         self._disk, self._policy = disk, disk_policy or StatePolicy("zero")
+        self._tiers = tiers
+        self._below: DiskIndex | None = tiers or disk
+        self._packing: dict[bytes, int] = {}  # positions of states on their way to the prefix cache, by key
         self._drafter = drafter
         self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
         self._drafting = False  # this step, or it rests
         self._rest_s: float | None = None  # what the last step took if it rested
         self._two_kinds = forward.two_kinds
-        self._fetches: list[tuple[Live, bytes | None]] = []
         self._scheduler = Scheduler(
             self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
-            match=self._match, next_stop=self._next_stop,
+            match=self._match, next_stop=self._next_stop, save=self._set_aside,
         )  # fmt: skip
         self._counters = EngineStats()
         self._live: dict[str, Live] = {}
-        self._reading: list[Live] = []  # the disk reads into pages of theirs, though they may have ended
+        self._reading: list[Live] = []  # pages of theirs are being read into, though they may have ended
         self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
         self._ids, self._process = itertools.count(1), os.getpid()
@@ -229,6 +234,7 @@ class LocalEngine:
             slots_total=held.slots_total, slots_in_use=held.slots_in_use,
             states_cached=prefix.states, state_bytes_cached=prefix.state_bytes,
             evicted_pages=self._pool.evictions, evicted_states=prefix.evicted_states,
+            host={} if self._tiers is None else self._tiers.stats(),
             disk={} if self._disk is None else self._disk.stats(), bytes_planned=plan.describe(),
         )  # fmt: skip
 
@@ -245,6 +251,8 @@ class LocalEngine:
         if thread is not None:
             thread.join()
         self._end_all()
+        if self._tiers is not None:
+            self._tiers.close()
         if self._disk is not None:
             self._disk.close(timeout=30)
 
@@ -270,34 +278,37 @@ class LocalEngine:
                     for request in list(self._live.values()):
                         self._end(request, None, error)
                     continue
-                if not computed:  # all wait for the disk, or for room
+                if not computed:  # all wait for copies, the disk, or room
                     time.sleep(DISK_POLL_SECONDS)
 
     def _has_work(self) -> bool:
         """Wait a while for work; False when there is none or the engine closes, and the thread is to end."""
         with self._wake:
-            if not (self._live or self._inbox or self._reading or self._closed):
+            if not (self._is_busy() or self._closed):
                 self._wake.wait(LINGER_SECONDS)
-            if self._closed or not (self._live or self._inbox or self._reading):
+            if self._closed or not self._is_busy():
                 self._thread = None
                 atexit.unregister(self.close)
                 return False
             return True
+
+    def _is_busy(self) -> bool:
+        return bool(self._live or self._inbox or self._reading or (self._tiers is not None and self._tiers.busy))
 
     def step(self) -> bool:
         """Run one step; whether anything was computed. Errors end the requests they belong to, never the engine."""
         started = self._clock()
         self._take_notes()
         plan = self._scheduler.plan()
-        for preempted in plan.preempted:
-            self._set_aside(preempted)
-        self._start_fetches()
         failed = {admitted.request for admitted in plan.admitted if not self._start(admitted)}
-        works = [work for work in plan.works if work.request not in failed and work.request.slot >= 0]
+        works = [
+            work for work in plan.works
+            if work.request not in failed and work.request.slot >= 0 and not work.request.moving
+        ]  # fmt: skip
         if not works:
             return False
         if self._drafter is not None:
-            decoding = sum(work.request.computed >= work.request.prompt_tokens for work in works)
+            decoding = sum(work.request.computed + work.tokens >= work.request.prompt_tokens for work in works)
             self._drafting, self._rest_s = not self._depth.rests(decoding, self._rest_s), None
         spans = [self._span(work) for work in works]
         try:
@@ -313,9 +324,16 @@ class LocalEngine:
             self._rest_s = seconds
         if self._drafter is not None and self._drafting:
             self._draft(self._drafter, outcomes, None if len(outcomes) < len(works) else seconds)
+        if self._tiers is not None and self._tiers.clean(self._pool, self._cleaned):
+            self._scheduler.leaving += 1
         return True
 
+    def _cleaned(self) -> None:
+        self._scheduler.leaving -= 1
+
     def _take_notes(self) -> None:
+        if self._tiers is not None:
+            self._tiers.poll()
         for request in [each for each in self._reading if each.ticket is not None and each.ticket.done()]:
             self._reading.remove(request)
             self._absorb(request)
@@ -339,43 +357,39 @@ class LocalEngine:
             return Match()
         if request.fetched is not None:
             return None
-        disk = None if request.asked_disk else self._disk
-        match = self._prefix.match(request.chain, min(len(request.tokens), self._shared(request)) - 1, disk)
-        if match.disk_resume and self._disk is not None:
+        limit = min(len(request.tokens), self._shared(request)) - 1
+        if any(at <= limit and request.chain.state_key(at) == key for key, at in self._packing.items()):
+            return None
+        match = self._prefix.match(request.chain, limit, None if request.asked_disk else self._below)
+        if match.disk_resume:
             self._fetch(request, match)
             return None
         request.stops = self._stops(request, match)
         return match
 
     def _fetch(self, request: Live, match: Match) -> None:
-        """Get pages for what the disk has for a request; a preempted one may have to be saved from them first."""
+        """Get pages for what lies below them of a request's prefix, and have it read."""
         request.asked_disk = True
         pages = self._pool.alloc(match.disk_pages) or []
-        request.fetched = (match, pages)
-        self._fetches.append((request, match.disk_state))
-
-    def _start_fetches(self) -> None:
-        for request, state_key in self._fetches:
-            assert request.fetched is not None
+        keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
+        if self._tiers is not None:
+            request.ticket = self._tiers.read(request.user_id, keys, match.disk_state, pages)
+        else:
             assert self._disk is not None
-            match, pages = request.fetched
-            keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
-            into = [self._pools.page(page).data for page in pages] if self._pools.on_cpu else None
-            request.ticket = self._disk.read(request.user_id, keys, state_key, into=into)
-            self._reading.append(request)
-        self._fetches.clear()
+            into = [self._pools.page(page).data for page in pages]
+            request.ticket = self._disk.read(request.user_id, keys, match.disk_state, into=into)
+        request.fetched = (match, pages)
+        self._reading.append(request)
 
     def _absorb(self, request: Live) -> None:
-        """Hand what came back from disk to the prefix cache, and let go of the rest."""
+        """Hand what came back to the prefix cache, and let go of the rest."""
         if request.fetched is None:
             return
         (match, pages), ticket = request.fetched, request.ticket
         request.fetched = request.ticket = None
         if ticket is not None:
-            for at, (page, content) in enumerate(zip(pages, ticket.pages, strict=False)):
-                if not self._pools.on_cpu:
-                    self._pools.fill(page, np.frombuffer(content, np.uint8))
-                self._prefix.add_page(request.chain.keys[len(match.pages) + at], page)
+            for at, page in enumerate(pages[: len(ticket.pages)], len(match.pages)):
+                self._prefix.add_page(request.chain.keys[at], page)
             if ticket.state is not None and len(ticket.state) == self._layout.state_size(match.disk_resume):
                 packed = np.frombuffer(ticket.state, np.uint8)
                 self._prefix.add_state(request.chain, match.disk_resume, packed, anchor=True)
@@ -396,16 +410,29 @@ class LocalEngine:
             stop = min(stop, request.computed + PROMPT_LOGPROB_TOKENS)
         return stop
 
-    def _set_aside(self, preempted: Preempted) -> None:
+    def _set_aside(self, preempted: Preempted) -> bool:
+        """Copy out what a request held; False when that goes on."""
         request = _live(preempted.request)
         self._counters.preemptions += 1
         pages = preempted.pages[: self._layout.pages_for(preempted.computed)]  # not those of rejected drafts alone
         size = self._layout.slot_bytes + len(pages) * self._layout.page_bytes
         # Else it is computed again; so is one on its way through a lost window, whose entries lie ahead of it.
-        if self._swap and preempted.computed >= request.frozen and self._prefix.lend(size):
+        if not self._swap or preempted.computed < request.frozen:
+            return True
+        if self._tiers is not None:
+
+            def over() -> None:
+                request.moving = False
+                self._scheduler.give_back(preempted)
+
+            request.swapped = self._tiers.park(preempted.slot, pages, over)
+            request.moving = request.swapped is not None
+        elif self._prefix.lend(size):
             request.swapped = self._pools.save(preempted.slot, pages)
+        if request.swapped is not None:
             request.swapped_at = preempted.computed
             self._counters.swaps += 1
+        return not request.moving
 
     def _start(self, admitted: Admitted) -> bool:
         """Put an admitted request's state into its slot; False when that failed and the request has ended."""
@@ -413,16 +440,14 @@ class LocalEngine:
         request.table = np.empty(0, np.int32)
         try:
             if match is None:
-                assert request.swapped is not None
-                self._pools.restore(request.swapped, request.slot, request.pages)
-                self._drop_swapped(request)
+                self._restore(request)
                 return True
             if match.state is None:
                 self._pools.clear(request.slot)
             else:
                 page = match.resume // self._layout.page_tokens
                 opens = match.resume % self._layout.page_tokens and page >= len(match.pages)
-                self._pools.unpack(match.state, request.slot, request.pages[page] if opens else None, match.resume)
+                self._unpack(request, match.state, request.pages[page] if opens else None, match.resume)
         except PelagosError as error:
             self._end(request, None, error)
             return False
@@ -436,6 +461,36 @@ class LocalEngine:
             self._counters.computed_tokens += request.prompt_tokens - request.stream.cached_tokens
             self._prefix.record(match)
         return True
+
+    def _restore(self, request: Live) -> None:
+        """Put a swapped sequence back."""
+        if isinstance(request.swapped, Swapped):
+            self._pools.restore(request.swapped, request.slot, request.pages)
+            self._drop_swapped(request)
+            return
+        assert self._tiers is not None
+        assert request.swapped is not None
+
+        def over() -> None:
+            request.moving, request.load = False, None
+            self._drop_swapped(request)
+
+        request.moving = True
+        request.load = self._tiers.unpark(request.swapped, request.slot, request.pages, over)
+
+    def _unpack(self, request: Live, state: np.ndarray, page: int | None, position: int) -> None:
+        """Put a kept state into a request's slot, and into its open page."""
+        if self._tiers is None:
+            self._pools.unpack(state, request.slot, page, position)
+            return
+
+        def over(error: BaseException | None) -> None:
+            request.moving, request.load = False, None
+            if error is not None:
+                self._end(request, None, error)
+
+        request.moving = True
+        request.load = self._tiers.unpack(state, request.slot, page, position, over)
 
     def _stops(self, request: Live, match: Match) -> list[Cut]:
         """Where state is kept on the way through the tokens known now, for RAM and for the disk's policy."""
@@ -513,7 +568,8 @@ class LocalEngine:
         decoding = [
             each
             for each in self._live.values()
-            if each.slot >= 0 and each.pending == 1 and each.computed >= each.prompt_tokens  # not a prompt's last token
+            # not a prompt's last token
+            if each.slot >= 0 and each.pending == 1 and each.computed >= each.prompt_tokens and not each.moving
         ]
         if not decoding:
             return
@@ -577,9 +633,12 @@ class LocalEngine:
     def _write_pages(self, request: Live) -> None:
         if self._disk is None or request.published <= request.written:
             return
-        pages = range(request.written, request.published)
-        items = [(request.chain.keys[at], self._pools.page(request.pages[at]).data) for at in pages]
-        self._disk.write_pages(request.user_id, items, first=request.written)
+        items = [(request.chain.keys[at], request.pages[at]) for at in range(request.written, request.published)]
+        if self._tiers is not None:
+            self._tiers.write(self._pool, request.user_id, items, request.written)
+        else:
+            content = [(key, self._pools.page(page).data) for key, page in items]
+            self._disk.write_pages(request.user_id, content, first=request.written)
         request.written = request.published
 
     def _keep_states(self, request: Live, before: int) -> None:
@@ -605,11 +664,24 @@ class LocalEngine:
         if self._prefix.has_state(request.chain, position) and not on_disk:
             return
         page, inside = divmod(position, self._layout.page_tokens)
-        packed = self._pools.pack(request.slot, request.pages[page] if inside else None, position)
-        self._prefix.add_state(request.chain, position, packed, anchor=anchor)
-        if self._disk is not None and on_disk:
-            key, node = request.chain.state_key(position), request.chain.node_key(page)
-            self._disk.write_state(request.user_id, node, inside, key, position, packed.data)
+        key, node, chain = request.chain.state_key(position), request.chain.node_key(page), request.chain
+
+        def write(packed: np.ndarray) -> None:
+            if self._disk is not None and on_disk:
+                self._disk.write_state(request.user_id, node, inside, key, position, packed.data)
+
+        def add(packed: np.ndarray) -> None:
+            self._packing.pop(key, None)
+            self._prefix.add_state(chain, position, packed, anchor=anchor)
+
+        held = request.slot, request.pages[page] if inside else None, position
+        if self._tiers is not None:
+            self._packing[key] = position
+            self._tiers.pack(*held, write, add)
+        else:
+            packed = self._pools.pack(*held)
+            add(packed)
+            write(packed)
 
     def _end(self, request: Live, reason: str | None, error: BaseException | None = None) -> None:
         """Take a request out, free all it holds, and close its stream."""
@@ -619,6 +691,8 @@ class LocalEngine:
             self._write_pages(request)
         if request.ticket is not None:
             request.ticket.cancel()  # what is read into is freed when the reader has let go of it
+        if request.load is not None:
+            request.load.stop()
         self._scheduler.remove(request)
         if self._caches:
             self._prefix.finish(request.chain, request.cuts[-1] if request.cuts else request.prompt_tokens)
@@ -630,8 +704,10 @@ class LocalEngine:
         request.stream.close(reason, error)
 
     def _drop_swapped(self, request: Live) -> None:
-        if request.swapped is not None:
+        if isinstance(request.swapped, Swapped):
             self._prefix.take_back(request.swapped.size)
+        elif request.swapped is not None and self._tiers is not None:
+            self._tiers.drop(request.swapped)
         request.swapped, request.swapped_at = None, 0
 
     def _end_all(self) -> None:
@@ -641,8 +717,10 @@ class LocalEngine:
         for request in list(self._live.values()):
             self._end(request, "cancelled")
         for request in self._reading:
-            if request.ticket is not None:
+            if isinstance(request.ticket, Ticket):
                 request.ticket.wait()
+        if self._tiers is not None:
+            self._tiers.drain()
         self._take_notes()
 
 

@@ -11,13 +11,17 @@ from pelagos import cost
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, ConfigError
 
+EMPTY_BLOCK = 1 << 20  # bytes of a host block where pages are empty
 USUAL_CONTEXT = 32_768  # positions a request is planned with when nobody says how much memory to use
 _LAYOUTS = {"reference": "float32", "released": "released"}  # number mode -> how the cost model calls its rows
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The engine's buffers in numbers: `pages` x page_bytes, `slots` x slot_bytes, and snapshots up to state_bytes."""
+    """The engine's buffers in numbers: `pages` x page_bytes, `slots` x slot_bytes, and snapshots up to state_bytes.
+
+    With `host_pages` these and the snapshots are the host's, and `host_bytes` counts them, else host_bytes is 0.
+    """
 
     pages: int
     slots: int
@@ -27,11 +31,19 @@ class MemoryPlan:
     page_tokens: int
     weight_bytes: int = 0
     scratch_bytes: int = 0
+    host_pages: int = 0
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of pages, slots and snapshots together."""
-        return self.pages * self.page_bytes + self.slots * self.slot_bytes + self.state_bytes
+        """Bytes of pages, slots and, without a tier of the host, snapshots together."""
+        states = 0 if self.host_pages else self.state_bytes
+        return self.pages * self.page_bytes + self.slots * self.slot_bytes + states
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's tier: blocks, snapshots, and a row to pack and one to unpack a state."""
+        rows = 2 * (self.slot_bytes + self.page_bytes)
+        return self.host_pages * (self.page_bytes or EMPTY_BLOCK) + self.state_bytes + rows if self.host_pages else 0
 
     @property
     def total_bytes(self) -> int:
@@ -59,6 +71,7 @@ class MemoryPlan:
         return asdict(self) | {
             "positions": self.positions,
             "kv_bytes": self.kv_bytes,
+            "host_bytes": self.host_bytes,
             "total_bytes": self.total_bytes,
         }
 
@@ -76,18 +89,25 @@ def plan_memory(
     weight_bytes: int = 0,
     scratch_bytes: int = 0,
     available: int | None = None,
+    host_kv_bytes: int | None = None,
+    host_available: int | None = None,
+    apart: bool = False,
 ) -> MemoryPlan:
     """Split `kv_bytes` into slots (one a request), snapshots (a quarter of the rest) and pages.
 
-    Without kv_bytes: enough for max_requests of min(the model's positions, 32,768) tokens, or half of what
-    `available` bytes leave after weights and scratch, whichever is less. Raises CapacityError when not one request
-    of chunk_tokens fits, or more than `available` is asked for, and ConfigError for values that mean nothing.
+    `host_kv_bytes` is for a tier of the host, which then holds the snapshots, in a quarter of it: without it there is
+    none, but where the device's memory is `apart` from the host's, half as much as kv_bytes or a quarter of
+    `host_available`, whichever is less. Without kv_bytes: enough for max_requests of min(the model's positions, 32,768)
+    tokens, or half of what `available` bytes leave after weights and scratch, whichever is less. Raises CapacityError
+    when not one request of chunk_tokens fits, or more than `available` is asked for, and ConfigError for values that
+    mean nothing.
     """
     for name, value, least in (
         ("max_requests", max_requests, 1),
         ("chunk_tokens", chunk_tokens, 1),
         ("rewind", rewind, 0),
         ("kv_bytes", 0 if kv_bytes is None else kv_bytes, 0),
+        ("host_kv_bytes", 0 if host_kv_bytes is None else host_kv_bytes, 0),
     ):
         if type(value) is not int or value < least:
             raise ConfigError(f"{name}={value!r}: expected a whole number >= {least}")
@@ -99,9 +119,10 @@ def plan_memory(
     slots = max_requests * slot
     least = slots + -(-chunk_tokens // tokens) * page
     room = None if available is None else available - weight_bytes - scratch_bytes
+    tiered = (prefix_cache or swap) and (apart or bool(host_kv_bytes))
     if kv_bytes is None:
         pages = max_requests * -(-min(config.max_position_embeddings, USUAL_CONTEXT) // tokens)
-        kv_bytes = slots + pages * page * (4 if prefix_cache or swap else 3) // 3
+        kv_bytes = slots + pages * page * (4 if (prefix_cache or swap) and not tiered else 3) // 3
         kv_bytes = kv_bytes if room is None else min(kv_bytes, max(room // 2, min(least, room)))
     elif room is not None and kv_bytes > room:
         raise CapacityError(
@@ -113,7 +134,19 @@ def plan_memory(
             f"{max_requests} slots of {slot:,} bytes and pages for {chunk_tokens:,} tokens take {least:,} bytes, there "
             f"are {max(0, kv_bytes):,} for the cache: raise kv_bytes to that, or lower max_requests or chunk_tokens"
         )
-    states = min((kv_bytes - slots) // 4, kv_bytes - least) if prefix_cache or swap else 0
+    states = host_pages = 0
+    if tiered:
+        given = kv_bytes // 2 if host_available is None else min(kv_bytes // 2, host_available // 4)
+        host = max(given, 8 * (slot + page)) if host_kv_bytes is None else host_kv_bytes
+        states = host // 4
+        host_pages = (host - states - 2 * (slot + page)) // (page or EMPTY_BLOCK)
+        if host_pages < 1 or (host_available is not None and host > host_available):
+            raise CapacityError(
+                f"host_kv_bytes={host:,}: expected at least {3 * (slot + page) + (page or EMPTY_BLOCK):,} and at most "
+                f"the {'free' if host_available is None else f'{host_available:,}'} bytes of the host"
+            )
+    elif prefix_cache or swap:
+        states = min((kv_bytes - slots) // 4, kv_bytes - least)
     every = max_requests * -(-config.max_position_embeddings // tokens)  # pages without compressed layers are empty
-    pages = (kv_bytes - slots - states) // page if page else every
-    return MemoryPlan(pages, max_requests, states, page, slot, tokens, weight_bytes, scratch_bytes)
+    pages = (kv_bytes - slots - (0 if tiered else states)) // page if page else every
+    return MemoryPlan(pages, max_requests, states, page, slot, tokens, weight_bytes, scratch_bytes, host_pages)

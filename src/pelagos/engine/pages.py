@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from pelagos.errors import CapacityError
 
@@ -94,6 +95,10 @@ class PagePool:
     def lookup(self, key: bytes) -> int | None:
         """Return the page of that content, in use or cached; take a reference with `share` before anything else."""
         return self._by_key.get(key)
+
+    def coldest(self, most: int) -> list[tuple[bytes, int]]:
+        """Return (key, page) of up to `most` cached pages, the next to be evicted first."""
+        return [(key, page) for page in islice(self._cached, most) if (key := self._keys[page]) is not None]
 
     def demote(self, keys: Sequence[bytes]) -> None:
         """Make those of a chain's pages that nobody holds the next to be evicted, the deepest first."""

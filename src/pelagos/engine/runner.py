@@ -85,7 +85,7 @@ class Swapped:
 
 
 class Pools:
-    """The bytes of all pages and slots, and the copies in and out of them."""
+    """The bytes of all pages and slots; on a CPU copies in and out of them too, which are `tiers.Tiers`' elsewhere."""
 
     def __init__(self, layout: CacheLayout, *, pages: int, slots: int, device: torch.device | str = "cpu") -> None:
         """Allocate both pools, zeroed; the system backs them as they are first touched."""
@@ -100,41 +100,30 @@ class Pools:
             self.slots = torch.zeros((slots, layout.slot_bytes), dtype=torch.uint8, device=device)
 
     def page(self, page: int) -> Bytes:
-        """The bytes of a page: in place on a CPU, else a copy."""
-        return self.page_bytes[page] if self.on_cpu else self.pages[page].cpu().numpy()
-
-    def fill(self, page: int, content: Bytes) -> None:
-        """Overwrite a page with (page_bytes,) uint8."""
-        self.pages[page].copy_(torch.from_numpy(content))
+        """The bytes of a page, in place."""
+        return self.page_bytes[page]
 
     def clear(self, slot: int) -> None:
-        """Zero a slot."""
+        """Zero a slot, wherever it is."""
         self.slots[slot].zero_()
 
     def pack(self, slot: int, page: int | None, position: int) -> Bytes:
         """Copy out the state of the sequence in `slot` at `position`, its open page included."""
-        row = self.slot_bytes[slot] if self.on_cpu else self.slots[slot].cpu().numpy()
-        return self.layout.pack_state(row, None if page is None else self.page(page), position)
+        return self.layout.pack_state(self.slot_bytes[slot], None if page is None else self.page(page), position)
 
     def unpack(self, packed: Bytes, slot: int, page: int | None, position: int) -> None:
         """Put a packed state back, its open page only into `page`; raises CacheError when it is of another size."""
-        in_place = self.on_cpu and page is not None
-        open_page = self.page_bytes[page] if in_place else np.empty(self.layout.page_bytes, np.uint8)
-        row = self.slot_bytes[slot] if self.on_cpu else np.empty(self.layout.slot_bytes, np.uint8)
-        self.layout.unpack_state(packed, row, open_page, position)
-        if not self.on_cpu:
-            self.slots[slot].copy_(torch.from_numpy(row))
-            if page is not None and position % self.layout.page_tokens:
-                self.fill(page, open_page)
+        open_page = np.empty(self.layout.page_bytes, np.uint8) if page is None else self.page_bytes[page]
+        self.layout.unpack_state(packed, self.slot_bytes[slot], open_page, position)
 
     def save(self, slot: int, pages: Sequence[int]) -> Swapped:
         """Copy a whole sequence out."""
-        return Swapped(self.slots[slot].cpu().numpy().copy(), self.pages[list(pages)].cpu().numpy())
+        return Swapped(self.slot_bytes[slot].copy(), self.page_bytes[list(pages)])
 
     def restore(self, swapped: Swapped, slot: int, pages: Sequence[int]) -> None:
         """Copy a whole sequence back, into any slot and pages."""
-        self.slots[slot].copy_(torch.from_numpy(swapped.slot))
-        self.pages[list(pages)[: len(swapped.pages)]] = torch.from_numpy(swapped.pages).to(self.pages.device)
+        self.slot_bytes[slot] = swapped.slot
+        self.page_bytes[list(pages)[: len(swapped.pages)]] = swapped.pages
 
 
 def device_of(model: Transformer | Weights) -> torch.device:

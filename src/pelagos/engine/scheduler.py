@@ -38,6 +38,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     swapped_at: int = 0  # computed tokens whose state lies swapped out, 0 when none does
+    moving: bool = False  # its state is being copied out or back: it takes no part in a step
 
     @property
     def pending(self) -> int:
@@ -65,7 +66,7 @@ class Admitted(NamedTuple):
 
 
 class Preempted(NamedTuple):
-    """A request that had to give way, and what it held until now: intact until the next forward."""
+    """A request that had to give way, and what it held until now."""
 
     request: Request
     slot: int
@@ -75,7 +76,7 @@ class Preempted(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """One step: first save what is preempted, then restore what is admitted, then run the works as one forward."""
+    """One step: restore what is admitted, then run the works as one forward."""
 
     works: list[Work] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
@@ -94,15 +95,18 @@ class Scheduler:
         chunk_tokens: int,
         match: Callable[[Request], Match | None],
         next_stop: Callable[[Request], int],
+        save: Callable[[Preempted], bool] = lambda _: True,
     ) -> None:
         """`match` finds a waiting request's cached prefix, or returns None while that is being fetched.
 
-        `next_stop` says at which position after `computed` a chunk has to end because state is kept there.
+        `next_stop` says at which position after `computed` a chunk has to end because state is kept there. `save`
+        copies out what a request held that gives way; False when that goes on, until `give_back`.
         """
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.leaving = 0  # copies under way after which pages or slots come free: who lacks some waits for them
         self._pool, self._page_tokens, self._chunk_tokens = pool, page_tokens, chunk_tokens
-        self._match, self._next_stop = match, next_stop
+        self._match, self._next_stop, self._save = match, next_stop, save
         self._slots = list(range(slots))[::-1]
         self.slots_total = slots
 
@@ -128,11 +132,12 @@ class Scheduler:
         """Decide the next step. Every work's pages are there; what is preempted has left the running list."""
         plan = Plan()
         self._make_way_for_priority(plan)
-        decoding = sum(1 + len(each.drafts) for each in self.running if each.pending == 1)
+        here = [each for each in self.running if not each.moving]
+        decoding = sum(1 + len(each.drafts) for each in here if each.pending == 1)
         budget = max(self._chunk_tokens - decoding, min(self._page_tokens, self._chunk_tokens))
         # Prompts share the budget, those that can begin now as well: a short one does not wait for a long one's end.
-        sharers = sum(each.pending > 1 for each in self.running) + min(len(self.waiting), len(self._slots))
-        for request in sorted(self.running, key=lambda each: each.rank):
+        sharers = sum(each.pending > 1 for each in here) + min(len(self.waiting), len(self._slots))
+        for request in sorted(here, key=lambda each: each.rank):
             if request.slot < 0:
                 continue  # gave way to one before it
             if request.pending == 1:
@@ -161,11 +166,16 @@ class Scheduler:
                 request.drafts.clear()
                 count = 1
                 continue
-            victim = max(self.running, key=lambda each: each.rank)
+            if self.leaving:
+                return False
+            victim = self._lowest()
             self._preempt(victim, plan)
             if victim is request:
                 return False
         return True
+
+    def _lowest(self) -> Request:
+        return max((each for each in self.running if not each.moving), key=lambda each: each.rank)
 
     def _grow(self, request: Request, count: int) -> bool:
         missing = -(-(request.computed + count) // self._page_tokens) - len(request.pages)
@@ -178,22 +188,35 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request, plan: Plan) -> None:
-        plan.preempted.append(Preempted(request, request.slot, list(request.pages), request.computed))
+        held = Preempted(request, request.slot, list(request.pages), request.computed)
+        plan.preempted.append(held)
         self.running.remove(request)
-        self._free(request)
+        if self._save(held):
+            self._free(request)
+        else:
+            self.leaving += 1
+            request.pages, request.slot = [], -1
         request.computed = 0  # frozen stays: what is swapped back still has those entries
         request.drafts.clear()
         self.add(request)
 
+    def give_back(self, held: Preempted) -> None:
+        """Free what a request held that has been saved meanwhile."""
+        self.leaving -= 1
+        self._release(held.slot, held.pages)
+
     def _free(self, request: Request) -> None:
-        self._pool.release(request.pages[::-1])  # a chain's last page goes first: a child is useless without parents
-        self._slots.append(request.slot)
+        self._release(request.slot, request.pages)
         request.pages, request.slot = [], -1
+
+    def _release(self, slot: int, pages: list[int]) -> None:
+        self._pool.release(pages[::-1])  # a chain's last page goes first: a child is useless without parents
+        self._slots.append(slot)
 
     def _make_way_for_priority(self, plan: Plan) -> None:
         """Let the first waiting request in, if all slots are taken and one of lower priority holds one."""
-        if self.waiting and not self._slots and self.running:
-            victim = max(self.running, key=lambda each: each.rank)
+        if self.waiting and not (self._slots or self.leaving) and any(not each.moving for each in self.running):
+            victim = self._lowest()
             if victim.priority < self.waiting[0].priority:
                 self._preempt(victim, plan)
 
@@ -206,8 +229,8 @@ class Scheduler:
         for request in list(self.waiting):
             if not self._slots or budget <= 0:
                 return budget
-            if request in gone:
-                continue  # its state is not even saved yet
+            if request in gone or request.moving:
+                continue  # its state may not even be saved yet
             match = None
             if request.swapped_at:
                 request.computed = request.swapped_at

@@ -1,0 +1,458 @@
+"""Host memory behind the pools: pages before they are evicted, sequences that gave way, and what the disk reads into.
+
+Copies run on a thread and streams of their own in each direction, and no step waits for one. Until a copy is over what
+it reads and writes is held: pages by references, host blocks likewise. On a CPU (tests) the same calls copy in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pelagos.engine.disk import DiskCache, Ticket
+from pelagos.engine.memory import EMPTY_BLOCK
+from pelagos.engine.pages import PagePool
+from pelagos.engine.runner import Pools
+from pelagos.kernels.layout import Bytes, CacheLayout
+
+CHUNK_BYTES = 8 << 20  # of one copy through a staging buffer: what a small copy of a step may have to wait for
+CLEAN_BYTES, CLEAN_SCAN = 64 << 20, 1024  # copied out at once, and of how many pages, the coldest first
+ROWS = 4  # states on their way out at once
+
+
+def staging_bytes(layout: CacheLayout) -> int:
+    """Bytes of the device that copies are gathered in."""
+    return 4 * _at_once(layout.page_bytes) * layout.page_bytes + ROWS * (layout.slot_bytes + layout.page_bytes)
+
+
+def _at_once(page_bytes: int) -> int:
+    return max(1, CHUNK_BYTES // (page_bytes or EMPTY_BLOCK))
+
+
+def pinned(rows: int, width: int, device: torch.device) -> Tensor:
+    """Return (rows, width) uint8 of the host, locked for copies of a CUDA device, of exactly these bytes.
+
+    The library's own allocator takes the next power of two.
+    """
+    memory = torch.frombuffer(mmap.mmap(-1, max(1, rows * width)), dtype=torch.uint8)[: rows * width].view(rows, width)
+    if device.type == "cuda":
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory
+
+
+class Copy:
+    """A copy under way."""
+
+    future: Future[Any]
+    cancelled = False
+
+    def stop(self) -> None:
+        """End it early, and wait for that: a moment."""
+        self.cancelled = True
+        self.future.cancel()
+        wait([self.future])
+
+
+class Parked(NamedTuple):
+    """A sequence in host memory: the blocks of its pages, and those of its slot; full when `copy` is over."""
+
+    pages: list[int]
+    slot: list[int]
+    copy: Copy
+
+
+class Restore:
+    """Pages and a state on their way up from host blocks or the disk; used as `disk.Ticket`."""
+
+    def __init__(self, keys: Sequence[bytes], pages: Sequence[int], ticket: Ticket | None) -> None:
+        self.keys, self.asked, self.ticket = keys, pages, ticket
+        self.blocks: list[int] = []
+        self.new: list[int] = []  # places of the blocks that the disk fills
+        self.copy: Copy | None = None
+        self.cancelled = False
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """The leading pages that have come."""
+        whole = self.copy is not None and not self.copy.future.cancelled()
+        return self.asked[: self.copy.future.result()] if whole and self.copy else ()
+
+    @property
+    def state(self) -> memoryview | None:
+        """The state, where it was asked for and is whole."""
+        return None if self.ticket is None else self.ticket.state
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.copy is not None and self.copy.future.done()
+
+    def cancel(self) -> None:
+        """Give up what has not come yet; `done()` follows soon."""
+        self.cancelled = True
+        if self.ticket is not None:
+            self.ticket.cancel()
+        if self.copy is not None:
+            self.copy.cancelled = True
+
+
+class Lane:
+    """Copies in one direction, in order: a thread and, on CUDA, two streams, each with a buffer of `most` pages."""
+
+    def __init__(self, name: str, pages: Tensor, most: int) -> None:
+        self.most, self._device = most, pages.device
+        self._thread = ThreadPoolExecutor(1, f"pelagos-{name}")
+        self._staging = pages.new_empty((2, most, pages.shape[1]))
+        self._streams = [torch.cuda.Stream(pages.device) for _ in range(2)] if pages.is_cuda else []
+
+    def start(self, job: Callable[[Copy], Any]) -> Copy:
+        """Run a job on the thread, behind what the current stream has been given so far."""
+        copy = Copy()
+        after = torch.cuda.current_stream(self._device).record_event() if self._streams else None
+        copy.future = self._thread.submit(self._run, job, copy, after)
+        return copy
+
+    def _run(self, job: Callable[[Copy], Any], copy: Copy, after: Any) -> Any:
+        with torch.inference_mode():
+            for stream in self._streams:
+                stream.wait_event(after)
+            try:
+                return job(copy)
+            finally:
+                self.wait()
+
+    def turn(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Let copies go to one of the streams in turn."""
+        return torch.cuda.stream(self._streams[number % 2]) if self._streams else contextlib.nullcontext()
+
+    def staging(self, number: int, count: int) -> Tensor:
+        """The buffer of that turn, `count` pages."""
+        return self._staging[number % 2, :count]
+
+    def wait(self) -> None:
+        """Wait on the thread for the copies so far."""
+        for stream in self._streams:
+            stream.synchronize()
+
+    def close(self) -> None:
+        """End the thread when its jobs are over."""
+        self._thread.shutdown()
+
+
+class Tiers:
+    """Host blocks behind the pools, the disk behind those: an index for `PrefixCache.match`, and all copies between.
+
+    All methods are the engine thread's. What is to be done when a copy is over, `then`, happens in `poll`.
+    """
+
+    def __init__(self, pools: Pools, blocks: int, disk: DiskCache | None = None) -> None:
+        layout = pools.layout
+        self.index = PagePool(blocks)
+        self.copied_in = self.copied_out = 0  # pages
+        self._pools, self._layout, self._disk = pools, layout, disk
+        self._blocks = pinned(blocks, layout.page_bytes or EMPTY_BLOCK, pools.pages.device)
+        self._content, most = self._blocks.numpy(), _at_once(layout.page_bytes)
+        self._out, self._in = (Lane(name, pools.pages, most) for name in ("tier-out", "tier-in"))
+        rows = layout.slot_bytes + layout.page_bytes
+        self._rows, self._spare = pools.pages.new_empty((ROWS, rows)), list(range(ROWS))
+        self._packing, self._unpacking = (pinned(1, rows, pools.pages.device)[0] for _ in range(2))
+        self._under_way: list[tuple[Copy, Callable[[], None]]] = []
+        self._restores: list[Restore] = []
+        self._clean: tuple[int, ...] | None = None  # what the pools looked like when nothing was left to clean
+        self._cleaning = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._under_way or self._restores)
+
+    def poll(self) -> None:
+        """Take note of what is over."""
+        for restore in [each for each in self._restores if each.ticket is None or each.ticket.done()]:
+            self._restores.remove(restore)
+            self._copy_restored(restore)
+        for each in [each for each in self._under_way if each[0].future.done()]:
+            self._under_way.remove(each)
+            each[1]()
+
+    def drain(self) -> None:
+        """Wait for all that is under way."""
+        while self.busy:
+            for restore in self._restores:
+                if restore.ticket is not None:
+                    restore.ticket.wait()
+            wait([copy.future for copy, _ in self._under_way])
+            self.poll()
+
+    def close(self) -> None:
+        """Wait, then end the threads."""
+        self.drain()
+        self._out.close()
+        self._in.close()
+
+    def stats(self) -> dict[str, int]:
+        """Host blocks there are, in use, cached and evicted, and pages copied in and out."""
+        index = self.index
+        return {"blocks": index.count, "in_use": index.in_use, "cached": index.cached, "evicted": index.evictions,
+                "copied_in": self.copied_in, "copied_out": self.copied_out}  # fmt: skip
+
+    # What a prompt can start from; see `prefix.DiskIndex`.
+
+    def known_pages(self, user: str, keys: Sequence[bytes]) -> int:
+        """How many of the keys, from the first on without a gap, are in host blocks or on disk."""
+        at = 0
+        while at < len(keys):
+            if self.index.lookup(keys[at]) is not None:
+                found = 1
+            else:
+                found = 0 if self._disk is None else self._disk.known_pages(user, keys[at:])
+            if not found:
+                break
+            at += found
+        return at
+
+    def known_states(self, user: str, node_key: bytes) -> Sequence[tuple[int, bytes]]:
+        """(tokens after the node, state key) of every state on disk; those in RAM are the prefix cache's."""
+        return () if self._disk is None else self._disk.known_states(user, node_key)
+
+    # Pages.
+
+    def clean(self, pool: PagePool, then: Callable[[], None]) -> bool:
+        """Start copying out some of the cached pages that are evicted next; whether there are any."""
+        looks = (pool.evictions, pool.cached, self.index.evictions, self.index.cached)
+        if self._cleaning or looks == self._clean:
+            return False
+        scan, most = min(CLEAN_SCAN, self.index.count // 2), CLEAN_BYTES // self._blocks.shape[1]
+        cold = [each for each in pool.coldest(scan) if self.index.lookup(each[0]) is None]
+        cold = cold[: max(1, min(most, pool.count // 8))][::-1]  # the first of a chain are the last to go
+        blocks, _ = self._take([key for key, _ in cold])
+        cold = cold[: len(blocks)]
+        if not cold:
+            self._clean = looks
+            return False
+        keys, pages = [key for key, _ in cold], [page for _, page in cold]
+
+        def over() -> None:
+            self._cleaning = False
+            pool.demote(keys)
+            then()
+
+        self._cleaning = True
+        self._copy_out(pool, keys, pages, blocks, over)
+        return True
+
+    def write(self, pool: PagePool, user: str, items: Sequence[tuple[bytes, int]], first: int) -> None:
+        """Copy (key, page) of completed pages out, and have the disk write them; `first` as `DiskCache.write_pages`."""
+        disk = self._disk
+        assert disk is not None
+        blocks, _ = self._take([key for key, _ in items])
+        keys, pages = [key for key, _ in items[: len(blocks)]], [page for _, page in items[: len(blocks)]]
+
+        def behind() -> None:
+            content = [(key, memoryview(self._content[block])) for key, block in zip(keys, blocks, strict=True)]
+            disk.write_pages(user, content, first=first)
+
+        if blocks:
+            self._copy_out(pool, keys, pages, blocks, lambda: None, behind)
+
+    def read(self, user: str, keys: Sequence[bytes], state_key: bytes | None, pages: Sequence[int]) -> Restore:
+        """Start bringing leading pages of a chain into `pages`, and a state of the disk."""
+        restore = Restore(keys, pages, None)
+        restore.blocks, restore.new = self._take(keys)
+        if self._disk is not None and (restore.new or state_key is not None):
+            into = [memoryview(self._content[restore.blocks[at]]) for at in restore.new]
+            restore.ticket = self._disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
+        self._restores.append(restore)
+        self.poll()
+        return restore
+
+    def _copy_restored(self, restore: Restore) -> None:
+        """Copy what is in host blocks now up into the pages."""
+        ticket, blocks = restore.ticket, restore.blocks
+        read = 0 if ticket is None else len(ticket.pages)
+        count = 0 if restore.cancelled else [*restore.new, len(blocks)][read]
+        restore.copy = self._in.start(lambda copy: self._move(self._in, copy, restore.asked[:count], blocks[:count]))
+
+        def over() -> None:
+            self.copied_in += len(restore.pages)
+            for at in restore.new[:read]:
+                self.index.register(blocks[at], restore.keys[at])
+            self.index.release(blocks[::-1])
+
+        self._under_way.append((restore.copy, over))
+
+    def _take(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """Hold a block for each key as far as there is room; which of them do not hold its content yet."""
+        blocks: list[int] = []
+        new: list[int] = []
+        for at, key in enumerate(keys):
+            block = self.index.lookup(key)
+            if block is not None:
+                self.index.share([block])
+            elif (got := self.index.alloc(1)) is not None:
+                [block] = got
+                new.append(at)
+            else:
+                break
+            blocks.append(block)
+        return blocks, new
+
+    def _copy_out(
+        self, pool: PagePool, keys: list[bytes], pages: list[int], blocks: list[int], then: Callable[[], None],
+        behind: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Copy pages into blocks that are held; `behind` is called on the lane's thread."""
+        pool.share(pages)
+
+        def job(copy: Copy) -> None:
+            self._move(self._out, copy, pages, blocks)
+            if behind is not None:
+                self._out.wait()
+                behind()
+
+        def over() -> None:
+            self.copied_out += len(pages)
+            for key, block in zip(keys, blocks, strict=True):
+                self.index.register(block, key)
+            self.index.release(blocks[::-1])
+            pool.release(pages[::-1])
+            then()
+
+        self._start(self._out, job, over)
+
+    def _move(self, lane: Lane, copy: Copy, pages: Sequence[int], blocks: Sequence[int]) -> int:
+        """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
+        pool, size = self._pools.pages, self._layout.page_bytes
+        with lane.turn(0):
+            index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
+        for turn, at in enumerate(range(0, len(pages), lane.most)):
+            if copy.cancelled:
+                return at
+            here = pages[at : at + lane.most]
+            with lane.turn(turn):
+                staged = lane.staging(turn, len(here))
+                if here[-1] - here[0] == len(here) - 1 and list(here) == sorted(here):
+                    staged = pool[here[0] : here[-1] + 1]
+                elif lane is self._out:
+                    torch.index_select(_words(pool), 0, index[at : at + len(here)], out=_words(staged))
+                for block, first, count in _runs(blocks[at : at + len(here)]):
+                    host, part = self._blocks[block : block + count, :size], staged[first : first + count]
+                    (host if lane is self._out else part).copy_(part if lane is self._out else host, non_blocking=True)
+                if lane is self._in and staged.data_ptr() == lane.staging(turn, 1).data_ptr():
+                    _words(pool).index_copy_(0, index[at : at + len(here)], _words(staged))
+        return len(pages)
+
+    # Whole sequences, and states.
+
+    def park(self, slot: int, pages: Sequence[int], then: Callable[[], None]) -> Parked | None:
+        """Start copying a sequence out; None where host memory has no room."""
+        slots = -(-self._layout.slot_bytes // self._blocks.shape[1])
+        blocks = self.index.alloc(len(pages) + slots)
+        if blocks is None:
+            return None
+        ours, rest = blocks[: len(pages)], blocks[len(pages) :]
+
+        def job(copy: Copy) -> None:
+            self._move(self._out, copy, pages, ours)
+            with self._out.turn(0):
+                for host, part in self._slot_parts(rest, slot):
+                    host.copy_(part, non_blocking=True)
+
+        return Parked(ours, rest, self._start(self._out, job, then))
+
+    def unpark(self, parked: Parked, slot: int, pages: Sequence[int], then: Callable[[], None]) -> Copy:
+        """Start copying a sequence back, into any slot and pages."""
+
+        def job(copy: Copy) -> None:
+            self._move(self._in, copy, pages[: len(parked.pages)], parked.pages)
+            with self._in.turn(0):
+                for host, part in self._slot_parts(parked.slot, slot):
+                    part.copy_(host, non_blocking=True)
+
+        return self._start(self._in, job, then)
+
+    def drop(self, parked: Parked) -> None:
+        """Free the host's blocks of a sequence, when nothing is copied into them any more."""
+        self._under_way.append((parked.copy, lambda: self.index.release([*parked.pages, *parked.slot])))
+
+    def _slot_parts(self, blocks: Sequence[int], slot: int) -> Iterator[tuple[Tensor, Tensor]]:
+        row, width = self._pools.slots[slot], self._blocks.shape[1]
+        for block, first, count in _runs(blocks):
+            part = row[first * width : (first + count) * width]
+            yield self._blocks[block : block + count].view(-1)[: len(part)], part
+
+    def _start(self, lane: Lane, job: Callable[[Copy], Any], then: Callable[[], None]) -> Copy:
+        copy = lane.start(job)
+        self._under_way.append((copy, then))
+        return copy
+
+    def pack(
+        self, slot: int, page: int | None, position: int, behind: Callable[[Bytes], None],
+        then: Callable[[Bytes], None],
+    ) -> None:  # fmt: skip
+        """Copy out the state of the sequence in `slot` as it is now; `behind` gets it on the lane's thread."""
+        while not self._spare:
+            wait([copy.future for copy, _ in self._under_way], return_when="FIRST_COMPLETED")
+            self.poll()
+        at, size = self._spare.pop(), self._layout.slot_bytes
+        row = self._rows[at]
+        row[:size].copy_(self._pools.slots[slot])
+        if page is not None:
+            row[size:].copy_(self._pools.pages[page])
+
+        def job(_: Copy) -> Bytes:
+            with self._out.turn(0):
+                self._packing.copy_(row, non_blocking=True)
+            self._out.wait()
+            host = self._packing.numpy()
+            packed = self._layout.pack_state(host[:size], None if page is None else host[size:], position)
+            behind(packed)
+            return packed
+
+        copy = self._out.start(job)
+
+        def over() -> None:
+            self._spare.append(at)
+            then(copy.future.result())
+
+        self._under_way.append((copy, over))
+
+    def unpack(
+        self, packed: Bytes, slot: int, page: int | None, position: int, then: Callable[[BaseException | None], None]
+    ) -> Copy:
+        """Start putting a packed state into a slot, its open page only into `page`; `then` hears what went wrong."""
+
+        def job(_: Copy) -> None:
+            row, size = self._unpacking.numpy(), self._layout.slot_bytes
+            self._layout.unpack_state(packed, row[:size], row[size:], position)
+            with self._in.turn(0):
+                self._pools.slots[slot].copy_(self._unpacking[:size], non_blocking=True)
+                if page is not None and position % self._layout.page_tokens:
+                    self._pools.pages[page].copy_(self._unpacking[size:], non_blocking=True)
+
+        copy = self._in.start(job)
+        self._under_way.append((copy, lambda: then(None if copy.future.cancelled() else copy.future.exception())))
+        return copy
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first block, its place, count) of the longest runs of consecutive blocks."""
+    begin = 0
+    for at in range(1, len(blocks) + 1):
+        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
+            yield blocks[begin], begin, at - begin
+            begin = at
+
+
+def _words(rows: Tensor) -> Tensor:
+    """The same bytes as the widest words they divide into."""
+    widest = next(each for each in (torch.int64, torch.int32, torch.uint8) if rows.shape[1] % each.itemsize == 0)
+    return rows.view(widest)
