@@ -4,23 +4,26 @@ python -m benchmarks.engine_speed [--model nano] [--tokens 96] [--repeats 3] [--
                                   [--side SIDE] [--json FILE]
 
 Float32, greedy, cache on, prompts of real text (this package's sources). Ours are whole requests through the engine,
-each side in a process of its own, timed from outside; theirs is the bare model in a loop, each experts implementation,
-the fastest counts. Rounds are interleaved and medians taken. Parts: decode (batches 1-16, helper and pure torch, the
-latter exact and not, no draft), prefill, speculation (on against off at every batch from 1 to 16), hits (first token
-behind a cached 64K prefix).
+helper and torch each in a process of its own, timed from outside; theirs is the bare model in a loop, each experts
+implementation, the fastest counts. Rounds are interleaved and medians taken. Parts: decode (batches 1-16, helper and
+pure torch, the latter exact and not, no draft), prefill, speculation (on against off at every batch from 1 to 16), hits
+(first token behind a cached 64K prefix).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import operator
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ BATCHES = (1, 2, 4, 8, 16)
 PROMPT = 512
 PREFILLS = (256, 4096)
 SPECULATION = ("on", "off", "control")
-SPECULATION_ROUNDS, SPECULATION_PROMPT = 6, 64  # rounds for each of --repeats: many short ones, as machines waver
+SPECULATION_PROMPT = 64
 PREFIX = 1 << 16
 SLOW_PREFILLS = 1  # theirs of 4,096 tokens takes half a minute
 Figures = dict[str, Any]
@@ -86,32 +89,43 @@ def open_side(args: argparse.Namespace, side: str, **options: Any) -> LLM:
 
 
 class Apart:
-    """One of ours in a process of its own: two libraries' idle threads in one process slow both sides down."""
+    """One of ours in another process: two libraries' idle threads in one process slow both sides down."""
 
-    def __init__(self, args: argparse.Namespace, side: str, **options: Any) -> None:
-        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._process.submit(_open_here, args, side, options).result()
+    def __init__(self, process: ProcessPoolExecutor, args: argparse.Namespace, side: str, **options: Any) -> None:
+        self._process, self._side = process, side
+        process.submit(_open_here, args, side, options).result()
 
     def __call__(self, function: Callable[..., Any], *values: Any) -> Any:
         """Return function(llm, *values) as it comes out there."""
-        return self._process.submit(_call_here, function, values).result()
-
-    def close(self) -> None:
-        """End the process."""
-        self(LLM.close)
-        self._process.shutdown()
+        return self._process.submit(_call_here, self._side, function, values).result()
 
 
-_HERE: list[LLM] = []  # of an `Apart`, in its process
+_HERE: dict[str, LLM] = {}  # of each `Apart`, in its process
 
 
 def _open_here(args: argparse.Namespace, side: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(args.threads)
-    _HERE.append(open_side(args, side, **options))
+    _HERE[side] = open_side(args, side, **options)
 
 
-def _call_here(function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
-    return function(_HERE[0], *values)
+def _call_here(side: str, function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    return function(_HERE[side], *values)
+
+
+@contextmanager
+def sides_apart(args: argparse.Namespace, **options: Any) -> Iterator[dict[str, Apart]]:
+    """Ours, those of one library in one process, so that what differs between them is not their processes."""
+    sides = args.side or SIDES
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        processes = {
+            native: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
+            for native in {SIDES[side]["native"] for side in sides}
+        }
+        opened = {side: Apart(processes[SIDES[side]["native"]], args, side, **options) for side in sides}
+        yield opened
+        for each in opened.values():
+            each(LLM.close)
 
 
 def decode_ms(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
@@ -130,7 +144,7 @@ def rounds(
     """Call every maker once a round, after one round that warms up; `limits` has fewer rounds for the slow ones."""
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for index in range(repeats + 1):
-        for name, make in makers.items():
+        for name, make in list(makers.items())[:: -1 if index % 2 else 1]:
             if index > (limits or {}).get(name, repeats):
                 continue
             value = make()
@@ -157,7 +171,11 @@ def text_prompts(model: str, count: int, length: int) -> list[list[int]]:
 @torch.inference_mode()
 def measure_decode(args: argparse.Namespace) -> Figures:
     """Milliseconds a step of ours at each batch and of theirs at 1 and 16."""
-    ours = {side: Apart(args, side, max_requests=max(BATCHES)) for side in args.side or SIDES}
+    with sides_apart(args, max_requests=max(BATCHES)) as ours:
+        return _measure_decode(args, ours)
+
+
+def _measure_decode(args: argparse.Namespace, ours: dict[str, Apart]) -> Figures:
     prompts = text_prompts(args.model, max(BATCHES), PROMPT)
     makers: dict[str, Callable[[], float]] = {}
     for batch in BATCHES:
@@ -177,11 +195,14 @@ def measure_decode(args: argparse.Namespace) -> Figures:
     loose.close()
     same = next(iter(ours.values()))(greedy_tokens, prompts[0], args.tokens)
     _, theirs = decode(their_step(oracle, "eager"), torch.tensor([prompts[0]]), args.tokens)
-    for llm in ours.values():
-        llm.close()
+    prices = {
+        batch: round(statistics.median(map(operator.truediv, exact, fast)) - 1, 3)
+        for batch in BATCHES
+        if (exact := taken.get(f"torch {batch}")) and (fast := taken.get(f"torch fast {batch}"))
+    }
     return {
-        "ms_per_step": medians(taken), "prompt": PROMPT, "tokens": args.tokens, "numeric_paths": paths,
-        "same_tokens": same[1:] == theirs,
+        "ms_per_step": medians(taken), "torch_exact_price": prices, "prompt": PROMPT, "tokens": args.tokens,
+        "numeric_paths": paths, "same_tokens": same[1:] == theirs,
     }  # fmt: skip
 
 
@@ -205,7 +226,11 @@ def greedy_tokens(llm: LLM, prompt: list[int], count: int) -> list[int]:
 @torch.inference_mode()
 def measure_prefill(args: argparse.Namespace) -> Figures:
     """Milliseconds from submit to the first token, theirs from the call to the logits."""
-    ours = {side: Apart(args, side, max_requests=1) for side in args.side or SIDES}
+    with sides_apart(args, max_requests=1) as ours:
+        return _measure_prefill(args, ours)
+
+
+def _measure_prefill(args: argparse.Namespace, ours: dict[str, Apart]) -> Figures:
     [ids] = text_prompts(args.model, 1, max(PREFILLS))
     oracle = load_oracle(resolve_model(args.model))
     makers: dict[str, Callable[[], float]] = {}
@@ -221,8 +246,6 @@ def measure_prefill(args: argparse.Namespace) -> Figures:
             limits[key] = SLOW_PREFILLS if length == max(PREFILLS) else args.repeats
             makers[key] = lambda name=name, n=length: 1e3 * seconds(their_step(oracle, name), torch.tensor([ids[:n]]))
     taken = rounds(args.repeats, makers, limits=limits)
-    for llm in ours.values():
-        llm.close()
     return {"first_token_ms": medians(taken)}
 
 
@@ -241,42 +264,47 @@ def total(runs: Sequence[Decode]) -> float:
 def measure_speculation(args: argparse.Namespace) -> Figures:
     """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled.
 
-    A ratio is the median over pairs of runs that follow each other, `total` that of all tokens over all seconds, and
-    `control` the ratio of a second engine without a draft, which shows how much two equal engines differ here.
+    Two equal engines do without: a round's ratio is that to their mean, `control` of one to the other, both medians of
+    all rounds; `total` is that of all tokens over all seconds. In the rounds of a set the engines take turns in every
+    order; each of --repeats opens engines anew, for where their memory lies alone makes some faster.
     """
-    engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
     prompts = text_prompts(args.model, 16, SPECULATION_PROMPT)
-    for batch in (1, 16):  # the first runs of an engine are slow, and teach the depth what drafts cost
-        for llm in engines.values():
-            decode_window(llm.engine, prompts[:batch], tokens=args.tokens)
-    rows = []
-    for batch in range(1, 17):
-        for temperature in (0.0, 1.0):
-            got: dict[str, list[Decode]] = {name: [] for name in engines}
-            for turn in range(SPECULATION_ROUNDS * args.repeats):
-                for name in SPECULATION if turn % 2 else SPECULATION[::-1]:
+    got: dict[tuple[int, float], dict[str, list[Decode]]] = {}
+    for _ in range(args.repeats):
+        engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
+        for batch in (1, 16):  # the first runs of an engine are slow, and teach the depth what drafts cost
+            for llm in engines.values():
+                decode_window(llm.engine, prompts[:batch], tokens=args.tokens)
+        for batch, temperature in itertools.product(range(1, 17), (0.0, 1.0)):
+            runs = got.setdefault((batch, temperature), {name: [] for name in engines})
+            for order in itertools.permutations(SPECULATION):
+                for name in order:
                     window = decode_window(
                         engines[name].engine, prompts[:batch], tokens=args.tokens, settle=24, temperature=temperature
                     )
-                    got[name].append(window)
-            rates = {name: [each.tokens_per_s for each in runs] for name, runs in got.items()}
-            over = {
-                name: statistics.median(ours / none for ours, none in zip(rates[name], rates["off"], strict=True))
-                for name in ("on", "control")
-            }
-            drafted, accepted = (sum(getattr(each, name) for each in got["on"]) for name in ("drafted", "accepted"))
-            rows.append({
-                "batch": batch, "temperature": temperature, "ratio": round(over["on"], 3),
-                "control": round(over["control"], 3), "total": round(total(got["on"]) / total(got["off"]), 3),
-                "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
-                "tok_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
-                "steps_s": round(statistics.median(each.steps_per_s for each in got["on"]), 1),
-            })  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
-    for llm in engines.values():
-        llm.close()
-    rounds = SPECULATION_ROUNDS * args.repeats
-    return {"rows": rows, "tokens": args.tokens, "prompt": SPECULATION_PROMPT, "rounds": rounds}
+                    runs[name].append(window)
+        for llm in engines.values():
+            llm.close()
+    rows = [
+        {"batch": batch, "temperature": temperature} | speculation_row(runs)
+        for (batch, temperature), runs in got.items()
+    ]
+    return {"rows": rows, "tokens": args.tokens, "prompt": SPECULATION_PROMPT, "rounds": 6 * args.repeats}
+
+
+def speculation_row(runs: dict[str, list[Decode]]) -> Figures:
+    """Ratios of the engine `on` and of the two without a draft, with what was drafted."""
+    rates = {name: [each.tokens_per_s for each in those] for name, those in runs.items()}
+    plain = [(one + other) / 2 for one, other in zip(rates["off"], rates["control"], strict=True)]
+    drafted, accepted = (sum(getattr(each, name) for each in runs["on"]) for name in ("drafted", "accepted"))
+    return {
+        "ratio": round(statistics.median(map(operator.truediv, rates["on"], plain)), 3),
+        "control": round(statistics.median(map(operator.truediv, rates["off"], rates["control"])), 3),
+        "total": round(total(runs["on"]) / total([*runs["off"], *runs["control"]]), 3),
+        "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
+        "tok_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
+        "steps_s": round(statistics.median(each.steps_per_s for each in runs["on"]), 1),
+    }  # fmt: skip
 
 
 def measure_hits(args: argparse.Namespace) -> Figures:
@@ -325,11 +353,9 @@ def goal_lines(found: Figures) -> list[Figures]:
         paths = found["decode"]["numeric_paths"]
         one = paths.get("helper") == paths["helper, exact=False"]
         add("helper exact costs <= 15 % at every batch (0: exact=False is the same path)", 1 - one, one)
-        for batch in (
-            each for each in BATCHES if each >= 4 and {f"torch {each}", f"torch fast {each}"} <= times.keys()
-        ):
-            price = times[f"torch {batch}"]["median"] / times[f"torch fast {batch}"]["median"] - 1
-            add(f"torch exact costs <= 15 % at batch {batch}", price, price <= 0.15)
+        for batch, price in found["decode"].get("torch_exact_price", {}).items():
+            if int(batch) >= 4:
+                add(f"torch exact costs <= 15 % at batch {batch}", price, price <= 0.15)
     if "prefill" in found:
         times = found["prefill"]["first_token_ms"]
         for length, least in ((4096, 6), (256, 1)):

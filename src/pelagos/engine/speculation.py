@@ -27,14 +27,14 @@ _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 
 _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 # A new plan or a probe holds for three steps, one may catch up; an unchanged one twice as long each time, to a limit;
 # a probe out of a rest comes after eight steps of which we are told; after so many steps with drafts, more where there
-# is much to gain, a short rest renews what plain steps take.
-_PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 6, 256, 64
+# is much to gain, a short rest renews what plain steps take: up to 19 steps, fewer where there is much to gain.
+_PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 16, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
-_GAIN = 1.06
+_GAIN = 1.1
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
 # lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
 # catch up counts as so many steps at most.
-_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.006, 5, 8, 4, 6
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 5, 8, 4, 6
 
 
 class Draft(NamedTuple):
@@ -337,8 +337,9 @@ class AdaptiveDepth:
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
         self._loss = math.inf  # seconds that the last probe cost
-        self._rest = self._resting_for = 0  # steps without a thought of drafts, for so many requests
-        self._rested: list[float] = []  # what those took
+        self._rests: dict[int, int] = {}  # steps without a thought of drafts that are left, by requests
+        self._resting_for = 0  # requests of the last step
+        self._rested: list[float] = []  # what its steps in a rest took
         self._told = 0  # steps since the last rest
         self._plain: dict[int, _Plain] = {}  # what a step takes in a rest, by requests
         self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
@@ -347,20 +348,27 @@ class AdaptiveDepth:
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
 
     def rests(self, requests: int, last: float | None) -> bool:
-        """Whether the coming step of so many requests neither drafts nor has anything to tell: asked once a step.
+        """Whether the coming step, which leaves so many requests that decode, neither drafts for them nor has anything
+        to tell: asked once a step.
 
-        `last` is what the last step took, None where it rested not or did other work too.
+        `last` is what the last step took, None where it rested not or did other work too. A rest is of a number of
+        requests, whoever they are: it goes on when there are as many again.
         """
         if last is not None:
             self._rested.append(last)
-        self._rest = self._rest - 1 if self._rest and requests == self._resting_for else 0
-        return self._rest > 0
+        if requests != self._resting_for:
+            self._note_rest()
+            self._resting_for = requests
+        left = self._rests.get(requests, 0)
+        self._rests[requests] = max(0, left - 1)
+        return left > 1
 
     def _note_rest(self) -> None:
         """Learn what a step takes in a rest."""
         self._elapsed += sum(self._rested)
         if len(self._rested) > 1:
-            seconds = max(statistics.median(self._rested[1:]), 1e-9)  # the first may come from elsewhere
+            late = self._rested[len(self._rested) // 2 :]  # drafts have left the processor's caches
+            seconds = max(statistics.median(late), 1e-9)
             plain = self._plain.setdefault(self._resting_for, _Plain(seconds))
             plain.seconds *= min(max(seconds / plain.seconds, 0.25), 4.0) ** 0.8
         self._rested.clear()
@@ -398,7 +406,7 @@ class AdaptiveDepth:
                 plain = self._plain[batch] = _Plain(max(self._plain_s(), 1e-9), look_after=_PLAN_STEPS // 2)
             plain.drafted = 0
             plain.look_after = min(2 * plain.look_after, int(_PLAIN_EVERY * (1 + 4 * self._gain)))
-            self._rest_for(_LOOK_STEPS)
+            self._rest_for(int(_LOOK_STEPS / (1 + 8 * self._gain)) + _PROBE_STEPS)
         elif (drafts or self._told >= _PLAN_STEPS) and (probes := self._probe()):
             self._probes, self._left = probes, _PROBE_STEPS
             self._hold = _PROBE_STEPS if drafts else before  # it leads back to the rest it came from
@@ -408,7 +416,7 @@ class AdaptiveDepth:
             self._rest_for(self._hold)
 
     def _rest_for(self, steps: int) -> None:
-        self._rest, self._resting_for, self._left, self._told = steps, len(self._plan), 1, 0
+        self._rests[len(self._plan)], self._left, self._told = steps, 1, 0
 
     def _affordable(self) -> bool:
         loss = self._loss if self._loss < math.inf else len(self._plan) / max(self._pace, 1e-9)
