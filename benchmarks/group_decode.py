@@ -1,8 +1,12 @@
-"""Decode steps of a model divided over the processes that torchrun starts, one JSON line on rank 0.
+"""Steps and prompts of a model divided over the processes that torchrun starts, JSON lines on rank 0.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/group_decode.py --context 8K --batch 1
+    torchrun --standalone --nproc-per-node 2 benchmarks/group_decode.py decode:4K:1 verify:4K:1:2 prompt:8K
 
-Random weights and caches. On a CPU (`--device cpu --shape nano`, experts of 256) it only shows that it runs.
+decode:CONTEXT:SEQUENCES is a step, verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many
+calls of the draft layer before it, prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
+`--apart` leaves every sequence its rank's bits (no rank helps another); `--alone` has one process compute the part of
+the first of two ranks, whose peer answers at once: what is left is a rank's own time. On a CPU (`--device cpu --shape
+nano`) it only shows that it runs.
 """
 
 from __future__ import annotations
@@ -13,62 +17,169 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pelagos.cli.counts import parse_tokens
+from pelagos.config import preset
 from pelagos.evals.step_bench import cut_config, fill_caches
-from pelagos.kernels.layout import CacheLayout, Span
-from pelagos.model.cuda_forward import BUCKETS
-from pelagos.model.cuda_group import GroupForward, cut_width
+from pelagos.kernels.layout import CacheLayout, Draw, Span
+from pelagos.model.cuda_forward import PROMPT_TOKENS, CudaForward
+from pelagos.model.cuda_group import GroupForward, cut_width, most_bytes
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
+
+PROMPT_ROUNDS = 2
+
+
+class Alone:
+    """A group of two whose other rank answers at once with what this one has."""
+
+    rank, size = 0, 2
+
+    def __init__(self, device: torch.device, experts: int) -> None:
+        self.device, self.experts = device, experts
+
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        own = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+        if dtype == torch.int32:  # the experts that the other's rows choose
+            own.random_(0, self.experts)
+        return [own] * 2
+
+    def every_row(self, x: Tensor) -> Tensor:
+        return torch.cat((x, x.flip(1)))
+
+    def own_sum(self, x: Tensor) -> Tensor:
+        return x[: len(x) // 2]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def columns(self, x: Tensor, source: int) -> Tensor:
+        return x.chunk(2, 1)[0].contiguous()
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing]
+
+    def finish(self) -> None: ...
+
+    def signal(self, rank: int, channel: int) -> None: ...
+
+    def wait(self, rank: int, channel: int) -> None: ...
+
+    def meet(self, channel: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def spans_of(layout: CacheLayout, context: int, batch: int, ranks: int, tokens: int) -> list[Span]:
+    """The last `tokens` positions before the end, one sequence after the other on each rank in turn."""
+    each = layout.pages_for(context)
+    tables = [(np.arange(each) + each * (i // ranks)) * ranks + i % ranks for i in range(batch)]
+    return [
+        Span(np.arange(7 + i, 7 + i + tokens), context - 1 - tokens, i, tables[i].astype(np.int32), decode=True,
+             logits=tokens, draws=(Draw(),) * tokens)
+        for i in range(batch)
+    ]  # fmt: skip
+
+
+def steps(forward: CudaForward, spans: list[Span], count: int, drafts: int) -> list[float]:
+    """Seconds of whole steps as the host sees them, draft calls included."""
+    config, found = forward.weights.config, []
+    past = np.zeros((len(spans), config.hc_mult, config.hidden_size), np.float32)
+    follow = [span._replace(tokens=span.tokens[:1], logits=1, draws=span.draws[:1]) for span in spans]
+    for _ in range(count):
+        begun = time.perf_counter()
+        for _ in range(drafts):
+            for _ in forward.launch(follow, past):
+                pass
+        for _ in forward.launch(spans):
+            pass
+        if forward.weights.device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return found
+
+
+def prompt(forward: CudaForward, span: Span, length: int, group: Group | Alone) -> list[float]:
+    """Seconds of a whole prompt in calls of the most tokens that one takes."""
+    ids = np.random.default_rng(0).integers(0, forward.weights.config.vocab_size, length)
+    most, found = PROMPT_TOKENS * group.size, []
+    for _ in range(PROMPT_ROUNDS):
+        group.gather(None)
+        begun = time.perf_counter()
+        for start in range(0, length, most):
+            last = start + most >= length and isinstance(group, Group)  # alone the last row is not here
+            forward.prefill.run([span._replace(tokens=ids[start : start + most], start=start, logits=int(last))])
+        if forward.weights.device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return found
+
+
+def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> Iterator[dict[str, Any]]:
+    device, config, ranks = weights.device, weights.config, group.size
+    layout = CacheLayout(config, "released", 4)
+    cases = [(kind, parse_tokens(context, "context"), *(int(each) for each in more), *(1, 0)[len(more) :])
+             for kind, context, *more in (case.split(":") for case in args.cases)]  # fmt: skip
+    own = [-(-batch // ranks) for _, _, batch, _ in cases]
+    most = max(mine * layout.pages_for(context) for mine, (_, context, _, _) in zip(own, cases, strict=True))
+    pages, slots = (group.memory(size, torch.uint8) for size in ((most, layout.page_bytes),
+                                                                 (max(own), layout.slot_bytes)))  # fmt: skip
+    fill_caches(layout, pages[group.rank], slots[group.rank])
+    forward = None  # planned for up to twice a step's context; a prompt's does not matter
+    for kind, context, batch, drafts in cases:
+        if forward is None or forward.positions < context or (kind != "prompt" and forward.positions > 2 * context):
+            forward = None
+            forward = GroupForward(weights, layout, pages, slots, group, positions=context, follow=not args.apart)  # pyright: ignore[reportArgumentType]
+        spans, begun = spans_of(layout, context, batch, ranks, drafts + 1), time.perf_counter()
+        if kind == "prompt":
+            times = prompt(forward, spans[0]._replace(decode=False, draws=()), context, group)
+            took, made = times[-1], context
+        else:
+            times = steps(forward, spans, args.steps + 3, drafts)
+            took, made = statistics.median(times[3:]), batch
+        took = max(group.gather(took))
+        case = f"{args.shape} layers={config.num_hidden_layers} {kind} context={context} batch={batch} drafts={drafts}"
+        yield {"bench": "group", "case": case, "device": str(device), "ranks": ranks, "alone": args.alone,
+               "apart": args.apart, "us": round(took * 1e6, 1), "tok_s": round(made / took, 1),
+               "steps_s": round(1 / took, 1), "tokens_a_step_at_most": batch * (drafts + 1),
+               "first_s": round(times[0], 2), "case_s": round(time.perf_counter() - begun, 1),
+               "weight_bytes": weights.bytes, "page_bytes_a_token": layout.page_bytes / layout.page_tokens}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+")
     parser.add_argument("--shape", default="flash")
     parser.add_argument("--layers")
-    parser.add_argument("--context", default="8K")
-    parser.add_argument("--batch", type=int, default=1, help="sequences on all ranks together")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     args = parser.parse_args()
-    device, context = torch.device(args.device), parse_tokens(args.context, "context")
+    device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", 0 if args.alone else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     config = cut_config(args.shape, args.layers)
+    config = dataclasses.replace(config, num_nextn_predict_layers=preset(args.shape).num_nextn_predict_layers)
     if args.shape == "nano":
         config = dataclasses.replace(config, moe_intermediate_size=256)
-    group = Group(device, 2 * BUCKETS[-1] * config.hidden_size)
-    config = cut_width(config, group.size)
-    layout = CacheLayout(config, "released", 0)
-    weights = Weights(config, device).fill_random()
-    each, own = layout.pages_for(context), -(-args.batch // group.size)
-    pages = torch.zeros((own * each, layout.page_bytes), dtype=torch.uint8, device=device)
-    slots = torch.zeros((own, layout.slot_bytes), dtype=torch.uint8, device=device)
-    fill_caches(layout, pages, slots)
-    forward = GroupForward(weights, layout, pages, slots, group, positions=context)
-    tables = [(np.arange(each) + each * (i // group.size)) * group.size + i % group.size for i in range(args.batch)]
-    spans = [
-        Span(np.array([7 + i]), context - 2, i, tables[i].astype(np.int32), decode=True) for i in range(args.batch)
-    ]
-    times = []
-    for _ in range(args.steps + 3):
-        begun = time.perf_counter()
-        for _ in forward.launch(spans):
-            pass
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    took = max(group.gather(statistics.median(times[3:])))
-    if group.rank == 0:
-        case = f"{args.shape} layers={config.num_hidden_layers} context={context} batch={args.batch} ranks={group.size}"
-        row = {"bench": "group_decode", "case": case, "device": str(device), "us": round(took * 1e6, 1),
-               "tok_s": round(args.batch / took, 1), "weight_bytes": weights.bytes}  # fmt: skip
-        print(json.dumps(row), flush=True)
+    group = (
+        Alone(device, config.n_routed_experts)
+        if args.alone
+        else Group(device, most_bytes(config, int(os.environ["WORLD_SIZE"])))
+    )
+    weights = Weights(cut_width(config, group.size), device).fill_random()
+    with torch.inference_mode():
+        for row in rows(args, group, weights):
+            if group.rank == 0:
+                print(json.dumps(row), flush=True)
     group.close()
 
 

@@ -1,8 +1,13 @@
-"""One of two ranks: the divided step against the whole one, on a CPU by the references. Started by test_cuda_group."""
+"""One of two ranks: divided steps and prompts against whole ones, on a CPU by the references or, with `cuda`, on GPUs.
+
+Started by test_cuda_group.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,19 +19,19 @@ from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model import cuda_weights
 from pelagos.model.cuda_forward import CudaForward
-from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width
+from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width, most_bytes
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
 SITE = 0.01  # of an expert site, relative to its norm: both halves are rounded to bfloat16 before they are added
 # Of logits: behind that, values fall to the other side of an FP8 or FP4 rounding (tests/model/test_cuda_forward.py).
-# The references' products on a CPU depend on their company, so bits cannot be compared.
+# The references' products on a CPU depend on their company, so bits can be compared on CUDA alone.
 BOUND = 0.12
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if sys.argv[1:] == ["cuda"] else torch.device("cpu")
 
 
 def cut(whole: Weights, rank: int, ranks: int) -> Weights:
-    weights = Weights(cut_width(whole.config, ranks), CPU)
+    weights = Weights(cut_width(whole.config, ranks), DEVICE)
     for name, place in weights.places.items():
         source = whole.places[name]
         for into, values in ((place.values, source.values), (place.scales, source.scales)):
@@ -39,36 +44,42 @@ def sites(forward: CudaForward, whole: CudaForward, rank: int) -> float:
     """The most that this rank's rows of any expert site are off from those of the whole one."""
     worst = 0.0
     for at, (layer, own) in enumerate(zip(whole.weights.layers, forward.weights.layers, strict=True)):
-        rows = torch.randn((6, 256), generator=torch.Generator().manual_seed(at)).bfloat16()
-        ids = torch.arange(6, dtype=torch.int32)
-        mine = slice(3 * rank, 3 * rank + 3)
-        if isinstance(forward, GroupForward):
-            forward._everyone[:6] = ids
-        got = forward._mixture(at, own, rows[mine], *quantise(rows[mine]), ids[mine], [])
-        want = whole._mixture(at, layer, rows, *quantise(rows), ids, [])[mine]
-        worst = max(worst, float((got.float() - want.float()).norm() / want.float().norm()))
+        for each in (3, 64):  # rows of a rank
+            rows = torch.randn((2 * each, 256), generator=torch.Generator().manual_seed(at)).bfloat16().to(DEVICE)
+            ids = torch.arange(2 * each, dtype=torch.int32, device=DEVICE)
+            mine = slice(each * rank, each * rank + each)
+            if isinstance(forward, GroupForward):
+                forward._everyone[: 2 * each] = ids
+            got = forward._mixture(at, own, rows[mine], *quantise(rows[mine]), ids[mine], [])
+            want = whole._mixture(at, layer, rows[mine], *quantise(rows[mine]), ids[mine], [])
+            worst = max(worst, float((got.float() - want.float()).norm() / want.float().norm()))
     return worst
 
 
 def run(forward: CudaForward, first_slots: list[int]) -> list[Output]:
-    """Prompts of three sequences, two steps of all, a draft; sequence i is in slot first_slots[i]."""
+    """Prompts of three sequences in two calls, two steps of all, one of the first, a draft; i is in first_slots[i]."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 512, count) for count in (70, 3, 9)]
-    # Four ids of each rank's pages in turn; a table holds two of its own.
-    pages = [np.array([8 * (slot // 2) + slot % 2, 8 * (slot // 2) + 2 + slot % 2], np.int32) for slot in first_slots]
+    prompts = [rng.integers(0, 512, count) for count in (300, 3, 129)]
+    # Eight ids of each rank's pages in turn; a table holds four of its own.
+    pages = [(16 * (slot // 2) + 2 * np.arange(4) + slot % 2).astype(np.int32) for slot in first_slots]
     spans = [
         Span(ids, 0, slot, table, logits=2, streams=1)
         for ids, slot, table in zip(prompts, first_slots, pages, strict=True)
     ]
-    found = [forward.forward(spans)]
+    longest = spans[0]
+    found = [
+        forward.forward([longest._replace(tokens=longest.tokens[:40], logits=0, streams=0)]),
+        forward.forward([longest._replace(tokens=longest.tokens[40:], start=40), *spans[1:]]),
+    ]
     for step in range(2):
         found.append(forward.forward([
             Span(np.array([7 + step]), len(ids) + step, slot, table, decode=True)
             for ids, slot, table in zip(prompts, first_slots, pages, strict=True)
         ]))  # fmt: skip
+    found.append(forward.forward([Span(np.array([5]), len(prompts[0]) + 2, first_slots[0], pages[0], decode=True)]))
     drafts = [Span(np.array([11]), len(ids) - 1, slot, table, decode=True)
               for ids, slot, table in zip(prompts, first_slots, pages, strict=True)]  # fmt: skip
-    return [*found, forward.draft(drafts, found[0].streams)]
+    return [*found[1:], forward.draft(drafts, found[1].streams)]
 
 
 def off(got: list[Output], want: list[Output]) -> float:
@@ -79,38 +90,53 @@ def off(got: list[Output], want: list[Output]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     cuda_weights._RANDOM_BLOCK = 1 << 20  # pyright: ignore[reportPrivateUsage]
     config = dataclasses.replace(
         preset("nano"), num_hidden_layers=4, compress_ratios=(0, 4, 128, 4, 0), num_hash_layers=1, vocab_size=512,
         moe_intermediate_size=256, n_routed_experts=8,
     )  # fmt: skip
-    whole = Weights(config, CPU).fill_random()
-    group = Group(CPU, 0)
+    whole = Weights(config, torch.device("cpu")).fill_random()  # the same on every rank
+    if DEVICE.type == "cuda":
+        there = Weights(config, DEVICE)
+        for into, source in zip(there.tensors(), whole.tensors(), strict=True):
+            into.copy_(source)
+        whole = there
+    group = Group(DEVICE, most_bytes(config, 2))
     weights = cut(whole, group.rank, group.size)
 
-    def pools(layout: CacheLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        return (torch.zeros((16, layout.page_bytes), dtype=torch.uint8),
-                torch.zeros((4, layout.slot_bytes), dtype=torch.uint8))  # fmt: skip
-
-    def divided() -> GroupForward:
+    def divided(follow: bool = True) -> GroupForward:
         layout = CacheLayout(weights.config, "released", 4)
-        return GroupForward(weights, layout, *pools(layout), group, positions=256)
+        pages, slots = (group.memory(size, torch.uint8) for size in ((32, layout.page_bytes), (4, layout.slot_bytes)))
+        for pool in (pages, slots):
+            pool[group.rank].zero_()
+        return GroupForward(weights, layout, pages, slots, group, positions=512, follow=follow)
 
     layout = CacheLayout(config, "released", 4)
-    single = CudaForward(whole, layout, *pools(layout), positions=256)
-    single.two_kinds = False
+    sizes = ((64, layout.page_bytes), (6, layout.slot_bytes))
+    pages, slots = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for size in sizes)
+    single = CudaForward(whole, layout, pages, slots, positions=512)
     assert sites(divided(), single, group.rank) < SITE
     want = run(single, [0, 1, 2])
+    results = []
     for slots in ([0, 1, 2], [1, 0, 3], [0, 2, 4]):  # who holds which sequence; all on one rank
-        got = run(divided(), slots)
-        assert off(got, want) < BOUND, off(got, want)
-        shapes = [[(a.logits.shape, a.streams.shape) for a in each] for each in (got, want)]
-        assert shapes[0] == shapes[1]
-    again = group.gather(got[-1].logits)
-    assert np.array_equal(again[0], again[1])
+        for follow in (True, False):
+            results.append(run(divided(follow), slots))
+            errors = [off([a], [b]) for a, b in zip(results[-1], want, strict=True)]
+            if group.rank == 0:
+                print(slots, follow, [round(each, 4) for each in errors], flush=True)
+            assert max(errors) < BOUND, (slots, follow, errors)
+            shapes = [[(a.logits.shape, a.streams.shape) for a in each] for each in (results[-1], want)]
+            assert shapes[0] == shapes[1]
+    for at, own in enumerate(results[-1]):
+        again = group.gather(own.logits)
+        assert np.array_equal(again[0], again[1])
+        if DEVICE.type == "cuda":  # the same bits whoever holds which sequence
+            assert all(np.array_equal(own.logits, other[at].logits) for other in results[1::2]), at
     with pytest.raises(CapacityError, match="slot 0 is of rank 0, a page of it is not"):
         divided().forward([Span(np.array([1]), 0, 0, np.array([1], np.int32))])
-    print(f"rank {group.rank} of {group.size}: {off(got, want):.4f}")
+    print(f"rank {group.rank} of {group.size}: {off(results[-1], want):.4f}", flush=True)
     group.close()
 
 

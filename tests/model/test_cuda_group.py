@@ -1,4 +1,4 @@
-"""Two ranks over gloo give what one gives, whoever holds which sequence."""
+"""Two ranks give what one gives, whoever holds which sequence: over gloo, and on two GPUs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,50 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from pelagos.config import preset
 from pelagos.errors import ConfigError
+from pelagos.kernels.layout import Span
 from pelagos.model.cuda_group import cut_width
+from pelagos.model.cuda_group_prefill import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_two_ranks_are_one() -> None:
+def start(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("group_worker.py"))]  # fmt: skip
+               str(Path(__file__).with_name("group_worker.py")), *arguments]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert all(f"rank {rank} of 2:" in done.stdout for rank in range(2))
+
+
+def test_two_ranks_are_one() -> None:
+    start()
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_two_gpus_are_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    start("cuda")
+
+
+def test_rows_of_spans_are_theirs() -> None:
+    spans = [Span(np.arange(5), 10, 0, np.zeros(1, np.int32), logits=3, streams=1),
+             Span(np.arange(4), 0, 2, np.zeros(1, np.int32), logits=0)]  # fmt: skip
+    for cut in range(10):
+        first, second = rows_of(spans, 0, cut), rows_of(spans, cut, 9)
+        assert np.array_equal(np.concatenate([each.tokens for each in first + second]), [0, 1, 2, 3, 4, 0, 1, 2, 3])
+        assert sum(each.logits for each in first + second) == 3
+        assert sum(each.streams for each in first + second) == 1
+        assert [each.start for each in second if each.slot == 0] == ([10 + cut] if cut < 5 else [])
+    assert [each.logits for each in rows_of(spans, 1, 4)] == [2]
 
 
 def test_widths_that_cannot_be_cut_are_refused() -> None:

@@ -6,6 +6,9 @@ the activations as the routed experts read them come out of the same; elsewhere 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
@@ -44,3 +47,16 @@ def route(
     from pelagos.kernels.triton import router as kernel
 
     return kernel.forward(*inputs, arrived, **options)
+
+
+def joined(parts: Sequence[Routed], experts: int) -> Routed:
+    """Return what several calls of `route` found as that of one call."""
+    chosen, weights, shared = (
+        torch.cat(each) for each in zip(*((part.chosen, part.weights, part.shared) for part in parts), strict=True)
+    )
+    planes = [part.planes for part in parts if part.planes is not None]
+    if not planes:
+        return Routed(chosen, weights, shared)
+    from pelagos.kernels.triton.fp4_experts import list_rows
+
+    return Routed(chosen, weights, shared, torch.cat(planes), list_rows(chosen, experts))

@@ -202,8 +202,10 @@ class CudaForward:
         """Run what was given through the prompt kernels, and hand each span its rows, or what is picked from them."""
         given = [which for which, span in enumerate(spans) if not span.decode]
         for which in given:
-            self._check(which, spans[which], spans[which].start + len(spans[which].tokens), paged=True)
-        parts = [self.prefill.run(part) for part in turns([spans[which] for which in given], PROMPT_TOKENS)]
+            span = self._own(which, spans[which])
+            self._check(which, span, span.start + len(span.tokens), paged=True)
+        most = PROMPT_TOKENS * self.ranks
+        parts = [self.prefill.run(part) for part in turns([spans[which] for which in given], most)]
         streams = [row for _, part in parts for row in part.float().cpu().numpy()]
         rows, at = torch.cat([part for part, _ in parts]) if parts else None, 0
         for which in given:
@@ -222,7 +224,7 @@ class CudaForward:
         longest, done = self.layout.rewind + 1, [0] * len(spans)
         while True:
             part: list[tuple[int, int, int]] = []
-            room = [max(bucket for bucket in BUCKETS if bucket * self.ranks <= BUCKETS[-1])] * self.ranks
+            room = [BUCKETS[-1]] * self.ranks
             for which, span in enumerate(spans):
                 owner = span.slot % self.ranks
                 count = min(len(span.tokens) - done[which], longest, room[owner])
@@ -289,6 +291,10 @@ class CudaForward:
                 self.weights.blocks.note(first, chosen[:, :rows].numpy())
             self._routed = None
             self.weights.blocks.turn()
+
+    def _own(self, which: int, span: Span) -> Span:
+        """Return a span as the rank numbers slot and pages that has them."""
+        return span
 
     def _check(self, which: int, span: Span, end: int, *, paged: bool) -> None:
         pages = self.layout.pages_for(end)
@@ -365,8 +371,17 @@ class CudaForward:
         dense: bool,
         chosen: list[Tensor],
     ) -> _State:
-        c, layout, arrived = self.weights.config, self.layout, self._arrived
         streams, post, comb, normed, codes, scales = self._site(state, layer.attn_site)
+        y = self._output(index, layer, self._attend(index, layer, rows, turns, dense, normed, codes, scales))
+        streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
+        return _State(self._mixture(index, layer, normed, codes, scales, ids, chosen), streams, post, comb)
+
+    def _attend(
+        self, index: int, layer: LayerWeights, rows: Rows, turns: Sequence[Tensor], dense: bool,
+        normed: Tensor, codes: Tensor, scales: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Write what the rows leave in the cache; return what they attend (T, H * C) bfloat16."""
+        c, layout, arrived = self.weights.config, self.layout, self._arrived
         turn = turns[self._turns[-1 if layer.ratio else 0]]
         entry_turn = turns[self._turns[layer.ratio]] if layer.ratio else None
         projected = skinny_gemm.merged(codes, scales, normed, *layer.first, layer.first_wide, arrived)
@@ -385,12 +400,13 @@ class CudaForward:
                 assert index_q is not None
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
-        attended = decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
-        codes, scales = skinny_gemm.quantised_product(attended, None, *layer.wo_a, arrived, groups=c.o_groups)
-        y = skinny_gemm.product(codes, scales, *layer.wo_b, arrived)
-        streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
-        y = self._mixture(index, layer, normed, codes, scales, ids, chosen)
-        return _State(y, streams, post, comb)
+        return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
+
+    def _output(self, index: int, layer: LayerWeights, attended: Tensor) -> Tensor:
+        """Return the attention's output (T, D) bfloat16."""
+        groups = self.weights.config.o_groups
+        codes, scales = skinny_gemm.quantised_product(attended, None, *layer.wo_a, self._arrived, groups=groups)
+        return skinny_gemm.product(codes, scales, *layer.wo_b, self._arrived)
 
     def _mixture(
         self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,

@@ -7,7 +7,7 @@ bits do not depend on the chunk it comes in. On a CPU (tests) the same calls run
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,9 +112,7 @@ class Prefill:
         normed, codes, scales = self._site(state, layer.attn_site)
         first = product(codes, scales, layer.first.codes, extra.first)
         wide = wide_product(normed, layer.first_wide) if layer.ratio else None
-        keys = prefill_cache.cache_write(
-            first, wide, call, layout, index, self.pages, self.slots, layer.cache, turn, entry_turn
-        )
+        keys = self._keys(first, wide, call, layout, index, self.pages, self.slots, layer.cache, turn, entry_turn)
         latent = quantise(first[:, : c.q_lora_rank], layer.cache.q_norm, eps=c.rms_norm_eps)
         shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
         q, index_q = query.query(
@@ -132,6 +130,9 @@ class Prefill:
         del q, index_q, wide, keys, picks, normed  # what follows wants their room
         codes, scales = quantise(product(out, None, layer.wo_a.codes, extra.wo_a, groups=c.o_groups))
         state[0] = product(codes, scales, layer.wo_b.codes, extra.wo_b)
+
+    def _keys(self, *inputs: Any) -> prefill_cache.Keys:
+        return prefill_cache.cache_write(*inputs)
 
     def _feed(self, state: list[Tensor | None], layer: LayerWeights, extra: _Layer, ids: Tensor) -> None:
         c = self.weights.config

@@ -28,13 +28,14 @@ from pelagos.kernels.triton.formats import (
     target,
     wait_for_inputs,
 )
-from pelagos.kernels.triton.skinny_gemm import fp8_tile
+from pelagos.kernels.triton.skinny_gemm import fp8_tile, wide_of
 
 BLOCK = 128  # columns that share an activation scale
 ROWS = 64  # outputs a program
 LONG = 4096  # from here on k is cut in two
 STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
+MOST = 64  # tokens of a program of the shared expert
 SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed expert's
 
 
@@ -111,21 +112,23 @@ def _product_kernel(
 ):  # fmt: skip
     """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x.
 
-    SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first FP8_PARTS slots are the shared expert's.
+    SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first slots are the shared expert's, FP8_PARTS
+    for every WIDE tokens.
     """
-    slot, part = tl.program_id(2) - FP8_PARTS, tl.program_id(1)
+    slot, part = tl.program_id(2) - (tokens + WIDE - 1) // WIDE * FP8_PARTS, tl.program_id(1)
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
     if FP8_PARTS > 0 and slot < 0:
         if part == 0:
             share: tl.constexpr = DEPTH // max(FP8_PARTS, 1)
-            token = tl.arange(0, WIDE)
+            cut = tl.program_id(2) % max(FP8_PARTS, 1)
+            token = tl.program_id(2) // max(FP8_PARTS, 1) * WIDE + tl.arange(0, WIDE)
             first = tl.program_id(0) * ROWS
             total = fp8_tile(
-                shared_codes, shared_scales, shared_w, shared_w_scales, first, (slot + FP8_PARTS) * share,
+                shared_codes, shared_scales, shared_w, shared_w_scales, first, cut * share,
                 token, token < tokens, DEPTH, DEPTH, share, ROWS, WIDE, TARGET,
             )  # fmt: skip
-            place = ((slot + FP8_PARTS) * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
+            place = (cut * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
             tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
     else:
         _expert_rows(x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks, slot, part,
@@ -316,7 +319,7 @@ def _experts(
         scales = new((tokens, inner // BLOCK), dtype=torch.uint8)
         shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
     lent = (codes, scales, weight, weight_scales, shared_down, tokens)
-    shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": max(16, triton.next_power_of_2(tokens)), "TARGET": made_for}
+    shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": min(MOST, wide_of(tokens)), "TARGET": made_for}
     shape["PLACED"], homes = place is not None, chosen if place is None else place
     options = launch(made_for, num_stages=STAGES)
     _product_kernel[(2 * inner // ROWS, first["PARTS"], slots)](
@@ -327,7 +330,7 @@ def _experts(
         up, weights, hidden, gates, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"], TARGET=made_for,
         **launch(made_for, num_warps=1),
     )  # fmt: skip
-    _product_kernel[(width // ROWS, second["PARTS"], fp8_parts + slots)](
+    _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
         hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
         SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
