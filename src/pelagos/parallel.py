@@ -150,7 +150,8 @@ class Group:
         return found
 
     def close(self) -> None:
-        """Part."""
+        """Part, when all have come so far."""
+        dist.barrier(self._host)
         dist.destroy_process_group()
 
     def _all(self, x: Tensor) -> list[Tensor]:
