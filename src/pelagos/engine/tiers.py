@@ -231,7 +231,8 @@ class Tiers:
         if self._cleaning or looks == self._clean:
             return False
         scan, most = min(CLEAN_SCAN, self.index.count // 2), CLEAN_BYTES // self._blocks.shape[1]
-        cold = [each for each in pool.coldest(scan) if self.index.lookup(each[0]) is None]
+        coldest = pool.coldest(scan)
+        cold = [each for each in coldest if self.index.lookup(each[0]) is None]
         cold = cold[: max(1, min(most, pool.count // 8))][::-1]  # the first of a chain are the last to go
         blocks, _ = self._take([key for key, _ in cold])
         cold = cold[: len(blocks)]
@@ -242,7 +243,7 @@ class Tiers:
 
         def over() -> None:
             self._cleaning = False
-            pool.demote(keys)
+            pool.demote([key for key, _ in coldest[::-1]])  # holding them made them the last used
             then()
 
         self._cleaning = True
