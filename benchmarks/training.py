@@ -26,7 +26,6 @@ from pelagos.config import ModelConfig, nano
 from pelagos.kernels import mhc, training_attention
 from pelagos.kernels.ref import mhc as mhc_ref
 from pelagos.kernels.ref import training_attention as attention_ref
-from pelagos.train.ablate import _open_residual
 from pelagos.train.data import ShardWriter, write_meta
 from pelagos.train.meter import peak_flops, training_flops
 from pelagos.train.recipe import TrainConfig
@@ -48,8 +47,8 @@ def sized(name: str) -> ModelConfig:
 
 
 def seconds(run: Callable[[], object], *, repeats: int = 10) -> float:
-    """Median of timed runs after three to warm up."""
-    for _ in range(3):
+    """Median of timed runs after two to warm up."""
+    for _ in range(2):
         run()
     times = []
     for _ in range(repeats):
@@ -122,45 +121,77 @@ def shards(directory: Path, vocabulary: int) -> Path:
     return directory
 
 
-def steps(size: str, *, compiled: bool, precision: str, rows: int, accumulate: int, sparse: bool, plain: bool) -> None:
+def plain_residual() -> None:
+    """Make a site of one stream what it is without hyper-connections: x + F(x), one addition."""
+
+    def leave(pending, streams):
+        return streams if pending is None else streams + pending[0].unsqueeze(-2)
+
+    def site(pending, streams, *_, **__):
+        entered = leave(pending, streams)
+        return entered, entered.squeeze(-2), None, None
+
+    mhc.site, mhc.leave = site, leave
+
+
+def steps(
+    size: str, *, precision: str, rows: int, accumulate: int, sparse: bool, plain: bool, released: bool, profile: int
+) -> None:
     config = TrainConfig(
-        steps=1000, batch_rows=rows, accumulate=accumulate, compile=compiled, precision=precision, quantise_from=1,
+        steps=1000, batch_rows=rows, accumulate=accumulate, precision=precision, quantise_from=0 if released else 1,
         sparse_from=0 if sparse else 1, repeats={"docs": 1}, log_every=10**6,
     )  # fmt: skip
     model = sized(size)
     if plain:
         model = dataclasses.replace(model, hc_mult=1)
+        plain_residual()
     with tempfile.TemporaryDirectory() as scratch:
         data = shards(Path(scratch), model.vocab_size)
         trainer = Trainer(model, config, data=data, out=Path(scratch) / "run", device="cuda")
-        if plain:
-            _open_residual(trainer)
         started = time.monotonic()
         trainer._update()
         torch.cuda.synchronize()
         first = time.monotonic() - started
         torch.cuda.reset_peak_memory_stats()
-        took = seconds(trainer._update, repeats=5)
-        muon = seconds(lambda: trainer.optimizer.step(1e-5), repeats=5)
+        took = seconds(trainer._update, repeats=3)
+        muon = seconds(lambda: trainer.optimizer.step(1e-5), repeats=3)
+        if profile:
+            top(trainer, profile)
     tokens = rows * accumulate * config.row_tokens
     flops = training_flops(model, config.row_tokens) * tokens / took
     peak = peak_flops(torch.device("cuda"))
     say({
         "bench": "step", "size": size, "residual": "plain" if plain else "mhc", "precision": precision,
-        "attention": "sparse" if sparse else "dense", "compile": compiled, "tokens": tokens, "ms": took * 1e3,
+        "attention": "sparse" if sparse else "dense", "released": released, "tokens": tokens, "ms": took * 1e3,
         "tokens_per_s": tokens / took, "mfu": flops / peak if peak else None, "muon_frac": muon / took,
         "first_step_s": first, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
         "device": torch.cuda.get_device_name(),
     })  # fmt: skip
 
 
+def top(trainer: Trainer, count: int) -> None:
+    """Print the kernels that one step spends most of its time in, and how long the device was idle."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        started = time.monotonic()
+        trainer._update()
+        torch.cuda.synchronize()
+        wall = (time.monotonic() - started) * 1e3
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 1e3
+    say({"bench": "profile", "wall_ms": wall, "busy_ms": busy, "kernels": sum(row.count for row in rows)})
+    for row in rows[:count]:
+        name = row.key.replace("at::native::", "").replace("void ", "")
+        print(f"{row.self_device_time_total / 1e3:9.2f} ms {row.count:6} {name[:110]}", file=sys.stderr)
+
+
 def everything() -> None:
-    """Device tests of the training kernels, their figures, then S and M: first eager, then compiled, beside plain."""
-    tests = [f"tests/kernels/test_{name}.py" for name in ("mhc", "training_attention", "fp8_product", "sinkhorn")]
+    """Device tests of the training kernels, their figures, then S and M, beside a plain residual and in FP8."""
+    names = ("mhc", "training_attention", "grouped_experts", "norm_rope", "fp8_product", "sinkhorn")
+    tests = [f"tests/kernels/test_{name}.py" for name in names]
     runs = [["-m", "pytest", "-q", "-m", "gpu", *tests], ["-m", "benchmarks.training", "kernels"]]
     for size, rows in (("S", 32), ("M", 16)):
         shape = ["--size", size, "--rows", str(rows), "--accumulate", str(256 // rows)]
-        variants = ([], ["--compile"], ["--compile", "--plain"], ["--compile", "--sparse"], ["--precision", "fp8"])
+        variants = ([], ["--plain"], ["--sparse"], ["--precision", "fp8"], ["--sparse", "--released"])
         runs += [["-m", "benchmarks.training", "steps", *shape, *more] for more in variants]
     for run in runs:
         print("$ python", *run, file=sys.stderr, flush=True)
@@ -175,7 +206,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of 2,048 tokens a micro-batch")
     parser.add_argument("--accumulate", type=int, default=16, help="micro-batches a step: 16 x 16 rows are 0.5M tokens")
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
-    for flag in ("compile", "sparse", "plain"):
+    parser.add_argument("--profile", type=int, default=0, help="kernels of a step to list, the longest first")
+    for flag in ("sparse", "plain", "released"):
         parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -185,8 +217,8 @@ def main() -> None:
     elif args.what == "kernels":
         kernels(args.tokens)
     else:
-        shape = {"rows": args.rows, "accumulate": args.accumulate, "sparse": args.sparse, "plain": args.plain}
-        steps(args.size, compiled=args.compile, precision=args.precision, **shape)
+        names = ("precision", "rows", "accumulate", "sparse", "plain", "released", "profile")
+        steps(args.size, **{name: getattr(args, name) for name in names})
 
 
 if __name__ == "__main__":

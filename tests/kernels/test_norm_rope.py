@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from triton_cases import run
 
+from pelagos.kernels import norm_rope as op
 from pelagos.kernels.ref.norm_rope import apply_rope, rms_norm, rope_frequencies, rope_table
 
 RELEASED = {"factor": 16.0, "original": 65536, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -91,3 +93,40 @@ def test_inverse_undoes_and_distance_is_all_that_counts() -> None:
     q, k = apply_rope(q, table), apply_rope(k, table)
     assert float(q[0] @ k[2]) == pytest.approx(float(q[1] @ k[3]), abs=1e-3)
     assert apply_rope(x.bfloat16(), table).dtype == torch.bfloat16
+
+
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from test_norm_rope import through
+for shape, heads in (((7, 5, 48), False), ((3, 11, 4, 32), True), ((2, 300, 64), False)):
+    for got, want in zip(through(shape, heads, True), through(shape, heads, False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+print("compared")
+"""
+
+
+def through(shape: tuple[int, ...], heads: bool, kernels: bool, device: str = "cpu") -> list[torch.Tensor]:
+    """A norm, with a weight where there are no heads, then a turn and back, values and gradients."""
+    x, up = normal(*shape).to(device).requires_grad_(), normal(*shape, seed=3).to(device)
+    weight = None if heads else normal(shape[-1], seed=2).to(device).requires_grad_()
+    table = rope_table(torch.arange(shape[0] * shape[1]).view(shape[:2]), rope_frequencies(16, 50.0), 64)
+    table = tuple(t[..., -shape[-1] :].to(device) for t in table)
+    table = tuple(t.unsqueeze(2) for t in table) if heads else table
+    plain = (rms_norm, lambda x, cos, sin, inverse: apply_rope(x, (cos, sin), inverse=inverse))
+    norm, turn = (op.Norm.apply, op.Rope.apply) if kernels else plain
+    normed = norm(x, weight, 1e-6)
+    out = [normed] + ([turn(normed, *table, inverse) for inverse in (False, True)] if shape[-1] != 48 else [])
+    return [t.detach() for t in out] + list(torch.autograd.grad(sum(out), [x] if heads else [x, weight], up))
+
+
+def test_kernels_in_the_interpreter() -> None:
+    assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 2048, 8, 64), (3, 700, 64), (4, 2048, 48)], ids=str)
+def test_kernels_on_the_device(shape: tuple[int, ...]) -> None:
+    found = [through(shape, len(shape) == 4, kernels, "cuda") for kernels in (True, False)]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -140,9 +140,7 @@ def test_attention_of_the_device_path_is_the_models(dense: bool) -> None:
                 plain = forward_module._attend
                 patch.setattr(
                     forward_module, "_attend",
-                    lambda op, block, norm, x, step, cache, notes, bounds: forward_module.attention(
-                        block.attn, norm(x), step, cache, notes, bounds
-                    ),
+                    lambda block, *given: forward_module.attention(block.attn, *given),
                 )  # fmt: skip
                 assert plain is not forward_module._attend
             terms = losses(model, *batch, weights, dense=dense)

@@ -99,7 +99,7 @@ def test_a_second_interrupt_ends_at_once(data, tmp_path, capsys, monkeypatch):
     ("settings", "said"),
     [
         (["lr=fast"], "--set lr=fast: expected FIELD=VALUE with a value in JSON (0.5, true), got 'fast'"),
-        (["compile=True"], "got 'True'"),
+        (["recompute=True"], "got 'True'"),
         (["lr"], "got no '='"),
         (["lr="], "got ''"),
         (["learning_rate=1"], "unknown field 'learning_rate'"),
@@ -136,5 +136,5 @@ def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for said in ("lr=0.003", 'repeats={"docs": 1', "compile=false", "--export DIR", "fractions of --steps"):
+    for said in ("lr=0.003", 'repeats={"docs": 1', "recompute=false", "--export DIR", "fractions of --steps"):
         assert said in text

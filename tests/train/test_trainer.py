@@ -60,7 +60,7 @@ def test_schedule():
     ("setting", "said"),
     [
         ({"steps": 0}, "steps=0"), ({"lr": True}, "lr=True"), ({"lr": float("nan")}, "finite"), ({"lr": "1"}, "lr='1'"),
-        ({"batch_rows": 2.0}, "whole number"), ({"compile": 1}, "true or false"), ({"decay_from": 1.5}, "fraction"),
+        ({"batch_rows": 2.0}, "whole number"), ({"recompute": 1}, "true or false"), ({"decay_from": 1.5}, "fraction"),
         ({"repeats": {"docs": "much"}}, "repeats"), ({"repeats": [1]}, "repeats"), ({"seed": -1}, "seed"),
         ({"patience": 0}, "patience"), ({"eval_rows": 0}, "eval_rows"),
     ],

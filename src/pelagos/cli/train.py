@@ -106,7 +106,7 @@ def _parser(config: type[TrainConfig], *, study: bool = False) -> argparse.Argum
         "that was interrupted (Ctrl-C and SIGTERM save first).",
         epilog=f"Settings for --set and their defaults: {settings}. decay_from, sparse_from and quantise_from are "
         "fractions of --steps. Example: pelagos train --data shards --out run --steps 3300 --export run/model "
-        "--set lr=0.004 --set compile=true",
+        "--set lr=0.004",
     )
     parser.add_argument("--model", default="nano", help=f"preset: {', '.join(PRESETS)} (default: nano)")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shards written by `pelagos data`")

@@ -1,7 +1,6 @@
-"""Cross-entropy whose logits exist for one chunk of the vocabulary at a time, forward and backward, on any device.
+"""Cross-entropy whose logits exist for some tokens at a time, its gradient made where they lie.
 
-It is products and sums over rows, so plain torch is both its meaning and its speed; `train.objective.token_loss` is
-what it is held against.
+Products are torch's; between them CUDA takes Triton. `train.objective.token_loss` is what it is held against.
 """
 
 from __future__ import annotations
@@ -15,43 +14,44 @@ from torch.nn import functional
 IGNORE = -100
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, chunk: int = 16384) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, rows: int = 8192) -> Tensor:
     """Return the mean cross-entropy in nats of vectors (T, D) under head (V, D) where targets (T,) are not IGNORE.
 
-    Holds logits (T, chunk) instead of (T, V); differentiable in hidden and head.
+    Holds logits (rows, V) instead of (T, V); differentiable in hidden and head.
     """
     count = (targets != IGNORE).sum().clamp_min(1)
-    return _CrossEntropy.apply(hidden, head, targets, chunk) / count
+    return CrossEntropy.apply(hidden, head, targets, rows) / count
 
 
-class _CrossEntropy(torch.autograd.Function):
+def turn(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each token's loss (T,) float32, zero where IGNORE, and put its gradient in the place of logits (T, V)."""
+    wide, real = logits.float(), targets != IGNORE
+    own = targets.clamp_min(0).unsqueeze(1)
+    losses = wide.logsumexp(-1) - wide.gather(1, own).squeeze(1)
+    chances = wide.softmax(-1).scatter_add_(1, own, wide.new_full(own.shape, -1.0))
+    logits.copy_(chances * real.unsqueeze(1))
+    return losses * real
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of the losses; both gradients are made in the forward."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int):
-        top = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=torch.float32)
-        total, picked = torch.zeros_like(top), torch.zeros_like(top)
-        for begin in range(0, len(head), chunk):
-            logits = functional.linear(hidden, head[begin : begin + chunk].to(hidden.dtype)).float()
-            largest = torch.maximum(top, logits.amax(-1))
-            total = total * (top - largest).exp() + (logits - largest.unsqueeze(-1)).exp().sum(-1)
-            top, place = largest, targets - begin
-            inside = (place >= 0) & (place < logits.shape[1])
-            own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-            picked = torch.where(inside, own, picked)
-        each = top + total.log()
-        ctx.save_for_backward(hidden, head, targets, each)
-        ctx.chunk = chunk
-        return (each - picked).masked_fill(targets == IGNORE, 0).sum()
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, rows: int):
+        step = turn
+        if hidden.is_cuda:
+            from pelagos.kernels.triton.cross_entropy import turn as step
+        weight, total = head.to(hidden.dtype), hidden.new_zeros((), dtype=torch.float32)
+        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for part, own, out in zip(hidden.split(rows), targets.split(rows), to_hidden.split(rows), strict=True):
+            logits = functional.linear(part, weight)
+            total += step(logits, own).sum()
+            torch.mm(logits, weight, out=out)
+            to_head += logits.T @ part
+        ctx.save_for_backward(to_hidden, to_head)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, head, targets, each = ctx.saved_tensors
-        weight = (grad * (targets != IGNORE)).unsqueeze(1)
-        to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(head)
-        for begin in range(0, len(head), ctx.chunk):
-            part = head[begin : begin + ctx.chunk].to(hidden.dtype)
-            chances = (functional.linear(hidden, part).float() - each.unsqueeze(1)).exp()
-            place = torch.arange(begin, begin + len(part), device=targets.device)
-            change = ((chances - (targets.unsqueeze(1) == place).float()) * weight).to(hidden.dtype)
-            to_hidden += change @ part
-            to_head[begin : begin + ctx.chunk] = change.T @ hidden
-        return to_hidden.to(hidden.dtype), to_head, None, None
+        to_hidden, to_head = ctx.saved_tensors
+        return (to_hidden * grad).to(to_hidden.dtype), to_head * grad, None, None

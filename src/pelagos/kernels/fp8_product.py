@@ -54,7 +54,7 @@ def _multiply(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
 def _scaled_mm(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
     recipes, rows = functional.ScalingType, len(x)
     codes, scale = numerics.encode_fp8(functional.pad(x, (0, 0, 0, -rows % ROWS)), numerics.ACT_BLOCK)
-    other, other_scale = numerics.encode_fp8(weight, block)
+    other, other_scale = (t.contiguous() for t in numerics.encode_fp8(weight, block))
     square = block == numerics.FP8_BLOCK
     second = other_scale.float()
     return functional.scaled_mm(

@@ -15,7 +15,7 @@ from pelagos.errors import ConfigError
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref import mhc as ref
 
-BLOCK = 64  # channels a step of the kernels
+BLOCK = 64  # channels that the kernels take as a whole
 Pending = tuple[Tensor, Tensor, Tensor]  # y (..., D), post (..., n), comb (..., n, n): a site that has not left yet
 
 
@@ -52,8 +52,9 @@ def _apply(pending: Pending | None, streams: Tensor, *rest: Any) -> tuple[Tensor
         )
     shapes = ((width,), (4,), (4, 4))
     before = [None] * 3 if pending is None else [t.reshape(-1, *s) for t, s in zip(pending, shapes, strict=True)]
-    out, x, post, comb = Site.apply(*before, streams.reshape(-1, 4, width), *rest)
-    return out.view(*lead, 4, width), x.view(*lead, width), post.view(*lead, 4), comb.view(*lead, 4, 4)
+    found = Site.apply(*before, streams.reshape(-1, 4, width), *rest)
+    out, x, post, comb = (t.view(*lead, *t.shape[1:]) if len(t) else t for t in found)
+    return out, x, post, comb
 
 
 class Site(torch.autograd.Function):
@@ -66,7 +67,7 @@ class Site(torch.autograd.Function):
         out, x, new_post, new_comb, *kept = kernel.forward(
             y, post, comb, streams, fn, base, scale, iters, eps, norm_eps
         )
-        ctx.save_for_backward(y, post, comb, streams if y is not None else None, out, fn, scale, new_comb, *kept)
+        ctx.save_for_backward(y, post, comb, streams if y is not None else None, out, fn, base, scale, *kept)
         ctx.norm_eps, ctx.eps = norm_eps, eps
         return out, x, new_post, new_comb
 

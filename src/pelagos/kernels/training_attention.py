@@ -1,7 +1,8 @@
 """Attention in training over packed rows: window, picked or all visible entries, sink; contract and dispatch.
 
-Nothing grows with queries x keys but the weights the indexer learns from. CUDA takes Triton, whose backward sums the
-gradient of each key over its queries in order, without atomics; other devices take `ref.training_attention`.
+Nothing grows with queries x keys but the picks and the weights the indexer learns from. CUDA takes Triton, whose
+backward sums the gradient of each key over its queries in order, without atomics; other devices take
+`ref.training_attention`.
 """
 
 from __future__ import annotations
@@ -16,46 +17,34 @@ from pelagos.kernels.ref import training_attention as ref
 
 
 def attend(
-    q: Tensor, rows: Tensor, entries: Tensor | None, sink: Tensor, picks: Tensor | None, starts: Tensor, ends: Tensor,
+    q: Tensor, rows: Tensor, entries: Tensor | None, sink: Tensor, picked: Tensor | None, starts: Tensor, ends: Tensor,
     *, window: int, ratio: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return attended values (B, S, H, C) and the entries' weights summed over heads, (B, S, K or M) float32.
+    """Return attended values (B, S, H, C) and the entries' weights summed over heads, (B, S, M) float32.
 
     q (B, S, H, C), rows (B, S, C) one KV row a token, entries (B, M, C) one every `ratio` tokens or None; keys are
     values. Token t sees rows (t - window, t] and entries whose tokens are all of its sample and not after t; of these
-    only its `picks` (B, S, K) int32, -1 for none, if given. starts, ends (B, S) int32 bound each token's sample. sink
+    only those `picked` (B, S, M) bool, if given. starts, ends (B, S) int32 bound each token's sample. sink
     (H,) joins the denominator. The weights carry no gradient. Raises ConfigError on CUDA for a C that is no power of
     two in 16..256. Source: technical report 2.3, 3.3.
     """
     if not q.is_cuda:
-        return ref.attend(q, rows, entries, sink, picks, starts, ends, window=window, ratio=ratio)
+        return ref.attend(q, rows, entries, sink, picked, starts, ends, window=window, ratio=ratio)
     width = q.shape[-1]
     if width & (width - 1) or not 16 <= width <= 256:
         raise ConfigError(f"training attention: head_dim={width} on {q.device}, expected a power of two in 16..256")
-    return Attend.apply(q, rows, entries, sink, picks, starts, ends, window, ratio)
-
-
-def lists_of(picks: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Return which queries picked each entry: flat queries (B*S*K,) int32 in order, and where each entry's begin.
-
-    Entry e of sequence b has queries [starts[b * M + e], starts[b * M + e + 1]); picks of -1 come last.
-    """
-    batch, _, count = picks.shape
-    base = torch.arange(batch, device=picks.device)[:, None, None] * entries
-    flat = torch.where(picks >= 0, picks + base, batch * entries).flatten()
-    sorted_, order = flat.sort(stable=True)
-    begins = torch.searchsorted(sorted_, torch.arange(batch * entries + 1, device=picks.device))
-    return (order // count).int(), begins.int()
+    return Attend.apply(q, rows, entries, sink, picked, starts, ends, window, ratio)
 
 
 class Attend(torch.autograd.Function):
     """`attend` by the Triton kernels."""
 
     @staticmethod
-    def forward(ctx: Any, q, rows, entries, sink, picks, starts, ends, window, ratio):
+    def forward(ctx: Any, q, rows, entries, sink, picked, starts, ends, window, ratio):
         from pelagos.kernels.triton import training_attention as kernel
 
-        inputs = [None if t is None else t.contiguous() for t in (q, rows, entries, sink, picks, starts, ends)]
+        picked = None if picked is None else picked.view(torch.uint8)
+        inputs = [None if t is None else t.contiguous() for t in (q, rows, entries, sink, picked, starts, ends)]
         out, lse, weights = kernel.forward(inputs, window, ratio)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.bounds = (window, ratio)

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from pelagos import numerics
 from pelagos.config import ModelConfig
+from pelagos.kernels.norm_rope import apply_rope, rms_norm
 from pelagos.kernels.ref import compress
 from pelagos.kernels.ref.attention import sparse_attention, window_mask
 from pelagos.kernels.ref.gemm import grouped_projection
-from pelagos.kernels.ref.norm_rope import apply_rope, rms_norm, rope_frequencies, rope_table
+from pelagos.kernels.ref.norm_rope import rope_frequencies, rope_table
 from pelagos.model.cache import LayerCache
 from pelagos.model.layers import Linear, RMSNorm
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pelagos.config import ModelConfig
+from pelagos.kernels import grouped_experts
 from pelagos.kernels.ref import experts as ops
 from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear
 from pelagos.model.layers import Linear, quantize_activations, quantize_weight
@@ -73,6 +74,8 @@ class Experts(nn.Module):
             w13, w2 = quantize_weight(w13, self.stored), quantize_weight(w2, self.stored)
         quantize = quantize_activations if self.simulate and self.stored in ("fp8", "fp4") else None
         inputs = (x, chosen, weights, w13, w2, self.limit, quantize)
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            return grouped_experts.mixture(*inputs, self.hits, self.leave)
         few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
         return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple, self.hits, self.leave)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pelagos import numerics
+from pelagos.kernels.norm_rope import rms_norm
 from pelagos.kernels.ref.gemm import linear, ordered_linear, quantized_linear
-from pelagos.kernels.ref.norm_rope import rms_norm
 
 
 def quantize_activations(x: Tensor) -> Tensor:

@@ -1,92 +1,101 @@
 """The forward as training runs it: the model's own layers, their hyper-connections joined from site to site.
 
-On a CPU it gives the bits of `Transformer.run`; a test holds it there. `compile` compiles what lies between two
-hyper-connections; `recompute` drops the norms' outputs after use and makes them again for the backward.
+On a CPU it gives the bits of `Transformer.run`; a test holds it there. `recompute` drops the norms' outputs after use
+and makes them again for the backward.
 Source: technical report 5.1, 5.4.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pelagos.kernels import mhc, training_attention
-from pelagos.kernels.ref.compress import index_scores
+from pelagos.kernels import index_training, mhc, training_attention
+from pelagos.kernels.ref.tiles import best_mask
 from pelagos.model import Transformer
 from pelagos.model.attention import Attention, Step
 from pelagos.model.cache import Cache, LayerCache
-from pelagos.model.transformer import Block, MTPBlock
+from pelagos.model.transformer import Block, Collapse, MTPBlock
 
 Notes = dict[str, Tensor]
-Part = Callable[..., Tensor]
 
 
 class Forward:
-    """One model's training forward; the compiled parts live as long as this does. Kernels stay outside of them."""
+    """One model's training forward."""
 
-    def __init__(self, model: Transformer, *, compile: bool = False, recompute: bool = False) -> None:
+    def __init__(self, model: Transformer, *, recompute: bool = False) -> None:
         self.model = model
         self._marks = Marks() if recompute else None
-        op = torch.compiler.disable(training_attention.attend) if compile else training_attention.attend
-        attend = partial(_attend, op)
-        blocks = [*model.blocks, *(block for block in model.mtp if isinstance(block, MTPBlock))]
-        self._parts = [
-            (self._part(b, attend, b.attn_norm, compile), self._part(b, _mix, b.ffn_norm, compile)) for b in blocks
-        ]
-
-    def _part(self, block: Block, inner: Part, norm: nn.Module, compiled: bool) -> Part:
-        part = partial(inner, block, self._marks.keep(norm) if self._marks else norm)
-        return torch.compile(part, dynamic=False) if compiled else part
 
     def run(self, step: Step, cache: Cache, notes: list[Notes]) -> Tensor:
         """Return the backbone's streams (B, S, n, D); `notes` receives one dict a layer. Compare `Transformer.run`."""
-        model, pending = self.model, None
-        self._bounds = sample_bounds(step)
-        embedded = model.embed(step.ids).to(model.carrier)
-        streams = embedded.unsqueeze(2).repeat(1, 1, model.config.hc_mult, 1)
-        for index, block in enumerate(model.blocks):
+        embedded = self.model.embed(step.ids).to(self.model.carrier)
+        streams = embedded.unsqueeze(2).repeat(1, 1, self.model.config.hc_mult, 1)
+        return self.through(streams, step, cache, notes)
+
+    def through(self, streams: Tensor, step: Step, cache: Cache, notes: list[Notes]) -> Tensor:
+        """Return the streams (B, S, n, D) after the layers that this model has."""
+        pending, self._bounds = None, sample_bounds(step)
+        for index, block in enumerate(self.model.layers):
+            if not isinstance(block, Block):
+                continue  # another stage's
             notes.append({})
-            streams, pending = self._layer(index, block, pending, streams, step, cache.layer(index), notes[-1])
+            streams, pending = self._layer(block, pending, streams, step, cache.layer(index), notes[-1])
         assert pending is not None
         return mhc.leave(pending, streams)
 
-    def draft(self, streams: Tensor, next_ids: Tensor, step: Step, cache: Cache, notes: Notes) -> Tensor:
+    def draft(
+        self, streams: Tensor, next_ids: Tensor, step: Step, cache: Cache, notes: Notes, embedded: Tensor | None = None
+    ) -> Tensor:
         """Return the MTP block's normed vectors (B, S, D). Compare `Transformer.draft`."""
         model, index = self.model, len(self.model.layers)
         block = model.mtp[0]
         assert isinstance(block, MTPBlock)
-        entered = block.enter(model.embed(next_ids).to(model.carrier), streams)
+        entered = block.enter(model.embed(next_ids).to(model.carrier) if embedded is None else embedded, streams)
         inner = Step(model.config, next_ids, step.start, step.positions, step.segments)
-        out, pending = self._layer(index, block, None, entered, inner, cache.layer(index), notes)
-        return block.collapse(mhc.leave(pending, out), model.config)
+        out, pending = self._layer(block, None, entered, inner, cache.layer(index), notes)
+        return self.collapse(block, mhc.leave(pending, out))
+
+    def collapse(self, part: Collapse, streams: Tensor) -> Tensor:
+        """Return streams (B, S, n, D) collapsed and normed (B, S, D): a site of which only x counts."""
+        config = self.model.config
+        if not streams.is_cuda or config.hc_mult == 1:
+            return part.collapse(streams, config)
+        rows = (1 + config.hc_mult) * config.hc_mult
+        fn, base = functional.pad(part.hc_head_fn, (0, 0, 0, rows)), functional.pad(part.hc_head_base, (0, rows))
+        options = {"iters": 1, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
+        return part.norm(mhc.site(None, streams, fn, base, functional.pad(part.hc_head_scale, (0, 2)), **options)[1])
 
     def _layer(
-        self, index: int, block: Block, pending: mhc.Pending | None, streams: Tensor, step: Step, cache: LayerCache,
-        notes: Notes,
-    ) -> tuple[Tensor, mhc.Pending]:  # fmt: skip
-        config, (attend, mix) = block.config, self._parts[index]
+        self, block: Block, pending: mhc.Pending | None, streams: Tensor, step: Step, cache: LayerCache, notes: Notes
+    ) -> tuple[Tensor, mhc.Pending]:
+        config = block.config
         options = {"iters": config.hc_sinkhorn_iters, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
         for site in ("attn", "ffn"):
             weights = [getattr(block, f"hc_{site}_{part}") for part in ("fn", "base", "scale")]
             streams, x, post, comb = mhc.site(pending, streams, *weights, ordered=block.simulate, **options)
+            norm = getattr(block, f"{site}_norm")
             with self._marks or nullcontext():
-                y = attend(x, step, cache, notes, self._bounds) if site == "attn" else mix(x, step.ids, notes)
+                x = self._marks.keep(norm)(x) if self._marks else norm(x)
+                if site == "attn":
+                    y = _attend(block, x, step, cache, notes, self._bounds)
+                else:
+                    y = block.ffn(x, step.ids, notes)
             pending = (y, post, comb)
         return streams, pending
 
 
 def _attend(
-    op: Callable[..., Any], block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, step: Step, cache: LayerCache,
-    notes: Notes, bounds: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
+    block: Block, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor]
+) -> Tensor:
     if x.is_cuda:
-        return attention(block.attn, norm(x), step, cache, notes, bounds, op)
-    return block.attn(norm(x), step, cache, notes)
+        return attention(block.attn, x, step, cache, notes, bounds)
+    return block.attn(x, step, cache, notes)
 
 
 def sample_bounds(step: Step) -> tuple[Tensor, Tensor]:
@@ -108,37 +117,23 @@ def attention(
     attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor],
     op: Callable[..., Any] = training_attention.attend,
 ) -> Tensor:  # fmt: skip
-    """Attend as `Attention.forward` with notes does, by `kernels.training_attention`: nothing queries x entries large.
-
-    But for dense CSA, whose indexer learns from all entries; sparse CSA notes scores and weights of the picks alone.
-    """
+    """Attend as `Attention.forward` with notes does, by `kernels.training_attention`."""
     latent, q, kv = attn.inputs(x, step)
-    rows, entries, picks = attn._store(kv), None, None
+    rows, entries, scores, picked = attn._store(kv), None, None, None
     if attn.compressor is not None:
         entries = cache.entries("main", attn._store(attn.compressor(x, step, cache, "main")))
-    keys = attn.indexer.keys(x, step, cache) if attn.indexer is not None else None
-    if attn.indexer is not None and keys is not None and keys.shape[1] > attn.indexer.topk and not step.dense:
-        with torch.no_grad():
-            picks = attn.indexer.picks(x, latent, keys, step)
-    options = {"window": attn.window_size, "ratio": attn.ratio}
-    chosen = None if picks is None else picks.int()
-    out, weights = op(q, rows, entries, attn.attn_sink, chosen, *bounds, **options)
-    if attn.indexer is not None and keys is not None and weights is not None:
-        notes["entry_weights"] = weights.unsqueeze(2)
-        if picks is None:
-            notes["index_scores"] = attn.indexer.scores(x, latent, keys, step)
-        else:
-            queries, gates = attn.indexer.queries(x, latent, step)
-            sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
-            own = keys[sequence, picks.clamp_min(0)].flatten(0, 1)  # (B*S, K, D): a sorted sum in the backward
-            flat = (queries.flatten(0, 1).unsqueeze(1), own, gates.flatten(0, 1).unsqueeze(1))
-            notes["index_scores"] = index_scores(*flat).view(picks.shape)
-            notes["picked"] = picks >= 0
+    if attn.indexer is not None:
+        keys = attn.indexer.keys(x, step, cache)
+        queries, gates = attn.indexer.queries(x, latent, step)
+        scores = index_training.index_scores(queries, keys, gates, *bounds, ratio=attn.ratio)
+        visible = step.visible(attn.ratio, keys.shape[1])
+        if keys.shape[1] > attn.indexer.topk and not step.dense:
+            hidden = scores.detach().masked_fill(~visible, -torch.inf)
+            notes["picked"] = picked = best_mask(hidden, attn.indexer.topk) & visible
+    out, weights = op(q, rows, entries, attn.attn_sink, picked, *bounds, window=attn.window_size, ratio=attn.ratio)
+    if scores is not None and weights is not None:
+        notes["index_scores"], notes["entry_weights"] = scores, weights.unsqueeze(2)
     return attn.output(out, step)
-
-
-def _mix(block: Block, norm: Callable[[Tensor], Tensor], x: Tensor, ids: Tensor, notes: Notes) -> Tensor:
-    return block.ffn(norm(x), ids, notes)
 
 
 class Marks(saved_tensors_hooks):

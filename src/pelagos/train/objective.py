@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pelagos.kernels.index_training import divergence
 from pelagos.kernels.ref.compress import index_topk
 from pelagos.model import FullSequence, Transformer
 from pelagos.model.attention import CSA_RATIO, Step
@@ -70,13 +71,10 @@ def indexer_divergence(scores: Tensor, weights: Tensor, visible: Tensor) -> Tens
     scores (B, S, M), weights (B, S, H, M), visible broadcastable (B, S, M) bool: the entries attended, all or picked.
     The target sums the heads and is normalised over entries; it is detached.
     """
-    target = weights.detach().sum(2)
-    target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
+    mass = weights.sum(2) if weights.shape[2] > 1 else weights.squeeze(2)
     seen = visible.expand(scores.shape)
-    log_q = scores.masked_fill(~seen, -1e30).log_softmax(-1)
-    divergence = (target * (target.clamp_min(1e-20).log() - log_q)).masked_fill(~seen, 0).sum(-1)
     any_seen = seen.any(-1)
-    return (divergence * any_seen).sum() / any_seen.sum().clamp_min(1)
+    return (divergence(scores, mass, seen) * any_seen).sum() / any_seen.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -115,15 +113,15 @@ def losses(
 ) -> Losses:
     """Run one packed batch, all (B, S), and return its loss terms.
 
-    `dense` attends every visible entry; `cross_entropy` is `token_loss`, a compiled form of it, or the chunked one;
-    `forward` is this model's, kept where its parts are compiled; `notes` receives what each layer noted.
+    `dense` attends every visible entry; `cross_entropy` is `token_loss` or the chunked one; `notes` receives what each
+    layer noted.
     """
     forward = forward or Forward(model)
     step = prepare_step(model, ids, positions, segments, dense=dense)
     cache = FullSequence(model.config.sliding_window)
     notes = [] if notes is None else notes
     streams = forward.run(step, cache, notes)
-    hidden = model.collapse(streams, model.config)
+    hidden = forward.collapse(model, streams)
     main = cross_entropy(hidden.flatten(0, 1), model.head.weight, targets.flatten())
     zero = main.new_zeros(())
     draft = zero
@@ -164,7 +162,7 @@ def _attended(note: dict[str, Tensor], step: Step, topk: int, real: Tensor) -> T
 
 
 def prepare_step(model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, *, dense: bool) -> Step:
-    """Describe a packed batch and compute what its layers share once, outside any compiled region."""
+    """Describe a packed batch and compute what its layers share once."""
     step = model.step(ids, positions=positions, segments=segments)
     step.dense = dense
     step.window_mask()

@@ -18,9 +18,9 @@ from pelagos.train.objective import LossWeights
 from pelagos.train.optim import SCHEDULES
 
 # Settings a resumed run may change: they decide what is written and when, not what is learnt.
-FREE_ON_RESUME = frozenset(("eval_every", "patience", "save_every", "log_every", "compile", "profile_step"))
+FREE_ON_RESUME = frozenset(("eval_every", "patience", "save_every", "log_every", "profile_step"))
 CHOICES = {"optimizer": ("muon", "adamw"), "precision": ("bf16", "fp8"), "newton_schulz": tuple(SCHEDULES)}
-RAMP_LEVELS = 3  # the batch doubles at most so often while it grows: each size is compiled apart
+RAMP_LEVELS = 3  # the batch doubles at most so often while it grows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,6 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 20
     profile_step: int = 0
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -59,8 +59,6 @@ class Trainer:
     ) -> None:
         self.config, self.out, self.tokenizer, self.start = config, out, tokenizer, start
         self.device = usable_device(device)
-        if config.recompute and config.compile:
-            raise ConfigError("recompute=true with compile=true: compiled parts choose what they recompute; set one")
         loaded = None if start is None else load_model(start, device=self.device)
         model = model if loaded is None else loaded.config
         check_quantisable(model, config)
@@ -96,11 +94,9 @@ class Trainer:
         self.spikes = SpikeDetector(config.spike_window, config.spike_sigmas)
         self.ahead = Ahead(config.anticipate, self._fetch, self._route, self._data_state)
         self.meter, self.hits = Meter(out), ClampHits(self.model)
-        self.cross_entropy = cross_entropy if model.vocab_size >= LARGE_VOCABULARY else token_loss
-        if config.compile:
-            self.cross_entropy = torch.compile(self.cross_entropy, dynamic=False)
-            torch._dynamo.config.recompile_limit = 64  # layer kinds x stages
-        self.forward = Forward(self.model, compile=config.compile, recompute=config.recompute)
+        large = on_gpu or model.vocab_size >= LARGE_VOCABULARY
+        self.cross_entropy = cross_entropy if large else token_loss
+        self.forward = Forward(self.model, recompute=config.recompute)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -285,7 +281,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Return held-out loss a kind over up to `eval_rows` rows: bits per byte of text, nats a token for chat.
 
-        Gradients stay enabled (and unused): under no_grad every compiled block would be compiled once more.
+        Gradients stay enabled (and unused), so that the kernels are those of training.
         """
         scores, config, recall = {}, self.config, []
         step = max(0, self.step - 1)  # the numbers of the stage that the last step was in
@@ -384,7 +380,7 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the state in `out`, if any, and drop log lines of steps that it does not hold.
 
-        The continued run is bitwise the uninterrupted one (same device, threads, compile). Raises CheckpointError
+        The continued run is bitwise the uninterrupted one (same device, threads). Raises CheckpointError
         for a torn state and for one of another model, data or settings: the schedule and the stages are fractions of
         `steps`, so only FREE_ON_RESUME may differ.
         """

@@ -35,13 +35,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, hits: Tensor | None = None) -
     return elementwise(functional.silu, gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor, *, quantized: bool = False) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, quantized: bool = False) -> Tensor:
     """Multiply consecutive row groups of x (R, I) by their expert's weight (E, O, I); the E counts sum to R.
 
     `quantized` chooses `gemm.quantized_linear`.
     """
-    if isinstance(counts, Tensor):
-        return functional.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     if not quantized and len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), weight.to(x.dtype).transpose(1, 2)).flatten(0, 1)
     product, weight = (quantized_linear, weight) if quantized else (functional.linear, weight.to(x.dtype))
@@ -82,15 +80,10 @@ def mixture(
     flat = chosen.flatten()
     quantized = quantize is not None
     prepared = quantize(x) if quantize else x
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        order = flat.argsort(stable=True)
-        rows = functional.one_hot(flat, w13.shape[0]).sum(0)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    else:
-        places, rows = _places(flat.cpu().numpy(), w13.shape[0], multiple)
-        kept = np.zeros(sum(rows), np.int64)
-        kept[places] = np.arange(len(places))
-        back, order = (torch.from_numpy(each).to(x.device) for each in (places, kept))
+    places, rows = _places(flat.cpu().numpy(), w13.shape[0], multiple)
+    kept = np.zeros(sum(rows), np.int64)
+    kept[places] = np.arange(len(places))
+    back, order = (torch.from_numpy(each).to(x.device) for each in (places, kept))
     both = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized)
     gate, up = (leave(both) if leave else both).chunk(2, -1)
     hidden = (swiglu(gate, up, limit, hits) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)

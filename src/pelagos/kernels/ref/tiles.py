@@ -76,9 +76,13 @@ def best(scores: Tensor, count: int) -> Tensor:
 
     NaN counts as the least.
     """
+    return best_mask(scores, count).nonzero()[:, -1].view(*scores.shape[:-1], count)
+
+
+def best_mask(scores: Tensor, count: int) -> Tensor:
+    """Return whether each of scores (..., M) is among those of `best`, bool."""
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
     least = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
     above, tie = scores > least, scores == least
     room = count - above.sum(-1, keepdim=True)
-    chosen = above | (tie & (tie.cumsum(-1) <= room))
-    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], count)
+    return above | (tie & (tie.cumsum(-1) <= room))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-# (lengths of the samples of a row, padding last; heads, width, window, ratio, picks or 0 for every visible entry).
+# (lengths of the samples of a row, padding last; heads, width, window, ratio, picks a query or 0 for all visible).
 CASES = (
     ((20, 12), 4, 16, 8, 4, 0), ((32,), 4, 16, 8, 8, 0), ((24, 8), 4, 16, 8, 4, 3), ((17, 15), 2, 32, 31, 0, 0),
     ((1024, 512, 512), 8, 128, 128, 128, 0), ((1536, 512), 8, 128, 128, 4, 128), ((2048,), 16, 64, 128, 4, 0),
@@ -34,16 +33,16 @@ def make_inputs(
             at = torch.arange(length // ratio)
             hidden = (at < first[:, None]) | (at >= last[:, None])
             best = noise.masked_fill(hidden, -1).topk(picks, -1)
-            chosen = best.indices.masked_fill(best.values < 0, -1).sort(-1).values.int()
+            chosen = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
     tensors = {"q": q.to(dtype), "rows": rows.to(dtype), "entries": None if entries is None else entries.to(dtype)}
-    tensors |= {"sink": torch.randn(heads, generator=generator), "picks": chosen}
+    tensors |= {"sink": torch.randn(heads, generator=generator), "picked": chosen}
     tensors |= {"starts": starts.repeat(batch, 1).int(), "ends": ends.repeat(batch, 1).int()}
     placed = {name: None if t is None else t.to(device) for name, t in tensors.items()}
     return {**placed, "window": window, "ratio": ratio}
 
 
 def attend(
-    q: Tensor, rows: Tensor, entries: Tensor | None, sink: Tensor, picks: Tensor | None, starts: Tensor, ends: Tensor,
+    q: Tensor, rows: Tensor, entries: Tensor | None, sink: Tensor, picked: Tensor | None, starts: Tensor, ends: Tensor,
     *, window: int, ratio: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return (out, weights); see `kernels.training_attention.attend`."""
@@ -54,10 +53,7 @@ def attend(
     if entries is not None:
         place = torch.arange(entries.shape[1], device=q.device)
         seen = (place * ratio >= starts.unsqueeze(2)) & ((place + 1) * ratio <= at[:, None] + 1)
-        if picks is not None:
-            hits = functional.one_hot(picks.long() + 1, entries.shape[1] + 1).amax(2)[..., 1:].bool()
-            seen = seen & hits
-        masks.append(seen)
+        masks.append(seen if picked is None else seen & picked)
         keys = torch.cat((rows, entries), 1)
     mask = torch.cat(masks, 2).unsqueeze(2)  # (B, S, 1, S + M)
     logits = torch.einsum("bshc,bkc->bshk", q.float(), keys.float()) * q.shape[-1] ** -0.5
@@ -66,5 +62,4 @@ def attend(
     out = torch.einsum("bshk,bkc->bshc", weights, keys.float()).to(q.dtype)
     if entries is None:
         return out, None
-    summed = weights.detach()[..., length:].sum(2)
-    return out, summed if picks is None else summed.gather(2, picks.clamp_min(0).long()).masked_fill(picks < 0, 0)
+    return out, weights.detach()[..., length:].sum(2)

@@ -1,7 +1,6 @@
-"""Attention in training: a program a query forward and for its gradient, a program a tile of keys for theirs.
+"""Attention in training: tiles of (query, head) rows walk their keys, tiles of keys walk their rows.
 
-Keys of a window or of a range of entries meet consecutive queries, so their gradients walk tiles of (query, head)
-rows; a picked entry walks the sorted list of those who picked it. Every sum has one owner and one order.
+A mask of picks, if any, is read beside the keys. Every sum has one owner and one order.
 """
 # Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -13,230 +12,218 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.training_attention import lists_of
-
-KEYS = 64  # keys a step of a query
-TILE = 16  # keys a program of the keys' gradients
-ROWS = 64  # (query, head) rows a step of these
+ROWS = 128  # (query, head) rows a program of the queries
+KEYS = 64  # keys a step of it, or a program of the keys' gradients
+STEP = 64  # rows a step of these
 
 
 @triton.jit
-def _logits(q, keys, index, live, WIDTH: tl.constexpr, SCALE: tl.constexpr):
-    """Keys (N, C) at `index` and scaled logits (HP, N), -inf where not live."""
+def _tile(base, place, live, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
-    key = tl.load(keys + index.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=live[:, None], other=0.0)
-    logits = tl.dot(q, tl.trans(key), input_precision="ieee") * SCALE
-    return key, tl.where(live[None, :], logits, float("-inf"))
+    return tl.load(base + place.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=live[:, None], other=0.0)
 
 
 @triton.jit
-def _place(picks, query, begin, first, stop, limit, N: tl.constexpr, PICKS: tl.constexpr):
-    """Entries of step `begin` of a query's loop up to `limit`, and which of them are there."""
-    at = begin + tl.arange(0, N)
-    if PICKS > 0:
-        index = tl.load(picks + query.to(tl.int64) * PICKS + at, mask=at < PICKS, other=-1)
-        return tl.maximum(index, 0), (index >= first) & (index < stop)
-    return first + at, first + at < limit
+def _sees(
+    index, t, start, live, picked, sequence, length, count,
+    WINDOW: tl.constexpr, RATIO: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
+    """Which keys (N,) the queries at t (R,) see: rows of the window (RATIO 0) or entries, (R, N)."""
+    live = live[:, None] & (index < count)[None, :]
+    if RATIO > 0:
+        sees = live & (index[None, :] * RATIO >= start[:, None]) & ((index[None, :] + 1) * RATIO <= t[:, None] + 1)
+        if PICKED:
+            at = (sequence * length + t)[:, None] * count + index[None, :]
+            sees = sees & (tl.load(picked + at, mask=live, other=0) != 0)
+        return sees
+    back = t[:, None] - index[None, :]
+    return live & (back >= 0) & (back < WINDOW) & (index[None, :] >= start[:, None])
+
+
+@triton.jit
+def _rows_of(starts, sequence, length, HEADS: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr):
+    """A program's rows: position, head, place, which are there, sample's start; the first start, the last position."""
+    row = tl.arange(0, R)
+    first, head = tl.program_id(0) * (R // PADDED), row % PADDED
+    t = first + row // PADDED
+    live = (t < length) & (head < HEADS)
+    start = tl.load(starts + sequence * length + t, mask=t < length, other=0)
+    low = tl.load(starts + sequence * length + first)
+    return (
+        t,
+        head,
+        (sequence * length + t) * HEADS + head,
+        live,
+        start,
+        low,
+        tl.minimum(first + R // PADDED, length) - 1,
+    )
 
 
 @triton.jit
 def _forward_kernel(
-    q, rows, entries, sink, picks, starts, out, lse, weights, length, count,
+    q, rows, entries, sink, picked, starts, out, lse, weights, length, count,
     HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    PICKS: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
+    PICKED: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0)
-    sequence, t = query // length, query % length
-    head, column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    real = head < HEADS
-    place = query.to(tl.int64) * HEADS * WIDTH + head[:, None] * WIDTH + column[None, :]
-    own = tl.load(q + place, mask=real[:, None], other=0.0)
-    top = tl.load(sink + head, mask=real, other=0.0).to(tl.float32)
-    total, mixed = tl.full((PADDED,), 1.0, tl.float32), tl.zeros((PADDED, WIDTH), tl.float32)
-    start = tl.load(starts + query)
-    for begin in range(tl.maximum(start, t - WINDOW + 1), t + 1, N):
+    sequence, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    t, head, place, live, start, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)
+    own = _tile(q, place, live, WIDTH)
+    top = tl.load(sink + head, mask=live, other=0.0).to(tl.float32)
+    total, mixed = tl.full((R,), 1.0, tl.float32), tl.zeros((R, WIDTH), tl.float32)
+    for begin in range(tl.maximum(low, tl.program_id(0) * (R // PADDED) - WINDOW + 1), last + 1, N):
         index = begin + tl.arange(0, N)
-        key, logits = _logits(own, rows + sequence.to(tl.int64) * length * WIDTH, index, index <= t, WIDTH, SCALE)
+        key = _tile(rows, sequence * length + index, index < length, WIDTH)
+        sees = _sees(index, t, start, live, picked, sequence, length, length, WINDOW, 0, False)
+        logits = tl.where(sees, tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE, float("-inf"))
         best = tl.maximum(top, tl.max(logits, 1))
         chance, keep = tl.exp(logits - best[:, None]), tl.exp(top - best)
         total = total * keep + tl.sum(chance, 1)
         mixed = tl.dot(chance.to(key.dtype), key, mixed * keep[:, None], input_precision="ieee")
         top = best
     if RATIO > 0:
-        first, stop = (start + RATIO - 1) // RATIO, (t + 1) // RATIO
-        base = entries + sequence.to(tl.int64) * count * WIDTH
-        steps = PICKS if PICKS > 0 else tl.maximum(stop - first, 0)
-        for begin in range(0, steps, N):
-            index, live = _place(picks, query, begin, first, stop, stop, N, PICKS)
-            key, logits = _logits(own, base, index, live, WIDTH, SCALE)
+        for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+            index = begin + tl.arange(0, N)
+            key = _tile(entries, sequence * count + index, index < count, WIDTH)
+            sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+            logits = tl.where(sees, tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE, float("-inf"))
             best = tl.maximum(top, tl.max(logits, 1))
             chance, keep = tl.exp(logits - best[:, None]), tl.exp(top - best)
             total = total * keep + tl.sum(chance, 1)
             mixed = tl.dot(chance.to(key.dtype), key, mixed * keep[:, None], input_precision="ieee")
             top = best
-    tl.store(out + place, (mixed / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
+    at = place[:, None] * WIDTH + column[None, :]
+    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
     level = top + tl.log(total)
-    tl.store(lse + query * HEADS + head, level, mask=real)
+    tl.store(lse + place, level, mask=live)
     if RATIO > 0:
-        for begin in range(0, steps, N):
-            index, live = _place(picks, query, begin, first, stop, stop, N, PICKS)
-            key, logits = _logits(own, base, index, live, WIDTH, SCALE)
-            summed = tl.sum(tl.where(real[:, None], tl.exp(logits - level[:, None]), 0.0), 0)
-            if PICKS > 0:
-                at = begin + tl.arange(0, N)
-                tl.store(weights + query.to(tl.int64) * PICKS + at, summed, mask=at < PICKS)
-            else:
-                tl.store(weights + query.to(tl.int64) * count + index, summed, mask=live)
+        query = tl.program_id(0) * (R // PADDED) + tl.arange(0, R // PADDED)
+        for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+            index = begin + tl.arange(0, N)
+            key = _tile(entries, sequence * count + index, index < count, WIDTH)
+            sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+            logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
+            chance = tl.where(sees, tl.exp(logits - level[:, None]), 0.0)
+            summed = tl.sum(tl.reshape(chance, (R // PADDED, PADDED, N)), 1)
+            cell = (sequence * length + query)[:, None] * count + index[None, :]
+            tl.store(weights + cell, summed, mask=(query < length)[:, None] & (index < count)[None, :])
 
 
 @triton.jit
 def _query_grad_kernel(
-    q, rows, entries, sink, picks, starts, out, lse, grad, grad_q, grad_sink, delta, length, count,
+    q, rows, entries, sink, picked, starts, out, lse, grad, grad_q, grad_sink, delta, length, count,
     HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    PICKS: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
+    PICKED: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0)
-    sequence, t = query // length, query % length
-    head, column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    real = head < HEADS
-    place = query.to(tl.int64) * HEADS * WIDTH + head[:, None] * WIDTH + column[None, :]
-    own, up = tl.load(q + place, mask=real[:, None], other=0.0), tl.load(grad + place, mask=real[:, None], other=0.0)
-    level = tl.load(lse + query * HEADS + head, mask=real, other=0.0)
-    mean = tl.sum(up.to(tl.float32) * tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32), 1)
-    tl.store(delta + query * HEADS + head, mean, mask=real)
-    spill = tl.exp(tl.load(sink + head, mask=real, other=0.0).to(tl.float32) - level)
-    tl.store(grad_sink + query * HEADS + head, -spill * mean, mask=real)
-    total, start = tl.zeros((PADDED, WIDTH), tl.float32), tl.load(starts + query)
-    for begin in range(tl.maximum(start, t - WINDOW + 1), t + 1, N):
+    sequence, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    t, head, place, live, start, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)
+    own, up = _tile(q, place, live, WIDTH), _tile(grad, place, live, WIDTH)
+    level = tl.load(lse + place, mask=live, other=0.0)
+    mean = tl.sum(up.to(tl.float32) * _tile(out, place, live, WIDTH).to(tl.float32), 1)
+    tl.store(delta + place, mean, mask=live)
+    spill = tl.exp(tl.load(sink + head, mask=live, other=0.0).to(tl.float32) - level)
+    tl.store(grad_sink + place, -spill * mean, mask=live)
+    total = tl.zeros((R, WIDTH), tl.float32)
+    for begin in range(tl.maximum(low, tl.program_id(0) * (R // PADDED) - WINDOW + 1), last + 1, N):
         index = begin + tl.arange(0, N)
-        key, logits = _logits(own, rows + sequence.to(tl.int64) * length * WIDTH, index, index <= t, WIDTH, SCALE)
+        key = _tile(rows, sequence * length + index, index < length, WIDTH)
+        sees = _sees(index, t, start, live, picked, sequence, length, length, WINDOW, 0, False)
+        logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
         change = tl.dot(up, tl.trans(key), input_precision="ieee") - mean[:, None]
-        change = tl.exp(logits - level[:, None]) * change * SCALE
+        change = tl.where(sees, tl.exp(logits - level[:, None]), 0.0) * change * SCALE
         total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
     if RATIO > 0:
-        first, stop = (start + RATIO - 1) // RATIO, (t + 1) // RATIO
-        steps = PICKS if PICKS > 0 else tl.maximum(stop - first, 0)
-        for begin in range(0, steps, N):
-            index, live = _place(picks, query, begin, first, stop, stop, N, PICKS)
-            key, logits = _logits(own, entries + sequence.to(tl.int64) * count * WIDTH, index, live, WIDTH, SCALE)
+        for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+            index = begin + tl.arange(0, N)
+            key = _tile(entries, sequence * count + index, index < count, WIDTH)
+            sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+            logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
             change = tl.dot(up, tl.trans(key), input_precision="ieee") - mean[:, None]
-            change = tl.exp(logits - level[:, None]) * change * SCALE
+            change = tl.where(sees, tl.exp(logits - level[:, None]), 0.0) * change * SCALE
             total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
-    tl.store(grad_q + place, total.to(grad_q.dtype.element_ty), mask=real[:, None])
+    at = place[:, None] * WIDTH + column[None, :]
+    tl.store(grad_q + at, total.to(grad_q.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def _key_grad_kernel(
-    q, keys, starts, ends, lse, delta, grad, grad_keys, length, count,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, SCALE: tl.constexpr,
+    q, keys, picked, starts, ends, lse, delta, grad, grad_keys, length, count,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr, PICKED: tl.constexpr,
+    N: tl.constexpr, STEP: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of TILE keys: rows of a window (RATIO 0) or entries seen as a range."""
-    sequence, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
-    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = index < count
-    place = (sequence * count + index)[:, None] * WIDTH + column[None, :]
-    key = tl.load(keys + place, mask=there[:, None], other=0.0)
-    first = tl.program_id(0) * TILE
+    """Gradient of N keys: rows of a window (RATIO 0) or entries."""
+    sequence, first, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * N, tl.arange(0, WIDTH)
+    index = first + tl.arange(0, N)
+    key = _tile(keys, sequence * count + index, index < count, WIDTH)
     if RATIO > 0:
         low = (first + 1) * RATIO - 1
-        high = tl.load(ends + sequence * length + tl.minimum(first + TILE, count) * RATIO - RATIO)
+        high = tl.load(ends + sequence * length + tl.minimum(first + N, count) * RATIO - RATIO)
     else:
-        low, high = first, tl.minimum(first + TILE + WINDOW - 1, length)
-    total = tl.zeros((TILE, WIDTH), tl.float32)
-    for begin in range(low * HEADS, high * HEADS, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        live = row < high * HEADS
-        t = row // HEADS
+        low, high = first, tl.minimum(first + N + WINDOW - 1, length)
+    total = tl.zeros((N, WIDTH), tl.float32)
+    for begin in range(low * HEADS, high * HEADS, STEP):
+        row = begin + tl.arange(0, STEP)
+        live, t, place = row < high * HEADS, row // HEADS, sequence * length * HEADS + row
         start = tl.load(starts + sequence * length + t, mask=live, other=0)
-        if RATIO > 0:
-            sees = (index[None, :] * RATIO >= start[:, None]) & ((index[None, :] + 1) * RATIO <= t[:, None] + 1)
-        else:
-            back = t[:, None] - index[None, :]
-            sees = (back >= 0) & (back < WINDOW) & (index[None, :] >= start[:, None])
-        sees = sees & live[:, None] & there[None, :]
-        at = (sequence * length * HEADS + row)[:, None] * WIDTH + column[None, :]
-        own, up = tl.load(q + at, mask=live[:, None], other=0.0), tl.load(grad + at, mask=live[:, None], other=0.0)
-        level = tl.load(lse + sequence * length * HEADS + row, mask=live, other=0.0)
-        mean = tl.load(delta + sequence * length * HEADS + row, mask=live, other=0.0)
+        sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+        own, up = _tile(q, place, live, WIDTH), _tile(grad, place, live, WIDTH)
+        level, mean = tl.load(lse + place, mask=live, other=0.0), tl.load(delta + place, mask=live, other=0.0)
         logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
         chance = tl.where(sees, tl.exp(logits - level[:, None]), 0.0)
         change = chance * (tl.dot(up, tl.trans(key), input_precision="ieee") - mean[:, None]) * SCALE
         total = tl.dot(tl.trans(change.to(own.dtype)), own, total, input_precision="ieee")
         total = tl.dot(tl.trans(chance.to(up.dtype)), up, total, input_precision="ieee")
-    tl.store(grad_keys + place, total.to(grad_keys.dtype.element_ty), mask=there[:, None])
+    at = (sequence * count + index)[:, None] * WIDTH + column[None, :]
+    tl.store(grad_keys + at, total.to(grad_keys.dtype.element_ty), mask=(index < count)[:, None])
 
 
-@triton.jit
-def _picked_grad_kernel(
-    q, entries, queries, begins, lse, delta, grad, grad_entries,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one entry from the list of queries that picked it."""
-    entry, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    key = tl.load(entries + entry * WIDTH + column).to(tl.float32)
-    low, high = tl.load(begins + entry), tl.load(begins + entry + 1)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for begin in range(low * HEADS, high * HEADS, ROWS):
-        slot = begin + tl.arange(0, ROWS)
-        live = slot < high * HEADS
-        row = tl.load(queries + slot // HEADS, mask=live, other=0).to(tl.int64) * HEADS + slot % HEADS
-        at = row[:, None] * WIDTH + column[None, :]
-        own = tl.load(q + at, mask=live[:, None], other=0.0).to(tl.float32)
-        up = tl.load(grad + at, mask=live[:, None], other=0.0).to(tl.float32)
-        level, mean = tl.load(lse + row, mask=live, other=0.0), tl.load(delta + row, mask=live, other=0.0)
-        chance = tl.where(live, tl.exp(tl.sum(own * key[None, :], 1) * SCALE - level), 0.0)
-        change = chance * (tl.sum(up * key[None, :], 1) - mean) * SCALE
-        total += tl.sum(change[:, None] * own + chance[:, None] * up, 0)
-    tl.store(grad_entries + entry * WIDTH + column, total.to(grad_entries.dtype.element_ty))
-
-
-def _shapes(q: Tensor, picks: Tensor | None, window: int, ratio: int) -> dict[str, int | float]:
+def _shapes(q: Tensor, picked: Tensor | None, window: int, ratio: int) -> dict[str, int | float]:
     heads, width = q.shape[2:]
+    padded = triton.next_power_of_2(heads)
     return {
-        "HEADS": heads, "PADDED": max(16, triton.next_power_of_2(heads)), "WIDTH": width, "WINDOW": window,
-        "RATIO": ratio, "PICKS": 0 if picks is None else picks.shape[2], "N": KEYS, "SCALE": width**-0.5,
+        "HEADS": heads, "PADDED": padded, "WIDTH": width, "WINDOW": window, "RATIO": ratio,
+        "PICKED": picked is not None, "R": max(padded, ROWS), "N": KEYS, "SCALE": width**-0.5, "num_warps": 8,
     }  # fmt: skip
+
+
+def _grid(q: Tensor, shapes: dict[str, int | float]) -> tuple[int, int]:
+    return triton.cdiv(q.shape[1], shapes["R"] // shapes["PADDED"]), q.shape[0]
 
 
 def forward(inputs: list[Tensor | None], window: int, ratio: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (out, log-sum-exps (B, S, H), weights); inputs as `kernels.training_attention.attend` orders them."""
-    q, rows, entries, sink, picks, starts, _ = inputs
+    q, rows, entries, sink, picked, starts, _ = inputs
     batch, length, heads, _ = q.shape
     out, lse = torch.empty_like(q), q.new_empty((batch, length, heads), dtype=torch.float32)
     count = 0 if entries is None else entries.shape[1]
-    weights = None
-    if entries is not None:
-        weights = q.new_zeros((batch, length, count if picks is None else picks.shape[2]), dtype=torch.float32)
-    _forward_kernel[(batch * length,)](
-        q, rows, entries, sink, picks, starts, out, lse, weights, length, count,
-        **_shapes(q, picks, window, ratio if count else 0),
-    )  # fmt: skip
+    weights = None if entries is None else q.new_zeros((batch, length, count), dtype=torch.float32)
+    shapes = _shapes(q, picked, window, ratio if count else 0)
+    _forward_kernel[_grid(q, shapes)](
+        q, rows, entries, sink, picked, starts, out, lse, weights, length, count, **shapes
+    )
     return out, lse, weights
 
 
 def backward(grad: Tensor, saved: tuple, window: int, ratio: int) -> tuple[Tensor | None, ...]:
     """Return the gradients of (q, rows, entries, sink)."""
-    q, rows, entries, sink, picks, starts, ends, out, lse = saved
+    q, rows, entries, sink, picked, starts, ends, out, lse = saved
     batch, length, heads, width = q.shape
     count = 0 if entries is None else entries.shape[1]
-    shapes = _shapes(q, picks, window, ratio if count else 0)
+    shapes = _shapes(q, picked, window, ratio if count else 0)
     grad_q, delta, spill = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
-    _query_grad_kernel[(batch * length,)](
-        q, rows, entries, sink, picks, starts, out, lse, grad, grad_q, spill, delta, length, count, **shapes
-    )
+    _query_grad_kernel[_grid(q, shapes)](
+        q, rows, entries, sink, picked, starts, out, lse, grad, grad_q, spill, delta, length, count,
+        num_stages=2, **shapes,
+    )  # fmt: skip
     grad_sink = spill.sum((0, 1)).to(sink.dtype)
     grad_rows, grad_entries = torch.empty_like(rows), None if entries is None else torch.empty_like(entries)
-    tiles = {"HEADS": heads, "WIDTH": width, "WINDOW": window, "TILE": TILE, "ROWS": ROWS, "SCALE": width**-0.5}
+    tiles = {"HEADS": heads, "WIDTH": width, "WINDOW": window, "N": KEYS, "STEP": STEP, "SCALE": width**-0.5}
+    tiles |= {"num_stages": 2}  # two programs a multiprocessor
     common = (starts, ends, lse, delta, grad)
-    _key_grad_kernel[(triton.cdiv(length, TILE), batch)](q, rows, *common, grad_rows, length, length, RATIO=0, **tiles)
-    if count and picks is None:
-        grid = (triton.cdiv(count, TILE), batch)
-        _key_grad_kernel[grid](q, entries, *common, grad_entries, length, count, RATIO=ratio, **tiles)
-    elif count:
-        queries, begins = lists_of(picks, count)
-        _picked_grad_kernel[(batch * count,)](
-            q, entries, queries, begins, lse, delta, grad, grad_entries,
-            HEADS=heads, WIDTH=width, ROWS=32, SCALE=width**-0.5,
-        )  # fmt: skip
+    grid = (triton.cdiv(length, KEYS), batch)
+    _key_grad_kernel[grid](q, rows, None, *common, grad_rows, length, length, RATIO=0, PICKED=False, **tiles)
+    if count:
+        own = {"RATIO": ratio, "PICKED": picked is not None}
+        grid = (triton.cdiv(count, KEYS), batch)
+        _key_grad_kernel[grid](q, entries, picked, *common, grad_entries, length, count, **own, **tiles)
     return grad_q, grad_rows, grad_entries, grad_sink

@@ -1,0 +1,117 @@
+"""What lies between the grouped products of experts in training: SwiGLU both ways, sums of a token's rows."""
+# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 16, 128  # a tile of SwiGLU
+TOKENS, CHANNELS = 8, 256  # a tile of the sums
+
+
+@triton.jit
+def _pair(both, row, column, mask, limit, WIDTH: tl.constexpr):
+    """Clamped gate and up, float32, and what they were."""
+    at = row.to(tl.int64)[:, None] * (2 * WIDTH) + column[None, :]
+    gate = tl.load(both + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(both + at + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    level = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return tl.where(gate > limit, limit, gate), level, gate, up
+
+
+@triton.jit
+def _swiglu_kernel(
+    both, weight, hidden, hits, count, limit, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """hits (programs, 3) int32: gates above, ups above, ups below the limit."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = row < count
+    scale = tl.load(weight + row, mask=live, other=0.0)
+    high, above, below = tl.zeros((BC,), tl.int32), tl.zeros((BC,), tl.int32), tl.zeros((BC,), tl.int32)
+    for begin in range(0, WIDTH, BC):
+        column = begin + tl.arange(0, BC)
+        mask = live[:, None] & (column < WIDTH)[None, :]
+        gate, up, raw, free = _pair(both, row, column, mask, limit, WIDTH)
+        high += tl.sum((raw > limit).to(tl.int32), 0)
+        above += tl.sum((free > limit).to(tl.int32), 0)
+        below += tl.sum((free < -limit).to(tl.int32), 0)
+        value = gate / (1 + tl.exp(-gate)) * up * scale[:, None]
+        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=mask)
+    out = hits + tl.program_id(0) * 3
+    tl.store(out, tl.sum(high, 0))
+    tl.store(out + 1, tl.sum(above, 0))
+    tl.store(out + 2, tl.sum(below, 0))
+
+
+@triton.jit
+def _swiglu_grad_kernel(
+    both, weight, grad, grad_both, grad_weight, count, limit, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = row < count
+    scale, total = tl.load(weight + row, mask=live, other=0.0), tl.zeros((BR,), tl.float32)
+    for begin in range(0, WIDTH, BC):
+        column = begin + tl.arange(0, BC)
+        mask = live[:, None] & (column < WIDTH)[None, :]
+        gate, up, raw, free = _pair(both, row, column, mask, limit, WIDTH)
+        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        chance = 1 / (1 + tl.exp(-gate))
+        silu = gate * chance
+        total += tl.sum(g * silu * up, 1)
+        g = g * scale[:, None]
+        to_gate = tl.where(raw > limit, 0.0, g * up * chance * (1 + gate * (1 - chance)))
+        to_up = tl.where((free > limit) | (free < -limit), 0.0, g * silu)
+        at = row.to(tl.int64)[:, None] * (2 * WIDTH) + column[None, :]
+        tl.store(grad_both + at, to_gate.to(grad_both.dtype.element_ty), mask=mask)
+        tl.store(grad_both + at + WIDTH, to_up.to(grad_both.dtype.element_ty), mask=mask)
+    tl.store(grad_weight + row, total, mask=live)
+
+
+@triton.jit
+def _sum_kernel(
+    rows, places, out, tokens, WIDTH: tl.constexpr, PICKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    token, column = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
+    live, inside = token < tokens, (column < WIDTH)[None, :]
+    total = tl.zeros((BT, BC), tl.float32)
+    for k in tl.static_range(PICKS):
+        place = tl.load(places + token * PICKS + k, mask=live, other=0).to(tl.int64)[:, None]
+        total += tl.load(rows + place * WIDTH + column[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
+    at = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=live[:, None] & inside)
+
+
+def swiglu(both: Tensor, weight: Tensor, limit: float, hits: Tensor | None) -> Tensor:
+    """Return silu(gate) up weight (R, F) in both's dtype, clamped, of both (R, 2F), weight (R,) float32; count hits."""
+    rows, width = len(both), both.shape[1] // 2
+    programs = triton.cdiv(rows, ROWS)
+    hidden, counts = both.new_empty(rows, width), both.new_empty((programs, 3), dtype=torch.int32)
+    _swiglu_kernel[(programs,)](both, weight, hidden, counts, rows, limit, WIDTH=width, BR=ROWS, BC=COLUMNS)
+    if hits is not None:
+        hits += counts.sum(0)
+    return hidden
+
+
+def swiglu_backward(both: Tensor, weight: Tensor, grad: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both and weight from that of `swiglu` (R, F)."""
+    rows, width = grad.shape
+    grad_both, grad_weight = torch.empty_like(both), torch.empty_like(weight)
+    _swiglu_grad_kernel[(triton.cdiv(rows, ROWS),)](
+        both, weight, grad, grad_both, grad_weight, rows, limit, WIDTH=width, BR=ROWS, BC=COLUMNS
+    )
+    return grad_both, grad_weight
+
+
+def sum_rows(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums (T, D) in `dtype` of rows (R, D) at places (T, K), in order of K."""
+    (tokens, picks), width = places.shape, rows.shape[1]
+    out = rows.new_empty((tokens, width), dtype=dtype)
+    grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(width, CHANNELS))
+    _sum_kernel[grid](rows, places, out, tokens, WIDTH=width, PICKS=picks, BT=TOKENS, BC=CHANNELS)
+    return out

@@ -1,0 +1,134 @@
+"""The indexer in training: scores of entries and their gradients by tiles, its divergence by one program a query."""
+# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelagos.kernels.triton.training_attention import _rows_of, _tile
+
+ROWS, KEYS, STEP = 128, 64, 64  # (query, head) rows and keys a step, rows a step of the keys' gradients
+
+
+@triton.jit
+def _scores_kernel(
+    q, keys, gates, starts, scores, length, count,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(1).to(tl.int64)
+    _, _, place, live, _, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)
+    own, gate = _tile(q, place, live, WIDTH), tl.load(gates + place, mask=live, other=0.0).to(tl.float32)
+    query = tl.program_id(0) * (R // PADDED) + tl.arange(0, R // PADDED)
+    for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+        index = begin + tl.arange(0, N)
+        key = _tile(keys, sequence * count + index, index < count, WIDTH)
+        logits = tl.maximum(tl.dot(own, tl.trans(key), input_precision="ieee"), 0.0) * gate[:, None]
+        summed = tl.sum(tl.reshape(logits, (R // PADDED, PADDED, N)), 1)
+        at = (sequence * length + query)[:, None] * count + index[None, :]
+        tl.store(scores + at, summed, mask=(query < length)[:, None] & (index < count)[None, :])
+
+
+@triton.jit
+def _query_grad_kernel(
+    q, keys, gates, starts, grad, grad_q, grad_gates, length, count,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    sequence, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    t, _, place, live, _, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)
+    own, gate = _tile(q, place, live, WIDTH), tl.load(gates + place, mask=live, other=0.0).to(tl.float32)
+    total, opened = tl.zeros((R, WIDTH), tl.float32), tl.zeros((R,), tl.float32)
+    for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+        index = begin + tl.arange(0, N)
+        key = _tile(keys, sequence * count + index, index < count, WIDTH)
+        logits = tl.dot(own, tl.trans(key), input_precision="ieee")
+        at = (sequence * length + t)[:, None] * count + index[None, :]
+        g = tl.load(grad + at, mask=live[:, None] & (index < count)[None, :], other=0.0)
+        opened += tl.sum(g * tl.maximum(logits, 0.0), 1)
+        change = tl.where(logits > 0, g * gate[:, None], 0.0)
+        total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
+    tl.store(grad_q + place[:, None] * WIDTH + column[None, :], total.to(grad_q.dtype.element_ty), mask=live[:, None])
+    tl.store(grad_gates + place, opened, mask=live)
+
+
+@triton.jit
+def _key_grad_kernel(
+    q, keys, gates, ends, grad, grad_keys, length, count,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    sequence, first, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * N, tl.arange(0, WIDTH)
+    index = first + tl.arange(0, N)
+    key = _tile(keys, sequence * count + index, index < count, WIDTH)
+    high = tl.load(ends + sequence * length + tl.minimum(first + N, count) * RATIO - RATIO)
+    total = tl.zeros((N, WIDTH), tl.float32)
+    for begin in range(((first + 1) * RATIO - 1) * HEADS, high * HEADS, STEP):
+        row = begin + tl.arange(0, STEP)
+        live, t, place = row < high * HEADS, row // HEADS, sequence * length * HEADS + row
+        own, gate = _tile(q, place, live, WIDTH), tl.load(gates + place, mask=live, other=0.0).to(tl.float32)
+        at = (sequence * length + t)[:, None] * count + index[None, :]
+        g = tl.load(grad + at, mask=live[:, None] & (index < count)[None, :], other=0.0)
+        change = tl.where(tl.dot(own, tl.trans(key), input_precision="ieee") > 0, g * gate[:, None], 0.0)
+        total = tl.dot(tl.trans(change.to(own.dtype)), own, total, input_precision="ieee")
+    at = (sequence * count + index)[:, None] * WIDTH + column[None, :]
+    tl.store(grad_keys + at, total.to(grad_keys.dtype.element_ty), mask=(index < count)[:, None])
+
+
+@triton.jit
+def _divergence_kernel(scores, weights, seen, losses, grad, count, BLOCK: tl.constexpr):
+    """A query's divergence and its gradient to the scores."""
+    entry, base = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * count
+    mask = (entry < count) & (tl.load(seen + base + entry, mask=entry < count, other=0) != 0)
+    score = tl.load(scores + base + entry, mask=mask, other=float("-inf"))
+    target = tl.load(weights + base + entry, mask=mask, other=0.0)
+    target = target / tl.maximum(tl.sum(target, 0), 1e-20)
+    top = tl.maximum(tl.max(score, 0), -1e30)
+    chance = tl.where(mask, tl.exp(score - top), 0.0)
+    total = tl.maximum(tl.sum(chance, 0), 1e-30)
+    level = tl.where(mask, score - top - tl.log(total), 0.0)
+    loss = tl.sum(target * (tl.log(tl.maximum(target, 1e-20)) - level), 0)
+    tl.store(losses + tl.program_id(0), loss)
+    tl.store(grad + base + entry, chance / total * tl.sum(target, 0) - target, mask=entry < count)
+
+
+def _shapes(q: Tensor, ratio: int) -> dict[str, int]:
+    heads, width = q.shape[2:]
+    padded = triton.next_power_of_2(heads)
+    return {"HEADS": heads, "PADDED": padded, "WIDTH": width, "RATIO": ratio, "R": max(padded, ROWS), "N": KEYS}
+
+
+def scores(q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ratio: int) -> Tensor:
+    """Return scores (B, S, M) float32 of the entries before each query in its sample, anything elsewhere."""
+    (batch, length), count, shapes = q.shape[:2], keys.shape[1], _shapes(q, ratio)
+    out = q.new_zeros((batch, length, count), dtype=torch.float32)
+    grid = (triton.cdiv(length, shapes["R"] // shapes["PADDED"]), batch)
+    _scores_kernel[grid](q, keys, gates, starts, out, length, count, **shapes)
+    return out
+
+
+def scores_backward(
+    grad: Tensor, q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, ratio: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of (q, keys, gates)."""
+    (batch, length, heads, width), count, shapes = q.shape, keys.shape[1], _shapes(q, ratio)
+    grad_q, grad_keys, grad_gates = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(gates)
+    grid = (triton.cdiv(length, shapes["R"] // shapes["PADDED"]), batch)
+    _query_grad_kernel[grid](q, keys, gates, starts, grad, grad_q, grad_gates, length, count, num_stages=2, **shapes)
+    _key_grad_kernel[(triton.cdiv(count, KEYS), batch)](
+        q, keys, gates, ends, grad, grad_keys, length, count,
+        HEADS=heads, WIDTH=width, RATIO=ratio, N=KEYS, STEP=STEP, num_stages=2,
+    )  # fmt: skip
+    return grad_q, grad_keys, grad_gates
+
+
+def divergence(scores: Tensor, weights: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each query's divergence (B, S) float32 and its gradient to the scores (B, S, M)."""
+    losses, grad, count = scores.new_empty(scores.shape[:2]), torch.empty_like(scores), scores.shape[2]
+    block = triton.next_power_of_2(count)
+    warps = max(1, min(16, block // 256))
+    _divergence_kernel[(losses.numel(),)](scores, weights, seen, losses, grad, count, BLOCK=block, num_warps=warps)
+    return losses, grad

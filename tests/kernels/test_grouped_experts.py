@@ -1,0 +1,63 @@
+"""Routed experts of training on CUDA: the kernels between the products against the mixture of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import error, run
+
+from pelagos.kernels import grouped_experts
+from pelagos.kernels.ref import experts as ref
+
+SCRIPT = """
+from test_grouped_experts import worst
+for case in ((37, 3, 5, 48, 40, 1.5), (8, 2, 4, 32, 136, 10.0)):
+    off = worst(*case)
+    assert off < 1e-5, (case, off)
+print("compared")
+"""
+
+
+def make_inputs(tokens: int, picks: int, experts: int, width: int, inner: int, device: str, dtype: torch.dtype):
+    """Return x, chosen, weights, w13, w2 and a gradient; the last expert is never chosen."""
+    generator = torch.Generator().manual_seed(0)
+    x, up = torch.randn(2, tokens, width, generator=generator)
+    chosen = torch.rand(tokens, experts - 1, generator=generator).argsort(1)[:, :picks]
+    weights = torch.rand(tokens, picks, generator=generator)
+    w13 = torch.randn(experts, 2 * inner, width, generator=generator) * width**-0.5
+    w2 = torch.randn(experts, width, inner, generator=generator) * inner**-0.5
+    return x.to(device, dtype), chosen.to(device), weights.to(device), w13.to(device), w2.to(device), up.to(device)
+
+
+def results(mixture, inputs, limit: float) -> list[torch.Tensor]:
+    x, chosen, weights, w13, w2, up = inputs
+    learnt = [t.detach().clone().requires_grad_() for t in (x, weights, w13, w2)]
+    hits = torch.zeros(3, dtype=torch.int64, device=x.device)
+    out = mixture(learnt[0], chosen, *learnt[1:], limit, None, hits=hits)
+    return [out.detach(), hits, *torch.autograd.grad(out, learnt, up)]
+
+
+def worst(tokens, picks, experts, width, inner, limit, *, device="cpu", dtype=torch.float32) -> float:
+    inputs = make_inputs(tokens, picks, experts, width, inner, device, dtype)
+    got = results(grouped_experts.mixture, inputs, limit)
+    exact = [t.float() if t.is_floating_point() else t for t in inputs]
+    want = results(ref.mixture, [t.cpu() for t in exact], limit)
+    assert not got[4][-1].any()
+    assert not got[5][-1].any()
+    if dtype == torch.float32:
+        assert torch.equal(got[1], want[1])
+    return max(error(a.cpu(), b) for a, b in zip(got, want, strict=True) if b.is_floating_point())
+
+
+def test_kernels_in_the_interpreter():
+    """Sum, clamp counters and the gradients of tokens, routing weights and both stacks, an idle expert among them."""
+    assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [(4096, 6, 32, 512, 256, 10.0), (1000, 4, 20, 256, 128, 1.0)], ids=str)
+def test_grouped_experts_on_the_device(case):
+    assert worst(*case, device="cuda", dtype=torch.bfloat16) < 2e-2
+    inputs = make_inputs(*case[:-1], "cuda", torch.bfloat16)
+    first, again = (results(grouped_experts.mixture, inputs, case[-1]) for _ in range(2))
+    assert all(map(torch.equal, first, again))
