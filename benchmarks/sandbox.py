@@ -1,64 +1,122 @@
 """What sandboxes cost and what they survive, beside the raw tools in the same run.
 
-python -m benchmarks.sandbox [speed alive row kill fork vm] [--alive 300] [--row 2000] [--kills 500] [--json FILE]
+python -m benchmarks.sandbox [speed alive row kill fork vm escape tasks] [--seconds 60] [--json FILE]
 
-`speed`: creation beside `bwrap ... true`, a command, a call. `alive`: so many containers at once, each running
-`sleep`, and the memory they take. `row`: so many created, used and closed one after another, and what is left of them
-(mounts, control groups, processes, files). `kill`: a script of 50 commands that must not run twice, while the client or
-the keeper is killed at random record boundaries. `fork`: snapshot, eight forks that diverge, packed and compared byte
-by byte. `vm`: boot, restore and commands of a micro-VM. Parts that ran are merged into FILE.
+`speed`: creation beside `bwrap ... true` and `runc run`, a command, a call. `alive`: so many containers at once, each
+running `sleep`, and the memory they take. `row`: so many created, used and closed one after another, and what is left
+of them (mounts, control groups, processes, files). `kill`: a script of 50 commands that must not run twice, while the
+client, the gateway, the edge or the keeper is killed (SIGKILL) at record boundaries; it goes on where an earlier run
+of the same seed ended, for `--seconds` at a time. `fork`: snapshot, eight forks that diverge, packed and compared byte
+by byte. `vm`: boot, restore and commands of a micro-VM beside QEMU alone on the same state. `escape`: the attempts of
+tests/sandbox/test_abuse.py, counted. `tasks`: 200 tasks solved and left alone, graded three times. Parts that ran are
+merged into FILE.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
+import importlib
 import json
 import os
 import platform
 import random
+import re
+import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pelagos import tasks
 from pelagos.errors import PelagosError
 from pelagos.sandbox import AsyncSandbox, Image, Sandbox, Store, log
 from pelagos.sandbox.layers import remove_tree
 
 RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-parent -- "
+PARTS = ["speed", "alive", "row", "kill", "fork", "vm", "escape", "tasks"]
 COMMANDS = 50
 SPARE_GROUPS = 12  # of keepers kept ready, in four hierarchies: they move while one counts
+VICTIMS = ("client", "gateway", "edge", "keeper")
+KEY = "a-project-of-the-bench"
 # The client of `kill`: it asks the same requests whenever it is started, and looks before it decides what is unknown.
+# Its box is there (a store's directory and an id) or far (a gateway's address and an id).
 CLIENT = """
-import secrets, sys
+import base64, json, secrets, sys, time, urllib.error, urllib.request
 from pathlib import Path
 from pelagos.errors import SandboxError, UnknownOutcome
-from pelagos.sandbox import Sandbox, Store
-box = Sandbox.open(sys.argv[2], replay=True, store=Store(Path(sys.argv[1])))
-for n in range(int(sys.argv[3])):
+
+class Far:
+    def __init__(self, url, id):
+        self.url = f"{url}/v1/sandboxes/{id}"
+    def ask(self, verb, request_id, **body):
+        headers = {"Authorization": "Bearer KEY", "Idempotency-Key": request_id}
+        until = time.monotonic() + 60
+        while True:
+            try:
+                ask = urllib.request.Request(f"{self.url}/{verb}", json.dumps(body).encode(), headers)
+                return json.loads(urllib.request.urlopen(ask, timeout=60).read())
+            except urllib.error.HTTPError as error:
+                told = error.read().decode()
+                if error.code in (502, 503):
+                    pass
+                elif error.code == 425:
+                    raise UnknownOutcome(told) from None
+                else:
+                    raise SandboxError(told) from None
+            except (OSError, ValueError):
+                pass
+            if time.monotonic() > until:
+                raise SandboxError("nobody answered for a minute")
+            time.sleep(0.01)
+    def exec(self, words, request_id):
+        return base64.b64decode(self.ask("exec", request_id, command=words)["stdout"]).decode()
+    def resolve(self, request, how):
+        try:
+            self.ask("resolve", secrets.token_hex(8), request=request, how=how)
+        except SandboxError as error:  # whoever was asked decided it, and was killed before it told
+            if "nothing to resolve" not in str(error):
+                raise
+
+class Near:
+    def __init__(self, root, id):
+        from pelagos.sandbox import Sandbox, Store
+        self.box = Sandbox.open(id, replay=True, store=Store(Path(root)))
+    def exec(self, words, request_id):
+        return self.box.exec(words, request_id=request_id).text
+    def resolve(self, request, how):
+        self.box.resolve(request, how)
+
+where, id, commands = sys.argv[1:]
+box = (Far if where.startswith("http") else Near)(where, id)
+for n in range(int(commands)):
     words = f"echo {n} >> trace; echo $(($(cat count || echo 0) + 1)) > count.new; mv count.new count"
     while True:
         try:
-            box.exec(words, request_id=f"r{n}")
+            box.exec(words, f"r{n}")
         except UnknownOutcome:
-            seen = box.exec("tail -1 trace; cat count", request_id=secrets.token_hex(8)).text.split()
-            lines = box.exec("wc -l < trace", request_id=secrets.token_hex(8)).text.strip() or "0"
+            seen = box.exec("tail -1 trace; cat count", secrets.token_hex(8)).split()
+            lines = box.exec("wc -l < trace", secrets.token_hex(8)).strip() or "0"
             if seen[:1] == [str(n)] and seen[1:] != [lines]:
                 # It was killed between its two effects: finish it by hand, once, as a person would.
-                box.exec(f"echo {lines} > count.new; mv count.new count", request_id=secrets.token_hex(8))
+                box.exec(f"echo {lines} > count.new; mv count.new count", secrets.token_hex(8))
             box.resolve(f"r{n}", "abandon" if seen[:1] == [str(n)] else "rerun")
             continue
         except SandboxError as error:
             if "abandoned" not in str(error):
                 raise
         break
-"""
+""".replace("KEY", KEY)
 
 
 def times_ms(action: Callable[[], object], rounds: int) -> dict[str, float]:
@@ -95,6 +153,9 @@ def speed(store: Store, image: Image, rounds: int = 100) -> dict[str, Any]:
             out[key] = {"p50": round(statistics.median(taken), 2), "p99": round(taken[int(len(taken) * 0.99)], 2),
                         "min": round(taken[0], 2), "rounds": len(taken)}  # fmt: skip
         out[f"overhead_{name}_p50"] = round(out[f"create_{name}"]["p50"] - out[f"raw_{name}"]["p50"], 2)
+    with tempfile.TemporaryDirectory() as place:
+        if runc := runc_words(Path(place)):
+            out["raw_runc"] = times_ms(lambda: subprocess.run(runc, check=True, capture_output=True), 20)
     with Sandbox.create(image=image, store=store, ttl_s=60) as box:
         out["exec_true"] = times_ms(lambda: box.exec(["true"]), rounds)
         out["files_write_1kB"] = times_ms(lambda: box.files.write("f", b"x" * 1000), rounds)
@@ -111,6 +172,22 @@ def speed(store: Store, image: Image, rounds: int = 100) -> dict[str, Any]:
         out["call_spaced_10ms"] = {k: round(v - 10.1, 2) if k != "rounds" else v for k, v in spaced.items()}
         out["call_back_to_back"] = times_ms(lambda: box.call(source, 41), rounds)
     return out
+
+
+def runc_words(bundle: Path) -> list[str]:
+    """Prepare a bundle over the host's /usr and return what runs `true` in it; nothing where there is no runc."""
+    if shutil.which("runc") is None:
+        return []
+    for name in ("usr", "proc", "dev", "sys"):
+        (bundle / "rootfs" / name).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64"):
+        (bundle / "rootfs" / name).symlink_to(f"usr/{name}")
+    subprocess.run(["runc", "spec", "-b", str(bundle)], check=True)
+    config = json.loads((bundle / "config.json").read_text())
+    config["process"] |= {"args": ["true"], "terminal": False, "rlimits": []}
+    config["mounts"].append({"destination": "/usr", "source": "/usr", "type": "bind", "options": ["rbind", "ro"]})
+    (bundle / "config.json").write_text(json.dumps(config))
+    return ["runc", "run", "-b", str(bundle), f"bench-{os.getpid()}"]
 
 
 def alive(store: Store, image: Image, count: int) -> dict[str, Any]:
@@ -178,47 +255,142 @@ def row(store: Store, image: Image, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kill(store: Store, image: Image, kills: int, seed: int, commands: int = COMMANDS) -> dict[str, Any]:
-    """Run the script while its client or keeper is killed; every run must end as if nothing happened."""
-    r = random.Random(seed)
-    done = {"client": 0, "keeper": 0}
-    runs, wrong, unknown = 0, [], 0
-    while sum(done.values()) < kills:
+class Service:
+    """A gateway and an edge, each a process of its own behind a port of its own, made again when it was killed."""
+
+    def __init__(self, store: Store) -> None:
+        self._home = store.root.parents[1]
+        (self._home / "projects.toml").write_text(f'[bench]\nkey = "{KEY}"\nper_minute = 1000000\n')
+        (self._home / "secret").write_text("between-gateway-and-edge")
+        one, two = free_ports(2)
+        ports = {"gateway": str(one), "edge": str(two)}
+        self.url, edge = f"http://127.0.0.1:{one}", f"e1=http://127.0.0.1:{two}"
+        parts = {"edge": ["--name", "e1"], "gateway": ["projects.toml", "--edge", edge, "--memory-mb", "0"]}
+        self._words = {
+            name: [sys.executable, "-m", "pelagos", "sandbox", "serve", *words, "--secret", "secret", "--port",
+                   ports[name]] for name, words in parts.items()
+        }  # fmt: skip
+        self.processes = {name: self._start(name) for name in ("edge", "gateway")}
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
+        env = {"PYTHONPATH": paths, "PATH": os.defpath, "HOME": str(self._home), "XDG_CACHE_HOME": str(self._home)}
+        return subprocess.Popen(self._words[name], env=env, cwd=self._home, stderr=subprocess.DEVNULL)
+
+    def kill(self, name: str) -> None:
+        """Kill one and start it again."""
+        self.close(name)
+        self.processes[name] = self._start(name)
+
+    def close(self, *names: str) -> None:
+        for name in names or tuple(self.processes):
+            self.processes[name].kill()
+            self.processes[name].wait()
+
+    def ask(self, path: str, request: str, method: str = "POST", **body: Any) -> dict[str, Any]:
+        """One request, sent until somebody answers."""
+        headers = {"Authorization": f"Bearer {KEY}", "Idempotency-Key": request}
+        ask = urllib.request.Request(f"{self.url}/v1/sandboxes{path}", json.dumps(body).encode(), headers)
+        ask.method = method
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(ask, timeout=60) as answer:
+                    return json.loads(answer.read())
+            except (OSError, ValueError) as error:
+                code = error.code if isinstance(error, urllib.error.HTTPError) else 502
+                if code not in (429, 502) or time.monotonic() > until:  # 429: the gateway saw no edge yet
+                    raise
+                time.sleep(0.02)
+
+
+def kill(
+    store: Store, image: Image, kills: int, seed: int, commands: int = COMMANDS,
+    victims: tuple[str, ...] = VICTIMS, state: dict[str, Any] | None = None, seconds: float = 1e9,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the script while one of `victims` is killed at record boundaries; every run must end as if nothing happened.
+
+    Goes on from `state`, what an earlier call returned, and tells `keep` after every run.
+    """
+    began = time.monotonic()
+    state = state or {"kill_points": dict.fromkeys(victims, 0), "runs": 0, "commands": commands, "wrong": [],
+                      "resolved_after_looking": 0, "boundaries": {}, "seed": seed}  # fmt: skip
+    service = Service(store) if {"gateway", "edge"} & set(victims) else None
+    try:
+        while sum(state["kill_points"].values()) < kills and time.monotonic() - began < seconds:
+            left = kills - sum(state["kill_points"].values())
+            _killed_run(store, image, service, random.Random(f"{seed}/{state['runs']}"), victims, state, left)
+            state["complete"] = sum(state["kill_points"].values()) >= kills
+            state["distinct_boundaries"] = len(state["boundaries"])
+            keep(state)
+    finally:
+        if service:
+            service.close()
+    return state
+
+
+def _killed_run(
+    store: Store, image: Image, service: Service | None, r: random.Random, victims: tuple[str, ...],
+    state: dict[str, Any], left: int,
+) -> None:  # fmt: skip
+    hits, commands = state["boundaries"], state["commands"]
+    box = None
+    if service:
+        id = service.ask("", f"run{state['runs']}-{os.getpid()}", ttl_s=300)["id"]
+        words = [sys.executable, "-c", CLIENT, service.url, id, str(commands)]
+    else:
         box = Sandbox.create(image=image, store=store, ttl_s=300)
-        words = [sys.executable, "-c", CLIENT, str(store.root), box.id, str(commands)]
-        env = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath, "HOME": str(store.root)}
-        for _ in range(min(8, kills - sum(done.values()))):
-            client = subprocess.Popen(words, env=env, stderr=subprocess.PIPE)
-            keeper = box.info()["pid"]
-            target = records(box.directory) + r.randint(1, 14)
-            while client.poll() is None and records(box.directory) < target:
-                time.sleep(0.0005)
-            time.sleep(r.uniform(0, 0.006))
-            victim = r.choice(("client", "keeper"))
-            if client.poll() is None:
-                done[victim] += 1
-                os.kill(client.pid if victim == "client" else keeper, signal.SIGKILL)
-                if victim == "keeper":
-                    time.sleep(r.uniform(0, 0.1))
-                    client.kill()
+        id = box.id
+        words = [sys.executable, "-c", CLIENT, str(store.root), id, str(commands)]
+    directory = store.box(id)
+    env = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath, "HOME": str(store.root)}
+    client = subprocess.Popen(words, env=env, stderr=subprocess.PIPE)
+    for _ in range(min(8, left)):
+        # The boundary among the next ones that was met least: in the end every one of the script was.
+        now = records(directory)
+        target = min(range(now + 1, now + 15), key=lambda n: (hits.get(str(n), 0), r.random()))
+        while client.poll() is None and records(directory) < target:
+            time.sleep(0.0005)
+        time.sleep(r.uniform(0, 0.006))
+        if client.poll() is not None:
+            break
+        victim, at = r.choice(victims), str(records(directory))
+        hits[at] = hits.get(at, 0) + 1
+        state["kill_points"][victim] += 1
+        if victim == "client":
+            client.kill()
             client.communicate()
-        last = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+            client = subprocess.Popen(words, env=env, stderr=subprocess.PIPE)
+        elif victim == "keeper":
+            with contextlib.suppress(ProcessLookupError, StopIteration):
+                os.kill(keeper_of(directory), signal.SIGKILL)
+        elif service:
+            service.kill(victim)
+    error = client.communicate(timeout=120)[1].decode()
+    with box or Sandbox.open(id, store=store) as box:
         trace = box.files.read("trace", request_id="look-trace").decode().split()
         count = box.files.read("count", request_id="look-count").decode().strip()
-        unknown += sum(r["kind"] == "event" and r["event"] == "resolve" for r in log.read_records(box.directory))
-        log.verify(box.directory)
-        if last.returncode or trace != [str(n) for n in range(commands)] or count != str(commands):
-            wrong.append({"run": runs, "trace": len(trace), "count": count, "error": last.stderr[-500:]})
-        runs += 1
-        box.close()
-    return {
-        "kill_points": done,
-        "runs": runs,
-        "commands": commands,
-        "wrong": wrong,
-        "rerun_after_looking": unknown,
-        "seed": seed,
-    }
+        found = list(log.read_records(directory))
+        log.verify(directory)
+    state["resolved_after_looking"] += sum(f.get("event") == "resolve" or f.get("status") == "abandoned" for f in found)
+    if client.returncode or trace != [str(n) for n in range(commands)] or count != str(commands):
+        state["wrong"].append({"run": state["runs"], "trace": len(trace), "count": count, "error": error[-500:]})
+    state["runs"] += 1
+
+
+def keeper_of(directory: Path) -> int:
+    """Return the pid of the process that holds the writer's lock of a log."""
+    node = (directory / log.NAME).stat().st_ino
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return next(int(words[4]) for words in locks if words[1] == "FLOCK" and words[5].endswith(f":{node}"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody has."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 def fork(store: Store, image: Image) -> dict[str, Any]:
@@ -244,22 +416,101 @@ def fork(store: Store, image: Image) -> dict[str, Any]:
 
 
 def vm(store: Store, image: Image) -> dict[str, Any]:
-    """A micro-VM's first boot, its restores and its commands."""
+    """A micro-VM's first boot, its restores beside QEMU's own, and its commands."""
     size: dict[str, Any] = {"substrate": "microvm", "memory_mb": 128, "disk_mb": 128, "image": image, "store": store}
     began = time.perf_counter()
     with Sandbox.create(**size) as box:
         out: dict[str, Any] = {"first_boot_s": round(time.perf_counter() - began, 2), "kernel": box.capabilities.kernel}
         state = next((store.root / "vm").glob("*/state"))
         out["state_mb"] = round(state.stat().st_blocks / 2048, 1)
-    taken = []
-    for _ in range(8):
-        began = time.perf_counter()
-        with Sandbox.create(**size) as box:
-            box.exec(["true"])
-            taken.append((time.perf_counter() - began) * 1e3)
-            out["exec_true"] = times_ms(lambda box=box: box.exec(["true"]), 10)
-    out["restore_to_first_command_ms"] = {"p50": round(statistics.median(taken), 1), "min": round(min(taken), 1)}
+        ours, theirs = [], []
+        for _ in range(12):
+            theirs.append(raw_restore(box, store))
+            began = time.perf_counter()
+            with Sandbox.create(**size) as other:
+                other.exec(["true"])
+                ours.append((time.perf_counter() - began) * 1e3)
+                out["exec_true"] = times_ms(lambda other=other: other.exec(["true"]), 10)
+    for name, taken in (("restore_to_first_command_ms", ours), ("raw_restore_to_first_command_ms", theirs)):
+        out[name] = {
+            "p50": round(statistics.median(taken), 1),
+            "p99": round(max(taken), 1),
+            "min": round(min(taken), 1),
+        }
+    out["ratio_p50"] = round(statistics.median(ours) / statistics.median(theirs), 2)
     return out
+
+
+def raw_restore(box: Sandbox, store: Store) -> float:
+    """Milliseconds of QEMU alone, outside every wall, from its start to the end of its first command."""
+    from pelagos.sandbox import vm as machines
+
+    art = store.root / "vm"
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run(["cp", "--sparse=always", str(next(art.glob("*/disk"))), f"{place}/disk"], check=True)
+        paths = {"kernel": machines._kernel(), "vm/disk": Path(place, "disk"), "vm/console": Path(place, "console"),
+                 "state": next(art.glob("*/state")), "base": next(art.glob("base-*")),
+                 "initrd": next(art.glob("initrd-*"))}  # fmt: skip
+        (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
+        made = machines.VirtualMachine(box.directory, store.layers, box.spec, None)
+        ends = {"fd=PORT": f"fd={port_vm.fileno()}", "fd=QMP": f"fd={qmp_vm.fileno()}"}
+        words = []
+        for word in made._qemu(True):
+            for name, path in paths.items():
+                word = re.sub(rf"(^|[=: ])/{name}(?=$|,)", rf"\1{path}", word)
+            words.append(functools.reduce(lambda text, end: text.replace(*end), ends.items(), word))
+        began = time.perf_counter()
+        process = subprocess.Popen(words, pass_fds=(port_vm.fileno(), qmp_vm.fileno()))
+        for end in (port_vm, qmp_vm):
+            end.close()
+        try:
+            say, mux = machines._monitor(qmp), machines._Mux(qmp, port)
+            while say("query-status")["status"] == "inmigrate":
+                time.sleep(0.002)
+            say("cont")
+            limits = {"processes": 64, "open_files": 256, "file_bytes": 1 << 20, "address_bytes": None}
+            ask = {"argv": ["true"], "env": {"PATH": "/usr/bin"}, "cwd": "/", "limits": limits, "most": 100}
+            mux.ask(ask, b"")
+            return (time.perf_counter() - began) * 1e3
+        finally:
+            process.kill()
+            process.wait()
+            port.close()
+            qmp.close()
+
+
+def escape(_: Store, __: Image) -> dict[str, Any]:
+    """Run the attempts to get out, as root and as an ordinary user, and count them."""
+    sys.path.insert(0, "tests/sandbox")
+    tests = importlib.import_module("test_abuse")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests.__file__)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return {
+        "shell_attempts": len(tests.SHELL_ATTEMPTS), "python_attempts": len(tests.PYTHON_ATTEMPTS),
+        "of_them_as_an_ordinary_user_too": len(tests.SHELL_ATTEMPTS) if os.geteuid() == 0 else 0,
+        "succeeded": "none" if done.returncode == 0 else done.stdout[-2000:],
+        "tests": done.stdout.strip().rpartition("\n")[2],
+    }  # fmt: skip
+
+
+def graded(store: Store, _: Image, count: int = 200, runs: int = 3) -> dict[str, Any]:
+    """Do every task by its solution and not at all, and grade each so often: what came out, and whether it differed."""
+    passed, failed, different, began = 0, 0, [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        tasks.write_all(Path(place, "all"), count=count)
+        for task in tasks.load_all(Path(place, "all")):
+            for touch in (True, False):
+                with Sandbox.create(image=tasks.image_of(task, store), store=store, memory_mb=task.memory_mb) as box:
+                    if touch:
+                        box.exec(["sh", "-s"], stdin=(task.path / "solution/solve.sh").read_bytes())
+                    diff = box.pack_diff()
+                grades = [tasks.grade(task, diff, store) for _ in range(runs)]
+                passed += touch and grades[0].passed
+                failed += not touch and not grades[0].passed and grades[0].reward == 0.0
+                if any(grade != grades[0] for grade in grades):
+                    different.append({"task": task.name, "outputs": [grade.output[-200:] for grade in grades]})
+    return {"tasks": count, "graded": runs, "solutions_pass": passed, "untouched_fail": failed, "different": different,
+            "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
 
 
 def records(directory: Path) -> int:
@@ -299,40 +550,47 @@ def idle_share() -> float:
 def main() -> int:
     """Run the parts that are asked for and merge what they found into the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["speed", "alive", "row", "kill", "fork", "vm"])
+    parser.add_argument("parts", nargs="*", default=PARTS)
     parser.add_argument("--alive", type=int, default=300)
     parser.add_argument("--row", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="how long `kill` goes on in this call")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/sandbox.json"))
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     root = Path(tempfile.mkdtemp(prefix="pelagos-bench-"))
+    load = 0.0
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        result[name] = found | {"commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime()), "load_before": load}
+        result["host"] = f"{platform.release()}, {os.cpu_count()} processors, uid {os.geteuid()}"
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def killed() -> dict[str, Any]:
+        state = result.get("kill", {})
+        goes_on = state.get("seed") == args.seed and state.get("complete") is False
+        return kill(store, image, args.kills, args.seed, state=state if goes_on else None, seconds=args.seconds,
+                    keep=lambda found: keep("kill", found))  # fmt: skip
+
     try:
-        store = Store(root)
+        store = Store(root / "pelagos" / "sandbox")
         image = Image.host(store)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "speed": lambda: speed(store, image), "alive": lambda: alive(store, image, args.alive),
-            "row": lambda: row(store, image, args.row), "kill": lambda: kill(store, image, args.kills, args.seed),
-            "fork": lambda: fork(store, image), "vm": lambda: vm(store, image),
+            "row": lambda: row(store, image, args.row), "kill": killed, "fork": lambda: fork(store, image),
+            "vm": lambda: vm(store, image), "escape": lambda: escape(store, image),
+            "tasks": lambda: graded(store, image),
         }  # fmt: skip
         for name in args.parts:
             load = round(os.getloadavg()[0], 1)
             try:
-                found = parts[name]()
+                keep(name, parts[name]())
             except PelagosError as error:
-                found = {"error": str(error)}
-            commit = subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip()
-            result[name] = found | {
-                "commit": commit,
-                "date": time.strftime("%Y-%m-%d", time.gmtime()),
-                "load_before": load,
-            }
-            result["host"] = f"{platform.release()}, {os.cpu_count()} processors, uid {os.geteuid()}"
+                keep(name, {"error": str(error)})
             print(json.dumps({name: result[name]}, indent=1))
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     finally:
         remove_tree(root)
     return 1 if result.get("kill", {}).get("wrong") else 0

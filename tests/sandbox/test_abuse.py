@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -200,6 +201,31 @@ def test_disk_bombs_are_cut_or_ended(make: Any) -> None:
     assert (done.killed_by, done.timed_out) == ("disk", False)
     again = box.exec("rm f*; ls | wc -l")
     assert (again.text, again.killed_by) == ("0\n", None)
+
+
+def test_a_disk_of_its_own_is_full_when_it_is_full(make: Any) -> None:
+    if os.geteuid() != 0 or shutil.which("mke2fs") is None:
+        pytest.skip("a file system of its own needs root and mke2fs")
+    before = Path("/proc/self/mountinfo").read_text()
+    box = make(disk_mb=16, require={"disk_limit": "hard"})
+    fill = "i=0; while head -c 1000000 /dev/zero > f$i; do i=$((i+1)); done; ls | wc -l"
+    done = box.exec(fill, timeout=20)
+    assert (done.killed_by, b"No space left" in done.stderr) == (None, True)
+    assert 12 <= int(done.text) <= 17
+    assert box.exec("rm f*; echo kept > file; ls").text == "file\n"
+    os.kill(box.info()["pid"], signal.SIGKILL)
+    assert box.exec("cat file").text == "kept\n"
+    assert len(box.pack_diff()) < 100_000
+    assert Path("/proc/self/mountinfo").read_text() == before
+    box.close()
+    deadline = time.monotonic() + 5
+    while box.id in _loop_files() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert box.id not in _loop_files()
+
+
+def _loop_files() -> str:
+    return " ".join(path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file"))
 
 
 def test_hidden_disk_use_is_seen(make: Any) -> None:

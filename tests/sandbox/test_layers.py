@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -242,3 +245,97 @@ def test_collect_takes_what_is_old_and_unused(tmp_path: Path) -> None:
     assert store.collect(older_s=60) == {"layers": 2, "snapshots": 0}
     with pytest.raises(SandboxError, match="is not in"):
         Sandbox.create(image=lost, store=store)
+
+
+def oci_layout(place: Path, *layers: bytes, **facts: Any) -> Path:
+    """Write an OCI layout of these layers (tars, squeezed) and return its directory."""
+
+    def blob(data: bytes) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        (place / "blobs/sha256" / digest).write_bytes(data)
+        return {"digest": f"sha256:{digest}", "size": len(data)}
+
+    (place / "blobs/sha256").mkdir(parents=True)
+    squeezed = [blob(gzip.compress(layer, mtime=0)) for layer in layers]
+    manifest = blob(json.dumps({"schemaVersion": 2, "layers": squeezed} | facts).encode())
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    other = manifest | {"platform": {"os": "linux", "architecture": "s390x"}, "digest": "sha256:" + "0" * 64}
+    ours = manifest | {"platform": {"os": "linux", "architecture": machine}}
+    index = blob(json.dumps({"manifests": [other, ours]}).encode())
+    (place / "index.json").write_text(json.dumps({"manifests": [index]}))
+    return place
+
+
+BOTTOM = ({"name": "opt/a/old", "data": b"old"}, {"name": "opt/gone", "data": b"x"}, {"name": "opt/kept", "data": b"1"},
+          {"name": "dev/sda", "type": tarfile.BLKTYPE, "devmajor": 8})  # fmt: skip
+TOP = ({"name": "opt/a/.wh..wh..opq"}, {"name": "opt/a/new", "data": b"new"}, {"name": "opt/.wh.gone"})
+
+
+def test_oci_images_are_layers_with_their_whiteouts(make: Any, store: Store, tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", tar_of(*BOTTOM).getvalue(), tar_of(*TOP).getvalue())
+    image = Image.from_oci(layout, store=store)
+    assert (image.base, len(image.layers)) == ("none", 3)
+    archive = tmp_path / "image.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(layout, arcname=".", recursive=False)
+        for path in sorted(p for p in layout.rglob("*") if p.is_file()):
+            tar.add(path, arcname=str(path.relative_to(layout)))
+    assert Image.from_oci(archive, store=store) == image
+    saved = tmp_path / "saved.tar"  # docker save of old
+    with tarfile.open(saved, "w") as tar:
+        for n, entries in enumerate((BOTTOM, TOP)):
+            data = tar_of(*entries)
+            info = tarfile.TarInfo(f"{n}/layer.tar")
+            info.size = len(data.getvalue())
+            tar.addfile(info, data)
+        manifest = json.dumps([{"Layers": ["0/layer.tar", "1/layer.tar"]}]).encode()
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(manifest)
+        tar.addfile(info, io.BytesIO(manifest))
+    assert Image.from_oci(saved, store=store) == image
+    toolkit = Image("none", ()).with_directory(Path(__file__).parent / "..", at="/toolkit", store=store)
+    composed = Image.host(store).compose(image, toolkit, image)
+    assert len(composed.layers) == len(set(composed.layers)) == 5
+    box = make(image=composed)
+    assert box.exec("cd /opt; find . -type f | sort; cat kept a/new; ls /toolkit/sandbox | grep -c layers").text == (
+        "./a/new\n./kept\n1new1\n"
+    )
+    with pytest.raises(SandboxError, match="cannot go on one"):
+        image.compose(Image.host(store))
+
+
+def test_damaged_and_hostile_oci_images_are_refused(plain: Store, tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", tar_of(*BOTTOM).getvalue())
+    for blob in (layout / "blobs/sha256").iterdir():
+        whole = blob.read_bytes()
+        blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(SandboxError, match="damaged"):
+            Image.from_oci(layout, store=plain)
+        blob.write_bytes(whole)
+    for index in (
+        "",
+        "[]",
+        "{}",
+        '{"manifests": []}',
+        '{"manifests": [{"digest": "sha256:../../x"}]}',
+        '{"layers": 5}',
+    ):
+        (layout / "index.json").write_text(index)
+        with pytest.raises(SandboxError):
+            Image.from_oci(layout, store=plain)
+    hostile = oci_layout(tmp_path / "hostile", tar_of({"name": "a/../../x", "data": b"x"}).getvalue())
+    odd = oci_layout(tmp_path / "odd", tar_of({"name": "a/.wh..."}).getvalue())
+    for bad in (hostile, odd, tmp_path / "none", Path(__file__)):
+        with pytest.raises(SandboxError):
+            Image.from_oci(bad, store=plain)
+    assert not [p for p in plain.layers.iterdir() if p.name.startswith("draft")]
+
+
+@pytest.mark.slow
+def test_debootstrap_makes_a_system_of_its_own(make: Any, store: Store) -> None:
+    if shutil.which("debootstrap") is None or os.geteuid() != 0:
+        pytest.skip("needs debootstrap, root and a mirror")
+    box = make(image=Image.debootstrap("bookworm", packages=["python3-minimal"], store=store))
+    assert box.exec("python3 -c 'print(6*7)'; ls /usr/share/doc | wc -l").text.startswith("42\n")
+    with pytest.raises(SandboxError, match="no name"):
+        Image.debootstrap("--help", store=store)

@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
         elif name == "collect":
             command.add_argument("--days", type=float, default=30, help="only what was not used for so long")
         elif name == "serve":
-            command.add_argument("projects", type=Path, help="TOML: a table per project with key, sandboxes, memory_mb")
+            said = "TOML: a table per project with key, sandboxes, memory_mb; without it this is an edge alone"
+            command.add_argument("projects", type=Path, nargs="?", help=said)
+            command.add_argument("--name", default="local", help="of this host's edge, by which gateways know it")
             command.add_argument("--host", default="127.0.0.1")
             command.add_argument("--port", type=int, default=8100)
             command.add_argument("--memory-mb", type=float, default=8192, help="of this host's sandboxes together")
@@ -84,9 +86,11 @@ def serve(asked: argparse.Namespace) -> None:
     """Serve until told to end."""
     import uvicorn
 
-    from pelagos.sandbox.service import Edge, Gateway, app, read_projects
+    from pelagos.sandbox.service import Edge, Gateway, app, over_http, read_projects
 
     secret = asked.secret.read_text(encoding="ascii").strip() if asked.secret else ""
-    edge = Edge(default_store(), name="local", most_memory_mb=asked.memory_mb)
-    gateway = Gateway(read_projects(asked.projects), dict(e.split("=", 1) for e in asked.edge), edge, secret)
+    edge = Edge(default_store(), name=asked.name, most_memory_mb=asked.memory_mb)
+    far = (word.split("=", 1) for word in asked.edge)
+    edges = {edge.name: edge.answer} | {name: over_http(url, secret) for name, url in far}
+    gateway = Gateway(read_projects(asked.projects), edges) if asked.projects else None
     uvicorn.run(app(gateway, edge, secret=secret), host=asked.host, port=asked.port, log_level="warning")

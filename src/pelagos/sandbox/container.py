@@ -36,6 +36,7 @@ PROXY_PORT, PROXY_WORDS = 3128, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTT
 ENTERED = ("owner", *linux.NAMESPACES)  # the order in which namespaces travel
 NS_GET_USERNS = 0xB701
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+MKE2FS = "mke2fs -q -F -t ext4 -O ^has_journal -m 0 -E".split()
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "TERM": "dumb"}
 
 
@@ -70,7 +71,7 @@ class Home:
     Joining groups takes 16 ms (the kernel waits for a grace period), so it is done before anybody asks, and once.
     """
 
-    def __init__(self, make: "Callable[[Path], Substrate]") -> None:
+    def __init__(self, make: "Callable[[Path], Substrate]", rehearse: Callable[[], None]) -> None:
         self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         linux.seccomp_program()
@@ -81,11 +82,12 @@ class Home:
                 os.write(fd, b"0")
             linux.close_all_but([theirs.fileno()])
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            rehearse()
             if box := theirs.recv(1 << 16):
                 take_notes(Path(os.fsdecode(box)))
                 make(Path(os.fsdecode(box))).run_inside(theirs)
 
-        self._pid = linux.fork(work, traceback.print_exception)
+        self.pid = linux.fork(work, traceback.print_exception)
         theirs.close()
 
     def close(self) -> None:
@@ -94,13 +96,13 @@ class Home:
             with contextlib.suppress(OSError):
                 self.group.freeze(False)
         self.control.close()
-        if self._pid > 0:
-            fd = os.pidfd_open(self._pid)
+        if self.pid > 0:
+            fd = os.pidfd_open(self.pid)
             if not select.select([fd], [], [], END_S)[0]:
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
             os.close(fd)
-            os.waitpid(self._pid, 0)
-            self._pid = -1
+            os.waitpid(self.pid, 0)
+            self.pid = -1
         if self.group:
             self.group.remove()
 
@@ -134,6 +136,9 @@ class Substrate(ABC):
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
         self._group = home.group if home else None
+
+    def begin(self) -> None:  # noqa: B027  a machine has nothing to begin
+        """Begin what takes time, for `start` to wait for; raises SandboxError for what is missing."""
 
     @abstractmethod
     def start(self) -> None:
@@ -199,37 +204,47 @@ class Container(Substrate):
         super().__init__(box, layers, spec, home)
         self.capabilities = capabilities_here(self._group, files="overlay")
         self._filter = linux.seccomp_program()
+        # A file system of its own, where that is asked for: a loop device needs root and takes 30 ms.
+        self._own_disk = spec.require.get("disk_limit") == "hard" and os.geteuid() == 0
+        self._place = box / "own" if self._own_disk else box  # of what the overlay writes
+        if self._own_disk:
+            self.capabilities = replace(self.capabilities, disk_limit="hard")
         if spec.network and self.proxies:
             self.capabilities = replace(self.capabilities, network="proxy")
         elif spec.network:
             raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self._ns: dict[str, int] = {}
         self._proxy = -1
-        self._hold = self._said = self._first = self._upper = -1
+        self._hold = self._said = self._info = self._first = self._upper = -1
 
-    def start(self) -> None:
+    def begin(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
         tool = linux.which("bwrap")
         if tool is None:
             raise SandboxError("container: bwrap not found; install bubblewrap (Debian: apt-get install bubblewrap)")
         if not self._spec.layers:
             raise SandboxError(f"sandbox {self._spec.id}: an image needs at least one layer; start from Image.host()")
-        if self._group:
-            self._group.limit(self._spec.limits)
-        self._prepare()
-        info, info_w = os.pipe()
+        self._info, info_w = os.pipe()
         self._said, said_w = os.pipe()
         hold = self._stdin()
         self._home.control.send(os.fsencode(self._box))
         facts = json.dumps({"tool": tool, "first": self._first_process(), "grouped": self._group is not None})
         socket.send_fds(self._home.control, [facts.encode()], [info_w, said_w, hold])
         linux.close(info_w, said_w, hold)
+
+    def start(self) -> None:
+        assert self._home is not None, "made in the process that is inside already"
         try:
+            if self._group:
+                self._group.limit(self._spec.limits)
             text = until_ready(self._said, START_S)
             if text != b"ready\n":
                 said = text.decode("utf-8", "replace").strip()
                 raise SandboxError(f"container {self._spec.id} did not start: {said}")
-            self._take_namespaces(json.loads(os.read(info, 65536))["child-pid"])
+            self._take_namespaces(json.loads(os.read(self._info, 65536))["child-pid"])
+            # A disk is mounted in the namespace of that process alone, which has the box under /tmp.
+            place = f"/proc/{self._home.pid}/root/tmp/own" if self._own_disk else self._box
+            self._upper = os.open(f"{place}/upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
             if self._spec.network:
                 from pelagos.sandbox import proxy  # of which other containers need nothing
@@ -239,8 +254,6 @@ class Container(Substrate):
         except BaseException:
             self.stop()
             raise
-        finally:
-            os.close(info)
 
     def _stdin(self) -> int:
         """Make what the first process waits on and return its end."""
@@ -254,14 +267,22 @@ class Container(Substrate):
         return ["cat"]
 
     def _prepare(self) -> None:
-        uid, gid = host_ids()
+        """In the process of `Home`: make what is mounted; root does so in a namespace of its own."""
+        if os.geteuid() == 0:
+            linux.unshare("mnt")
+            linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+        (self._box / "layers").mkdir(exist_ok=True)
+        if self._own_disk:
+            disk = self._box / "disk"
+            if not disk.exists():
+                make_disk(disk, self._spec.limits.disk_mb)
+            self._place.mkdir(mode=0o711, exist_ok=True)
+            run_tool("mount", "-n", "-o", "loop,nosuid,nodev,noinit_itable", str(disk), str(self._place))
         for name in ("upper", "work"):
-            directory = self._box / name
+            directory = self._place / name
             directory.mkdir(exist_ok=True)
             directory.chmod(0o755)
-            os.chown(directory, uid, gid)
-        (self._box / "layers").mkdir(exist_ok=True)
-        self._upper = os.open(self._box / "upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.chown(directory, *host_ids())
 
     def _launch(self, tool: str, info: int, said: int, hold: int, first: list[str]) -> None:
         """In the child: private mounts, then bubblewrap on top of them; only an exec returns from here."""
@@ -271,8 +292,6 @@ class Container(Substrate):
         root, layers = str(self._box), str(self._layers)
         if os.geteuid() == 0:
             # The unprivileged user may not walk to our directories, so root lends them under a name it may walk to.
-            linux.unshare("mnt")
-            linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
             linux.mount(layers, f"{root}/layers", None, linux.MS_BIND)
             linux.mount(root, "/tmp", None, linux.MS_BIND | linux.MS_REC)
             root, layers = "/tmp", "/tmp/layers"
@@ -284,7 +303,8 @@ class Container(Substrate):
         linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
         # Layers by descriptor: short enough for many of them, and no path of ours shows in the inside's mount table.
         lower = [os.open(f"{layers}/{digest}", os.O_PATH) for digest in reversed(self._spec.layers)]
-        upper, work = (os.open(f"{root}/{name}", os.O_PATH) for name in ("upper", "work"))
+        place = f"{root}/own" if self._own_disk else root
+        upper, work = (os.open(f"{place}/{name}", os.O_PATH) for name in ("upper", "work"))
         stack = ":".join(f"/proc/self/fd/{fd}" for fd in lower)
         options = f"userxattr,lowerdir={stack},upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work}"
         linux.mount("overlay", "/tmp", "overlay", linux.MS_NOSUID | linux.MS_NODEV, options)
@@ -348,10 +368,15 @@ class Container(Substrate):
         self._grouped = told["grouped"]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        tool = linux.fork(
-            lambda: self._launch(told["tool"], fds[0], fds[1], fds[2], told["first"]),
-            lambda error: os.write(fds[1], f"{type(error).__name__}: {error}".encode()),
-        )
+
+        def complain(error: BaseException) -> None:
+            os.write(fds[1], f"{type(error).__name__}: {error}".encode())
+
+        try:
+            self._prepare()
+        except (OSError, SandboxError) as error:
+            return complain(error)
+        tool = linux.fork(lambda: self._launch(told["tool"], fds[0], fds[1], fds[2], told["first"]), complain)
         linux.close(*fds)
         try:
             said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
@@ -483,11 +508,11 @@ class Container(Substrate):
             os.kill(self._proxy, signal.SIGKILL)
             os.waitpid(self._proxy, 0)
             self._proxy = -1
-        for fd in (*self._ns.values(), self._hold, self._said, self._first, self._upper):
+        for fd in (*self._ns.values(), self._hold, self._said, self._info, self._first, self._upper):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._ns = {}
-        self._hold = self._said = self._first = self._upper = -1
+        self._hold = self._said = self._info = self._first = self._upper = -1
 
 
 def until_ready(fd: int, seconds: float) -> bytes:
@@ -500,3 +525,21 @@ def until_ready(fd: int, seconds: float) -> bytes:
             return text or b"it ended without a word"
         text += piece
     return text
+
+
+def make_disk(path: Path, megabytes: float) -> None:
+    """Make an empty file system in a sparse file."""
+    run_tool(*MKE2FS, "root_owner=0:0,lazy_itable_init=1", str(path), f"{int(megabytes * 1024)}k")
+
+
+def run_tool(*words: str) -> str:
+    """Run one of the host's programs and return what it says; SandboxError with its complaint."""
+    import subprocess  # of which other keepers need nothing
+
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SandboxError(f"{words[0]} not found; install it") from None
+    if done.returncode:
+        raise SandboxError(f"{words[0]}: {done.stderr.strip()}")
+    return done.stdout

@@ -8,14 +8,16 @@ import json
 import os
 import select
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import linux, worker
+from pelagos.sandbox import linux
 from pelagos.sandbox.api import Child, Command, Spec
 from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, START_S, Container, Home, capabilities_here
 
 _BOOT = "import os, socket; c = socket.socket(fileno=0); exec(os.pread(socket.recv_fds(c, 9, 1)[1][0], 1 << 20, 0))"
+SLOT_S = 0.25
 READY = 3  # slots, each with a process that waits; about 3 MB each
 
 
@@ -28,10 +30,10 @@ class Function(Container):
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         super().__init__(box, layers, spec, home)
-        self.capabilities = capabilities_here(self._group, files="none")
+        self.capabilities, self._calls = capabilities_here(self._group, files="none"), 0
 
     def _first_process(self) -> list[str]:
-        return ["/usr/bin/env", "python3", "-I", "-c", _BOOT]
+        return ["/usr/bin/env", "python3", "-I", "-S", "-c", _BOOT]
 
     def _stdin(self) -> int:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -44,7 +46,7 @@ class Function(Container):
                        "address_bytes": address},
         }  # fmt: skip
         start = f"module.serve(c, {settings!r})"
-        program = linux.file_of(linux.modules_as_program((linux, worker), start).encode())
+        program = linux.file_of(f"{linux.modules_as_program('linux', 'worker')}{start}".encode())
         socket.send_fds(control, [b"program"], [program])
         os.close(program)
         self._hold = control.detach()
@@ -58,28 +60,33 @@ class Function(Container):
         try:
             with socket.socket(fileno=os.dup(self._hold)) as control:
                 while True:
-                    if not select.select([control], [], [], 0)[0]:
+                    # A free slot has a process ready in a moment; where each has a call, one more is made.
+                    if not select.select([control], [], [], SLOT_S if self._calls < READY else 0)[0]:
                         control.send(b"more")
                         if not select.select([control], [], [], START_S)[0]:
                             raise SandboxError(f"function {self._spec.id}: no process was ready in {START_S:.0f} s")
                     fds = socket.recv_fds(control, 16, 1)[1]
                     if not fds:
                         raise OSError("no answer")
-                    call = _Call(fds[0])
+                    call = _Call(fds[0], self._ended)
                     with contextlib.suppress(BrokenPipeError):  # that one was killed while it waited
                         socket.send_fds(call.link, [b"run"], [text, *stdio])
+                        self._calls += 1
                         return call
         except OSError as error:
             raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error}); ask again") from None
         finally:
             os.close(text)
 
+    def _ended(self) -> None:
+        self._calls -= 1
+
 
 class _Call:
     """A call; its process tells how it ended on the socket it was sent on, and its slot ends it when that closes."""
 
-    def __init__(self, fd: int) -> None:
-        self.status_fd, self.link = fd, socket.socket(fileno=fd)
+    def __init__(self, fd: int, ended: Callable[[], None]) -> None:
+        self.status_fd, self.link, self._ended = fd, socket.socket(fileno=fd), ended
 
     def kill(self) -> None:
         """End the call and everything it started."""
@@ -88,3 +95,4 @@ class _Call:
     def reap(self) -> None:
         """Let the slot end what is left and go on."""
         self.link.close()
+        self._ended()

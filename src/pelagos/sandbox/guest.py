@@ -83,7 +83,7 @@ class Agent:
         head, _, rest = data.partition(b"\n")
         ask = json.loads(head)
         if "layers" in ask:
-            self._mount(ask["layers"], rest)
+            self._mount(ask["layers"], rest, ["/"] if ask["base"] == "host" else [])
             self.send(number, b"X", b'{"exit_code":0}')
         elif "now" in ask:  # a restored guest has the clock and the randomness of its snapshot
             with contextlib.suppress(OSError), open("/dev/urandom", "wb") as random:
@@ -93,9 +93,9 @@ class Agent:
         else:
             self._begin(number, ask, rest)
 
-    def _mount(self, sizes: list[int], data: bytes) -> None:
+    def _mount(self, sizes: list[int], data: bytes, lower: list[str]) -> None:
         """Unpack the layers that are not there yet and put the overlay together."""
-        lower, stream = ["/"], io.BytesIO(data)
+        stream = io.BytesIO(data)
         for n, size in enumerate(sizes):
             place = f"{DATA}/layer{n}"
             if not os.path.exists(place) and size:

@@ -67,6 +67,7 @@ def _make(box: Path, spec: Spec, home: Home | None) -> Substrate:
     substrate = kind(box, box.parents[1] / LAYERS, spec, home)
     if home is not None:  # where it is not only the copy inside
         substrate.capabilities.check(spec.require)
+        substrate.begin()
     return substrate
 
 
@@ -75,7 +76,13 @@ def _read_spec(box: Path) -> Spec:
 
 
 def _home() -> Home:
-    return Home(lambda box: _make(box, _read_spec(box), None))
+    return Home(lambda box: _make(box, _read_spec(box), None), _rehearse)
+
+
+def _rehearse() -> None:
+    """Do once what the first request needs: a fork's memory becomes its own where it is touched, a page at a time."""
+    spec = json.dumps(dataclasses.asdict(Spec(id="x", substrate="container", base="host")))
+    _make(Path("/a/b/c"), Spec.from_dict(json.loads(spec)), None)
 
 
 class _Stream:
@@ -141,13 +148,15 @@ class Keeper:
     def __init__(self, loop: Loop, box: Path, home: Home) -> None:
         spec = _read_spec(box)
         self._loop, self._box, self._root, self._spec = loop, box, box.parents[1], spec
-        exists = (box / "log.jsonl").exists()
-        self._log = TrajectoryLog.open(box) if exists else TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
-        if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
-            raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
-        if exists:
+        if (box / "log.jsonl").exists():
+            self._log = TrajectoryLog.open(box)  # before anything else of this sandbox: there is one keeper at a time
+            if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
+                raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
             self._log.event("start")
-        self._substrate: Substrate = _make(box, spec, home)
+            self._substrate: Substrate = _make(box, spec, home)
+        else:
+            self._substrate = _make(box, spec, home)  # which starts while the log is made
+            self._log = TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
         self._terminals: dict[str, int] = {}
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
         self._active, self._last, self._paused = 0, time.monotonic(), False
@@ -476,6 +485,7 @@ def nursery() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cgroups.sweep()
+    linux.modules_as_program("linux", "worker")  # once for all keepers
     gc.collect()
     gc.freeze()
     spares: list[socket.socket] = []
@@ -505,6 +515,7 @@ def _keep(asks: socket.socket) -> None:
     for number in range(3):  # nothing of the client's may be held open: it may wait for the end of its output
         os.dup2(null, number)
     home = _home()
+    _rehearse()
     data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
     asks.close()
     try:

@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
@@ -55,8 +56,16 @@ class Store:
     @functools.cached_property
     def host_layer(self) -> str:
         """The layer under the host base: the frame of directories, home, and copies of the harmless part of /etc."""
+        return self._frame(_build_host_frame)
+
+    @functools.cached_property
+    def own_layer(self) -> str:
+        """The layer under images that bring a system of their own: /workspace, home, names."""
+        return self._frame(_build_frame)
+
+    def _frame(self, build: Callable[[Path], None]) -> str:
         with tempfile.TemporaryDirectory(dir=self.root) as temporary:
-            _build_host_frame(Path(temporary))
+            build(Path(temporary))
             return self.add_directory(Path(temporary), fixed_time=True)
 
     def add_directory(self, path: Path, *, at: str = "/", fixed_time: bool = False) -> str:
@@ -73,10 +82,10 @@ class Store:
         finally:
             os.close(fd)
 
-    def add_tar(self, file: IO[bytes]) -> str:
-        """Store any tar as a layer and return the digest of its canonical form."""
+    def add_tar(self, file: IO[bytes], *, oci: bool = False) -> str:
+        """Store any tar as a layer and return the digest of its canonical form; `oci` for that format's whiteouts."""
         with self._draft() as draft:
-            unpack(file, draft)
+            unpack(file, draft, oci=oci)
             fd = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 with tempfile.TemporaryFile(dir=self.root) as canonical:
@@ -165,21 +174,126 @@ class Image:
         with Path(path).open("rb") as file:
             return replace(self, layers=(*self.layers, (store or default_store()).add_tar(file)))
 
+    def compose(self, *others: "Image") -> Self:
+        """Return this image with the layers of others on top, each layer once: a base, a workspace, a toolkit."""
+        layers = list(self.layers)
+        for other in others:
+            if other.base not in ("none", self.base):
+                raise SandboxError(f"compose: an image over base {other.base!r} cannot go on one over {self.base!r}")
+            layers += [digest for digest in other.layers if digest not in layers]
+        return replace(self, layers=tuple(layers))
 
-def unpack(file: IO[bytes], target: Path) -> None:
+    @classmethod
+    def from_oci(cls, path: Path | str, *, store: Store | None = None) -> Self:
+        """Return the image of an OCI archive or layout, or of what `docker save` wrote; base "none".
+
+        Devices, extended attributes and the configuration (environment, entry point) are left out.
+        """
+        store = store or default_store()
+        with _oci_files(Path(path)) as read:
+            digests = [store.add_tar(blob, oci=True) for blob in map(read, _oci_layers(read, Path(path)))]
+        return cls("none", (store.own_layer, *digests))
+
+    @classmethod
+    def debootstrap(
+        cls, suite: str, *, packages: Sequence[str] = (), mirror: str | None = None, store: Store | None = None
+    ) -> Self:
+        """Return a small Debian of its own with some packages, made by debootstrap; needs root and a mirror."""
+        store = store or default_store()
+        if linux.which("debootstrap") is None:
+            raise SandboxError("debootstrap not found; install it (Debian: apt-get install debootstrap)")
+        for word in (suite, *packages):
+            if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*", word):
+                raise SandboxError(f"debootstrap: {word!r} is no name of a suite or package")
+
+        def alone() -> None:  # what it mounts and forgets ends with it
+            linux.unshare("mnt")
+            linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+
+        with tempfile.TemporaryDirectory(dir=store.root) as place:
+            words = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, f"{place}/root"]
+            words += [mirror] if mirror else []
+            done = subprocess.run(words, capture_output=True, text=True, preexec_fn=alone)
+            if done.returncode:
+                raise SandboxError(f"debootstrap {suite}: {(done.stdout + done.stderr).strip()[-600:]}")
+            return cls("none", (store.own_layer, store.add_directory(Path(place, "root"))))
+
+
+@contextlib.contextmanager
+def _oci_files(path: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Give what opens a file of an image by its name; a blob is checked against its digest."""
+    with contextlib.ExitStack() as stack:
+        try:
+            tar = None if path.is_dir() else stack.enter_context(tarfile.open(path))
+        except (tarfile.TarError, OSError) as error:
+            raise SandboxError(f"{path}: no OCI archive ({error})") from None
+
+        def read(name: str) -> IO[bytes]:
+            try:
+                file = tar.extractfile(name) if tar else path.joinpath(*name.split("/")).open("rb")
+            except (KeyError, OSError, tarfile.TarError):
+                file = None
+            if file is None:
+                raise SandboxError(f"{path}: no {name}; expected an OCI archive, its layout or what docker save wrote")
+            stack.enter_context(file)
+            if name.startswith("blobs/") and _digest(file) != name.rpartition("/")[2]:
+                raise SandboxError(f"{path}: {name} is damaged; its digest is another")
+            file.seek(0)
+            return file
+
+        yield read
+
+
+def _oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
+    """Return the names of an image's layers from the bottom up."""
+
+    def told(name: str) -> Any:
+        try:
+            return json.loads(read(name).read(1 << 22))
+        except ValueError as error:
+            raise SandboxError(f"{path}: {name} is no JSON of an image ({error})") from None
+
+    def blob(digest: str) -> str:
+        if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+            raise SandboxError(f"{path}: digest {digest!r}; expected sha256 and 64 hexadecimal digits")
+        return f"blobs/{digest.replace(':', '/')}"
+
+    ours = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    try:
+        try:
+            found = told("index.json")
+        except SandboxError:
+            names = told("manifest.json")[0]["Layers"]  # docker save before it wrote layouts
+            if any(not isinstance(name, str) or ".." in name.split("/") or name.startswith("/") for name in names):
+                raise SandboxError(f"{path}: a layer's name leaves the archive; it is not to be trusted") from None
+            return names
+        for _ in range(4):
+            if "layers" in found:
+                return [blob(layer["digest"]) for layer in found["layers"]]
+            fits = [m for m in found["manifests"] if m.get("platform", {}).get("architecture", ours) == ours]
+            if not fits:
+                raise SandboxError(f"{path}: no image for {ours} in it")
+            found = told(blob(fits[0]["digest"]))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise SandboxError(f"{path}: no index of an image ({error!r})") from None
+    raise SandboxError(f"{path}: an index of an index of an index; there is no image")
+
+
+def unpack(file: IO[bytes], target: Path, *, oci: bool = False) -> None:
     """Unpack a tar into an empty directory for the inside's user; SandboxError for what tries to leave it."""
     uid, gid = host_ids()
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
-    directories: list[tuple[str, int, int]] = []
+    directories: dict[str, tuple[int, int]] = {}  # path: mode and time, set once nothing is put there any more
     try:
         os.chown(root, uid, gid)
         try:
             with tarfile.open(fileobj=file, mode="r|*") as tar:
                 for info in tar:
-                    _unpack_one(tar, info, root, uid, gid, directories)
+                    if not (oci and (info.ischr() or info.isblk())):
+                        _unpack_one(tar, info, root, uid, gid, directories, oci)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise SandboxError(f"layer: not a tar that can be unpacked here ({error})") from None
-        for name, mode, nanoseconds in reversed(directories):
+        for name, (mode, nanoseconds) in sorted(directories.items(), reverse=True):
             fd = _open_parent(root, f"{name}/x")[0]
             os.fchmod(fd, mode)
             os.utime(fd, ns=(nanoseconds, nanoseconds))
@@ -189,15 +303,21 @@ def unpack(file: IO[bytes], target: Path) -> None:
 
 
 def _unpack_one(
-    tar: tarfile.TarFile, info: tarfile.TarInfo, root: int, uid: int, gid: int, directories: list[tuple[str, int, int]]
-) -> None:
+    tar: tarfile.TarFile, info: tarfile.TarInfo, root: int, uid: int, gid: int,
+    directories: dict[str, tuple[int, int]], oci: bool,
+) -> None:  # fmt: skip
     path = "/".join(part for part in info.name.split("/") if part not in ("", "."))
     if not path:
         return
     if ".." in path.split("/"):
         raise SandboxError(f"layer: name {info.name!r} leaves the tree; this tar is not to be trusted")
-    parent, name = _open_parent(root, path)
+    parent, name = _open_parent(root, path, directories)
     try:
+        if oci and name == ".wh..wh..opq":
+            os.setxattr(parent, OPAQUE_ATTRIBUTE, b"y")
+            return
+        if oci and name.startswith(".wh."):
+            name, info.pax_headers = name[4:], {WHITEOUT: "1"}
         nanoseconds = _nanoseconds(info.pax_headers.get("mtime"), info.mtime)
         mode = info.mode & 0o1777
         if info.isdir():
@@ -207,7 +327,7 @@ def _unpack_one(
             if OPAQUE in info.pax_headers:
                 os.setxattr(fd, OPAQUE_ATTRIBUTE, b"y")
             os.close(fd)
-            directories.append((path, mode, nanoseconds))
+            directories[path] = (mode, nanoseconds)
             os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
             return
         with contextlib.suppress(FileNotFoundError):
@@ -243,19 +363,21 @@ def _unpack_one(
         os.close(parent)
 
 
-def _open_parent(root: int, path: str) -> tuple[int, str]:
+def _open_parent(root: int, path: str, made: dict[str, tuple[int, int]] | None = None) -> tuple[int, str]:
     """Walk to the directory of `path` following no link, making what is missing; the descriptor is the caller's."""
     *parts, name = path.split("/")
     if ".." in parts or name in ("", ".."):
         raise SandboxError(f"layer: name {path!r} leaves the tree; this tar is not to be trusted")
     fd = os.dup(root)
     try:
-        for part in parts:
+        for depth, part in enumerate(parts, 1):
             try:
                 step = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             except FileNotFoundError:
                 os.mkdir(part, 0o755, dir_fd=fd)
                 os.chown(part, *host_ids(), dir_fd=fd)
+                if made is not None:
+                    made["/".join(parts[:depth])] = (0o755, 0)
                 step = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             fd, old = step, fd
             os.close(old)
@@ -291,11 +413,21 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _build_host_frame(frame: Path) -> None:
+def _build_frame(frame: Path) -> None:
     for name, mode in {
-        "usr": 0o755, "etc": 0o755, "etc/ssl": 0o755, "home": 0o755, "home/agent": 0o755, "workspace": 0o755,
-        "tmp": 0o1777, "var": 0o755, "var/tmp": 0o1777, "var/lib": 0o755, "run": 0o755, "proc": 0o555, "dev": 0o755,
-        "opt": 0o755, "root": 0o700,
+        "etc": 0o755, "home": 0o755, "home/agent": 0o755, "workspace": 0o755, "tmp": 0o1777, "run": 0o755,
+        "proc": 0o555, "dev": 0o755,
+    }.items():  # fmt: skip
+        (frame / name).mkdir()
+        (frame / name).chmod(mode)
+    for name, text in _ETC.items():
+        (frame / "etc" / name).write_text(text, encoding="ascii")
+
+
+def _build_host_frame(frame: Path) -> None:
+    _build_frame(frame)
+    for name, mode in {
+        "usr": 0o755, "etc/ssl": 0o755, "var": 0o755, "var/tmp": 0o1777, "var/lib": 0o755, "opt": 0o755, "root": 0o700,
     }.items():  # fmt: skip
         (frame / name).mkdir()
         (frame / name).chmod(mode)
@@ -311,5 +443,3 @@ def _build_host_frame(frame: Path) -> None:
             shutil.copy2(source, target, follow_symlinks=False)
         elif source.is_dir():
             shutil.copytree(source, target, symlinks=True)
-    for name, text in _ETC.items():
-        (frame / "etc" / name).write_text(text, encoding="ascii")

@@ -11,28 +11,35 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import importlib
 import io
 import json
 import random
+import re
+import socket
 import time
 import tomllib
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
+from pelagos.sandbox import log
 from pelagos.sandbox.api import ExecResult, Limits
-from pelagos.sandbox.layers import Image, Store
+from pelagos.sandbox.layers import Image, Store, remove_tree
 from pelagos.sandbox.sdk import AsyncSandbox
 
 BODY_BYTES = 96 << 20
 SAMPLED = 2  # edges looked at for a new sandbox: the less loaded of two is nearly as good as the least of all
 WATCH_S = 2.0
+REACH_S = 2.0  # to connect to an edge, or to have it tell what lives there
+ANSWER_S = 700.0
 OPTIONS = frozenset(f.name for f in dataclasses.fields(Limits)) | {"substrate", "ttl_s", "require"}
+# How an edge is asked: `Edge.answer`, or the same somewhere else; OSError where it cannot be reached.
+Ask = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +55,10 @@ class Project:
 
 @dataclass(slots=True)
 class EdgeView:
-    """What the watcher last saw of an edge; `url` is "" for the one in this process."""
+    """What the watcher last saw of an edge."""
 
     name: str
-    url: str = ""
+    ask: Ask
     alive: bool = True
     sandboxes: int = 0
     memory_mb: float = 0.0
@@ -78,6 +85,7 @@ class Edge:
     def __init__(self, store: Store, *, name: str, most_memory_mb: float) -> None:
         self.name, self._store, self._most = name, store, most_memory_mb
         self._open: dict[str, AsyncSandbox] = {}
+        self._making: dict[str, asyncio.Lock] = {}
 
     def view(self) -> dict[str, Any]:
         """Return what lives here, by project, counted from the directories, which outlive every process of ours."""
@@ -107,10 +115,14 @@ class Edge:
             elif body.get("layers"):
                 image = Image("host", tuple(body["layers"]))
             options = {name: value for name, value in body.items() if name in OPTIONS}
-            if (self._store.box(box_id)).exists():  # the gateway asks again after an answer was lost
-                box = await AsyncSandbox.open(box_id, store=self._store)
-            else:
-                box = await AsyncSandbox.create(id=box_id, image=image, store=self._store, **options)
+            directory = self._store.box(box_id)
+            async with self._making.setdefault(box_id, asyncio.Lock()):
+                if (directory / log.NAME).exists():  # the gateway asks again after an answer was lost
+                    box = await AsyncSandbox.open(box_id, store=self._store)
+                else:
+                    remove_tree(directory)  # of an edge that was killed while it made this
+                    box = await AsyncSandbox.create(id=box_id, image=image, store=self._store, **options)
+            self._making.pop(box_id, None)
             self._open[box_id] = box
             return {"id": box_id, "capabilities": dataclasses.asdict(box.capabilities), "layers": list(image.layers)}
         box = self._open.get(box_id)
@@ -156,16 +168,66 @@ def _plain(done: ExecResult) -> dict[str, Any]:
     return dataclasses.asdict(done) | {"stdout": _text(done.stdout), "stderr": _text(done.stderr)}
 
 
+def over_http(url: str, secret: str) -> Ask:
+    """Reach the edge of another host, whose `app` was given the same secret."""
+    place = urllib.parse.urlsplit(url)
+    port = place.port or (443 if place.scheme == "https" else 80)
+
+    async def ask(what: dict[str, Any]) -> dict[str, Any]:
+        body = json.dumps(what).encode()
+        head = (f"POST {place.path}/edge HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
+                f"Authorization: Bearer {secret}\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
+        reach = asyncio.open_connection(place.hostname, port, ssl=True if place.scheme == "https" else None)
+        reader, writer = await asyncio.wait_for(reach, REACH_S)
+        try:
+            link: socket.socket = writer.get_extra_info("socket")
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is gone says nothing
+            for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+                link.setsockopt(socket.IPPROTO_TCP, option, value)
+            writer.write(head.encode("ascii") + body)
+            answer = await asyncio.wait_for(reader.read(), REACH_S if what["verb"] == "view" else ANSWER_S)
+        finally:
+            writer.close()
+        status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
+        try:
+            told = json.loads(answer.partition(b"\r\n\r\n")[2])
+        except ValueError:
+            raise ConnectionError(f"{url}: no whole answer; it ended, or is no edge") from None
+        if not status or int(status[1]) >= 400:
+            raise _ERRORS.get(int(status[1]) if status else 0, SandboxError)(told["error"])
+        return told
+
+    return ask
+
+
+def on_ray(name: str, root: Path, *, most_memory_mb: float, **options: Any) -> Ask:
+    """Reach an edge that is an actor of a Ray cluster, made where there is none; `options` say where (`resources`)."""
+    ray: Any = importlib.import_module("ray")  # which nothing else needs
+
+    class RayEdge(Edge):
+        def __init__(self) -> None:
+            super().__init__(Store(root), name=name, most_memory_mb=most_memory_mb)
+
+    settings = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000, "get_if_exists": True} | options
+    actor = ray.remote(RayEdge).options(name=f"pelagos-edge-{name}", **settings).remote()
+
+    async def ask(what: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return await asyncio.wait_for(actor.answer.remote(what), REACH_S if what["verb"] == "view" else ANSWER_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the actor of edge {name} ({error})") from None
+
+    return ask
+
+
 class Gateway:
     """The way in: who asks, whether they may, and which edge does it."""
 
-    def __init__(
-        self, projects: list[Project], edges: dict[str, str], local: Edge | None = None, secret: str = ""
-    ) -> None:
-        self._projects, self._local, self._secret = projects, local, secret
-        self._edges = {name: EdgeView(name, url) for name, url in edges.items()}
-        if local is not None:
-            self._edges[local.name] = EdgeView(local.name)
+    def __init__(self, projects: list[Project], edges: Mapping[str, Ask]) -> None:
+        self._projects = projects
+        self._edges = {name: EdgeView(name, ask) for name, ask in edges.items()}
         self._seen: dict[str, list[tuple[str, str, float]]] = {}  # edge: (id, project, memory) of its boxes
         self._asked: dict[str, list[float]] = {}
         self._placing: Counter[str] = Counter()
@@ -180,7 +242,7 @@ class Gateway:
 
     async def _look(self, edge: EdgeView) -> None:
         try:
-            seen = await self._forward(edge, "view", "", {}, None)
+            seen = await edge.ask({"verb": "view"})
         except (OSError, SandboxError):
             edge.alive = False
             return
@@ -192,21 +254,7 @@ class Gateway:
     async def _forward(
         self, edge: EdgeView, verb: str, box: str, body: dict[str, Any], request: str | None
     ) -> dict[str, Any]:
-        if self._local is not None and edge.name == self._local.name:
-            return self._local.view() if verb == "view" else await self._local.handle(verb, box, body, request)
-        ask = json.dumps({"verb": verb, "box": box, "body": body, "request": request}).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._secret}"}
-
-        def post() -> dict[str, Any]:
-            try:
-                request = urllib.request.Request(f"{edge.url}/edge", ask, headers)
-                with urllib.request.urlopen(request, timeout=700) as answer:
-                    return json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                with error:
-                    raise _ERRORS.get(error.code, SandboxError)(json.loads(error.read())["error"]) from None
-
-        return await asyncio.to_thread(post)
+        return await edge.ask({"verb": verb, "box": box, "body": body, "request": request})
 
     def project_of(self, authorization: str) -> Project | None:
         """Return whose key this is, taking as long for a wrong one."""
@@ -230,7 +278,7 @@ class Gateway:
                 raise PermissionError(f"there is no sandbox {box!r} of this project")
             return await self._forward(edge, verb, box, body, request)
         limits = Limits(**{f.name: body[f.name] for f in dataclasses.fields(Limits) if f.name in body})
-        await asyncio.gather(*(self._look(edge) for edge in self._edges.values()))
+        await asyncio.gather(*(self._look(edge) for edge in self._edges.values() if edge.alive))
         if again := next((e for e in self._edges.values() for i, *_ in self._seen.get(e.name, [])
                           if request and i == f"{e.name}.{project.name}.{request}"), None):  # fmt: skip
             return await self._forward(again, "create", f"{again.name}.{project.name}.{request}", body, request)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import guest, inside, linux
+from pelagos.sandbox import container, guest, inside, linux
 from pelagos.sandbox.api import Capabilities, Child, Command, Spec
 from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, PATH, Home, Substrate, host_ids, until_ready
 
@@ -46,7 +46,6 @@ PROGRAMS = {
     "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs",
     "busybox": "busybox-static", "dpkg": "dpkg",
 }  # fmt: skip
-_MKE2FS = "mke2fs -q -F -t ext4 -O ^has_journal -m 0 -E".split()
 OVERHEAD_MB = 224  # of QEMU itself, beside the guest's memory
 BOOT_S = 60.0
 PROBE_S = 10.0
@@ -87,13 +86,11 @@ class VirtualMachine(Substrate):
     def start(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
         tools()
-        if self._spec.base != "host":
-            raise SandboxError(f"{self._spec.substrate}: image base {self._spec.base!r}; guests exist for 'host' only")
         if self._group:
             limits = self._spec.limits
             self._group.limit(replace(limits, memory_mb=limits.memory_mb + OVERHEAD_MB, processes=256))
         base, initrd = self._base(), self._initrd()
-        facts = [base.name, initrd.name, self.machine, *self._spec.layers, self._spec.limits.memory_mb,
+        facts = [base.name, initrd.name, self.machine, self._spec.base, *self._spec.layers, self._spec.limits.memory_mb,
                  self._spec.limits.disk_mb, self.capabilities.kernel]  # fmt: skip
         self._state = self._art / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         own = self._box / "vm"
@@ -106,7 +103,7 @@ class VirtualMachine(Substrate):
                     os.utime(self._state)
                     _copy_sparse(self._state / "disk", own / "disk")
                 else:
-                    _make_disk(own / "disk", self._spec.limits.disk_mb)
+                    container.make_disk(own / "disk", self._spec.limits.disk_mb)
             uid, gid = host_ids()
             for path in (own, own / "disk"):
                 os.chown(path, uid, gid)
@@ -191,7 +188,6 @@ class VirtualMachine(Substrate):
             if os.geteuid() == 0:
                 # The unprivileged user may not walk to our directories, so root lends them under names it may walk to.
                 linux.unshare("mnt")
-                linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
                 places = {"a": os.open(art, os.O_PATH), "o": os.open(own, os.O_PATH)}
                 linux.mount("tmpfs", "/tmp", "tmpfs")
                 for name, fd in places.items():
@@ -213,7 +209,7 @@ class VirtualMachine(Substrate):
             if not ask["restore"]:
                 mux.until_up(b"R", BOOT_S)
                 layers = [self._layer_tar(digest) for digest in self._spec.layers]
-                mux.ask({"layers": [len(data) for data in layers]}, b"".join(layers))
+                mux.ask({"layers": [len(data) for data in layers], "base": self._spec.base}, b"".join(layers))
                 if ask["keep"]:
                     self._save(say)
             else:
@@ -312,14 +308,14 @@ class VirtualMachine(Substrate):
                     _stage(files, Path(stage))
                     size = sum(os.lstat(f).st_blocks // 2 + 4 for f in files) * 5 // 4 + (16 << 10)
                     draft = path.with_suffix(".new")
-                    _run(*_MKE2FS, "root_owner=0:0", "-d", stage, str(draft), f"{size}k")
+                    container.run_tool(*container.MKE2FS, "root_owner=0:0", "-d", stage, str(draft), f"{size}k")
                     draft.chmod(0o444)
                     draft.rename(path)
         return path
 
     def _initrd(self) -> Path:
         """Return the first file system: modules, busybox and the agent's text."""
-        agent = linux.modules_as_program((linux, inside, guest), f"module.main({INSIDE_UID})")
+        agent = f"{linux.modules_as_program('linux', 'inside', 'guest')}module.main({INSIDE_UID})"
         version = _kernel().name.removeprefix("vmlinuz-")
         init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode())
         path = self._art / f"initrd-{hashlib.sha256(f'{version}{agent}{init}'.encode()).hexdigest()[:16]}"
@@ -487,7 +483,7 @@ def _package_files() -> list[str]:
     """Return the files of `PACKAGES` and what they depend on, as dpkg lists them."""
     known: dict[str, tuple[str, str]] = {}
     form = "${db:Status-Abbrev}\t${binary:Package}\t${Package},${Provides}\t${Pre-Depends},${Depends}\n"
-    for line in _run("dpkg-query", "-W", "-f", form).splitlines():
+    for line in container.run_tool("dpkg-query", "-W", "-f", form).splitlines():
         state, package, names, needs = line.split("\t")
         if state.startswith("ii"):
             known |= {name: (package, needs) for name in _names(names.split(",")) if name not in known}
@@ -498,7 +494,7 @@ def _package_files() -> list[str]:
             seen.add(package)
             for choice in needs.split(","):
                 todo += [name for name in _names(choice.split("|")) if name in known][:1]
-    files = set(_run("dpkg-query", "-L", *sorted(seen)).splitlines())
+    files = set(container.run_tool("dpkg-query", "-L", *sorted(seen)).splitlines())
     wanted = [f for f in files if not _UNWANTED.search(f) and f.startswith(("/usr/", "/bin", "/sbin", "/lib"))]
     return sorted(f for f in wanted if os.path.lexists(f))
 
@@ -536,12 +532,8 @@ def _stage(files: list[str], stage: Path) -> None:
     os.umask(before)
 
 
-def _make_disk(path: Path, megabytes: float) -> None:
-    _run(*_MKE2FS, "root_owner=0:0,lazy_itable_init=1", str(path), f"{int(megabytes * 1024)}k")
-
-
 def _copy_sparse(source: Path, target: Path) -> None:
-    _run("cp", "--sparse=always", "--reflink=auto", str(source), str(target))
+    container.run_tool("cp", "--sparse=always", "--reflink=auto", str(source), str(target))
 
 
 def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
@@ -555,13 +547,6 @@ def _cpio(parts: dict[str, tuple[int, bytes]]) -> bytes:
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
     return bytes(out)
-
-
-def _run(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise SandboxError(f"{words[0]}: {done.stderr.strip()}")
-    return done.stdout
 
 
 @contextlib.contextmanager

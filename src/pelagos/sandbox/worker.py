@@ -11,10 +11,10 @@ import json
 import os
 import select
 import signal
+import site
 import socket
 import sys
 import time
-import traceback
 from typing import Any
 
 from pelagos.sandbox import linux
@@ -28,14 +28,19 @@ def serve(control: socket.socket, settings: dict[str, Any]) -> None:
     """Keep `ready` slots, and make one for a single call for every packet on `control`, until it closes."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()
-    for _ in range(settings["ready"]):
-        linux.fork(lambda: _slot(control, settings, once=False), traceback.print_exception)
     os.write(1, b"ready\n")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    site.main()  # which the interpreter was told to leave for later
+    for _ in range(settings["ready"]):
+        linux.fork(lambda: _slot(control, settings, once=False), _complain)
     while control.recv(16):
-        linux.fork(lambda: _slot(control, settings, once=True), traceback.print_exception)
+        linux.fork(lambda: _slot(control, settings, once=True), _complain)
+
+
+def _complain(error: BaseException) -> None:
+    sys.__excepthook__(type(error), error, error.__traceback__)
 
 
 def _slot(control: socket.socket, settings: dict[str, Any], *, once: bool) -> None:
@@ -47,7 +52,7 @@ def _slot(control: socket.socket, settings: dict[str, Any], *, once: bool) -> No
     gc.freeze()
     while True:
         keeper, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        first = linux.fork_into(("pid", "mnt", "ipc"), lambda: _first(link, settings), traceback.print_exception)  # noqa: B023
+        first = linux.fork_into(("pid", "mnt", "ipc"), lambda: _first(link, settings), _complain)  # noqa: B023
         try:
             socket.send_fds(control, [b"ready"], [keeper.fileno()])
         except OSError:
@@ -76,7 +81,7 @@ def _first(link: socket.socket, settings: dict[str, Any]) -> None:
         linux.mount("tmpfs", place, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, f"size={settings['disk']},mode=1777")
     linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # what runs next has this uid: it may not look into us
-    target = linux.fork(lambda: _run(link, settings), traceback.print_exception)
+    target = linux.fork(lambda: _run(link, settings), _complain)
     while True:
         pid, status = os.wait()
         if pid == target:
@@ -124,7 +129,7 @@ def _run(link: socket.socket, settings: dict[str, Any]) -> None:
         if code == 127:
             print(f"sandbox: cannot run {command['argv'][0]!r} in {command['cwd']}: {error}", file=sys.stderr)
         else:
-            traceback.print_exc()
+            _complain(error)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
