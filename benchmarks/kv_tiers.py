@@ -29,11 +29,12 @@ import numpy as np
 import torch
 
 from pelagos.cli.counts import parse_tokens
-from pelagos.config import preset, tiny
+from pelagos.config import tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, Stream, build_engine
 from pelagos.engine.tiers import Restore, pinned
 from pelagos.evals.commit import commit
 from pelagos.evals.engine_bench import forget_files, kv_budget
+from pelagos.evals.step_bench import cut_config
 from pelagos.load import load_served
 from pelagos.model import Transformer
 from pelagos.model.cuda_weights import Fp8, Weights
@@ -58,6 +59,7 @@ class OneLayersExperts(Weights):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny")
+    parser.add_argument("--layers", help="the first N layers, or A:B")
     parser.add_argument("--model", help="compare bits with this model instead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--context", default="4K")
@@ -65,24 +67,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps with copies under way, and without")
     parser.add_argument("--dir", help="where the disk tier lies (default: the system's place for temporary files)")
     args = parser.parse_args()
+    context = parse_tokens(args.context, "context")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         rows = (
             bits_rows(args.model, args.device, Path(folder)) if args.model
-            else rate_rows(args.shape, parse_tokens(args.context, "context"), args.batch, args.steps, Path(folder))
+            else rate_rows(args.shape, args.layers, context, args.batch, args.steps, Path(folder))
         )  # fmt: skip
         for row in rows:
             print(json.dumps(row), flush=True)
 
 
-def rate_rows(shape: str, context: int, batch: int, steps: int, folder: Path) -> Iterator[Row]:
+def rate_rows(shape: str, layers: str | None, context: int, batch: int, steps: int, folder: Path) -> Iterator[Row]:
     """Yield a row a figure for one prefix of `context` tokens."""
     if shape == "tiny":
         model: Transformer | Weights = Transformer(tiny()).eval()
         initialise(model, 0)
         name, layout = "cpu", "float32"
     else:
-        config = dataclasses.replace(preset(shape), num_nextn_predict_layers=0)
-        model, layout = OneLayersExperts(config, torch.device("cuda")).fill_random(), "released"
+        weights = OneLayersExperts(cut_config(shape, layers), torch.device("cuda"))
+        model, layout = weights.fill_random(), "released"
         name = torch.cuda.get_device_name()
     room = kv_budget(model.config, 1, 9 * context // 4, layout=layout)
     room += kv_budget(model.config, batch + 1, 2 * SHORT + 8 * steps, layout=layout)

@@ -16,9 +16,9 @@ from torch import Tensor
 from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_model, write_checkpoint
 from pelagos.checkpoint.write import SHARD_BYTES
 from pelagos.errors import CheckpointError, ConfigError
-from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.model import Transformer
 from pelagos.model.cuda_weights import Weights
+from pelagos.model.expert_blocks import ExpertBlocks
 from pelagos.model.streaming import ExpertStore, StreamedExperts
 from pelagos.model.transformer import Block
 
@@ -54,7 +54,9 @@ def load_model(
     _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
     if expert_bytes is not None:
         if dtype != torch.float32 or target.type != "cpu":
-            raise ConfigError(f"expert_bytes={expert_bytes}: for float32 on a CPU, not {dtype} on {target}")
+            raise ConfigError(
+                f"expert_bytes={expert_bytes}: for float32 on a CPU or released mode on CUDA, not {dtype} on {target}"
+            )
         _stream_experts(model, checkpoint, expert_bytes)
     model.to_empty(device=target)
     targets = {name: tensor for name, tensor, _ in model.released_tensors(streamed=False)}
@@ -94,28 +96,29 @@ def load_served(
 
     Raises as `load_model`.
     """
-    if mode == "released" and device is not None and expert_bytes is None and usable_device(device).type == "cuda":
+    if mode == "released" and device is not None and usable_device(device).type == "cuda":
         try:
-            weights = load_weights(path_or_name, device)
-            for experts in (each for layer in weights.layers for each in (layer.w13, layer.w2)):
-                base_bytes(*experts)  # refuses scales that the kernels of prompts do not take
+            weights = load_weights(path_or_name, device, expert_bytes=expert_bytes)
+            weights.bases()  # refuses scales that the kernels of prompts do not take
             return weights
         except (ConfigError, CheckpointError) as error:  # what is wrong with the files themselves is said again below
             _log.warning("the captured step does not take this model, it runs in torch: %s", error)
     return load_model(path_or_name, mode=mode, device=device, expert_bytes=expert_bytes)
 
 
-def load_weights(path_or_name: str | Path, device: torch.device | str) -> Weights:
+def load_weights(path_or_name: str | Path, device: torch.device | str, *, expert_bytes: int | None = None) -> Weights:
     """Load a checkpoint into the merged weights of the captured step, packed as released; one tensor at a time.
 
-    Raises as `load_model`, and CheckpointError for values that the released formats do not hold.
+    With `expert_bytes` so many bytes of routed experts are on the device, the others in host memory. Raises as
+    `load_model`, and CheckpointError for values that the released formats do not hold.
     """
     target = usable_device(device)
     checkpoint = open_checkpoint(resolve_model(path_or_name))
     left_out = _left_out(checkpoint)
     config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=int(checkpoint.draft == "mtp"))
     names = [name for name in checkpoint.tensors if name not in left_out]
-    return Weights(config, target).fill((name, values) for name, values, _ in checkpoint.stream(names))
+    blocks = None if expert_bytes is None else ExpertBlocks(config, target, expert_bytes)
+    return Weights(config, target, blocks).fill((name, values) for name, values, _ in checkpoint.stream(names))
 
 
 def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD_BYTES, exact: bool = False) -> None:

@@ -23,9 +23,11 @@ TYPES |= dict.fromkeys(("order", "tile_expert", "tile_first", "tile_end", "chose
                         "ends", "positions", "places", "firsts", "owners", "table", "starts", "windows", "units",
                         "count", "seen", "blocks", "best", "old", "picks",
                         "old_scores", "best_scores"), I32)
-TYPES |= dict.fromkeys(("limit", "eps", "factor"), "fp32")
-EXPERT = dict(SHARED=6, DEPTH=512, OUTPUTS=256, TILE=64, TARGET=made_for)
+TYPES |= dict.fromkeys(("limit", "eps", "factor"), "fp32") | {{"homes": "*i64"}}
+STACKED = dict(SHARED=6, DEPTH=512, OUTPUTS=256, PLACED=False)
+EXPERT = dict(TILE=64, TARGET=made_for)
 ATTEND = dict(HEADS=64, PADDED=64, WIDTH=512, ROPE=64, SIZE=128, FAR=True, PICKS=512, TILE=64, TARGET=made_for)
+PLACED = STACKED | dict(PLACED=True)
 PLACE = dict(WIDTH=512, ROPE=64, SCALES=8, RATIO=4, SPAN=1024, TAIL=8, INDEX=128, TARGET=made_for)
 KERNELS = [
     (prefill_experts._count_kernel, dict(EXPERTS=256, PADDED=256, PICKS=256), dict(picks="i32")),
@@ -33,7 +35,8 @@ KERNELS = [
      dict(blocks="i32")),
     (prefill_experts._place_kernel, dict(EXPERTS=256, PICKS=256), dict(picks="i32")),
     (prefill_experts._turn_kernel, dict(PICKED=6, WIDTH=512, COLUMNS=512), {{}}),
-    (prefill_experts._product_kernel, EXPERT, dict(x=U8, scale=I32, num_warps=8, num_stages=2)),
+    *((prefill_experts._product_kernel, each | EXPERT, dict(x=U8, scale=I32, num_warps=8, num_stages=2))
+      for each in (STACKED, PLACED)),
     (prefill_experts._hidden_kernel, dict(INNER=256, GROUPS=8, TARGET=made_for), {{}}),
     (prefill_experts._combine_kernel, dict(PICKED=6, WIDTH=512, HAS_SHARED=True, COLUMNS=512, TARGET=made_for), {{}}),
     (prefill_attention._attend_kernel, ATTEND,
@@ -50,7 +53,7 @@ KERNELS = [
     (prefill_cache._index_kernel, dict(WIDTH=128, EACH=32, KEYS=32), dict(base=I32, scales=F32)),
 ]
 HOPPER = [
-    (hopper_experts._product_kernel, dict(SHARED=6, DEPTH=512, OUTPUTS=256), dict(x=CODE, scale=U8, num_warps=4)),
+    *((hopper_experts._product_kernel, each, dict(x=CODE, scale=U8, num_warps=4)) for each in (STACKED, PLACED)),
     (hopper_attention._attend_kernel, dict(HEADS=64, WIDTH=512, ROPE=64, SIZE=128, FAR=True, PICKS=512),
      dict(base=I32, scale="fp32", num_warps=8)),
 ]
@@ -64,5 +67,5 @@ compile_all({target}, KERNELS + HOPPER * (arch == 90), TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    count = 19 if target[1] == 90 else 17
+    count = 21 if target[1] == 90 else 18
     assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == f"compiled {count}\n"

@@ -27,14 +27,13 @@ def generate(
     mode: Annotated[str, typer.Option(help="Number mode: reference or released.")] = "reference",
     device: Annotated[str | None, typer.Option(help="Device of the weights, such as cpu or cuda.")] = None,
     expert_bytes: Annotated[
-        str | None, typer.Option(help="Memory for routed experts, such as 8M; the rest is read from disk when chosen.")
+        str | None, typer.Option(help="Memory for routed experts, such as 8M; others are read when chosen.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
 ) -> None:
     """Complete every line of a JSONL file, {"prompt": ...} or {"messages": ...}; exit code 1 when a line was bad."""
     from pelagos.engine import LLM
     from pelagos.evals.lines import complete_lines
-    from pelagos.model.streaming import store_of
 
     defaults = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     ahead = LINES_AHEAD if source.seekable() else 1  # whoever writes a pipe may wait for the answer to a line
@@ -48,9 +47,9 @@ def generate(
             bad += _tell(done, result)
             if bad and strict:
                 break
-    if budget is not None and (store := store_of(llm.model)):
+    if report := llm.expert_stats():
         typer.echo("experts: {places} of {experts} in memory, {bytes_per_token:,} bytes read a token, "
-                   "{hit_rate:.1%} found there, {tokens:,} tokens".format(**store.report()), err=True)  # fmt: skip
+                   "{hit_rate:.1%} found there, {tokens:,} tokens".format(**report), err=True)  # fmt: skip
     if bad:
         raise RequestError(f"{bad} of {done} lines failed")
 

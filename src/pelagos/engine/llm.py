@@ -24,6 +24,8 @@ from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, RequestError
 from pelagos.load import load_served
 from pelagos.model import Transformer
+from pelagos.model.expert_blocks import ExpertBlocks
+from pelagos.model.streaming import ExpertStore, store_of
 
 Prompt = str | Sequence[int]
 
@@ -77,9 +79,10 @@ class LLM:
         full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
         where the host's library can keep them, with a warning where not; True insists; on CUDA in released mode they
         always are). speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper
-        (None: where it can run). preemption: swap or recompute. expert_bytes: on a CPU, memory for routed experts,
-        which are read when chosen (None: all of them). Honours PELAGOS_THREADS. Raises CheckpointError, ConfigError,
-        CapacityError when the memory is not there, or MissingDependency without `tokenizers`.
+        (None: where it can run). preemption: swap or recompute. expert_bytes: memory for routed experts (None: all of
+        them); on a CPU the others are read when chosen, on CUDA in released mode they lie in host memory. Honours
+        PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
+        MissingDependency without `tokenizers`.
         """
         threads = read_environment().threads
         if threads is not None:
@@ -93,6 +96,7 @@ class LLM:
         model = aside(lambda: load_served(path, mode=mode, device=device, expert_bytes=expert_bytes))
         tokenizer = Tokenizer.load(path)
         self._hold(model.config, tokenizer, generation, model if isinstance(model, Transformer) else None)
+        self._experts = store_of(model) if isinstance(model, Transformer) else model.blocks
         self.engine: Engine = build_engine(model, tokenizer, options)
 
     @classmethod
@@ -128,6 +132,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.generation = generation or config.generation
         self._model = model
+        self._experts: ExpertStore | ExpertBlocks | None = None
 
     @property
     def model(self) -> Transformer:
@@ -185,6 +190,10 @@ class LLM:
     def stats(self) -> EngineStats:
         """Return what the engine counts: pages and slots in use, hits, evictions, damaged disk entries."""
         return self.engine.stats()
+
+    def expert_stats(self) -> dict[str, float]:
+        """Return what streamed experts count: places, share found there, bytes read a token; {} where none are."""
+        return {} if self._experts is None else self._experts.report()
 
     def close(self) -> None:
         """End what runs, finish the disk cache's writes and stop the engine; an LLM that is never closed ends too."""

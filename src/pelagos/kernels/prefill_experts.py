@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.ref import prefill_experts as ref
+from pelagos.kernels.ref.fp4_experts import placed
 
 BLOCK = 128
 SPARE = 8  # places at which an expert's picks begin
@@ -18,16 +19,17 @@ BINADES = 14  # of group scales that E4M3 holds beside the codes' own
 
 def mixture(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    bases: tuple[Tensor, Tensor], limit: float, *, shared: Tensor | None = None,
+    bases: tuple[Tensor, Tensor], limit: float, *, shared: Tensor | None = None, place: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the chosen experts' weighted sum, plus `shared`, (T, D) bfloat16.
 
     Operands as `fp4_experts.mixture` takes them; `bases` are `base_bytes` of (w13, s13) and (w2, s2), shared (T, D)
-    bfloat16. As released with a BF16 carrier: every product's result and the weighted hidden vector are rounded to
-    bfloat16, the sum is float32. Raises ConfigError for other shapes. Source: inference/model.py Expert, MoE.
+    bfloat16; with `place` weights are blocks, as `fp4_experts.site` takes them. As released with a BF16 carrier: every
+    product's result and the weighted hidden vector are rounded to bfloat16, the sum is float32. Raises ConfigError for
+    other shapes. Source: inference/model.py Expert, MoE.
     """
     (tokens, width), (count, outputs, inner) = codes.shape, w2.shape
-    inner *= 2
+    inner, experts = 2 * inner, count if place is None else len(place)
     expected = {
         "codes": (codes, (tokens, outputs)),
         "scales": (scales, (tokens, width // BLOCK)),
@@ -36,8 +38,8 @@ def mixture(
         "s13": (s13, (count, 2 * inner, width // 32)),
         "w2": (w2, (count, width, inner // 2)),
         "s2": (s2, (count, width, inner // 32)),
-        "bases[0]": (bases[0], (count, 2 * inner // BLOCK)),
-        "bases[1]": (bases[1], (count, width // BLOCK)),
+        "bases[0]": (bases[0], (experts, 2 * inner // BLOCK)),
+        "bases[1]": (bases[1], (experts, width // BLOCK)),
         "shared": (codes if shared is None else shared, (tokens, width)),
     }
     for name, (tensor, shape) in expected.items():
@@ -47,12 +49,13 @@ def mixture(
         raise ConfigError(
             f"prefill_experts: widths {width} and {inner}, chosen {chosen.dtype}: expected multiples of {BLOCK}, int32"
         )
-    inputs = (codes, scales, chosen, weights, w13, s13, w2, s2)
     if not codes.is_cuda:
-        return ref.forward(*inputs, limit, shared)
+        if place is not None:
+            w13, s13, w2, s2 = (placed(each, place) for each in (w13, s13, w2, s2))
+        return ref.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit, shared)
     from pelagos.kernels.triton import prefill_experts as kernel
 
-    return kernel.forward(*inputs, bases, shared, limit)
+    return kernel.forward(codes, scales, chosen, weights, w13, s13, w2, s2, bases, shared, limit, place)
 
 
 def choose(

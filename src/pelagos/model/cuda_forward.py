@@ -77,11 +77,10 @@ class CudaForward:
     """One model over two pools on a device, in released mode; implements `engine.runner.Forward`.
 
     `positions` is the longest context planned for; a page table a row holds as many. Raises ConfigError for a layout of
-    another mode or model. On a CPU (tests) the same calls run eagerly through the references. Of weights with blocks of
-    experts prompts take the step too, 64 rows a call.
+    another mode or model. On a CPU (tests) the same calls run eagerly through the references.
     """
 
-    draws = True
+    draws = two_kinds = True  # prompts have kernels of their own
     ranks = 1  # that share the rows of a call
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
@@ -90,7 +89,6 @@ class CudaForward:
         config, device = weights.config, weights.device
         self.weights, self.layout, self.pages, self.slots = weights, layout, pages, slots
         self.weight_bytes = weights.bytes
-        self.two_kinds = weights.blocks is None  # prompts have kernels of their own
         self._device, self._cuda = device, device.type == "cuda"
         self._width = layout.pages_for(positions)
         most = BUCKETS[-1]
@@ -174,10 +172,9 @@ class CudaForward:
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         kept: list[list[np.ndarray]] = [[] for _ in spans]
         picks: dict[int, list[Drawn]] = {}
-        if past is None and self.two_kinds:
+        if past is None:
             self._prompts(spans, logits, kept, picks)
-        stepped = past is not None or not self.two_kinds
-        decoding = [which for which, span in enumerate(spans) if span.decode or stepped]
+        decoding = [which for which, span in enumerate(spans) if span.decode or past is not None]
         for staged in self.launch([spans[which] for which in decoding], past):
             call = staged.call
             for found, rows, results in ((logits, staged.wanted, call.logits), (kept, staged.kept, call.streams)):

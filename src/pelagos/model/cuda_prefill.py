@@ -57,8 +57,8 @@ class Prefill:
                 first=factors(layer.first.scales), second=factors(layer.second.scales), wo_a=factors(layer.wo_a.scales),
                 wo_b=factors(layer.wo_b.scales), shared13=factors(layer.shared13.scales),
                 shared2=factors(layer.shared2.scales),
-                bases=(prefill_experts.base_bytes(*layer.w13), prefill_experts.base_bytes(*layer.w2)),
-            ) for layer in weights.layers
+                bases=bases,
+            ) for layer, bases in zip(weights.layers, weights.bases(), strict=True)
         ]  # fmt: skip
 
     @torch.inference_mode()
@@ -145,8 +145,9 @@ class Prefill:
         )  # fmt: skip
         del normed, up
         state[0] = prefill_experts.mixture(
-            codes, scales, chosen, weights, *layer.w13, *layer.w2, extra.bases, float(c.swiglu_limit), shared=shared
-        )
+            codes, scales, chosen, weights, *layer.w13, *layer.w2, extra.bases, float(c.swiglu_limit), shared=shared,
+            place=layer.place,
+        )  # fmt: skip
 
 
 def prompt_bytes(layout: CacheLayout, tokens: int, positions: int) -> int:

@@ -19,6 +19,7 @@ from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.kernels.cache_write import CacheWeights
 from pelagos.kernels.fp4_experts import MAX_SCALE_BYTE
+from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.kernels.skinny_gemm import BLOCK, TALL
 from pelagos.model.attention import CSA_RATIO
 from pelagos.model.expert_blocks import ExpertBlocks
@@ -127,12 +128,18 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        """Bytes of all tensors on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors() if tensor.device.type == self.device.type)
 
     def tensors(self) -> list[Tensor]:
         """All tensors as they lie there, codes and scales."""
         return [t for _, values, scales in self._whole for t in (values, scales) if t is not None]
+
+    def bases(self) -> list[tuple[Tensor, Tensor]]:
+        """Return `base_bytes` of each layer's routed w13 and w2; ConfigError for scales the prompts' kernels refuse."""
+        if self.blocks is not None:
+            return self.blocks.bases()[: len(self.layers)]
+        return [(base_bytes(*layer.w13), base_bytes(*layer.w2)) for layer in self.layers]
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> Weights:
         """Take every tensor's values by released name, encoded without loss; return self.

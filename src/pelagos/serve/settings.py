@@ -46,6 +46,8 @@ class Settings:
     max_requests: int = _set("engine", 16, "requests computed side by side; the rest wait")
     chunk_tokens: int = _set("engine", 512, "tokens one step computes at most")
     kv_bytes: int | None = _set("engine", None, "memory of the caches (default: by what is free)")
+    host_kv_bytes: int | None = _set("engine", None, "host memory behind them (default: on a GPU, half as much)")
+    expert_bytes: int | None = _set("engine", None, "memory of routed experts; the others are streamed (default: all)")
     prefix_cache: bool = _set("engine", True, "keep prefixes of earlier requests")
     disk_dir: Path | None = _set("engine", None, "directory in which prefixes outlive the server")  # noqa: RUF009
     disk_policy: str = _set("engine", "turns", "what is kept there: full, periodic(P), zero or turns")

@@ -150,8 +150,8 @@ def _consume(
 
 @gluon.jit
 def _produce(
-    x, xs, order, tile_expert, tile_first, tile_end, w, scale, items, room, shared,
-    SHARED: gl.constexpr, DEPTH: gl.constexpr, OUTPUTS: gl.constexpr,
+    x, xs, order, tile_expert, tile_first, tile_end, w, scale, homes, items, room, shared,
+    SHARED: gl.constexpr, DEPTH: gl.constexpr, OUTPUTS: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     v_smem, w_smem, s_smem, f_smem, full, empty = shared
     lines: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
@@ -168,7 +168,7 @@ def _produce(
         tile, block = item // (OUTPUTS // 128), item % (OUTPUTS // 128)
         first, end = gl.load(tile_first + tile), gl.load(tile_end + tile)
         if first < end:
-            own = gl.load(tile_expert + tile).to(gl.int64) * OUTPUTS + block * 128
+            own, row_at = gl.load(tile_expert + tile).to(gl.int64), block * 128
             place = first + column
             if SHARED > 0:
                 source = gl.load(order + place, mask=place < end, other=0) // SHARED
@@ -177,7 +177,12 @@ def _produce(
             live = (place < end)[:, None] & (byte >= 0)[None, :]
             values = x + source.to(gl.int64)[:, None] * DEPTH + byte[None, :]
             factors = xs + gl.multiple_of(first, 8) + pick
-            weight, group_scale = w + own * (DEPTH // 2) + row, scale + own * (DEPTH // 32) + group
+            if PLACED:  # bytes from the first block, the same for codes and scales
+                home = gl.multiple_of(gl.load(homes + own), 256)
+                weight, group_scale = w + home, scale + home
+            else:
+                weight, group_scale = w + own * OUTPUTS * (DEPTH // 2), scale + own * OUTPUTS * (DEPTH // 32)
+            weight, group_scale = weight + row_at * (DEPTH // 2) + row, group_scale + row_at * (DEPTH // 32) + group
             for _ in range(0, DEPTH // 128):
                 slot = turn % STAGES
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
@@ -192,8 +197,8 @@ def _produce(
 
 @gluon.jit
 def _product_kernel(
-    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, out, room, items,
-    SHARED: gl.constexpr, DEPTH: gl.constexpr, OUTPUTS: gl.constexpr,
+    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, homes, out, room, items,
+    SHARED: gl.constexpr, DEPTH: gl.constexpr, OUTPUTS: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -211,8 +216,8 @@ def _product_kernel(
         [
             (_consume, (tile_expert, tile_first, tile_end, base, out, items, shared, 0, DEPTH, OUTPUTS)),
             (_consume, (tile_expert, tile_first, tile_end, base, out, items, shared, 1, DEPTH, OUTPUTS)),
-            (_produce, (x, xs, order, tile_expert, tile_first, tile_end, w, scale, items, room, shared, SHARED, DEPTH,
-                        OUTPUTS)),
+            (_produce, (x, xs, order, tile_expert, tile_first, tile_end, w, scale, homes, items, room, shared, SHARED,
+                        DEPTH, OUTPUTS, PLACED)),
         ],
         [4, 4], [EXPAND_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip

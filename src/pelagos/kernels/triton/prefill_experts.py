@@ -136,8 +136,9 @@ def _weights(byte, word, base, TARGET: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, out, room,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
+    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, homes, out, room,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PLACED: tl.constexpr, TILE: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """128 rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
 
@@ -158,9 +159,14 @@ def _product_kernel(
         blocks: tl.constexpr = DEPTH // 128
         values = x + source.to(tl.int64)[:, None] * DEPTH + tl.arange(0, 128)[None, :]
         factors = xs + tl.multiple_of(first, 8) + column
-        turned = expert * OUTPUTS + tl.program_id(0) * 128 + _turned_row(lane)
-        weight = w + turned[:, None] * (DEPTH // 2) + tl.arange(0, 64)[None, :]
-        words = scale + turned * blocks
+        turned = tl.program_id(0) * 128 + _turned_row(lane)
+        if PLACED:  # bytes from the first block, the same for codes and scales
+            home = tl.multiple_of(tl.load(homes + expert), 256)
+            weight, words = w + home, scale + home // 4
+        else:
+            weight, words = w + expert * (OUTPUTS * (DEPTH // 2)), scale + expert * (OUTPUTS * blocks)
+        weight += turned[:, None] * (DEPTH // 2) + tl.arange(0, 64)[None, :]
+        words += turned * blocks
         low = tl.load(base + expert * (OUTPUTS // 128) + tl.program_id(0)).to(tl.int32)
         total = tl.zeros((128, TILE), tl.float32)
         for k in tl.range(0, blocks):
@@ -231,10 +237,10 @@ def choose(
 
 def forward(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    bases: tuple[Tensor, Tensor], shared: Tensor | None, limit: float,
+    bases: tuple[Tensor, Tensor], shared: Tensor | None, limit: float, place: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
-    (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], w13.shape[0], w2.shape[2] * 2
+    (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], bases[0].shape[0], w2.shape[2] * 2
     picks, made_for, tile = tokens * picked, target(), hopper_experts.TILE if hopper(codes.device) else TILE
     blocks, tiles = triton.cdiv(picks, PICKS), picks // tile + min(experts, picks)
     padded = max(16, triton.next_power_of_2(experts))
@@ -262,12 +268,13 @@ def forward(
     hidden, hs = new(room, inner, dtype=torch.uint8), new(inner // 128, room, dtype=torch.float32)
 
     def product(x: Tensor, xs: Tensor, weight: Tensor, scale: Tensor, base: Tensor, out: Tensor, each: int) -> None:
-        sizes = {"SHARED": each, "DEPTH": x.shape[1], "OUTPUTS": out.shape[1]}
+        sizes = {"SHARED": each, "DEPTH": x.shape[1], "OUTPUTS": out.shape[1], "PLACED": place is not None}
+        homes = chosen if place is None else place
         if tile != TILE:
-            hopper_experts.product(tiles, x, xs, order, *table, weight, scale, base, out, room, **sizes)
+            hopper_experts.product(tiles, x, xs, order, *table, weight, scale, base, homes, out, room, **sizes)
             return
         _product_kernel[(out.shape[1] // 128, tiles)](
-            x, xs, order, *table, weight, scale.view(torch.int32), base, out, room, **sizes, TILE=TILE,
+            x, xs, order, *table, weight, scale.view(torch.int32), base, homes, out, room, **sizes, TILE=TILE,
             TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
 
