@@ -105,6 +105,22 @@ def steps(forward: CudaForward, spans: list[Span], count: int, drafts: int) -> l
     return found
 
 
+def graph(forward: CudaForward, spans: list[Span], count: int) -> list[float]:
+    """Seconds of a step's graphs alone, as the device sees them."""
+    found = []
+    for _ in range(count):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        took = 0.0
+        for staged in forward.launch(spans):
+            begin.record()
+            staged.call.run()
+            end.record()
+            end.synchronize()
+            took += begin.elapsed_time(end) / 1e3
+        found.append(took)
+    return found
+
+
 def prompt(forward: CudaForward, span: Span, length: int, group: Group | Alone) -> list[float]:
     """Seconds of a whole prompt in calls of the most tokens that one takes."""
     ids = np.random.default_rng(0).integers(0, forward.weights.config.vocab_size, length)
@@ -144,10 +160,11 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
             times = steps(forward, spans, args.steps + 3, drafts)
             took, made = statistics.median(times[3:]), batch
         took = max(group.gather(took))
+        replays = graph(forward, spans, args.steps) if kind != "prompt" and device.type == "cuda" else [0.0]
         case = f"{args.shape} layers={config.num_hidden_layers} {kind} context={context} batch={batch} drafts={drafts}"
         yield {"bench": "group", "case": case, "device": str(device), "ranks": ranks, "alone": args.alone,
-               "apart": args.apart, "us": round(took * 1e6, 1), "tok_s": round(made / took, 1),
-               "steps_s": round(1 / took, 1), "tokens_a_step_at_most": batch * (drafts + 1),
+               "apart": args.apart, "us": round(took * 1e6, 1), "graph_us": round(statistics.median(replays) * 1e6, 1),
+               "tok_s": round(made / took, 1), "steps_s": round(1 / took, 1), "most_tokens": batch * (drafts + 1),
                "first_s": round(times[0], 2), "case_s": round(time.perf_counter() - begun, 1),
                "weight_bytes": weights.bytes, "page_bytes_a_token": layout.page_bytes / layout.page_tokens}  # fmt: skip
 
@@ -170,11 +187,8 @@ def main() -> None:
     config = dataclasses.replace(config, num_nextn_predict_layers=preset(args.shape).num_nextn_predict_layers)
     if args.shape == "nano":
         config = dataclasses.replace(config, moe_intermediate_size=256)
-    group = (
-        Alone(device, config.n_routed_experts)
-        if args.alone
-        else Group(device, most_bytes(config, int(os.environ["WORLD_SIZE"])))
-    )
+    most = most_bytes(config, int(os.environ.get("WORLD_SIZE", "2")))
+    group = Alone(device, config.n_routed_experts) if args.alone else Group(device, most)
     weights = Weights(cut_width(config, group.size), device).fill_random()
     with torch.inference_mode():
         for row in rows(args, group, weights):

@@ -40,8 +40,10 @@ class Group:
                 raise ConfigError(f"several processes: {error}; start them with torchrun") from None
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         host = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else dist.group.WORLD
+        orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # may be long in coming
         assert isinstance(host, dist.ProcessGroup)
-        self._host = host
+        assert isinstance(orders, dist.ProcessGroup)
+        self._host, self._orders = host, orders
         self._cuda, self._index, self._files = cuda, 0, itertools.count()
         self._kept: list[Any] = []  # handles of memory; tokens on their way
         if cuda:
@@ -148,6 +150,12 @@ class Group:
         found = [None] * self.size
         dist.all_gather_object(found, thing, self._host)
         return found
+
+    def told(self, thing: Any = None) -> Any:
+        """Return what rank 0 brought, on every rank, whenever it does."""
+        found = [thing]
+        dist.broadcast_object_list(found, 0, self._orders)
+        return found[0]
 
     def close(self) -> None:
         """Part, when all have come so far."""

@@ -8,9 +8,9 @@ from pelagos.engine.prefix import PrefixCache
 
 def check_pool(pool: PagePool) -> None:
     """Assert that every page is in exactly one state and that keys and pages agree."""
-    free, cached = set(pool._free), set(pool._cached)
+    free, cached = {page for pages in pool._free for page in pages}, set(pool._cached)
     held = {page for page, references in enumerate(pool._references) if references}
-    assert len(free) == len(pool._free), "a page is free twice"
+    assert len(free) == pool.free, "a page is free twice"
     assert len(free | cached | held) == pool.count, "a page is lost"
     assert len(free) + len(cached) + len(held) == pool.count, "a page is in two states"
     assert min(pool._references) >= 0, "a page has fewer than no references"

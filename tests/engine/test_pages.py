@@ -158,3 +158,25 @@ def test_any_sequence_of_operations_keeps_the_books(count: int, operations: list
     pool.release(page for page, references in held.items() for _ in range(references))
     assert pool.in_use == 0
     check_pool(pool)
+
+
+def test_a_rank_gives_and_takes_back_its_own_pages() -> None:
+    pool = PagePool(7, ranks=2)
+    mine = pool.alloc(3, 1)
+    assert mine is not None
+    assert {page % 2 for page in mine} == {1}
+    assert pool.alloc(1, 1) is None
+    for page, key in zip(mine, (b"0", b"1", b"2"), strict=True):
+        pool.register(page, key)
+    pool.release(mine)
+    assert (pool.free_of(0), pool.free_of(1), pool.cached) == (4, 0, 3)
+    others = pool.alloc(4, 0)
+    assert others is not None
+    assert pool.evictions == 0  # of the other rank's cached pages
+    assert pool.alloc(1, 0) is None
+    again = pool.alloc(2, 1)
+    assert again is not None
+    assert pool.evictions == 2
+    pool.release([*others, *again])
+    check_pool(pool)
+    assert (pool.free_of(0), pool.free_of(1), pool.cached) == (4, 2, 1)

@@ -107,7 +107,7 @@ class LocalEngine:
         self.numeric_path = forward.numeric_path
         self._pools, self._forward, self._layout = pools, forward, pools.layout
         self._decoder, self._clock, self._swap = decoder or _NoText, clock, swap
-        self._pool = PagePool(plan.pages)
+        self._pool = PagePool(plan.pages, plan.ranks)
         interval = max(512, chunk_tokens)
         self._prefix = PrefixCache(self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval)
         self._caches = prefix_cache
@@ -122,7 +122,7 @@ class LocalEngine:
         self._two_kinds = forward.two_kinds
         self._scheduler = Scheduler(
             self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
-            match=self._match, next_stop=self._next_stop, save=self._set_aside,
+            match=self._match, next_stop=self._next_stop, save=self._set_aside, ranks=plan.ranks,
         )  # fmt: skip
         self._counters = EngineStats()
         self._live: dict[str, Live] = {}

@@ -32,6 +32,7 @@ class MemoryPlan:
     weight_bytes: int = 0
     scratch_bytes: int = 0
     host_pages: int = 0
+    ranks: int = 1  # that pages and slots are divided over
 
     @property
     def kv_bytes(self) -> int:
@@ -52,8 +53,8 @@ class MemoryPlan:
 
     @property
     def positions(self) -> int:
-        """Positions that all pages together hold: the longest a request can become."""
-        return self.pages * self.page_tokens
+        """Positions that all pages of a rank hold: the longest a request can become."""
+        return self.pages // self.ranks * self.page_tokens
 
     def refuse(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Say why a request can never fit this plan, None when it can (alone, if need be)."""

@@ -14,13 +14,13 @@ from pelagos.errors import CapacityError
 
 
 class PagePool:
-    """`count` page ids; every operation costs O(1) a page.
+    """`count` page ids; every operation costs O(1) a page. Page p is of rank p % `ranks`.
 
     Release the pages of a sequence deepest first: a page without the ones before it is unreachable, and pages
     are evicted in the order of their release.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, ranks: int = 1) -> None:
         """All `count` pages are free. Raises CapacityError below 1."""
         if count < 1:
             raise CapacityError(f"page pool of {count} pages: expected at least 1")
@@ -29,13 +29,17 @@ class PagePool:
         self._references = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
-        self._free = list(range(count - 1, -1, -1))
+        self._free = [[page for page in range(count - 1, -1, -1) if page % ranks == rank] for rank in range(ranks)]
         self._cached: OrderedDict[int, None] = OrderedDict()  # in order of last use, oldest first
 
     @property
     def free(self) -> int:
         """Pages that hold nothing."""
-        return len(self._free)
+        return sum(map(len, self._free))
+
+    def free_of(self, rank: int) -> int:
+        """Pages of a rank that hold nothing."""
+        return len(self._free[rank])
 
     @property
     def cached(self) -> int:
@@ -47,13 +51,15 @@ class PagePool:
         """Pages with at least one reference."""
         return self.count - self.free - self.cached
 
-    def alloc(self, count: int) -> list[int] | None:
-        """Return `count` pages with one reference each, evicting cached pages if need be; None if there are too few."""
-        if count > self.free + self.cached:
+    def alloc(self, count: int, rank: int = 0) -> list[int] | None:
+        """Return `count` pages of a rank with one reference each, evicting cached pages if need be; None if too few."""
+        free, ranks = self._free[rank], len(self._free)
+        cached = self.cached if ranks == 1 else sum(page % ranks == rank for page in self._cached)
+        if count > len(free) + cached:
             return None
-        while self.free < count:
-            self._evict()
-        pages = [self._free.pop() for _ in range(count)]
+        while len(free) < count:
+            self._evict(rank)
+        pages = [free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
@@ -81,7 +87,7 @@ class PagePool:
                 self._cached[page] = None
                 continue
             self._keys[page] = None
-            self._free.append(page)
+            self._free[page % len(self._free)].append(page)
             if owner in self._cached:
                 self._cached.move_to_end(owner)
 
@@ -107,12 +113,12 @@ class PagePool:
             if page in self._cached:
                 self._cached.move_to_end(page, last=False)
 
-    def _evict(self) -> None:
-        page = next(iter(self._cached))
+    def _evict(self, rank: int) -> None:
+        page = next(page for page in self._cached if page % len(self._free) == rank)
         del self._cached[page]
         key = self._keys[page]
         assert key is not None
         del self._by_key[key]
         self._keys[page] = None
-        self._free.append(page)
+        self._free[rank].append(page)
         self.evictions += 1

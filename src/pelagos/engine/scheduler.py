@@ -35,6 +35,7 @@ class Request:
     computed: int = 0
     frozen: int = 0
     slot: int = -1
+    home: int = 0  # the rank of its slot and pages
     pages: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     swapped_at: int = 0  # computed tokens whose state lies swapped out, 0 when none does
@@ -96,6 +97,7 @@ class Scheduler:
         match: Callable[[Request], Match | None],
         next_stop: Callable[[Request], int],
         save: Callable[[Preempted], bool] = lambda _: True,
+        ranks: int = 1,
     ) -> None:
         """`match` finds a waiting request's cached prefix, or returns None while that is being fetched.
 
@@ -107,7 +109,7 @@ class Scheduler:
         self.leaving = 0  # copies under way after which pages or slots come free: who lacks some waits for them
         self._pool, self._page_tokens, self._chunk_tokens = pool, page_tokens, chunk_tokens
         self._match, self._next_stop, self._save = match, next_stop, save
-        self._slots = list(range(slots))[::-1]
+        self._slots, self._ranks = list(range(slots))[::-1], ranks
         self.slots_total = slots
 
     @property
@@ -168,20 +170,21 @@ class Scheduler:
                 continue
             if self.leaving:
                 return False
-            victim = self._lowest()
+            victim = self._lowest(request.home)
             self._preempt(victim, plan)
             if victim is request:
                 return False
         return True
 
-    def _lowest(self) -> Request:
-        return max((each for each in self.running if not each.moving), key=lambda each: each.rank)
+    def _lowest(self, home: int | None = None) -> Request:
+        found = (each for each in self.running if not each.moving and home in (None, each.home))
+        return max(found, key=lambda each: each.rank)
 
     def _grow(self, request: Request, count: int) -> bool:
         missing = -(-(request.computed + count) // self._page_tokens) - len(request.pages)
         if missing <= 0:
             return True
-        got = self._pool.alloc(missing)
+        got = self._pool.alloc(missing, request.home)
         if got is None:
             return False
         request.pages += got
@@ -239,13 +242,16 @@ class Scheduler:
                 if match is None:
                     continue
                 request.pages, request.computed, request.frozen = list(match.pages), match.resume, match.frozen
+            homes = {slot % self._ranks for slot in self._slots}
+            request.home = max(sorted(homes), key=self._pool.free_of)
             # What was swapped out keeps its frozen: its entries come back with it.
             count = self._chunk(request, budget) if request.pending > 1 else 1
             if not self._grow(request, count):
                 self._pool.release(request.pages[::-1])
                 request.pages, request.computed = [], 0
                 return budget
-            request.slot = self._slots.pop()
+            at = max(at for at, slot in enumerate(self._slots) if slot % self._ranks == request.home)
+            request.slot = self._slots.pop(at)
             self.waiting.remove(request)
             self.running.append(request)
             plan.admitted.append(Admitted(request, match))
