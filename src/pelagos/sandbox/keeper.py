@@ -145,7 +145,7 @@ class _Stream:
 class Keeper:
     """One sandbox's state machine; runs in a process of its own."""
 
-    def __init__(self, loop: Loop, box: Path, home: Home) -> None:
+    def __init__(self, loop: Loop, box: Path, home: Home, warm: Substrate | None) -> None:
         spec = _read_spec(box)
         self._loop, self._box, self._root, self._spec = loop, box, box.parents[1], spec
         if (box / "log.jsonl").exists():
@@ -153,9 +153,9 @@ class Keeper:
             if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
                 raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
             self._log.event("start")
-            self._substrate: Substrate = _make(box, spec, home)
+            self._substrate: Substrate = warm or _make(box, spec, home)
         else:
-            self._substrate = _make(box, spec, home)  # which starts while the log is made
+            self._substrate = warm or _make(box, spec, home)  # which starts while the log is made
             self._log = TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
         self._terminals: dict[str, int] = {}
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
@@ -488,49 +488,80 @@ def nursery() -> None:
     linux.modules_as_program("linux", "worker")  # once for all keepers
     gc.collect()
     gc.freeze()
-    spares: list[socket.socket] = []
+    spares: dict[str, list[socket.socket]] = {"": []}  # by what they are warm for
+    wanted = ""
     with socket.socket(fileno=0) as sock:
         while True:
             # A spare is made when nobody asks: making one takes the processor that a sandbox just asked for starts on.
-            while not spares or (len(spares) < SPARES and not select.select([sock], [], [], REST_S)[0]):
+            while len(spares[""]) < SPARES or not spares.setdefault(wanted, []):
+                if spares[""] and select.select([sock], [], [], REST_S)[0]:
+                    break
+                key = "" if len(spares[""]) < SPARES else wanted
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                linux.fork(lambda: (linux.close_all_but([theirs.fileno()]), _keep(theirs)), traceback.print_exception)  # noqa: B023
+                linux.fork(lambda: _keep(theirs, key), traceback.print_exception)  # noqa: B023
                 theirs.close()
-                spares.append(ours)
+                spares[key].append(ours)
             data, fds, _, _ = socket.recv_fds(sock, 65536, 1)
             if not data:
                 return
-            while spares:
-                with spares.pop(0) as spare, contextlib.suppress(OSError):  # one that was killed is passed over
+            if (key := _warm_for(Path(os.fsdecode(data)))) and key != wanted:
+                for spare in spares.pop(wanted, []) if wanted else []:
+                    spare.close()
+                wanted = key
+            while (pool := spares.get(key) or spares[""]) and (spare := pool.pop(0)):
+                with spare, contextlib.suppress(OSError):  # one that was killed is passed over
                     socket.send_fds(spare, [data], fds)
                     break
             os.close(fds[0])
 
 
-def _keep(asks: socket.socket) -> None:
-    """Be a keeper: first a spare one, then of the sandbox that comes on `asks`."""
+def _warm_for(box: Path) -> str:
+    """Return what a spare's interpreter would have to be for to serve this sandbox; "" where it has none."""
+    try:
+        spec = json.loads((box / SPEC).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    facts = {name: value for name, value in spec.items() if name not in ("id", "ttl_s")}
+    return json.dumps([str(box.parents[1]), facts]) if spec["substrate"] == "function" else ""
+
+
+def _keep(asks: socket.socket, key: str) -> None:
+    """Be a keeper: first a spare one, perhaps with a warm interpreter, then of the sandbox that comes on `asks`."""
+    linux.close_all_but([asks.fileno()])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):  # nothing of the client's may be held open: it may wait for the end of its output
         os.dup2(null, number)
-    home = _home()
+    home, warm = _home(), None
     _rehearse()
-    data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
-    asks.close()
+    place = Path()
     try:
+        if key:
+            root, facts = json.loads(key)
+            place = Path(root, "warm", str(os.getpid()))
+            place.mkdir(parents=True)
+            place.chmod(0o711)
+            (place / SPEC).write_text(json.dumps(facts | {"id": "warm", "ttl_s": 1.0}), encoding="utf-8")
+            warm = _make(place, _read_spec(place), home)
+        data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
+        asks.close()
         if data:
-            _keep_one(Path(os.fsdecode(data)), socket.socket(fileno=fds[0]), home)
+            _keep_one(Path(os.fsdecode(data)), socket.socket(fileno=fds[0]), home, warm)
     finally:
         home.close()
+        if key:
+            from pelagos.sandbox.layers import remove_tree
+
+            remove_tree(place)
 
 
-def _keep_one(box: Path, ready: socket.socket, home: Home) -> None:
+def _keep_one(box: Path, ready: socket.socket, home: Home, warm: Substrate | None) -> None:
     take_notes(box)
     os.umask(0o077)
     try:
         loop = Loop()
-        loop.run(Keeper(loop, box, home).serve(ready))
+        loop.run(Keeper(loop, box, home, warm).serve(ready))
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()

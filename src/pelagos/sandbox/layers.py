@@ -110,6 +110,9 @@ class Store:
         for path in self.boxes.glob("*/spec.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):  # on its way in or out: then its layers are fresh
                 used |= set(json.loads(path.read_text(encoding="utf-8"))["layers"])
+        for path in (self.root / "warm").glob("*"):
+            if not Path("/proc", path.name).exists():
+                remove_tree(path)  # of a spare keeper that was killed
         found = {"layers": 0, "snapshots": 0}
         for kind, directory in (("layers", self.layers), ("snapshots", self.root / "vm")):
             for path in directory.glob("*"):

@@ -166,10 +166,19 @@ class TrajectoryLog:
         self._append("event", {"event": name, **facts}, sync=False)
 
     def resolve(self, request_id: str, how: str) -> None:
-        """Decide an UNKNOWN request: "rerun" lets it run when asked again, "abandon" makes it an error for good."""
+        """Decide an UNKNOWN request: "rerun" lets it run when asked again, "abandon" makes it an error for good.
+
+        The same decision again changes nothing: who made it may have been killed before it was told.
+        """
         known = self._requests.get(request_id)
         if how not in ("rerun", "abandon"):
             raise SandboxError(f"resolve({request_id!r}, {how!r}): expected 'rerun' or 'abandon'")
+        if known and not known.running:
+            decided = "rerun" if known.intent is None and known.result is None else ""
+            if known.result is not None and self._stored(*known.result).status == "abandoned":
+                decided = "abandon"
+            if how == decided:
+                return
         if known is None or known.result is not None or known.running or known.intent is None:
             raise SandboxError(f"request {request_id!r} is not of unknown outcome; nothing to resolve")
         if how == "rerun":

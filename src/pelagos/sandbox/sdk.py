@@ -125,7 +125,7 @@ class AsyncSandbox:
         except BaseException as error:
             remove_tree(box.directory)
             if isinstance(error, OSError):
-                raise SandboxError(f"sandbox {spec.id}: cannot be written ({error}); is the disk full?") from None
+                raise SandboxError(f"sandbox {spec.id}: cannot be made ({error}); is the disk full?") from None
             raise
         return box
 
@@ -263,7 +263,8 @@ class AsyncSandbox:
                 attempts -= 1
                 if not attempts or not (self.directory / log.NAME).exists():
                     raise SandboxError(f"sandbox {self.id}: closed, or its keeper does not stay ({error})") from None
-                await self._start_keeper()
+                with contextlib.suppress(ConnectionError):  # that one was killed too
+                    await self._start_keeper()
         if done["status"] == "ok":
             return done["value"], blobs, done.get("replayed", False)
         kind, message = done["value"].get("kind", "sandbox"), done["value"]["message"]
@@ -308,7 +309,7 @@ class AsyncSandbox:
             try:
                 told = json.loads(await _Link(ours).take())
             except ConnectionError:
-                raise SandboxError("the keeper ended without a word") from None
+                raise ConnectionResetError("its keeper ended without a word") from None
         if "error" in told:
             if "another process writes" in told["error"]:
                 await asyncio.sleep(0.05)  # another client was quicker, or the old keeper is about to end
