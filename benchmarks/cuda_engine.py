@@ -62,7 +62,7 @@ def run(model: Any, tokens: int, chunk: int) -> Figures:
     prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, tokens).tolist()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    room = kv_budget(model.config, 1, tokens + 1024) * 3 // 2  # a quarter is for snapshots
+    room = kv_budget(model.config, 1, tokens + 1024)
     engine = build_engine(
         model, None, EngineOptions(chunk_tokens=chunk, max_requests=1, kv_bytes=room, speculation=False)
     )
@@ -72,7 +72,7 @@ def run(model: Any, tokens: int, chunk: int) -> Figures:
     steps = timed.finish()
     seconds = time.perf_counter() - started
     planned = engine.stats().bytes_planned
-    expected = planned["total_bytes"] - planned["state_bytes"] - weight_bytes(model)  # snapshots are on the host
+    expected = planned["total_bytes"] - weight_bytes(model)
     peak = torch.cuda.max_memory_allocated() - before
     try:
         engine.submit([*prompt, *prompt], wanted)
@@ -100,7 +100,7 @@ def page_digest(engine: LocalEngine, prompt: list[int]) -> str:
     for key in engine._prefix.chain("", np.asarray(prompt)).keys:
         page = engine._pool.lookup(key)
         if page is not None:
-            digest.update(engine._pools.page(page).tobytes())
+            digest.update(engine._pools.pages[page].cpu().numpy().tobytes())
             found += 1
     return f"{found} pages {digest.hexdigest()}"
 

@@ -138,7 +138,7 @@ def test_the_same_bits_through_host_memory(options: dict[str, Any], alone: list[
 def test_what_is_planned_is_used() -> None:
     engine = tiered()
     plan, tiers = engine.plan, tiers_of(engine)
-    held = tiers._blocks.nbytes + tiers._packing.nbytes + tiers._unpacking.nbytes
+    held = tiers._blocks.nbytes + tiers._states.nbytes
     assert plan.host_bytes == held + plan.state_bytes <= TIGHT["host_kv_bytes"] < plan.host_bytes + plan.page_bytes
     assert plan.kv_bytes == engine._pools.page_bytes.nbytes + engine._pools.slot_bytes.nbytes <= TIGHT["kv_bytes"]
     assert engine.stats().bytes_planned["host_bytes"] == plan.host_bytes

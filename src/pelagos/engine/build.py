@@ -96,7 +96,8 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
     scratch = forward.scratch_bytes(tokens) + (staging_bytes(layout) if plan.host_pages else 0)
     plan = dataclasses.replace(plan, weight_bytes=weights, scratch_bytes=scratch)
     free = available_bytes(device)
-    needed = plan.scratch_bytes + (plan.kv_bytes if pools.on_cpu else 0)  # a device backed its pools at once
+    backed = 0 if not pools.on_cpu else plan.kv_bytes + plan.host_bytes  # a device has backed its pools already
+    needed = plan.scratch_bytes + backed
     if free is not None and needed > free:
         raise CapacityError(
             f"caches of {plan.kv_bytes:,} and scratch of {plan.scratch_bytes:,} bytes do not fit the {free:,} there "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import itertools
 import operator
 import os
@@ -440,14 +441,23 @@ class LocalEngine:
         request.table = np.empty(0, np.int32)
         try:
             if match is None:
-                self._restore(request)
+                held = request.swapped, request.slot, request.pages
+                if isinstance(held[0], Swapped):
+                    self._pools.restore(held[0], *held[1:])
+                    self._drop_swapped(request)
+                elif self._tiers is not None and held[0] is not None:
+                    self._load(request, functools.partial(self._tiers.unpark, held[0], *held[1:]))
                 return True
             if match.state is None:
                 self._pools.clear(request.slot)
             else:
                 page = match.resume // self._layout.page_tokens
                 opens = match.resume % self._layout.page_tokens and page >= len(match.pages)
-                self._unpack(request, match.state, request.pages[page] if opens else None, match.resume)
+                state = match.state, request.slot, request.pages[page] if opens else None, match.resume
+                if self._tiers is None:
+                    self._pools.unpack(*state)
+                else:
+                    self._load(request, functools.partial(self._tiers.unpack, *state))
         except PelagosError as error:
             self._end(request, None, error)
             return False
@@ -462,35 +472,16 @@ class LocalEngine:
             self._prefix.record(match)
         return True
 
-    def _restore(self, request: Live) -> None:
-        """Put a swapped sequence back."""
-        if isinstance(request.swapped, Swapped):
-            self._pools.restore(request.swapped, request.slot, request.pages)
-            self._drop_swapped(request)
-            return
-        assert self._tiers is not None
-        assert request.swapped is not None
-
-        def over() -> None:
-            request.moving, request.load = False, None
-            self._drop_swapped(request)
-
-        request.moving = True
-        request.load = self._tiers.unpark(request.swapped, request.slot, request.pages, over)
-
-    def _unpack(self, request: Live, state: np.ndarray, page: int | None, position: int) -> None:
-        """Put a kept state into a request's slot, and into its open page."""
-        if self._tiers is None:
-            self._pools.unpack(state, request.slot, page, position)
-            return
+    def _load(self, request: Live, start: Callable[[Callable[[BaseException | None], None]], Copy]) -> None:
+        """Start copying a request's state into its slot; it has no part in steps until that is over."""
 
         def over(error: BaseException | None) -> None:
             request.moving, request.load = False, None
+            self._drop_swapped(request)
             if error is not None:
                 self._end(request, None, error)
 
-        request.moving = True
-        request.load = self._tiers.unpack(state, request.slot, page, position, over)
+        request.moving, request.load = True, start(over)
 
     def _stops(self, request: Live, match: Match) -> list[Cut]:
         """Where state is kept on the way through the tokens known now, for RAM and for the disk's policy."""

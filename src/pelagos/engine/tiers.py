@@ -11,6 +11,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,9 @@ def _at_once(page_bytes: int) -> int:
 
 
 def pinned(rows: int, width: int, device: torch.device) -> Tensor:
-    """Return (rows, width) uint8 of the host, locked for copies of a CUDA device, of exactly these bytes.
+    """Return (rows, width) uint8 of the host, locked for copies of a CUDA device as long as this tensor itself lives.
 
-    The library's own allocator takes the next power of two.
+    Of exactly these bytes; the library's own allocator takes the next power of two.
     """
     memory = torch.frombuffer(mmap.mmap(-1, max(1, rows * width)), dtype=torch.uint8)[: rows * width].view(rows, width)
     if device.type == "cuda":
@@ -58,8 +59,8 @@ class Copy:
     def stop(self) -> None:
         """End it early, and wait for that: a moment."""
         self.cancelled = True
-        self.future.cancel()
-        wait([self.future])
+        if not self.future.cancel():
+            wait([self.future])
 
 
 class Parked(NamedTuple):
@@ -70,21 +71,22 @@ class Parked(NamedTuple):
     copy: Copy
 
 
+@dataclass(eq=False)
 class Restore:
     """Pages and a state on their way up from host blocks or the disk; used as `disk.Ticket`."""
 
-    def __init__(self, keys: Sequence[bytes], pages: Sequence[int], ticket: Ticket | None) -> None:
-        self.keys, self.asked, self.ticket = keys, pages, ticket
-        self.blocks: list[int] = []
-        self.new: list[int] = []  # places of the blocks that the disk fills
-        self.copy: Copy | None = None
-        self.cancelled = False
+    keys: Sequence[bytes]
+    asked: Sequence[int]  # pages
+    blocks: list[int]
+    new: list[int]  # places of the blocks that the disk fills
+    ticket: Ticket | None = None
+    copy: Copy | None = None
+    cancelled: bool = False
 
     @property
     def pages(self) -> Sequence[int]:
         """The leading pages that have come."""
-        whole = self.copy is not None and not self.copy.future.cancelled()
-        return self.asked[: self.copy.future.result()] if whole and self.copy else ()
+        return () if self.copy is None or self.copy.future.cancelled() else self.asked[: self.copy.future.result()]
 
     @property
     def state(self) -> memoryview | None:
@@ -98,10 +100,11 @@ class Restore:
     def cancel(self) -> None:
         """Give up what has not come yet; `done()` follows soon."""
         self.cancelled = True
-        if self.ticket is not None:
-            self.ticket.cancel()
-        if self.copy is not None:
-            self.copy.cancelled = True
+        for each in (self.ticket, self.copy):
+            if isinstance(each, Ticket):
+                each.cancel()
+            elif each is not None:
+                each.cancelled = True
 
 
 class Lane:
@@ -129,13 +132,11 @@ class Lane:
             finally:
                 self.wait()
 
-    def turn(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """Let copies go to one of the streams in turn."""
-        return torch.cuda.stream(self._streams[number % 2]) if self._streams else contextlib.nullcontext()
-
-    def staging(self, number: int, count: int) -> Tensor:
-        """The buffer of that turn, `count` pages."""
-        return self._staging[number % 2, :count]
+    @contextlib.contextmanager
+    def turn(self, number: int = 0) -> Iterator[Tensor]:
+        """Let copies go to one of the streams in turn; yields its buffer."""
+        with torch.cuda.stream(self._streams[number % 2]) if self._streams else contextlib.nullcontext():
+            yield self._staging[number % 2]
 
     def wait(self) -> None:
         """Wait on the thread for the copies so far."""
@@ -163,7 +164,7 @@ class Tiers:
         self._out, self._in = (Lane(name, pools.pages, most) for name in ("tier-out", "tier-in"))
         rows = layout.slot_bytes + layout.page_bytes
         self._rows, self._spare = pools.pages.new_empty((ROWS, rows)), list(range(ROWS))
-        self._packing, self._unpacking = (pinned(1, rows, pools.pages.device)[0] for _ in range(2))
+        self._states = pinned(2, rows, pools.pages.device)  # one on its way out, one on its way in
         self._under_way: list[tuple[Copy, Callable[[], None]]] = []
         self._restores: list[Restore] = []
         self._clean: tuple[int, ...] | None = None  # what the pools looked like when nothing was left to clean
@@ -266,8 +267,7 @@ class Tiers:
 
     def read(self, user: str, keys: Sequence[bytes], state_key: bytes | None, pages: Sequence[int]) -> Restore:
         """Start bringing leading pages of a chain into `pages`, and a state of the disk."""
-        restore = Restore(keys, pages, None)
-        restore.blocks, restore.new = self._take(keys)
+        restore = Restore(keys, pages, *self._take(keys))
         if self._disk is not None and (restore.new or state_key is not None):
             into = [memoryview(self._content[restore.blocks[at]]) for at in restore.new]
             restore.ticket = self._disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
@@ -280,7 +280,6 @@ class Tiers:
         ticket, blocks = restore.ticket, restore.blocks
         read = 0 if ticket is None else len(ticket.pages)
         count = 0 if restore.cancelled else [*restore.new, len(blocks)][read]
-        restore.copy = self._in.start(lambda copy: self._move(self._in, copy, restore.asked[:count], blocks[:count]))
 
         def over() -> None:
             self.copied_in += len(restore.pages)
@@ -288,7 +287,8 @@ class Tiers:
                 self.index.register(blocks[at], restore.keys[at])
             self.index.release(blocks[::-1])
 
-        self._under_way.append((restore.copy, over))
+        pages = restore.asked[:count]
+        restore.copy = self._start(self._in, lambda copy: self._move(self._in, copy, pages, blocks[:count]), over)
 
     def _take(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Hold a block for each key as far as there is room; which of them do not hold its content yet."""
@@ -331,24 +331,23 @@ class Tiers:
 
     def _move(self, lane: Lane, copy: Copy, pages: Sequence[int], blocks: Sequence[int]) -> int:
         """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
-        pool, size = self._pools.pages, self._layout.page_bytes
-        with lane.turn(0):
+        pool, size, out = self._pools.pages, self._layout.page_bytes, lane is self._out
+        with lane.turn():
             index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
         for turn, at in enumerate(range(0, len(pages), lane.most)):
             if copy.cancelled:
                 return at
-            here = pages[at : at + lane.most]
-            with lane.turn(turn):
-                staged = lane.staging(turn, len(here))
-                if here[-1] - here[0] == len(here) - 1 and list(here) == sorted(here):
-                    staged = pool[here[0] : here[-1] + 1]
-                elif lane is self._out:
-                    torch.index_select(_words(pool), 0, index[at : at + len(here)], out=_words(staged))
+            here, rows = pages[at : at + lane.most], index[at : at + lane.most]
+            with lane.turn(turn) as staging:
+                together = len(list(_runs(here))) == 1
+                staged = pool[here[0] : here[-1] + 1] if together else staging[: len(here)]
+                if out and not together:
+                    torch.index_select(_words(pool), 0, rows, out=_words(staged))
                 for block, first, count in _runs(blocks[at : at + len(here)]):
                     host, part = self._blocks[block : block + count, :size], staged[first : first + count]
-                    (host if lane is self._out else part).copy_(part if lane is self._out else host, non_blocking=True)
-                if lane is self._in and staged.data_ptr() == lane.staging(turn, 1).data_ptr():
-                    _words(pool).index_copy_(0, index[at : at + len(here)], _words(staged))
+                    (host if out else part).copy_(part if out else host, non_blocking=True)
+                if not (out or together):
+                    _words(pool).index_copy_(0, rows, _words(staged))
         return len(pages)
 
     # Whole sequences, and states.
@@ -363,22 +362,24 @@ class Tiers:
 
         def job(copy: Copy) -> None:
             self._move(self._out, copy, pages, ours)
-            with self._out.turn(0):
+            with self._out.turn():
                 for host, part in self._slot_parts(rest, slot):
                     host.copy_(part, non_blocking=True)
 
         return Parked(ours, rest, self._start(self._out, job, then))
 
-    def unpark(self, parked: Parked, slot: int, pages: Sequence[int], then: Callable[[], None]) -> Copy:
+    def unpark(
+        self, parked: Parked, slot: int, pages: Sequence[int], then: Callable[[BaseException | None], None]
+    ) -> Copy:
         """Start copying a sequence back, into any slot and pages."""
 
         def job(copy: Copy) -> None:
             self._move(self._in, copy, pages[: len(parked.pages)], parked.pages)
-            with self._in.turn(0):
+            with self._in.turn():
                 for host, part in self._slot_parts(parked.slot, slot):
                     part.copy_(host, non_blocking=True)
 
-        return self._start(self._in, job, then)
+        return self._load(job, then)
 
     def drop(self, parked: Parked) -> None:
         """Free the host's blocks of a sequence, when nothing is copied into them any more."""
@@ -410,21 +411,19 @@ class Tiers:
             row[size:].copy_(self._pools.pages[page])
 
         def job(_: Copy) -> Bytes:
-            with self._out.turn(0):
-                self._packing.copy_(row, non_blocking=True)
+            with self._out.turn():
+                self._states[0].copy_(row, non_blocking=True)
             self._out.wait()
-            host = self._packing.numpy()
+            host = self._states[0].numpy()
             packed = self._layout.pack_state(host[:size], None if page is None else host[size:], position)
             behind(packed)
             return packed
-
-        copy = self._out.start(job)
 
         def over() -> None:
             self._spare.append(at)
             then(copy.future.result())
 
-        self._under_way.append((copy, over))
+        copy = self._start(self._out, job, over)
 
     def unpack(
         self, packed: Bytes, slot: int, page: int | None, position: int, then: Callable[[BaseException | None], None]
@@ -432,13 +431,16 @@ class Tiers:
         """Start putting a packed state into a slot, its open page only into `page`; `then` hears what went wrong."""
 
         def job(_: Copy) -> None:
-            row, size = self._unpacking.numpy(), self._layout.slot_bytes
-            self._layout.unpack_state(packed, row[:size], row[size:], position)
-            with self._in.turn(0):
-                self._pools.slots[slot].copy_(self._unpacking[:size], non_blocking=True)
+            host, size = self._states[1], self._layout.slot_bytes
+            self._layout.unpack_state(packed, host[:size].numpy(), host[size:].numpy(), position)
+            with self._in.turn():
+                self._pools.slots[slot].copy_(host[:size], non_blocking=True)
                 if page is not None and position % self._layout.page_tokens:
-                    self._pools.pages[page].copy_(self._unpacking[size:], non_blocking=True)
+                    self._pools.pages[page].copy_(host[size:], non_blocking=True)
 
+        return self._load(job, then)
+
+    def _load(self, job: Callable[[Copy], Any], then: Callable[[BaseException | None], None]) -> Copy:
         copy = self._in.start(job)
         self._under_way.append((copy, lambda: then(None if copy.future.cancelled() else copy.future.exception())))
         return copy
