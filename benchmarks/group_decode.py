@@ -29,7 +29,7 @@ from pelagos.config import preset
 from pelagos.evals.step_bench import cut_config, fill_caches
 from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.model.cuda_forward import PROMPT_TOKENS, CudaForward
-from pelagos.model.cuda_group import GroupForward, cut_width, most_bytes
+from pelagos.model.cuda_group import GroupForward, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
@@ -152,6 +152,8 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
         if forward is None or forward.positions < context or (kind != "prompt" and forward.positions > 2 * context):
             forward = None
             forward = GroupForward(weights, layout, pages, slots, group, positions=context, follow=not args.apart)  # pyright: ignore[reportArgumentType]
+            if isinstance(group, Alone):
+                forward.exchanges = group  # pyright: ignore[reportAttributeAccessIssue]
         spans, begun = spans_of(layout, context, batch, ranks, drafts + 1), time.perf_counter()
         if kind == "prompt":
             times = prompt(forward, spans[0]._replace(decode=False, draws=()), context, group)
@@ -187,8 +189,7 @@ def main() -> None:
     config = dataclasses.replace(config, num_nextn_predict_layers=preset(args.shape).num_nextn_predict_layers)
     if args.shape == "nano":
         config = dataclasses.replace(config, moe_intermediate_size=256)
-    most = most_bytes(config, int(os.environ.get("WORLD_SIZE", "2")))
-    group = Alone(device, config.n_routed_experts) if args.alone else Group(device, most)
+    group = Alone(device, config.n_routed_experts) if args.alone else Group(device)
     weights = Weights(cut_width(config, group.size), device).fill_random()
     with torch.inference_mode():
         for row in rows(args, group, weights):

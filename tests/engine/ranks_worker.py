@@ -15,7 +15,7 @@ from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels.layout import CacheLayout
 from pelagos.model import cuda_weights
-from pelagos.model.cuda_group import cut_width, most_bytes
+from pelagos.model.cuda_group import cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
@@ -28,7 +28,7 @@ def main() -> None:
         moe_intermediate_size=256, n_routed_experts=8, max_position_embeddings=512,
     )  # fmt: skip
     cpu = torch.device("cpu")
-    group = Group(cpu, most_bytes(config, 2))
+    group = Group(cpu)
     weights = Weights(cut_width(config, group.size), cpu).fill_random()
     layout = CacheLayout(weights.config, "released", MAX_DRAFT)
     kv_bytes = 2 * layout.slot_bytes + 3 * layout.page_bytes

@@ -19,7 +19,7 @@ from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model import cuda_weights
 from pelagos.model.cuda_forward import CudaForward
-from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width, most_bytes
+from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
@@ -103,7 +103,7 @@ def main() -> None:
         for into, source in zip(there.tensors(), whole.tensors(), strict=True):
             into.copy_(source)
         whole = there
-    group = Group(DEVICE, most_bytes(config, 2))
+    group = Group(DEVICE)
     weights = cut(whole, group.rank, group.size)
 
     def divided(follow: bool = True) -> GroupForward:

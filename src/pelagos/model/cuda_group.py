@@ -26,15 +26,11 @@ from pelagos.kernels.prefill_products import quantise
 from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Staged, _Call, bucket_of
 from pelagos.model.cuda_group_prefill import GroupPrefill, own_span
 from pelagos.model.cuda_weights import Fp8, LayerWeights, Weights
+from pelagos.model.exchanges import Exchanges
 from pelagos.parallel import Group
 
 BLOCK = 128
 _EXPERT = re.compile(r"\.ffn\.(experts\.\d+|shared_experts)\.(w[123])\.weight$")
-
-
-def most_bytes(config: ModelConfig, ranks: int) -> int:
-    """Return the bytes of the largest exchange of a step between two ranks, for `Group`."""
-    return 2 * BUCKETS[-1] * max(config.hidden_size, config.num_attention_heads * config.head_dim // ranks)
 
 
 def cut_width(config: ModelConfig, ranks: int) -> ModelConfig:
@@ -66,9 +62,11 @@ class GroupForward(CudaForward):
         positions: int, follow: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(weights, layout, pages[group.rank], slots[group.rank], positions=positions)
-        self._group, self.ranks = group, group.size
+        self._group, self.ranks, config = group, group.size, weights.config
+        widest = max(config.hidden_size, config.num_attention_heads * config.head_dim // group.size)
+        self.exchanges = Exchanges(group, 2 * BUCKETS[-1] * widest)
         self.prefill = GroupPrefill(self.prefill, pages, slots, group, PROMPT_TOKENS * group.size)
-        self._follow = follow and weights.config.o_groups % group.size == 0
+        self._follow = follow and config.o_groups % group.size == 0
         self._everyone = torch.zeros(  # token ids, rank by rank
             BUCKETS[-1] * group.size, dtype=torch.int32, device=weights.device
         )
@@ -123,7 +121,7 @@ class GroupForward(CudaForward):
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         found = super()._step(bucket, dense, drafts)
-        self._group.finish()
+        self.exchanges.finish()
         return found
 
     def _attend(
@@ -139,9 +137,9 @@ class GroupForward(CudaForward):
         if self._owner is None:
             return super()._output(index, layer, attended)
         (wo_a, wo_b), groups = self._halves[index], self.weights.config.o_groups // self.ranks
-        own = self._group.columns(attended, self._owner)
+        own = self.exchanges.columns(attended, self._owner)
         own = skinny_gemm.quantised_product(own, None, *wo_a, self._arrived, groups=groups)
-        return self._group.sum(skinny_gemm.product(*own, *wo_b, self._arrived))
+        return self.exchanges.sum(skinny_gemm.product(*own, *wo_b, self._arrived))
 
     def _mixture(
         self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,
@@ -149,12 +147,12 @@ class GroupForward(CudaForward):
     ) -> Tensor:  # fmt: skip
         """Add the parts of the experts' widths; rows that are apart are first brought together."""
         if self._owner is not None:
-            return self._group.sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
-        normed = self._group.every_row(normed)
+            return self.exchanges.sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
+        normed = self.exchanges.every_row(normed)
         codes, scales = quantise(normed)
         ids = self._everyone[: len(normed)]
         if len(normed) <= skinny_gemm.MAX_ROWS:
-            return self._group.own_sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
+            return self.exchanges.own_sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
         c = self.weights.config
         parts = [
             router.route(
@@ -167,7 +165,7 @@ class GroupForward(CudaForward):
         ]  # fmt: skip
         routed = router.joined(parts, c.n_routed_experts)
         y = fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
-        return self._group.own_sum(y)
+        return self.exchanges.own_sum(y)
 
     def _cut(self, layer: LayerWeights) -> tuple[Fp8, Fp8]:
         """This rank's groups of wo_a and the columns of wo_b that read them."""
