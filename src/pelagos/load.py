@@ -17,6 +17,7 @@ from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_
 from pelagos.checkpoint.write import SHARD_BYTES
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.model import Transformer
+from pelagos.model.cuda_group import cut_tensors, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.model.expert_blocks import ExpertBlocks
 from pelagos.model.streaming import ExpertStore, StreamedExperts
@@ -106,19 +107,29 @@ def load_served(
     return load_model(path_or_name, mode=mode, device=device, expert_bytes=expert_bytes)
 
 
-def load_weights(path_or_name: str | Path, device: torch.device | str, *, expert_bytes: int | None = None) -> Weights:
+def load_weights(
+    path_or_name: str | Path,
+    device: torch.device | str,
+    *,
+    expert_bytes: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Weights:
     """Load a checkpoint into the merged weights of the captured step, packed as released; one tensor at a time.
 
-    With `expert_bytes` so many bytes of routed experts are on the device, the others in host memory. Raises as
-    `load_model`, and CheckpointError for values that the released formats do not hold.
+    With `expert_bytes` so many bytes of routed experts are on the device, the others in host memory. Of several
+    `ranks` each has a part of every expert's width (`model.cuda_group`). Raises as `load_model`, and CheckpointError
+    for values that the released formats do not hold.
     """
     target = usable_device(device)
     checkpoint = open_checkpoint(resolve_model(path_or_name))
     left_out = _left_out(checkpoint)
     config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=int(checkpoint.draft == "mtp"))
+    config = cut_width(config, ranks) if ranks > 1 else config
     names = [name for name in checkpoint.tensors if name not in left_out]
     blocks = None if expert_bytes is None else ExpertBlocks(config, target, expert_bytes)
-    return Weights(config, target, blocks).fill((name, values) for name, values, _ in checkpoint.stream(names))
+    tensors = ((name, values) for name, values, _ in checkpoint.stream(names))
+    return Weights(config, target, blocks).fill(cut_tensors(tensors, rank, ranks))
 
 
 def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD_BYTES, exact: bool = False) -> None:
