@@ -108,10 +108,10 @@ def rate_rows(shape: str, layers: str | None, context: int, batch: int, steps: i
         head |= {"bytes": size, "planned_host_bytes": engine.plan.host_bytes, "pages": len(keys)}
         bus = bus_rate(engine, size)
         for source in ("host", "ssd"):
-            least = bus
+            least, direct = bus, None
             if source == "ssd":
-                forget_files(folder)
-                least = disk_rate(folder, size)
+                yield head | decode_row(engine, keys, batch, steps, folder, draw)
+                least, direct = disk_rate(folder, size)
             restores = [restored(engine, keys, source, folder) for _ in range(5)]
             rate = size / statistics.median(restores)
             evict(engine, keys, source, folder)
@@ -120,10 +120,10 @@ def rate_rows(shape: str, layers: str | None, context: int, batch: int, steps: i
             yield head | {
                 "what": source, "restore_ms": [round(1e3 * each, 2) for each in restores],
                 "gb_s": round(rate / 1e9, 2), "limit_gb_s": round(least / 1e9, 2), "of_limit": round(rate / least, 3),
+                "direct_reads": direct,
                 "first_token_s": round(again.times[0] - begun, 3), "cached": again.stream.cached_tokens,
                 "same_bits": again.bits == cold.bits,
             }  # fmt: skip
-        yield head | decode_row(engine, keys, batch, steps, folder, draw)
     engine.close()
     left = engine.stats()
     yield head | {"what": "end", "in_use": (left.pages_in_use, left.slots_in_use, left.host["in_use"]),
@@ -217,8 +217,8 @@ def bus_rate(engine: LocalEngine, size: int) -> float:
     return size / statistics.median(times[1:])
 
 
-def disk_rate(folder: Path, size: int) -> float:
-    """Bytes a second of direct reads of the cache's files, about `size` of them, the best of three."""
+def disk_rate(folder: Path, size: int) -> tuple[float, bool]:
+    """Bytes a second of reads of the cache's files, about `size` of them, best of three; whether they were direct."""
     files = sorted(folder.rglob("*.pages*"), key=lambda path: path.stat().st_size, reverse=True)
     parts: list[tuple[Path, int]] = []
     for path in files:
@@ -229,13 +229,17 @@ def disk_rate(folder: Path, size: int) -> float:
     for buffer in buffers:
         buffer.write(bytes(PART_BYTES))
 
+    direct = True
+
     def read(which: int) -> int:
+        nonlocal direct
         done = 0
         for path, at in parts[which::threads]:
             try:
                 file = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 done += os.preadv(file, [buffers[which]], at)
             except OSError:  # a file system without direct reads
+                direct = False
                 file = os.open(path, os.O_RDONLY)
                 done += os.preadv(file, [buffers[which]], at)
             os.close(file)
@@ -248,7 +252,7 @@ def disk_rate(folder: Path, size: int) -> float:
             begun = time.perf_counter()
             done = sum(pool.map(read, range(threads)))
             best = max(best, done / (time.perf_counter() - begun))
-    return best
+    return best, direct
 
 
 def decode_row(

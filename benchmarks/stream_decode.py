@@ -4,7 +4,8 @@
 
 Random weights. Every layer is routed by a table of token ids drawn for the stated trace (exponent 0 is uniform, s > 0
 Zipf with weight rank^-s within a layer), so that routes are known exactly; tokens are drawn uniformly. A step takes
-from its call on the host to the end of its graph, exchanges of experts running beside it.
+from its call on the host to the end of its graph, exchanges of experts running beside it. With --prompt a row more a
+trace: so many tokens from the start in one call of the prompts' kernels, the median of three.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pelagos.evals.commit import commit
 from pelagos.evals.step_bench import cut_config, fill_caches
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward, step_bytes
+from pelagos.model.cuda_prefill import prompt_bytes
 from pelagos.model.cuda_weights import Weights
 from pelagos.model.expert_blocks import ExpertBlocks
 from pelagos.model.expert_cache import draw_routes
@@ -45,14 +47,15 @@ def stream_rows(
     exponents: Sequence[float],
     warmup: int,
     fast_bytes: int | None = None,
+    prompt: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a trace; `fast_bytes` of experts on the device, None for what fits."""
+    """Yield one row a trace, two with a `prompt`; `fast_bytes` of experts on the device, None for what fits."""
     if not torch.cuda.is_available():
         raise KernelUnavailable("stream_decode: no CUDA device here; a model is only timed where it runs")
     config = cut_config(shape, layers)
     config = dataclasses.replace(config, num_hash_layers=config.num_hidden_layers)
     begun = time.perf_counter()
-    forward, weights, blocks = _make(config, context, fast_bytes)
+    forward, weights, blocks = _make(config, context, fast_bytes, prompt)
     head = {
         "bench": "stream", "device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__,
         "weights": "random", "made_s": round(time.perf_counter() - begun, 1), "blocks": len(blocks.cache.place),
@@ -88,9 +91,24 @@ def stream_rows(
             "host_gbps": round(report["bytes_per_token"] / took / 1e9, 1),
             "reserved_bytes": torch.cuda.memory_reserved(), "free_bytes": torch.cuda.mem_get_info()[0],
         }  # fmt: skip
+        if prompt:
+            outside, times = int((blocks.home >= 0).sum()) * blocks.block_bytes, []
+            for _ in range(4):
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                forward.prefill.run([Span(rng.integers(0, IDS, prompt), 0, 0, pages)])
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begun)
+            took = statistics.median(times[1:])
+            yield head | {
+                "case": f"{shape} layers={config.num_hidden_layers} prompt={prompt} trace={trace}",
+                "us": round(took * 1e6, 1), "tok_s": round(prompt / took, 1), "outside_bytes": outside,
+            }  # fmt: skip
 
 
-def _make(config: ModelConfig, context: int, fast_bytes: int | None) -> tuple[CudaForward, Weights, ExpertBlocks]:
+def _make(
+    config: ModelConfig, context: int, fast_bytes: int | None, prompt: int
+) -> tuple[CudaForward, Weights, ExpertBlocks]:
     """Return a forward over random weights and caches of one sequence, with as many experts on the device as fit."""
     layout, device = CacheLayout(config, "released", 0), torch.device("cuda")
     torch.zeros(1, device=device)
@@ -102,6 +120,7 @@ def _make(config: ModelConfig, context: int, fast_bytes: int | None) -> tuple[Cu
     )
     others = cost.weights_bytes(config, draft=False) - routed + cost.sequence_bytes(config, context)
     room = torch.cuda.mem_get_info()[0] - others - step_bytes(layout, 1, context) - SPARE_BYTES
+    room -= prompt_bytes(layout, prompt, context) if prompt else 0
     fast = room if fast_bytes is None else fast_bytes
     if not 0 < fast <= room:
         raise CapacityError(f"{fast:,} bytes of experts on the device: there is room for {max(0, room):,}")
@@ -121,11 +140,12 @@ def main() -> None:
     parser.add_argument("--context", default="8K")
     parser.add_argument("--trace", default="0,1")
     parser.add_argument("--warmup", type=int, default=1000, help="steps before the measured ones")
+    parser.add_argument("--prompt", default="0", help="tokens of a prompt that is timed too")
     parser.add_argument("--fast-bytes", help="of experts on the device, such as 1024M (default: what fits)")
     args = parser.parse_args()
     rows = stream_rows(
         args.shape, layers=args.layers, context=parse_tokens(args.context, "context"), warmup=args.warmup,
-        exponents=[float(each) for each in args.trace.split(",")],
+        exponents=[float(each) for each in args.trace.split(",")], prompt=int(parse_tokens(args.prompt, "prompt")),
         fast_bytes=None if args.fast_bytes is None else parse_tokens(args.fast_bytes, "fast-bytes"),
     )  # fmt: skip
     for row in rows:

@@ -322,7 +322,8 @@ class CudaForward:
         with torch.cuda.stream(stream):
             self._step(bucket, dense, drafts)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Threads that copy beside the steps may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             results = self._step(bucket, dense, drafts)
         return _Call(graph, *results)
 
