@@ -19,6 +19,7 @@ from pelagos.config import PRESETS, bundled_model_dir, preset
 from pelagos.errors import ConfigError, MissingDependency
 
 if TYPE_CHECKING:
+    from pelagos.train.ranks import Ranks
     from pelagos.train.recipe import TrainConfig
     from pelagos.train.trainer import Trainer
 
@@ -52,29 +53,50 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.plot and find_spec("matplotlib") is None:
         raise MissingDependency("--plot needs matplotlib; `pip install matplotlib`")
-    trainer = Trainer(model, config, **place, start=args.start)
+    ranks = _ranks(config, place)
+    trainer = Trainer(model, config, **place, start=args.start, ranks=ranks)
     if args.export:
         trainer.check_export(args.export)
-    resumed = trainer.resume()
-    print(f"{'resuming' if resumed else 'training'} {args.model}: {trainer.describe()}", file=sys.stderr)
+    resumed, lead = trainer.resume(), ranks is None or ranks.lead
+    if lead:
+        print(f"{'resuming' if resumed else 'training'} {args.model}: {trainer.describe()}", file=sys.stderr)
     if received := _run(trainer):
         print(
-            f"stopped by {received.name} at step {trainer.step} of {config.steps}; the state is in "
-            f"{args.out / 'state.pt'}, the same command continues",
+            f"stopped by {received.name} at step {trainer.step} of {config.steps}; the state is in {args.out}, "
+            "the same command continues",
             file=sys.stderr,
         )
         return 128 + received
-    if args.plot:
-        print(f"curves in {plot(args.out)}", file=sys.stderr)
     if args.export:
         trainer.export(args.export)
-        print(f"exported to {args.export}", file=sys.stderr)
+        print(f"exported to {args.export}", file=sys.stderr) if lead else None
+    if not lead:
+        return 0
+    if args.plot:
+        print(f"curves in {plot(args.out)}", file=sys.stderr)
     print(json.dumps({"step": trainer.step, "tokens": trainer.tokens, "heldout": trainer.scores}))
     return 0
 
 
+def _ranks(config: TrainConfig, place: dict[str, Any]) -> Ranks | None:
+    """Return this process among those that torchrun started, if it did; on CUDA each has a device of its own."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return None
+    import torch
+    from torch.distributed.distributed_c10d import get_node_local_rank
+
+    from pelagos.train.ranks import Ranks
+
+    if place["device"] == "cuda":
+        place["device"] = f"cuda:{get_node_local_rank()}"
+        torch.cuda.set_device(place["device"])
+    return Ranks(config, torch.device(place["device"]))
+
+
 def _run(trainer: Trainer) -> signal.Signals | None:
-    """Run; return the signal that ended it early."""
+    """Run; return the signal that ended it early, of several processes any of theirs."""
     received: list[signal.Signals] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -85,7 +107,7 @@ def _run(trainer: Trainer) -> signal.Signals | None:
 
     before = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return None if trainer.run() else received[0]
+        return None if trainer.run() else received[0] if received else signal.SIGTERM
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -69,6 +69,12 @@ class Step:
         freqs = frequencies(self.config, compressed, positions.device)
         return rope_table(positions, freqs, max(self.config.head_dim, self.config.index_head_dim))
 
+    def entry_segments(self, ratio: int, begin: int, count: int) -> Tensor | None:
+        """(B, count + 1): the packed sample of the entry before `begin` (-2: none) and of `count` from there on."""
+        if self.segments is None:
+            return None
+        return functional.pad(self.segments[:, : (begin + count) * ratio : ratio], (1, 0), value=-2)[:, begin:]
+
     def window_mask(self) -> Tensor:
         """The sliding-window mask, shared by all layers."""
         if self._window is None:
@@ -132,8 +138,9 @@ class Compressor(nn.Module):
             layout = {"dim": self.width, "first": first, "count": count, "ratio": self.ratio}
             values = compress.overlap_slots(kv, **layout)
             scores = compress.overlap_slots(score, **layout)
-            if step.segments is not None:
-                scores = self._hide_other_samples(scores, step.segments, count)
+            samples = step.entry_segments(self.ratio, begin, count)
+            if samples is not None:
+                scores = self._hide_other_samples(scores, samples)
         else:
             values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
             scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
@@ -149,10 +156,9 @@ class Compressor(nn.Module):
         pooled = compress.pool_windows(values, scores).to(dtype)
         return apply_rope(self.norm(pooled), last_channels(table, self.width))
 
-    def _hide_other_samples(self, scores: Tensor, segments: Tensor, count: int) -> Tensor:
+    def _hide_other_samples(self, scores: Tensor, samples: Tensor) -> Tensor:
         """A window that opens a packed sample has no previous window."""
-        own = segments[:, : count * self.ratio : self.ratio]
-        opens = own != functional.pad(own, (1, 0), value=-2)[:, :-1]  # (B, N)
+        opens = samples[:, 1:] != samples[:, :-1]  # (B, N)
         previous = torch.arange(2 * self.ratio, device=scores.device) < self.ratio
         return scores.masked_fill((opens.unsqueeze(-1) & previous).unsqueeze(-1), -torch.inf)
 

@@ -7,6 +7,7 @@ Source: technical report 5.1, 5.4.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Forward:
         block = model.mtp[0]
         assert isinstance(block, MTPBlock)
         entered = block.enter(model.embed(next_ids).to(model.carrier) if embedded is None else embedded, streams)
-        inner = Step(model.config, next_ids, step.start, step.positions, step.segments)
+        inner = replace(step, ids=next_ids)
         out, pending = self._layer(block, None, entered, inner, cache.layer(index), notes)
         return self.collapse(block, mhc.leave(pending, out))
 

@@ -67,14 +67,16 @@ class ClampHits:
 
 
 class Meter:
-    """The log of one run directory; `write` adds a row to all of its forms."""
+    """The log of one run directory; `write` adds a row to all of its forms, or to none if `quiet`."""
 
-    def __init__(self, out: Path) -> None:
-        self.path, self._events = out / "log.jsonl", out / "tensorboard"
+    def __init__(self, out: Path, *, quiet: bool = False) -> None:
+        self.path, self._events, self._quiet = out / "log.jsonl", out / "tensorboard", quiet
         self._file: Path | None = None
 
     def write(self, row: Mapping[str, Any], line: str) -> None:
         """Append one row: numbers and dicts of numbers under `step`; print the line on stderr."""
+        if self._quiet:
+            return
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         self._write_event(int(row["step"]), dict(_flat(row)))
@@ -82,7 +84,7 @@ class Meter:
 
     def cut(self, step: int) -> None:
         """Drop rows of steps after `step`, and torn ones; TensorBoard is told that they do not count."""
-        if not self.path.exists():
+        if self._quiet or not self.path.exists():
             return
         lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         partial = self.path.with_suffix(".partial")

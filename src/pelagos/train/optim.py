@@ -35,6 +35,7 @@ class OptimConfig:
 
     momentum: float = 0.95
     newton_schulz: Coefficients = SCHEDULES["deepseek_v4"]
+    dtype: torch.dtype = torch.bfloat16  # of Newton-Schulz
     muon: bool = True  # False: AdamW for matrices too, decayed alike
     update_rms: float = 0.18
     weight_decay: float = 0.1
@@ -57,6 +58,13 @@ def newton_schulz(
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     y = y.mT if tall else y
     return y.reshape(x.shape).to(x.dtype)
+
+
+def orthogonalise(updates: Tensor, config: OptimConfig) -> Tensor:
+    """Return `newton_schulz` of updates (N, R, C); on a CPU a matrix gets the same bits however many there are."""
+    alone = len(updates) == 1 and not updates.is_cuda  # a batch of one is multiplied by another routine
+    found = newton_schulz(updates.expand(2, -1, -1) if alone else updates, config.newton_schulz, dtype=config.dtype)
+    return found[: len(updates)]
 
 
 def logical_matrices(name: str, parameter: Tensor, model: Transformer) -> list[Tensor]:
@@ -108,6 +116,18 @@ class Optimizer:
         fused = next(model.parameters()).is_cuda
         self._adam = torch.optim.AdamW(adam, lr=0.0, betas=self.config.betas, eps=self.config.eps, fused=fused)
 
+    def collect(self) -> None:
+        """Take note of the gradients of one more micro-batch: they are where autograd adds them."""
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a norm of at most `max_norm`; return what it was, summed in float64 in every world."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
+        norm = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum().sqrt().float()
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Apply one update at learning rate `lr` from the gradients in place; parameters without one are left."""
@@ -130,11 +150,15 @@ class Optimizer:
             if not present:
                 continue
             views = [logical_matrices(n, update[n], self._model)[i].reshape(-1, *shape) for n, i in present]
-            orthogonal = newton_schulz(torch.cat(views), self.config.newton_schulz)
+            orthogonal = orthogonalise(torch.cat(views), self.config)
             scale = -lr * self.config.update_rms * max(shape) ** 0.5
             for (name, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
                 target = logical_matrices(name, named[name], self._model)[index]
                 target.add_(part.view(target.shape), alpha=scale)
+
+    def whole(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a parameter as all processes together hold it: as it is."""
+        return parameter.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum buffers and AdamW's state."""

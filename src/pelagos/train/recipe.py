@@ -18,8 +18,12 @@ from pelagos.train.objective import LossWeights
 from pelagos.train.optim import SCHEDULES
 
 # Settings a resumed run may change: they decide what is written and when, not what is learnt.
-FREE_ON_RESUME = frozenset(("eval_every", "patience", "save_every", "log_every", "profile_step"))
-CHOICES = {"optimizer": ("muon", "adamw"), "precision": ("bf16", "fp8"), "newton_schulz": tuple(SCHEDULES)}
+WORLD = ("ep", "cp", "pp", "waves", "overlap", "owners")  # who computes what
+FREE_ON_RESUME = frozenset(("eval_every", "patience", "save_every", "log_every", "profile_step", *WORLD))
+CHOICES = {
+    "optimizer": ("muon", "adamw"), "precision": ("bf16", "fp8"), "newton_schulz": tuple(SCHEDULES),
+    "grad_sync": ("fp32_ordered", "bf16_stochastic"),
+}  # fmt: skip
 RAMP_LEVELS = 3  # the batch doubles at most so often while it grows
 
 
@@ -30,7 +34,9 @@ class TrainConfig:
     LR decays from `decay_from`; rows grow as `row_tokens_from` says ({"0.6": 4096}), the tokens of a batch stay. CSA is
     sparse from `sparse_from` on, after `indexer_steps` in which only the indexer learns (0: it learns all along). From
     `quantise_from` on weights, activations and caches are quantised as released; before, products are in `precision`.
-    `anticipate` > 0 watches for spikes of the loss and answers with routes that many steps old.
+    `anticipate` > 0 watches for spikes of the loss and answers with routes that many steps old. Under torchrun micro-
+    batches are dealt to the processes; each hands rows to `cp`, layers to `pp` of them, and `ep` share the experts, in
+    `waves`. A matrix has one owner among `owners` (0: all). `grad_sync` says how gradients are added.
     """
 
     steps: int
@@ -70,19 +76,26 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 20
     profile_step: int = 0
+    grad_sync: str = "fp32_ordered"
+    ep: int = 1
+    cp: int = 1
+    pp: int = 1
+    waves: int = 1
+    overlap: bool = True
+    owners: int = 0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             self._check_type(f.name, f.type, getattr(self, f.name))
         positive = (
             "steps batch_rows row_tokens accumulate lr clip_norm eval_every eval_rows patience save_every log_every "
-            "indexer_lr anticipate_steps spike_sigmas spike_window ramp_from_frac"
+            "indexer_lr anticipate_steps spike_sigmas spike_window ramp_from_frac ep cp pp waves"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a value > 0")
         natural = "warmup_steps seed balance_speed balance_weight indexer_steps anticipate lora_rank profile_step"
-        for name in natural.split():
+        for name in (*natural.split(), "owners"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a value >= 0")
         for name in "lr_final_frac decay_from sparse_from quantise_from ramp_from_frac ramp_until".split():

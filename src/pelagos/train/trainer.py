@@ -21,7 +21,8 @@ from pelagos.kernels.cross_entropy import cross_entropy
 from pelagos.load import load_model, save_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import LOSSLESS_BINADES
-from pelagos.train import lora
+from pelagos.train import lora, state
+from pelagos.train.context import Context
 from pelagos.train.data import IGNORE, KINDS, SPLITS, Batch, PackedBatches, Shard, read_shard, sha256_of
 from pelagos.train.forward import Forward
 from pelagos.train.guard import Ahead, SpikeDetector, routed, routers
@@ -29,7 +30,9 @@ from pelagos.train.init import initialise
 from pelagos.train.meter import ClampHits, Meter, peak_flops, training_flops
 from pelagos.train.objective import Losses, LossWeights, losses, token_loss, update_balance_bias
 from pelagos.train.optim import SCHEDULES, OptimConfig, Optimizer
+from pelagos.train.owners import Owners
 from pelagos.train.precision import Stored, fp4_binades, set_precision
+from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
 
 RUN_FORMAT = 3
@@ -43,7 +46,8 @@ class Trainer:
 
     `tokenizer` is a directory of TOKENIZER_FILES: shards made with another one are refused, and `export` copies them.
     `start` names a released-format checkpoint to fine-tune instead of fresh weights; its config replaces `model`.
-    Raises ConfigError for a device, a setting or a directory that cannot serve, DataError for shards that do not fit.
+    Of several processes each is given its `ranks`; the first writes the log. Raises ConfigError for a device, a setting
+    or a directory that cannot serve, DataError for shards that do not fit.
     """
 
     def __init__(
@@ -56,7 +60,9 @@ class Trainer:
         device: str,
         tokenizer: Path | None = None,
         start: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self.config, self.out, self.tokenizer, self.start = config, out, tokenizer, start
         self.device = usable_device(device)
         loaded = None if start is None else load_model(start, device=self.device)
@@ -82,7 +88,8 @@ class Trainer:
         if on_gpu:
             torch.set_float32_matmul_precision("high")
         schedule = SCHEDULES[config.newton_schulz]
-        self.optimizer = Optimizer(self.model, OptimConfig(newton_schulz=schedule, muon=config.optimizer == "muon"))
+        options = OptimConfig(newton_schulz=schedule, muon=config.optimizer == "muon")
+        self.optimizer = Optimizer(self.model, options) if ranks is None else Owners(self.model, options, ranks, config)
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
         self.scores: dict[str, float] = {}
         self.recall: float | None = None
@@ -93,7 +100,7 @@ class Trainer:
         self._set_stage(0)
         self.spikes = SpikeDetector(config.spike_window, config.spike_sigmas)
         self.ahead = Ahead(config.anticipate, self._fetch, self._route, self._data_state)
-        self.meter, self.hits = Meter(out), ClampHits(self.model)
+        self.meter, self.hits = Meter(out, quiet=ranks is not None and not ranks.lead), ClampHits(self.model)
         large = on_gpu or model.vocab_size >= LARGE_VOCABULARY
         self.cross_entropy = cross_entropy if large else token_loss
         self.forward = Forward(self.model, recompute=config.recompute)
@@ -245,12 +252,14 @@ class Trainer:
         batches, routes = self.ahead.take(self.step)
         rows = sum(len(batch.ids) for batch in batches)
         for place, batch in enumerate(batches):
+            if self.ranks is not None and not self.ranks.mine(place):
+                continue
             with routed(self.model, routes[place] if routes else None):
                 terms = self._losses(batch, weights, dense=dense)
             (terms.total * (len(batch.ids) / rows)).backward()
+            self.optimizer.collect()
             load = terms.load if load is None else load + terms.load
-        live = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(live, config.clip_norm)
+        norm = self.optimizer.clip(config.clip_norm)
         if self.stored is not None:
             self.stored.unround()
         self.optimizer.step(config.lr_at(self.step))
@@ -258,6 +267,8 @@ class Trainer:
             self.stored.keep()
         assert terms is not None
         assert load is not None
+        if self.ranks is not None:
+            terms, load, self._stop_asked = self.ranks.agree(terms, load, self._stop_asked)
         if not config.indexer_only(self.step):
             update_balance_bias(self.model, load, config.balance_speed)
         self._health.append(terms.total.detach() + norm)
@@ -276,6 +287,8 @@ class Trainer:
     ) -> Losses:
         ids, positions, segments, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in batch)
         options: dict[str, Any] = {"cross_entropy": self.cross_entropy, "forward": self.forward, "notes": notes}
+        if self.ranks is not None and self.ranks.cp.size > 1:
+            options["context"] = Context(self.model.config, self.ranks.cp)
         return losses(self.model, ids, positions, segments, targets, weights, dense=dense, **options)
 
     def evaluate(self) -> dict[str, float]:
@@ -352,14 +365,27 @@ class Trainer:
         there then stays.
         """
         self._require_finite()
-        state = {
+        facts, masters = self._facts(), None if self.stored is None else self.stored.masters
+        if isinstance(self.optimizer, Owners):
+            assert self.ranks is not None
+            state.write(self.out, facts, state.named(self.model, self.optimizer, self.ranks, masters), self.ranks)
+            return
+        partial = self.out / "state.pt.partial"
+        held = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "masters": masters}
+        try:
+            torch.save(facts | held, partial)
+            partial.replace(self.out / "state.pt")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(f"{partial}: state of step {self.step} not written ({error})") from None
+
+    def _facts(self) -> dict[str, Any]:
+        """What this run is and how far it came, tensors apart."""
+        return {
             "format": RUN_FORMAT,
             "config": dataclasses.asdict(self.config),
             "model_config": self.model.config.to_dict(),
             "shards": self.digests,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "masters": None if self.stored is None else self.stored.masters,
             "ahead": self.ahead.state(),
             "spikes": list(self.spikes.losses),
             "start": None if self.start is None else str(self.start),
@@ -369,13 +395,6 @@ class Trainer:
             "stale": self.stale,
             "scores": self.scores,
         }
-        partial = self.out / "state.pt.partial"
-        try:
-            torch.save(state, partial)
-            partial.replace(self.out / "state.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(f"{partial}: state of step {self.step} not written ({error})") from None
 
     def resume(self) -> bool:
         """Continue from the state in `out`, if any, and drop log lines of steps that it does not hold.
@@ -384,27 +403,43 @@ class Trainer:
         for a torn state and for one of another model, data or settings: the schedule and the stages are fractions of
         `steps`, so only FREE_ON_RESUME may differ.
         """
-        path = self.out / "state.pt"
-        if path.exists():
+        path = self.out / "state.pt" if self.ranks is None else state.newest(self.out)
+        if path is not None and path.exists():
             self._restore(path)
         self.meter.cut(self.step)
-        return path.exists()
+        return path is not None and path.exists()
 
     def _restore(self, path: Path) -> None:
+        if isinstance(self.optimizer, Owners):
+            facts = state.facts_of(path)
+            self._adopt(path, facts)
+            assert self.ranks is not None
+            masters = None if self.stored is None else self.stored.masters
+            state.read(path, state.named(self.model, self.optimizer, self.ranks, masters))
+            return
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            held = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{path}: not a readable run state ({reason}); delete it to start over") from None
-        if not isinstance(state, dict) or state.get("format") != RUN_FORMAT:
+        self._adopt(path, held)
+        self.model.load_state_dict(held["model"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        for name, master in (held["masters"] or {}).items():
+            assert self.stored is not None
+            self.stored.masters[name].copy_(master)
+
+    def _adopt(self, path: Path, facts: Any) -> None:
+        """Continue at the step of `facts`; raises CheckpointError for those of another run."""
+        if not isinstance(facts, dict) or facts.get("format") != RUN_FORMAT:
             raise CheckpointError(f"{path}: not a run state of format {RUN_FORMAT}; choose another --out or delete it")
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE_ON_RESUME}
-        stored = {k: v for k, v in state["config"].items() if k not in FREE_ON_RESUME}
+        stored = {k: v for k, v in facts["config"].items() if k not in FREE_ON_RESUME}
         differences = [
-            *_differences("model", state["model_config"], self.model.config.to_dict()),
+            *_differences("model", facts["model_config"], self.model.config.to_dict()),
             *_differences("setting", stored, settings),
-            *_differences("shard", state["shards"], self.digests),
-            *_differences("checkpoint", {"start": state["start"]}, {"start": self.start and str(self.start)}),
+            *_differences("shard", facts["shards"], self.digests),
+            *_differences("checkpoint", {"start": facts["start"]}, {"start": self.start and str(self.start)}),
         ]
         if differences:
             raise CheckpointError(
@@ -412,20 +447,15 @@ class Trainer:
                 "may change on resuming, because schedule and stages are fractions of one run; repeat its settings, "
                 "choose another --out, or delete it"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens, self.scores = state["step"], state["tokens"], state["scores"]
-        self.best, self.stale = state["best"], state["stale"]
+        self.step, self.tokens, self.scores = facts["step"], facts["tokens"], facts["scores"]
+        self.best, self.stale = facts["best"], facts["stale"]
         self._set_stage(self.step - 1)
-        if self.stored is not None:
-            for name, master in state["masters"].items():
-                self.stored.masters[name].copy_(master)
-        data = state["ahead"]["data"]
+        data = facts["ahead"]["data"]
         self.length_stage, self.batches = data["stage"], self._loader(data["stage"])
         self.batches.restore(data)
-        self.ahead.restore(state["ahead"], self.step)
+        self.ahead.restore(facts["ahead"], self.step)
         self.spikes.losses.clear()
-        self.spikes.losses.extend(state["spikes"])
+        self.spikes.losses.extend(facts["spikes"])
 
     def check_export(self, path: Path) -> list[tuple[Path, Path]]:
         """Return the (source, target) tokenizer files an export to `path` copies.
@@ -449,12 +479,17 @@ class Trainer:
 
         The checkpoint appears whole or not at all; the tokenizer is there before it.
         """
+        merged = lora.merged(self.model) if self.config.lora_rank else self.model
+        if isinstance(self.optimizer, Owners):
+            assert self.ranks is not None
+            merged = state.whole(self.model, self.optimizer)
+            if not self.ranks.lead:
+                return
         for source, target in self.check_export(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(target.name + ".partial")
             shutil.copyfile(source, partial)
             partial.replace(target)
-        merged = lora.merged(self.model) if self.config.lora_rank else self.model
         save_model(merged, path, shard_bytes=EXPORT_SHARD_BYTES)
 
 

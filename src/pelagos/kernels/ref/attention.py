@@ -14,7 +14,8 @@ def window_mask(start: int, length: int, window: int, segments: Tensor | None, d
     """Say which rows [start - window, start + length) each query sees: itself and the window - 1 rows before it.
 
     Returns (1, S, window + S) bool for S <= window, else tiles (1, N, window, 2 * window) around the diagonal,
-    N = ceil(S / window). With segments (B, S), a query sees only rows of its own segment and the result has B.
+    N = ceil(S / window). With segments (B, S) a query sees only rows of its own segment and the result has B; up to
+    `window` more columns before them are those of rows before the first.
     """
     blocks = max(1, -(-length // window))
     size = length if blocks == 1 else window
@@ -25,8 +26,9 @@ def window_mask(start: int, length: int, window: int, segments: Tensor | None, d
     mask = (band & (row + tile >= window - start)).unsqueeze(0)  # (1, N, size, window + size)
     if segments is not None:
         pad = blocks * size - length
-        own = functional.pad(segments, (0, pad), value=-3).unflatten(1, (blocks, size))
-        rows = functional.pad(segments, (window, pad), value=-2).unfold(1, window + size, size)
+        own = functional.pad(segments[:, -length:], (0, pad), value=-3).unflatten(1, (blocks, size))
+        before = window + length - segments.shape[1]
+        rows = functional.pad(segments, (before, pad), value=-2).unfold(1, window + size, size)
         mask = mask & (own.unsqueeze(3) == rows.unsqueeze(2))
     return mask.squeeze(1) if blocks == 1 else mask
 

@@ -40,7 +40,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, quantize
 
     `quantized` chooses `gemm.quantized_linear`.
     """
-    if not quantized and len(set(counts)) == 1:
+    if not quantized and len(counts) > 1 and len(set(counts)) == 1:
         return torch.bmm(x.view(len(counts), -1, x.shape[1]), weight.to(x.dtype).transpose(1, 2)).flatten(0, 1)
     product, weight = (quantized_linear, weight) if quantized else (functional.linear, weight.to(x.dtype))
     groups = zip(x.split(counts), weight.unbind(0), counts, strict=True)
@@ -78,18 +78,29 @@ def mixture(
     """
     tokens, picks = chosen.shape
     flat = chosen.flatten()
-    quantized = quantize is not None
     prepared = quantize(x) if quantize else x
     places, rows = _places(flat.cpu().numpy(), w13.shape[0], multiple)
     kept = np.zeros(sum(rows), np.int64)
     kept[places] = np.arange(len(places))
     back, order = (torch.from_numpy(each).to(x.device) for each in (places, kept))
-    both = grouped_linear(prepared[order // picks], w13, rows, quantized=quantized)
+    inputs = (prepared[order // picks], weights.flatten()[order], w13, w2, rows, limit, quantize, hits, leave)
+    return ordered_sum(expert_rows(*inputs)[back].view(tokens, picks, -1).float(), 1)
+
+
+def expert_rows(
+    x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, counts: Sequence[int], limit: float,
+    quantize: Quantizer | None, hits: Tensor | None = None, leave: Quantizer | None = None,
+) -> Tensor:  # fmt: skip
+    """Return what experts make of consecutive row groups of x (R, D) with routing weights (R,): (R, D); see `mixture`.
+
+    x has been through `quantize` already.
+    """
+    quantized = quantize is not None
+    both = grouped_linear(x, w13, counts, quantized=quantized)
     gate, up = (leave(both) if leave else both).chunk(2, -1)
-    hidden = (swiglu(gate, up, limit, hits) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, rows, quantized=quantized)
-    out = leave(out) if leave else out
-    return ordered_sum(out[back].view(tokens, picks, -1).float(), 1)
+    hidden = (swiglu(gate, up, limit, hits) * weights.unsqueeze(-1)).to(x.dtype)
+    out = grouped_linear(quantize(hidden) if quantize else hidden, w2, counts, quantized=quantized)
+    return leave(out) if leave else out
 
 
 def mixture_few(
