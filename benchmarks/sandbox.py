@@ -143,7 +143,7 @@ def speed(store: Store, image: Image, rounds: int = 100) -> dict[str, Any]:
     raw: dict[str, Any] = {"true": (RAW + "true").split(), "python": (RAW + "python3 -I -S -c pass").split()}
     out: dict[str, Any] = {}
     for name, substrate, words in (("container", "container", raw["true"]), ("function", "function", raw["python"])):
-        ours, theirs = [], []
+        ours, theirs, used = [], [], []
         for _ in range(rounds if name == "container" else rounds // 3):
             theirs.append(
                 times_ms(lambda words=words: subprocess.run(words, check=True, capture_output=True), 1)["p50"]
@@ -151,8 +151,11 @@ def speed(store: Store, image: Image, rounds: int = 100) -> dict[str, Any]:
             began = time.perf_counter()
             box = Sandbox.create(substrate=substrate, image=image, store=store, ttl_s=60)
             ours.append((time.perf_counter() - began) * 1e3)
+            box.call("def main(): return 1") if name == "function" else box.exec(["true"])
+            used.append((time.perf_counter() - began) * 1e3)
             box.close()
-        for key, taken in ((f"create_{name}", sorted(ours)), (f"raw_{name}", sorted(theirs))):
+        found = {f"create_{name}": ours, f"raw_{name}": theirs, f"create_{name}_and_use": used}
+        for key, taken in ((key, sorted(taken)) for key, taken in found.items()):
             out[key] = {"p50": round(statistics.median(taken), 2), "p99": round(taken[int(len(taken) * 0.99)], 2),
                         "min": round(taken[0], 2), "rounds": len(taken)}  # fmt: skip
         out[f"overhead_{name}_p50"] = round(out[f"create_{name}"]["p50"] - out[f"raw_{name}"]["p50"], 2)
@@ -492,7 +495,6 @@ def escape(_: Store, __: Image) -> dict[str, Any]:
         "shell_attempts": len(tests.SHELL_ATTEMPTS), "python_attempts": len(tests.PYTHON_ATTEMPTS),
         "of_them_as_an_ordinary_user_too": len(tests.SHELL_ATTEMPTS) if os.geteuid() == 0 else 0,
         "succeeded": "none" if done.returncode == 0 else done.stdout[-2000:],
-        "tests": done.stdout.strip().rpartition("\n")[2],
     }  # fmt: skip
 
 

@@ -86,9 +86,9 @@ class VirtualMachine(Substrate):
     def start(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
         tools()
+        limits = replace(self._spec.limits, memory_mb=self._spec.limits.memory_mb + OVERHEAD_MB, processes=256)
         if self._group:
-            limits = self._spec.limits
-            self._group.limit(replace(limits, memory_mb=limits.memory_mb + OVERHEAD_MB, processes=256))
+            self._group.limit(replace(limits, cpu=os.cpu_count() or 1))  # to start is not the guest's own work
         base, initrd = self._base(), self._initrd()
         facts = [base.name, initrd.name, self.machine, self._spec.base, *self._spec.layers, self._spec.limits.memory_mb,
                  self._spec.limits.disk_mb, self.capabilities.kernel]  # fmt: skip
@@ -124,6 +124,8 @@ class VirtualMachine(Substrate):
                                    f"last on its console: {last.decode('utf-8', 'replace')}")  # fmt: skip
             if ask["keep"]:
                 self._keep_state(own)
+        if self._group:
+            self._group.limit(limits)
 
     def _keep_state(self, own: Path) -> None:
         if (own / "state").exists():

@@ -79,7 +79,8 @@ def makefile(r: random.Random) -> Draft:
                  f"printf '{target}.out: {a}.in {b}.in {c}.in\\n\\tcat $^ > $@\\n' > Makefile\n",
                  f"""
 assert subprocess.run(['make', '{target}.out']).returncode == 0 and read('{target}.out') == {want!r}
-Path('{b}.in').write_text('new\\n'); os.utime('{b}.in', (2e9, 2e9))
+Path('{b}.in').write_text('new\\n')
+for name, when in {{'{a}.in': 1e9, '{c}.in': 1e9, '{target}.out': 1.1e9, '{b}.in': 1.2e9}}.items(): os.utime(name, (when, when))
 assert subprocess.run(['make', '{target}.out']).returncode == 0 and 'new' in read('{target}.out')
 """)  # fmt: skip
 
