@@ -57,6 +57,8 @@ class GroupForward(CudaForward):
     rows too. Raises ConfigError for weights that are not cut.
     """
 
+    left = False  # sums are whole where they are exchanged
+
     def __init__(
         self, weights: Weights, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, *,
         positions: int, follow: bool = True,
