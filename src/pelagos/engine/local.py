@@ -415,6 +415,7 @@ class LocalEngine:
         """Copy out what a request held; False when that goes on."""
         request = _live(preempted.request)
         self._counters.preemptions += 1
+        request.asked_disk = False
         pages = preempted.pages[: self._layout.pages_for(preempted.computed)]  # not those of rejected drafts alone
         size = self._layout.slot_bytes + len(pages) * self._layout.page_bytes
         # Else it is computed again; so is one on its way through a lost window, whose entries lie ahead of it.

@@ -42,7 +42,8 @@ def pinned(rows: int, width: int, device: torch.device) -> Tensor:
 
     Of exactly these bytes; the library's own allocator takes the next power of two.
     """
-    memory = torch.frombuffer(mmap.mmap(-1, max(1, rows * width)), dtype=torch.uint8)[: rows * width].view(rows, width)
+    taken = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(taken, dtype=torch.uint8)[: rows * width].view(rows, width)
     if device.type == "cuda":
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
