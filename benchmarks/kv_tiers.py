@@ -1,13 +1,14 @@
 """Prefixes brought back from host memory and from the disk: bytes a second beside the bus and the disk, bits, and what
 it costs those who decode meanwhile. JSON rows.
 
-    python -m benchmarks.kv_tiers --shape flash --context 128K --batch 8
+    python -m benchmarks.kv_tiers --shape flash --device cuda --context 128K --batch 8 [--copies]
     python -m benchmarks.kv_tiers --model nano --device cuda
 
 With --shape random weights of that preset, all layers over one layer's experts, released mode, on CUDA; `tiny` is the
-small model on a CPU; with --copies no prompt is computed, pages are random bytes and those beside are decode steps. The bus is a plain copy of the same bytes out of locked memory; the disk, direct reads of the same
-files by as many threads as the cache has, the system's copies dropped before. With --model the bits alone: prompts
-continued from each tier and after having been parked, against cold runs.
+small model on a CPU; with --copies no prompt is computed: pages are random bytes, and decode steps run beside them. The
+bus is a plain copy of the same bytes out of locked memory; the disk, direct reads of the same files by as many threads
+as the cache has, the system's copies dropped before. With --model the bits alone: prompts continued from each tier and
+after having been parked, against cold runs.
 """
 
 from __future__ import annotations
