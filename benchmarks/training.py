@@ -155,18 +155,18 @@ def steps(
         torch.cuda.reset_peak_memory_stats()
         took = seconds(trainer._update, repeats=3)
         muon = seconds(lambda: trainer.optimizer.step(1e-5), repeats=3)
+        tokens = rows * accumulate * config.row_tokens
+        flops = training_flops(model, config.row_tokens) * tokens / took
+        peak = peak_flops(torch.device("cuda"))
+        say({
+            "bench": "step", "size": size, "residual": "plain" if plain else "mhc", "precision": precision,
+            "attention": "sparse" if sparse else "dense", "released": released, "tokens": tokens, "ms": took * 1e3,
+            "tokens_per_s": tokens / took, "mfu": flops / peak if peak else None, "muon_frac": muon / took,
+            "first_step_s": first, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "device": torch.cuda.get_device_name(),
+        })  # fmt: skip
         if profile:
             top(trainer, profile)
-    tokens = rows * accumulate * config.row_tokens
-    flops = training_flops(model, config.row_tokens) * tokens / took
-    peak = peak_flops(torch.device("cuda"))
-    say({
-        "bench": "step", "size": size, "residual": "plain" if plain else "mhc", "precision": precision,
-        "attention": "sparse" if sparse else "dense", "released": released, "tokens": tokens, "ms": took * 1e3,
-        "tokens_per_s": tokens / took, "mfu": flops / peak if peak else None, "muon_frac": muon / took,
-        "first_step_s": first, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "device": torch.cuda.get_device_name(),
-    })  # fmt: skip
 
 
 def top(trainer: Trainer, count: int) -> None:
@@ -186,10 +186,11 @@ def top(trainer: Trainer, count: int) -> None:
 
 def everything() -> None:
     """Device tests of the training kernels, their figures, then S and M, beside a plain residual and in FP8."""
-    names = ("mhc", "training_attention", "grouped_experts", "norm_rope", "fp8_product", "sinkhorn")
+    names = ("mhc", "training_attention", "index_training", "compressor", "grouped_experts", "norm_rope",
+             "cross_entropy", "fp8_product", "sinkhorn")  # fmt: skip
     tests = [f"tests/kernels/test_{name}.py" for name in names]
     runs = [["-m", "pytest", "-q", "-m", "gpu", *tests], ["-m", "benchmarks.training", "kernels"]]
-    for size, rows in (("S", 32), ("M", 16)):
+    for size, rows in (("S", 64), ("M", 32)):
         shape = ["--size", size, "--rows", str(rows), "--accumulate", str(256 // rows)]
         variants = ([], ["--plain"], ["--sparse"], ["--precision", "fp8"], ["--sparse", "--released"])
         runs += [["-m", "benchmarks.training", "steps", *shape, *more] for more in variants]

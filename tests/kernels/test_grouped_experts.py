@@ -10,10 +10,11 @@ from pelagos.kernels import grouped_experts
 from pelagos.kernels.ref import experts as ref
 
 SCRIPT = """
-from test_grouped_experts import worst
+from test_grouped_experts import shared_worst, worst
 for case in ((37, 3, 5, 48, 40, 1.5), (8, 2, 4, 32, 136, 10.0)):
     off = worst(*case)
     assert off < 1e-5, (case, off)
+assert shared_worst() < 1e-5
 print("compared")
 """
 
@@ -49,6 +50,18 @@ def worst(tokens, picks, experts, width, inner, limit, *, device="cpu", dtype=to
     return max(error(a.cpu(), b) for a, b in zip(got, want, strict=True) if b.is_floating_point())
 
 
+def shared_worst(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """The shared expert's SwiGLU, values and gradients."""
+    gate, up, grad = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    found = []
+    for form in (grouped_experts.swiglu, ref.swiglu):
+        pair = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+        hits = torch.zeros(3, dtype=torch.int64, device=device)
+        out = form(*pair, 1.0, hits)
+        found.append([out.detach(), hits, *torch.autograd.grad(out, pair, grad.to(out.dtype))])
+    return max(error(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_kernels_in_the_interpreter():
     """Sum, clamp counters and the gradients of tokens, routing weights and both stacks, an idle expert among them."""
     assert run(SCRIPT, interpret=True) == "compared\n"
@@ -58,6 +71,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("case", [(4096, 6, 32, 512, 256, 10.0), (1000, 4, 20, 256, 128, 1.0)], ids=str)
 def test_grouped_experts_on_the_device(case):
     assert worst(*case, device="cuda", dtype=torch.bfloat16) < 2e-2
+    assert shared_worst("cuda", torch.bfloat16) < 1e-2
     inputs = make_inputs(*case[:-1], "cuda", torch.bfloat16)
     first, again = (results(grouped_experts.mixture, inputs, case[-1]) for _ in range(2))
     assert all(map(torch.equal, first, again))

@@ -12,10 +12,12 @@ from pelagos.kernels.ref import training_attention as bounds_of
 SCRIPT = """
 import torch
 torch.set_num_threads(1)
-from test_index_training import worst
+from test_index_training import picks_agree, worst
 for case in (((20, 12), 4, 16, 4), ((40,), 3, 32, 4), ((290, 30), 8, 16, 4)):
     off = worst(*case)
     assert off < 1e-5, (case, off)
+for entries, topk in ((7, 3), (40, 16), (40, 40)):
+    assert picks_agree(entries, topk)
 print("compared")
 """
 
@@ -49,6 +51,20 @@ def worst(lengths, heads, width, ratio, *, device="cpu", dtype=torch.float32, ba
     return max(error(a, b) for a, b in zip(got, want, strict=True))
 
 
+def picks_agree(entries: int, topk: int, *, device: str = "cpu", queries: int = 24) -> bool:
+    """Whether the kernel picks what the reference does: many ties, signs, rows that see little or nothing."""
+    generator = torch.Generator().manual_seed(entries)
+    scores = (torch.randn(2, queries, entries, generator=generator) * 2).round() / 2
+    visible = torch.arange(entries) < torch.randint(0, entries + 1, (2, queries, 1), generator=generator)
+    if device == "cpu":
+        from pelagos.kernels.triton import index_training as kernel
+
+        got = kernel.pick(scores, visible.view(torch.uint8), topk)
+    else:
+        got = op.pick(scores.to(device), visible.to(device), topk).cpu()
+    return torch.equal(got, op.pick(scores, visible, topk))
+
+
 def test_kernels_in_the_interpreter():
     """Scores, divergence and three gradients; several samples a row, heads that are no power of two."""
     assert run(SCRIPT, interpret=True) == "compared\n"
@@ -57,4 +73,5 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [((1024, 512, 512), 8, 64, 4), ((8192,), 8, 64, 4)], ids=str)
 def test_kernels_on_the_device(case):
+    assert picks_agree(case[0][0] // 4, 128, device="cuda", queries=500)
     assert worst(*case, device="cuda", dtype=torch.bfloat16) < 2e-2

@@ -28,9 +28,33 @@ def mixture(
     return Mixture.apply(quantize(x) if quantize else x, chosen, weights, w13, w2, limit, quantize, hits, fp8)
 
 
+def swiglu(gate: Tensor, up: Tensor, limit: float, hits: Tensor | None) -> Tensor:
+    """Return `ref.experts.swiglu` of gate and up (T, F) in their dtype, differentiable."""
+    return Swiglu.apply(torch.cat((gate, up), -1), limit, hits)
+
+
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (R, I), an expert's rows end at `ends` (E,), by its weight (E, I, O); x (I, R) by weight (R, O): (E, I, O)."""
     return functional.grouped_mm(x, weight, offs=ends)
+
+
+class Swiglu(torch.autograd.Function):
+    """`swiglu` of both (T, 2F)."""
+
+    @staticmethod
+    def forward(ctx: Any, both, limit, hits):
+        from pelagos.kernels.triton import grouped_experts as kernel
+
+        ones = both.new_ones(len(both), dtype=torch.float32)
+        ctx.save_for_backward(both, ones)
+        ctx.limit = limit
+        return kernel.swiglu(both, ones, limit, hits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        from pelagos.kernels.triton import grouped_experts as kernel
+
+        return kernel.swiglu_backward(*ctx.saved_tensors, grad.contiguous(), ctx.limit)[0], None, None
 
 
 class Mixture(torch.autograd.Function):

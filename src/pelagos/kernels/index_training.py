@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pelagos.kernels.ref import compress
+from pelagos.kernels.ref.tiles import best_mask
 
 
 def index_scores(q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, ratio: int) -> Tensor:
@@ -34,6 +35,16 @@ def divergence(scores: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
     log_q = scores.masked_fill(~seen, -1e30).log_softmax(-1)
     return (target * (target.clamp_min(1e-20).log() - log_q)).masked_fill(~seen, 0).sum(-1)
+
+
+@torch.no_grad()
+def pick(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
+    """Return which of the visible (B, S, M) bool entries have the `topk` largest scores, a tie to the lower."""
+    if scores.is_cuda:
+        from pelagos.kernels.triton import index_training as kernel
+
+        return kernel.pick(scores, visible.contiguous().view(torch.uint8), topk)
+    return best_mask(scores.masked_fill(~visible, -torch.inf), topk) & visible
 
 
 class Scores(torch.autograd.Function):

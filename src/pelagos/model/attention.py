@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from pelagos import numerics
 from pelagos.config import ModelConfig
+from pelagos.kernels import compressor
 from pelagos.kernels.norm_rope import apply_rope, rms_norm
 from pelagos.kernels.ref import compress
 from pelagos.kernels.ref.attention import sparse_attention, window_mask
 from pelagos.kernels.ref.gemm import grouped_projection
 from pelagos.kernels.ref.norm_rope import rope_frequencies, rope_table
-from pelagos.model.cache import LayerCache
+from pelagos.model.cache import FullSequence, LayerCache
 from pelagos.model.layers import Linear, RMSNorm
 
 CSA_RATIO = 4  # the one ratio whose windows overlap and whose entries are picked by the indexer
@@ -126,6 +127,9 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache, name: str) -> Tensor:
         """Append the windows that x (B, S, D) completes; return them (B, N, width), normed and rotated, N >= 0."""
+        whole = type(cache) is FullSequence and step.segments is not None
+        if whole and x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            return self._pool_rows(x, step, step.length // self.ratio)
         kv, score = self.rows(x, torch.arange(step.start, step.start + step.length, device=x.device))
         keep = self.ratio * (1 + self.overlap)
         kv, score = cache.tail(name, kv, score, keep)
@@ -145,6 +149,14 @@ class Compressor(nn.Module):
             values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
             scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
         return self.pool(values, scores, step.entry_table(self.ratio, begin, count), x.dtype)
+
+    def _pool_rows(self, x: Tensor, step: Step, count: int) -> Tensor:
+        """The same for packed rows in training."""
+        samples = step.entry_segments(self.ratio, 0, count)
+        assert samples is not None
+        weights = (self.wkv.weight, self.wgate.weight, self.ape, samples[:, 1:] != samples[:, :-1])
+        pooled = compressor.pool(x, *weights, ratio=self.ratio, width=self.width)
+        return apply_rope(self.norm(pooled), last_channels(step.entry_table(self.ratio, 0, count), self.width))
 
     def rows(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return what tokens x (B, S, D) at positions (S,) leave for pooling: kv and score (B, S, channels) float32."""

@@ -100,7 +100,9 @@ class SharedExpert(nn.Module):
         self.hits: Tensor | None = None  # training: counters of `ops.swiglu`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x), self.limit, self.hits).to(x.dtype))
+        kernel = x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+        swiglu = grouped_experts.swiglu if kernel else ops.swiglu
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit, self.hits).to(x.dtype))
 
 
 class MoE(nn.Module):

@@ -17,7 +17,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pelagos.kernels import index_training, mhc, training_attention
-from pelagos.kernels.ref.tiles import best_mask
 from pelagos.model import Transformer
 from pelagos.model.attention import Attention, Step
 from pelagos.model.cache import Cache, LayerCache
@@ -129,8 +128,7 @@ def attention(
         scores = index_training.index_scores(queries, keys, gates, *bounds, ratio=attn.ratio)
         visible = step.visible(attn.ratio, keys.shape[1])
         if keys.shape[1] > attn.indexer.topk and not step.dense:
-            hidden = scores.detach().masked_fill(~visible, -torch.inf)
-            notes["picked"] = picked = best_mask(hidden, attn.indexer.topk) & visible
+            notes["picked"] = picked = index_training.pick(scores, visible, attn.indexer.topk)
     out, weights = op(q, rows, entries, attn.attn_sink, picked, *bounds, window=attn.window_size, ratio=attn.ratio)
     if scores is not None and weights is not None:
         notes["index_scores"], notes["entry_weights"] = scores, weights.unsqueeze(2)

@@ -42,7 +42,7 @@ class LossWeights:
 class Losses:
     """One batch's terms: `total` to differentiate, the others detached; `load` (layers, E) tokens an expert.
 
-    `recall` holds one number a CSA layer while attention is dense: `indexer_recall`.
+    `recall`, where it was asked for, holds one number a CSA layer while attention is dense: `indexer_recall`.
     """
 
     total: Tensor
@@ -131,15 +131,15 @@ def losses(
     """Run one packed batch, all (B, S), and return its loss terms.
 
     `dense` attends every visible entry; `cross_entropy` is `token_loss` or the chunked one; `notes` receives what each
-    layer noted. With a `context` this is the part of the rows that it cuts: `total` and `load` are this part's, the
-    other terms those of whole rows.
+    layer noted and has the indexer's recall measured. With a `context` this is the part of the rows that it cuts: `total`
+    and `load` are this part's, the other terms those of whole rows.
     """
     forward = forward or Forward(model)
     batch = prepare(model, ids, positions, segments, targets, dense=dense, context=context)
-    notes = [] if notes is None else notes
+    measured, notes = notes is not None, [] if notes is None else notes
     streams = forward.run(batch.step, batch.cache, notes)
     zero = streams.new_zeros((), dtype=torch.float32)
-    return finish(forward, batch, streams, None, weights, cross_entropy, notes, (zero, zero))
+    return finish(forward, batch, streams, None, weights, cross_entropy, notes, (zero, zero), measured=measured)
 
 
 @dataclass
@@ -170,7 +170,7 @@ def prepare(
 def finish(
     forward: Forward, batch: Prepared, streams: Tensor, embedded: Tensor | None, weights: LossWeights,
     cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], notes: list[dict[str, Tensor]],
-    sums: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor], *, measured: bool = False,
 ) -> Losses:  # fmt: skip
     """Return the terms of a batch from the backbone's streams; `embedded` are those of `next_ids`, if made elsewhere.
 
@@ -187,7 +187,7 @@ def finish(
         draft = cross_entropy(drafted.flatten(0, 1), model.head.weight, batch.after.flatten())
     if context:
         main, draft = main * context.share(batch.targets), draft * context.share(batch.after)
-    balance, indexer, load, recall = noted(model, batch, notes, sums)
+    balance, indexer, load, recall = noted(model, batch, notes, sums, measured=measured)
     terms = ((weights.main, main), (weights.mtp, draft), (weights.balance, balance), (weights.indexer, indexer))
     total = sum((weight * term for weight, term in terms if weight), zero)
     across = context.sum if context else _here
@@ -196,8 +196,9 @@ def finish(
 
 
 def noted(
-    model: Transformer, batch: Prepared, notes: list[dict[str, Tensor]], sums: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    model: Transformer, batch: Prepared, notes: list[dict[str, Tensor]], sums: tuple[Tensor, Tensor], *,
+    measured: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Add what layers noted to `sums`, their balance and divergence; return these, load (layers, E) and recalls."""
     (balance, indexer), load, recall, topk = sums, [], [], model.config.index_topk
     across = batch.context.sum if batch.context else _here
@@ -209,7 +210,7 @@ def noted(
         if "index_scores" in note:
             found = (note["index_scores"], note["entry_weights"], _attended(note, batch.step, topk, batch.real))
             indexer = indexer + indexer_divergence(*found, across)
-            if batch.step.dense and found[0].shape[-1] > topk:
+            if measured and batch.step.dense and found[0].shape[-1] > topk:
                 recall.append(indexer_recall(*found, topk))
     return balance, indexer, torch.stack(load), recall
 

@@ -31,21 +31,21 @@ def _swiglu_kernel(
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     live = row < count
     scale = tl.load(weight + row, mask=live, other=0.0)
-    high, above, below = tl.zeros((BC,), tl.int32), tl.zeros((BC,), tl.int32), tl.zeros((BC,), tl.int32)
+    high, above, below = tl.zeros((BR, BC), tl.int32), tl.zeros((BR, BC), tl.int32), tl.zeros((BR, BC), tl.int32)
     for begin in range(0, WIDTH, BC):
         column = begin + tl.arange(0, BC)
         mask = live[:, None] & (column < WIDTH)[None, :]
         gate, up, raw, free = _pair(both, row, column, mask, limit, WIDTH)
-        high += tl.sum((raw > limit).to(tl.int32), 0)
-        above += tl.sum((free > limit).to(tl.int32), 0)
-        below += tl.sum((free < -limit).to(tl.int32), 0)
+        high += (raw > limit).to(tl.int32)
+        above += (free > limit).to(tl.int32)
+        below += (free < -limit).to(tl.int32)
         value = gate / (1 + tl.exp(-gate)) * up * scale[:, None]
         at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=mask)
     out = hits + tl.program_id(0) * 3
-    tl.store(out, tl.sum(high, 0))
-    tl.store(out + 1, tl.sum(above, 0))
-    tl.store(out + 2, tl.sum(below, 0))
+    tl.store(out, tl.sum(tl.sum(high, 1), 0))
+    tl.store(out + 1, tl.sum(tl.sum(above, 1), 0))
+    tl.store(out + 2, tl.sum(tl.sum(below, 1), 0))
 
 
 @triton.jit

@@ -95,6 +95,26 @@ def _divergence_kernel(scores, weights, seen, losses, grad, count, BLOCK: tl.con
     tl.store(grad + base + entry, chance / total * tl.sum(target, 0) - target, mask=entry < count)
 
 
+@triton.jit
+def _pick_kernel(scores, visible, picked, count, topk, BLOCK: tl.constexpr):
+    """The `topk` largest of a query's visible scores: their least one by halving its bits, ties to the lower entry."""
+    entry, base = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * count
+    seen = (entry < count) & (tl.load(visible + base + entry, mask=entry < count, other=0) != 0)
+    score = tl.load(scores + base + entry, mask=seen, other=float("nan"))
+    bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)  # both zeros are one
+    order = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    order = tl.where(score == score, order, 0)
+    least, bit = tl.full((), 0, tl.uint32), tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        tried = least | bit
+        least = tl.where(tl.sum((order >= tried).to(tl.int32), 0) >= topk, tried, least)
+        bit = bit >> 1
+    above, tie = order > least, order == least
+    room = topk - tl.sum(above.to(tl.int32), 0)
+    chosen = seen & (above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room)))
+    tl.store(picked + base + entry, chosen.to(tl.uint8), mask=entry < count)
+
+
 def _shapes(q: Tensor, ratio: int) -> dict[str, int]:
     heads, width = q.shape[2:]
     padded = triton.next_power_of_2(heads)
@@ -132,3 +152,12 @@ def divergence(scores: Tensor, weights: Tensor, seen: Tensor) -> tuple[Tensor, T
     warps = max(1, min(16, block // 256))
     _divergence_kernel[(losses.numel(),)](scores, weights, seen, losses, grad, count, BLOCK=block, num_warps=warps)
     return losses, grad
+
+
+def pick(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
+    """Return which entries (B, S, M) bool are picked."""
+    picked, count = torch.empty_like(visible, dtype=torch.uint8), scores.shape[2]
+    block = triton.next_power_of_2(count)
+    grid = (scores.numel() // count,)
+    _pick_kernel[grid](scores, visible, picked, count, topk, BLOCK=block, num_warps=max(1, min(16, block // 256)))
+    return picked.view(torch.bool)
