@@ -131,8 +131,8 @@ def losses(
     """Run one packed batch, all (B, S), and return its loss terms.
 
     `dense` attends every visible entry; `cross_entropy` is `token_loss` or the chunked one; `notes` receives what each
-    layer noted and has the indexer's recall measured. With a `context` this is the part of the rows that it cuts: `total`
-    and `load` are this part's, the other terms those of whole rows.
+    layer noted and has the indexer's recall measured. With a `context` this is the part of the rows that it cuts:
+    `total` and `load` are this part's, the other terms those of whole rows.
     """
     forward = forward or Forward(model)
     batch = prepare(model, ids, positions, segments, targets, dense=dense, context=context)

@@ -34,7 +34,6 @@ from pelagos.train.owners import Owners
 from pelagos.train.precision import Stored, fp4_binades, set_precision
 from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
-from pelagos.train.stages import Pipeline, cut_layers
 
 RUN_FORMAT = 3
 EXPORT_SHARD_BYTES = 15_000_000  # a shard of the bundled model stays under the 16 MiB that file hosts take
@@ -84,10 +83,6 @@ class Trainer:
         self.model.carrier = torch.bfloat16 if on_gpu else torch.float32
         if loaded is None:
             initialise(self.model, config.seed)
-        if config.pp > 1:
-            if ranks is None:
-                raise ConfigError(f"pp={config.pp}: start as many processes with torchrun")
-            cut_layers(self.model, ranks.pp.rank, config.pp)
         if config.lora_rank:
             lora.attach(self.model, config.lora_rank, config.seed)
         if on_gpu:
@@ -109,9 +104,6 @@ class Trainer:
         large = on_gpu or model.vocab_size >= LARGE_VOCABULARY
         self.cross_entropy = cross_entropy if large else token_loss
         self.forward = Forward(self.model, recompute=config.recompute)
-        self.pipeline: Pipeline | None = None
-        if ranks is not None and config.pp > 1:
-            self.pipeline = Pipeline(self.forward, ranks, self.optimizer.collect, self.cross_entropy)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -259,12 +251,9 @@ class Trainer:
             parameter.grad = None
         batches, routes = self.ahead.take(self.step)
         rows = sum(len(batch.ids) for batch in batches)
-        if self.ranks is not None:
-            batches = [batch for place, batch in enumerate(batches) if self.ranks.mine(place)]
-        if self.pipeline is not None:
-            passed = self.pipeline.run(batches, weights, dense=dense, share=len(batches[0].ids) / rows)
-            terms, load = passed[-1], torch.stack([each.load for each in passed]).sum(0)
-        for place, batch in enumerate(batches if self.pipeline is None else []):
+        for place, batch in enumerate(batches):
+            if self.ranks is not None and not self.ranks.mine(place):
+                continue
             with routed(self.model, routes[place] if routes else None):
                 terms = self._losses(batch, weights, dense=dense)
             (terms.total * (len(batch.ids) / rows)).backward()
@@ -298,8 +287,6 @@ class Trainer:
     ) -> Losses:
         ids, positions, segments, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in batch)
         options: dict[str, Any] = {"cross_entropy": self.cross_entropy, "forward": self.forward, "notes": notes}
-        if self.pipeline is not None:
-            return self.pipeline.score(batch, dense=dense)
         if self.ranks is not None and self.ranks.cp.size > 1:
             options["context"] = Context(self.model.config, self.ranks.cp)
         return losses(self.model, ids, positions, segments, targets, weights, dense=dense, **options)
@@ -495,7 +482,7 @@ class Trainer:
         merged = lora.merged(self.model) if self.config.lora_rank else self.model
         if isinstance(self.optimizer, Owners):
             assert self.ranks is not None
-            merged = state.whole(self.model, self.optimizer, self.ranks)
+            merged = state.whole(self.model, self.optimizer)
             if not self.ranks.lead:
                 return
         for source, target in self.check_export(path):
