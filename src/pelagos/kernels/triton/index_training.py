@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.triton.training_attention import _rows_of, _tile
+from pelagos.kernels.triton.training_attention import STAGES, _rows_of, _tile
 
 ROWS, KEYS, STEP = 128, 64, 64  # (query, head) rows and keys a step, rows a step of the keys' gradients
 
@@ -118,7 +118,8 @@ def _pick_kernel(scores, visible, picked, count, topk, BLOCK: tl.constexpr):
 def _shapes(q: Tensor, ratio: int) -> dict[str, int]:
     heads, width = q.shape[2:]
     padded = triton.next_power_of_2(heads)
-    return {"HEADS": heads, "PADDED": padded, "WIDTH": width, "RATIO": ratio, "R": max(padded, ROWS), "N": KEYS}
+    shapes = {"HEADS": heads, "PADDED": padded, "WIDTH": width, "RATIO": ratio, "R": max(padded, ROWS), "N": KEYS}
+    return shapes | {"num_stages": STAGES}
 
 
 def scores(q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ratio: int) -> Tensor:
@@ -137,10 +138,10 @@ def scores_backward(
     (batch, length, heads, width), count, shapes = q.shape, keys.shape[1], _shapes(q, ratio)
     grad_q, grad_keys, grad_gates = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(gates)
     grid = (triton.cdiv(length, shapes["R"] // shapes["PADDED"]), batch)
-    _query_grad_kernel[grid](q, keys, gates, starts, grad, grad_q, grad_gates, length, count, num_stages=2, **shapes)
+    _query_grad_kernel[grid](q, keys, gates, starts, grad, grad_q, grad_gates, length, count, **shapes)
     _key_grad_kernel[(triton.cdiv(count, KEYS), batch)](
         q, keys, gates, ends, grad, grad_keys, length, count,
-        HEADS=heads, WIDTH=width, RATIO=ratio, N=KEYS, STEP=STEP, num_stages=2,
+        HEADS=heads, WIDTH=width, RATIO=ratio, N=KEYS, STEP=STEP, num_stages=STAGES,
     )  # fmt: skip
     return grad_q, grad_keys, grad_gates
 

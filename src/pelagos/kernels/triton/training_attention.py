@@ -15,6 +15,9 @@ from torch import Tensor
 ROWS = 128  # (query, head) rows a program of the queries
 KEYS = 64  # keys a step of it, or a program of the keys' gradients
 STEP = 64  # rows a step of these
+STAGES = (
+    1  # Triton 3.6 puts no fence between loads of a pipelined loop and a product that reads them from shared memory
+)
 
 
 @triton.jit
@@ -183,6 +186,7 @@ def _shapes(q: Tensor, picked: Tensor | None, window: int, ratio: int) -> dict[s
     return {
         "HEADS": heads, "PADDED": padded, "WIDTH": width, "WINDOW": window, "RATIO": ratio,
         "PICKED": picked is not None, "R": max(padded, ROWS), "N": KEYS, "SCALE": width**-0.5, "num_warps": 8,
+        "num_stages": STAGES,
     }  # fmt: skip
 
 
@@ -213,12 +217,12 @@ def backward(grad: Tensor, saved: tuple, window: int, ratio: int) -> tuple[Tenso
     grad_q, delta, spill = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
     _query_grad_kernel[_grid(q, shapes)](
         q, rows, entries, sink, picked, starts, out, lse, grad, grad_q, spill, delta, length, count,
-        num_stages=2, **shapes,
+        **shapes,
     )  # fmt: skip
     grad_sink = spill.sum((0, 1)).to(sink.dtype)
     grad_rows, grad_entries = torch.empty_like(rows), None if entries is None else torch.empty_like(entries)
     tiles = {"HEADS": heads, "WIDTH": width, "WINDOW": window, "N": KEYS, "STEP": STEP, "SCALE": width**-0.5}
-    tiles |= {"num_stages": 2}  # two programs a multiprocessor
+    tiles |= {"num_stages": STAGES}
     common = (starts, ends, lse, delta, grad)
     grid = (triton.cdiv(length, KEYS), batch)
     _key_grad_kernel[grid](q, rows, None, *common, grad_rows, length, length, RATIO=0, PICKED=False, **tiles)
