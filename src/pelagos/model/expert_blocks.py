@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pelagos import numerics
 from pelagos.config import ModelConfig
-from pelagos.errors import ConfigError
+from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.model.expert_cache import ExpertCache
 
@@ -37,7 +37,8 @@ class ExpertBlocks:
     """All routed experts of a model, `fast_bytes` of them on the device; `table` (L, E) int64 tells kernels where.
 
     An offset counts from the first byte of the first fast block; pinned memory has addresses of the device's space.
-    On a CPU (tests) all blocks lie in one tensor. Raises ConfigError for a budget without room for a block.
+    On a CPU (tests) all blocks lie in one tensor. Raises ConfigError for a budget without room for a block,
+    CapacityError for one that the device has no room for.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, fast_bytes: int) -> None:
@@ -56,6 +57,8 @@ class ExpertBlocks:
         self._cuda = device.type == "cuda"
         slow = count - fast + AT_ONCE
         if self._cuda:
+            if (free := torch.cuda.mem_get_info(device)[0]) < fast * self.block_bytes:
+                raise CapacityError(f"expert_bytes={fast_bytes:,}: the device has {free:,} bytes for all weights")
             self.fast = torch.empty((fast, self.block_bytes), dtype=torch.uint8, device=device)
             self.slow = torch.empty((slow, self.block_bytes), dtype=torch.uint8, pin_memory=True)
             self._side = torch.cuda.Stream(device)
