@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -102,3 +105,24 @@ def test_stateless_means_no_files_and_calls_are_logged_once(functions: Sandbox, 
     assert {r["kind"] for r in logs.read_records(functions.directory)} == {"header", "result"}
     with Sandbox.create(store=store) as container, pytest.raises(SandboxError, match="no warm worker"):
         container.call("def main(): pass")
+
+
+def test_a_warm_interpreter_waits_for_the_next_like_the_last(make: Any, store: Store) -> None:
+    options: dict[str, Any] = {"substrate": "function", "memory_mb": 300}
+
+    def make_one() -> tuple[Sandbox, int]:
+        """A sandbox, and the keeper that was made warm after it."""
+        before = set(store.root.glob("warm/*"))
+        one, deadline = make(**options), time.monotonic() + 10
+        while not (new := set(store.root.glob("warm/*")) - before):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return one, int(new.pop().name)
+
+    _, warm = make_one()
+    second, doomed = make_one()
+    assert second.info()["pid"] == warm
+    assert second.call("def main(x): return x + 1", 7).value == 8
+    os.kill(doomed, signal.SIGKILL)
+    assert make(**options).call("def main(): return 5").value == 5, "one that was killed is passed over"
+    assert make(**options | {"memory_mb": 200}).call("def main(): return 6").value == 6
