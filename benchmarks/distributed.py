@@ -28,7 +28,9 @@ from pelagos.errors import PelagosError
 from pelagos.numerics import encode_fp4
 from pelagos.train.context import Context
 from pelagos.train.objective import LossWeights, losses
+from pelagos.train.owners import Owners
 from pelagos.train.ranks import Ranks
+from pelagos.train.state import whole
 from pelagos.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +57,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2 quantised": (2, {"cp": 2, **ROUNDED, "quantise_from": 0.67}),
     "cp4": (4, {"cp": 4, **ROUNDED}),
     "cp2 dp2": (4, {"cp": 2, **ROUNDED}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 dp2": (4, {"pp": 2}),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}),
+    "pp2 cp2": (4, {"pp": 2, "cp": 2, **ROUNDED}),
     "cp2 ep2": (2, {"cp": 2, "ep": 2, "waves": 2, **ROUNDED}),
 }
 
@@ -91,6 +97,7 @@ def live(spec: dict[str, Any]) -> dict[str, Any]:
     """
     trainer = trainer_of(spec, Path(spec["run"]))
     trainer.resume()
+    signal.signal(signal.SIGTERM, lambda *_: trainer.stop())  # as `pelagos train` does: torchrun tells the survivors
     attempt, draw = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), random.Random(spec.get("seed", 0))
     for _ in range(attempt + 1):
         victim, delay = draw.randrange(spec["world"]), draw.uniform(0, spec.get("within", 0))
@@ -144,7 +151,10 @@ def weights_of(trainer: Trainer) -> dict[str, Any]:
     """Return masters and FP4 codes of the whole model."""
     if trainer.stored is not None:
         trainer.stored.unround()
-    masters = {n: trainer.optimizer.whole(n, p) for n, p in trainer.model.named_parameters()}
+    model = trainer.model
+    if isinstance(trainer.optimizer, Owners) and trainer.ranks is not None:
+        model = whole(model, trainer.optimizer, trainer.ranks)
+    masters = {n: p.detach() for n, p in model.named_parameters()}
     codes = {n: encode_fp4(p.flatten(0, 1))[0] for n, p in masters.items() if ".experts." in n}
     return {"masters": masters, "codes": codes}
 
@@ -229,7 +239,7 @@ def run(names: list[str], scratch: Path, **overrides: Any) -> dict[str, dict[str
     return found
 
 
-LIFE: dict[str, Any] = {"steps": 30, "row_tokens": 128, "save_every": 1}
+LIFE: dict[str, Any] = {"steps": 80, "row_tokens": 128, "save_every": 1}
 
 
 def life(scratch: Path) -> dict[str, dict[str, Any]]:
@@ -238,12 +248,12 @@ def life(scratch: Path) -> dict[str, dict[str, Any]]:
     reference = train({"settings": LIFE, "distributed": False, "data": data})
     place = {"kind": "live", "distributed": True, "data": data}
     spec = {**place, "settings": {**LIFE, "ep": 2, "waves": 2}, "world": 2, "out": str(scratch / "killed.pt"),
-            "run": str(scratch / "killed"), "kills": 20, "within": 4.0, "seed": 20}  # fmt: skip
+            "run": str(scratch / "killed"), "kills": 20, "within": 1.0, "seed": 20}  # fmt: skip
     code, said = launch([spec], 2, scratch, restarts=40)
     killed = torch.load(spec["out"], weights_only=True) if code == 0 else {}
     counts = {"exit": code, "kills": said.count("exitcode: -9"), "attempts": killed.get("attempt", 0) + 1}
     found = {"kills": {**counts, **_apart(killed, reference)}}
-    for world, until, settings in ((4, 10, {"ep": 4}), (1, 20, {}), (2, None, {"ep": 2, "waves": 2})):
+    for world, until, settings in ((4, 20, {"ep": 4}), (1, 40, {}), (2, None, {"ep": 2, "waves": 2})):
         spec = {**place, "settings": {**LIFE, **settings}, "world": world, "run": str(scratch / "run"), "until": until,
                 "out": str(scratch / f"reshard-{world}.pt")}  # fmt: skip
         code, said = launch([spec], world, scratch)

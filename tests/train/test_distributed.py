@@ -63,7 +63,9 @@ def test_worlds_that_do_not_divide_a_run_are_refused() -> None:
     assert data_ranks(run_config(accumulate=4, cp=2), 8) == 4
     for changes, size, said in (
         ({"cp": 2}, 3, "cp x pp = 2 x 1"), ({"ep": 2, "accumulate": 3}, 3, "ep=2 does not divide"),
-        ({"accumulate": 3}, 2, "3 micro-batches for 2"), ({"anticipate": 2, "accumulate": 2}, 2, "one process as yet"),
+        ({"accumulate": 3}, 2, "3 micro-batches for 2"), ({"pp": 4}, 4, "pp=4 stages need as many"),
+        ({"pp": 2, "accumulate": 2, "indexer_steps": 1}, 2, "no gradient"),
+        ({"anticipate": 2, "accumulate": 2}, 2, "one process as yet"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             data_ranks(run_config(**changes), size)
@@ -85,6 +87,8 @@ def found(tmp_path_factory):
              for name, settings in cases.items()]  # fmt: skip
     specs.append({"kind": "border", "lengths": [60, 64], "world": 2, "distributed": True})
     specs[-1]["out"] = str(scratch / "border")
+    specs.append({"kind": "live", "settings": {**SETTINGS, "pp": 2}, "distributed": True, "world": 2, "data": data})
+    specs[-1] |= {"run": str(scratch / "stages-run"), "out": str(scratch / "stages")}
     specs.append({"kind": "live", "settings": {**SETTINGS, "ep": 2, "save_every": 1}, "distributed": True, "world": 2})
     specs[-1] |= {"data": data, "run": str(scratch / "run"), "out": str(scratch / "killed"), "die_at": 2, "seed": 3}
     code, said = bench.launch(specs, 2, scratch, restarts=1, timeout=120)
@@ -93,7 +97,7 @@ def found(tmp_path_factory):
     rounded = {"settings": {**SETTINGS, **bench.ROUNDED}, "distributed": False, "data": data}
     return {
         "one": bench.train(one), "rounded": bench.train(rounded),
-        **{name: torch.load(scratch / name, weights_only=True) for name in (*cases, "border", "killed")},
+        **{name: torch.load(scratch / name, weights_only=True) for name in (*cases, "border", "stages", "killed")},
         "said": said, "data": data, "run": scratch / "run",
     }  # fmt: skip
 
@@ -102,6 +106,10 @@ def found(tmp_path_factory):
 def test_two_processes_have_the_bits_of_one(found, case) -> None:
     row = bench.compare(found[case], found["one"])
     assert row["bits"], row
+
+
+def test_two_stages_have_the_bits_of_one(found) -> None:
+    assert bench._apart(found["stages"], found["one"])["bits"]
 
 
 def test_parts_of_rows_agree_to_rounding(found) -> None:

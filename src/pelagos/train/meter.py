@@ -9,7 +9,7 @@ import math
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,10 @@ class ClampHits:
                 module.hits = torch.zeros(3, dtype=torch.int64, device=device)
                 self._counts.append(module.hits)
 
-    def read(self) -> dict[str, int]:
-        """Return the hits of gate, up above and up below since the last call, and start anew."""
-        total = torch.stack(self._counts).sum(0).tolist()
+    def read(self, across: Callable[[Tensor], Tensor] | None = None) -> dict[str, int]:
+        """Return the hits of gate, up above and up below since the last call, added `across` processes; start anew."""
+        own = torch.stack(self._counts).sum(0)
+        total = (across(own) if across else own).tolist()
         for count in self._counts:
             count.zero_()
         return dict(zip(CLAMPED, total, strict=True))

@@ -156,10 +156,6 @@ class Optimizer:
                 target = logical_matrices(name, named[name], self._model)[index]
                 target.add_(part.view(target.shape), alpha=scale)
 
-    def whole(self, name: str, parameter: Tensor) -> Tensor:
-        """Return a parameter as all processes together hold it: as it is."""
-        return parameter.detach()
-
     def state_dict(self) -> dict[str, Any]:
         """Return momentum buffers and AdamW's state."""
         return {"muon": self._buffers, "adam": self._adam.state_dict()}

@@ -34,19 +34,19 @@ class Line:
         if self.size == 1:
             return parts
         got = torch.empty_like(parts)
-        with _exchange():
+        with exchange():
             dist.all_to_all_single(got, parts.contiguous(), group=self.group)
         return got
 
     def send(self, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> tuple[Tensor, Any]:
         """Start to send consecutive rows, to[i] to rank i; return where of[i] from each arrive, and the work."""
         got = rows.new_empty((sum(of), *rows.shape[1:]))
-        with _exchange():
+        with exchange():
             return got, dist.all_to_all_single(got, rows, list(of), list(to), self.group, async_op=True)
 
     def wait(self, work: Any) -> None:
         """Wait for what `send` started."""
-        with _exchange():
+        with exchange():
             work.wait()
 
     def gather(self, part: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Line:
         if self.size == 1:
             return part.unsqueeze(0)
         got = [torch.empty_like(part) for _ in range(self.size)]
-        with _exchange():
+        with exchange():
             dist.all_gather(got, part.contiguous(), group=self.group)
         return torch.stack(got)
 
@@ -78,7 +78,7 @@ class Ranks:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
-                with _exchange():
+                with exchange():
                     dist.init_process_group(backend, timeout=TIMEOUT)
             except ValueError as error:
                 raise ConfigError(f"several processes: {error}; start them with torchrun") from None
@@ -108,14 +108,15 @@ class Ranks:
         names = ("total", "next_token", "mtp", "balance", "indexer")
         own = torch.stack([getattr(terms, name).detach().float() for name in names])
         own[0] = self.cp.sum(own[0])
-        last, loads = (self.world.gather(t)[-1] for t in (own, self.cp.sum(terms.load)))
+        last, loads = self.world.gather(own)[-1], self.data.gather(self.cp.sum(terms.load))[-1]
         stops = self.world.sum(torch.tensor(int(stop), device=load.device))
         found = dict(zip(names, last.unbind(0), strict=True))
         return Losses(**found, load=loads, recall=terms.recall), self.data.sum(load), bool(stops)
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def exchange() -> Iterator[None]:
+    """Raise TrainingError for what goes wrong between processes."""
     try:
         yield
     except RuntimeError as error:
@@ -147,6 +148,15 @@ def data_ranks(config: TrainConfig, size: int) -> int:
                 f"step {step} has {count} micro-batches for {dp} data ranks: choose accumulate as a multiple of {dp} "
                 "(a step is accumulate x batch_rows rows in every world), and ramp_from_frac=1"
             )
+        if config.pp > 1 and (count // dp < config.pp or len(set(config.rows_at(step))) > 1):
+            raise ConfigError(
+                f"step {step}: pp={config.pp} stages need as many micro-batches of equal rows on each of {dp} data "
+                f"ranks, here are {count // dp}; raise accumulate"
+            )
+    if config.pp > 1 and config.indexer_steps:
+        raise ConfigError(
+            f"indexer_steps={config.indexer_steps}: with pp={config.pp} the first stages would have no gradient"
+        )
     for name, value in (("anticipate", config.anticipate), ("lora_rank", config.lora_rank)):
         if value and size > 1:
             raise ConfigError(f"{name}={value}: for one process as yet, here are {size}")

@@ -76,14 +76,16 @@ def read(path: Path, tensors: dict[str, Tensor]) -> None:
     dist.barrier()
 
 
-def whole(model: Transformer, owners: Owners) -> Transformer:
-    """Return a model that holds the experts of all ranks; every rank calls it."""
+def whole(model: Transformer, owners: Owners, ranks: Ranks) -> Transformer:
+    """Return a model that holds the experts and layers of all ranks; every rank calls it."""
     plain = Transformer(model.config, device=next(model.parameters()).device)
     own = dict(model.named_buffers())
     own |= {name: owners.whole(name, parameter) for name, parameter in model.named_parameters()}
+    every = [*plain.named_parameters(), *plain.named_buffers()]
+    held = ranks.pp.gather(torch.tensor([name in own for name, _ in every], device=every[0][1].device)).int()
     with torch.no_grad():
-        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-            tensor.copy_(own[name])
+        for (name, tensor), stage in zip(every, held.argmax(0).tolist(), strict=True):
+            tensor.copy_(ranks.pp.gather(own.get(name, tensor.detach()))[stage])
     return plain
 
 

@@ -34,6 +34,7 @@ from pelagos.train.owners import Owners
 from pelagos.train.precision import Stored, fp4_binades, set_precision
 from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
+from pelagos.train.stages import Pipeline, cut_layers
 
 RUN_FORMAT = 3
 EXPORT_SHARD_BYTES = 15_000_000  # a shard of the bundled model stays under the 16 MiB that file hosts take
@@ -83,6 +84,10 @@ class Trainer:
         self.model.carrier = torch.bfloat16 if on_gpu else torch.float32
         if loaded is None:
             initialise(self.model, config.seed)
+        if config.pp > 1:
+            if ranks is None:
+                raise ConfigError(f"pp={config.pp}: start as many processes with torchrun")
+            cut_layers(self.model, ranks.pp.rank, config.pp)
         if config.lora_rank:
             lora.attach(self.model, config.lora_rank, config.seed)
         if on_gpu:
@@ -93,7 +98,7 @@ class Trainer:
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
         self.scores: dict[str, float] = {}
         self.recall: float | None = None
-        self._stop_asked = False
+        self._stop_asked = self._stop_agreed = False
         self._health: list[Tensor] = []  # one scalar a step, finite if the step was; read only when something waits
         self.stored: Stored | None = None
         self.kind = ""
@@ -104,6 +109,9 @@ class Trainer:
         large = on_gpu or model.vocab_size >= LARGE_VOCABULARY
         self.cross_entropy = cross_entropy if large else token_loss
         self.forward = Forward(self.model, recompute=config.recompute)
+        self.pipeline: Pipeline | None = None
+        if ranks is not None and config.pp > 1:
+            self.pipeline = Pipeline(self.forward, ranks, self.optimizer.collect, self.cross_entropy)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -142,8 +150,9 @@ class Trainer:
         carrier, master = (str(dtype).removeprefix("torch.") for dtype in used)
         dtypes = f"{carrier} activations, {master} master weights"
         batch = self._batch_tokens()
+        here = "" if self.ranks is None else f" in each of {self.ranks.size} processes,"
         return (
-            f"{count:,} parameters on {self.device} ({name}, {torch.get_num_threads()} CPU threads), {dtypes}; "
+            f"{count:,} parameters{here} on {self.device} ({name}, {torch.get_num_threads()} CPU threads), {dtypes}; "
             f"step {self.step:,} of {self.config.steps:,}, {batch:,} tokens a step"
         )
 
@@ -174,7 +183,7 @@ class Trainer:
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 self._check_held_out()
                 started, seen = time.monotonic(), 0
-            if self._stop_asked:
+            if self._stop_asked if self.ranks is None else self._stop_agreed:
                 self.save()
                 return False
             if self.step % config.save_every == 0:
@@ -251,9 +260,12 @@ class Trainer:
             parameter.grad = None
         batches, routes = self.ahead.take(self.step)
         rows = sum(len(batch.ids) for batch in batches)
-        for place, batch in enumerate(batches):
-            if self.ranks is not None and not self.ranks.mine(place):
-                continue
+        if self.ranks is not None:
+            batches = [batch for place, batch in enumerate(batches) if self.ranks.mine(place)]
+        if self.pipeline is not None:
+            passed = self.pipeline.run(batches, weights, dense=dense, share=len(batches[0].ids) / rows)
+            terms, load = passed[-1], torch.stack([each.load for each in passed]).sum(0)
+        for place, batch in enumerate(batches if self.pipeline is None else []):
             with routed(self.model, routes[place] if routes else None):
                 terms = self._losses(batch, weights, dense=dense)
             (terms.total * (len(batch.ids) / rows)).backward()
@@ -268,7 +280,7 @@ class Trainer:
         assert terms is not None
         assert load is not None
         if self.ranks is not None:
-            terms, load, self._stop_asked = self.ranks.agree(terms, load, self._stop_asked)
+            terms, load, self._stop_agreed = self.ranks.agree(terms, load, self._stop_asked)
         if not config.indexer_only(self.step):
             update_balance_bias(self.model, load, config.balance_speed)
         self._health.append(terms.total.detach() + norm)
@@ -287,6 +299,8 @@ class Trainer:
     ) -> Losses:
         ids, positions, segments, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in batch)
         options: dict[str, Any] = {"cross_entropy": self.cross_entropy, "forward": self.forward, "notes": notes}
+        if self.pipeline is not None:
+            return self.pipeline.score(batch, dense=dense)
         if self.ranks is not None and self.ranks.cp.size > 1:
             options["context"] = Context(self.model.config, self.ranks.cp)
         return losses(self.model, ids, positions, segments, targets, weights, dense=dense, **options)
@@ -325,7 +339,7 @@ class Trainer:
 
     def _report(self, terms: Losses, norm: Tensor, seconds_a_step: float) -> None:
         self._require_finite()
-        load, config, hits = terms.load.float(), self.config, self.hits.read()
+        load, config, hits = terms.load.float(), self.config, self.hits.read(self.ranks and self.ranks.world.sum)
         pace = self._batch_tokens() / seconds_a_step
         row: dict[str, Any] = {
             "step": self.step,
@@ -482,7 +496,7 @@ class Trainer:
         merged = lora.merged(self.model) if self.config.lora_rank else self.model
         if isinstance(self.optimizer, Owners):
             assert self.ranks is not None
-            merged = state.whole(self.model, self.optimizer)
+            merged = state.whole(self.model, self.optimizer, self.ranks)
             if not self.ranks.lead:
                 return
         for source, target in self.check_export(path):
