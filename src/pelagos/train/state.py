@@ -79,13 +79,13 @@ def read(path: Path, tensors: dict[str, Tensor]) -> None:
 def whole(model: Transformer, owners: Owners, ranks: Ranks) -> Transformer:
     """Return a model that holds the experts and layers of all ranks; every rank calls it."""
     plain = Transformer(model.config, device=next(model.parameters()).device)
-    own = dict(model.named_buffers())
-    own |= {name: owners.whole(name, parameter) for name, parameter in model.named_parameters()}
+    own = {name: owners.whole(name, parameter) for name, parameter in model.named_parameters()}
+    own |= dict(model.named_buffers())
     every = [*plain.named_parameters(), *plain.named_buffers()]
     held = ranks.pp.gather(torch.tensor([name in own for name, _ in every], device=every[0][1].device)).int()
     with torch.no_grad():
         for (name, tensor), stage in zip(every, held.argmax(0).tolist(), strict=True):
-            tensor.copy_(ranks.pp.gather(own.get(name, tensor.detach()))[stage])
+            tensor.copy_(ranks.pp.gather(own[name] if name in own else tensor.detach())[stage])
     return plain
 
 
