@@ -30,6 +30,14 @@ def test_the_line_goes_through_what_was_measured(batch: int, measured_ms: float)
     assert 1 / prefill(config, 1, 8192)[0] == pytest.approx(20_900, rel=0.01)
 
 
+@pytest.mark.parametrize(("batch", "measured_ms"), [(1, 5.38), (8, 9.91), (128, 38.67)])
+def test_two_gpus_are_near_what_was_measured(batch: int, measured_ms: float) -> None:
+    found = plan(FLASH, 2, "sequence", context=8192, batch=batch)
+    assert found.step_s * 1e3 == pytest.approx(measured_ms, rel=0.1)
+    assert found.prefill_tok_s == pytest.approx(29_230, rel=0.02)
+    assert found.weight_bytes + cost.weights_bytes(FLASH) - cost.weights_bytes(FLASH, draft=False) > 83_762_280_184
+
+
 def test_one_gpu_holds_all_weights_once() -> None:
     for config in (FLASH, PRO):
         for attention in ("sequence", "context"):

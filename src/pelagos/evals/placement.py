@@ -17,15 +17,17 @@ from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
 
 BLOCK = 128  # columns that share an activation scale: an expert's width is cut in multiples of it
-CALL_ROWS = 64  # of a decode call
+CALL_ROWS = 64  # of a decode call on each GPU that has sequences of its own
 # One H200: memory, what the driver and scratch take of it; bytes a second of a step and seconds a layer beside them,
 # which give the measured steps of Flash cut to 39 layers at 8K (batches 1, 8, 32, 128: 5.46, 12.5, 28.6, 83.8 ms).
 MEMORY_BYTES, RESERVED_BYTES = 150_754_820_096, 8 << 30
-STREAM, A_LAYER = 0.65 * 4.26e12, 45e-6
+# Experts cut by width are read at less: fitted to whole Flash on two (8K: batches 1, 8, 128 in 5.38, 9.91, 38.7 ms).
+STREAM, CUT_STREAM, A_LAYER = 0.65 * 4.26e12, 0.5 * 4.26e12, 45e-6
 FP8_FLOPS = 1.484e15
 PREFILL = (39, 20_900.0)  # layers of Flash, tokens a second of an 8K prompt
-# Two H200: peer copies, a one-shot all-reduce in a graph (6.2 us for 64 KB, 13 us for 1 MB). Between nodes: assumed.
-LINK, EXCHANGE_S, EXCHANGE = 394e9, 6.2e-6, 154e9
+PREFILL_SHARED = 0.77  # of twice that speed, per layer, that two GPUs reached with the same prompt
+# Two H200: peer copies; what an exchange adds to a step (2.6 us for 8 KB, 4.2 us for 512 KB). Between nodes: assumed.
+LINK, EXCHANGE_S, EXCHANGE = 394e9, 2.6e-6, 330e9
 NODE, FAR_LINK, FAR_EXCHANGE_S = 8, 50e9, 25e-6
 
 
@@ -79,7 +81,7 @@ def width_parts(config: ModelConfig, gpus: int) -> int:
 
 
 def exchange(gpus: int, size: int) -> float:
-    """Seconds of one reduction of `size` bytes on every GPU."""
+    """Seconds of one exchange of `size` bytes from every GPU to each other."""
     far = (FAR_EXCHANGE_S + size / FAR_LINK) if gpus > NODE else 0.0
     return EXCHANGE_S + (min(gpus, NODE) - 1) * size / EXCHANGE + far
 
@@ -92,47 +94,58 @@ def step(config: ModelConfig, moved: float, rows: int) -> float:
 def plan(config: ModelConfig, gpus: int, attention: str, *, context: int, batch: int) -> Plan:
     """Place a model: experts by width (and by number where the width is cut too small), attention as told.
 
-    Shared experts are cut by width and the vocabulary by rows in both; all else is on every GPU. Raises ConfigError
-    for fewer than one GPU, sequence or token.
+    Shared experts are cut by width in both, the vocabulary by rows in "context"; all else is on every GPU. Raises
+    ConfigError for fewer than one GPU, sequence or token.
     """
     if min(gpus, context, batch) < 1:
         raise ConfigError(f"dry run: {gpus} GPUs, context {context}, batch {batch}: expected at least one of each")
     sizes: Counter[str] = Counter()
     for group in cost.inventory(config):
         part = group.part
-        if part in ("attention", "indexer") and group.name.endswith(("wq_b.weight", "wo_a.weight", "wo_b.weight")):
-            part = "heads"
-        elif part in ("routed_experts", "shared_expert", "head", "embedding"):
-            part = {"head": "cut", "embedding": "table", "shared_expert": "cut"}.get(part, part)
-        else:
+        if part in ("attention", "indexer") and group.name.endswith(("wo_a.weight", "wo_b.weight")):
+            part = "outputs"
+        elif part in ("attention", "indexer") and group.name.endswith("wq_b.weight"):
+            part = "queries"
+        elif part == "embedding":
+            part = "table"
+        elif part == "shared_expert" or (part == "head" and attention == "context"):
+            part = "cut"
+        elif part != "routed_experts":
             part = "whole"
         sizes[part] += sum(size for _, size in group.stored().values())
-    shared = attention == "context"
-    cut = sizes["cut"] + (sizes["heads"] if shared else 0)
-    whole = sizes["whole"] + (0 if shared else sizes["heads"])
-    weights = -(-(sizes["routed_experts"] + cut + sizes["table"]) // gpus) + whole
+    shared, heads = attention == "context", sizes["queries"] + sizes["outputs"]
+    cut = sizes["cut"] + (heads if shared else 0)
+    whole = sizes["whole"] + (0 if shared else heads)
+    table = sizes["table"] * (1 if shared else gpus)
+    weights = -(-(sizes["routed_experts"] + cut + table) // gpus) + whole
     own = -(-batch // gpus)  # sequences of the fullest GPU
     rows = batch if shared else own
     keys = (batch / gpus if shared else own) * cost.kv_read_bytes(config, context)
-    calls = [min(CALL_ROWS, batch - at) for at in range(0, batch, CALL_ROWS)]
+    together = CALL_ROWS if shared else CALL_ROWS * gpus
+    calls = [min(together, batch - at) for at in range(0, batch, together)]
     experts = sum(sizes["routed_experts"] * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** n)
                   for n in calls) / gpus  # fmt: skip
-    moved = experts + keys + (whole + cut / gpus) * -(-rows // CALL_ROWS)
-    # Activations gathered and results reduced around the experts; queries, partial attention and y where heads are cut.
-    exchanges, d, heads = (4, config.hidden_size, config.num_attention_heads * config.head_dim) if shared else (
-        2, config.hidden_size, 0)  # fmt: skip
-    each = [2 * d * batch, 2 * d * batch] + ([2 * heads * batch, 4 * heads * batch // gpus] if shared else [])
+    moved = keys + (whole + cut / gpus) * -(-rows // CALL_ROWS)
+    d, values = config.hidden_size, config.num_attention_heads * config.head_dim
+    if shared:  # queries, partial attention, y where heads are cut, the experts' results
+        each = [2 * values * batch // gpus, 4 * values * batch // gpus, 2 * d * batch, 2 * d * batch]
+    elif batch == 1:  # the others follow: heads handed out, y, the experts' results
+        each = [2 * values // gpus, 2 * d, 2 * d]
+        moved -= sizes["outputs"] * (1 - 1 / gpus)
+    else:  # rows brought together, partial results
+        each = [2 * d * own, 2 * d * own]
     traded = config.num_hidden_layers * sum(exchange(gpus, size) for size in each) if gpus > 1 else 0.0
-    took = step(config, moved, rows) + traded
+    took = step(config, moved, rows) + experts / (CUT_STREAM if gpus > 1 else STREAM) + traded
     room = MEMORY_BYTES - RESERVED_BYTES - weights
     parts = width_parts(config, gpus)
     compute, hidden = prefill(config, gpus, context)
+    speed = (gpus * PREFILL_SHARED if gpus > 1 else 1) / compute
     return Plan(
-        gpus=gpus, attention=attention, weight_bytes=weights, room_bytes=room, exchanges=exchanges if gpus > 1 else 0,
+        gpus=gpus, attention=attention, weight_bytes=weights, room_bytes=room, exchanges=len(each) if gpus > 1 else 0,
         experts=f"width / {parts}" + (f", {gpus // parts} groups of experts" if gpus > parts else ""),
         sequences=max(0, room) * gpus // cost.sequence_bytes(config, context) if shared
         else gpus * (max(0, room) // cost.sequence_bytes(config, context)),
-        step_s=took, exchange_s=traded, prefill_tok_s=round(gpus / compute / max(1.0, hidden)),
+        step_s=took, exchange_s=traded, prefill_tok_s=round(speed / max(1.0, hidden)),
         prefill_exchange_frac=round(hidden, 3),
     )  # fmt: skip
 
