@@ -42,6 +42,7 @@ from typing import Any
 from pelagos import tasks
 from pelagos.errors import PelagosError
 from pelagos.sandbox import AsyncSandbox, Image, Sandbox, Store, log
+from pelagos.sandbox.container import SANDBOX_UID
 from pelagos.sandbox.layers import remove_tree
 
 RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-parent -- "
@@ -493,7 +494,7 @@ def escape(_: Store, __: Image) -> dict[str, Any]:
     done = subprocess.run(words, capture_output=True, text=True)
     return {
         "shell_attempts": len(tests.SHELL_ATTEMPTS), "python_attempts": len(tests.PYTHON_ATTEMPTS),
-        "of_them_as_an_ordinary_user_too": len(tests.SHELL_ATTEMPTS) if os.geteuid() == 0 else 0,
+        "as": ["root", "an ordinary user"] if os.geteuid() == 0 else ["an ordinary user"],
         "succeeded": "none" if done.returncode == 0 else done.stdout[-2000:],
     }  # fmt: skip
 
@@ -533,10 +534,20 @@ def resources(store: Store) -> dict[str, int]:
     return {
         "mounts": Path("/proc/self/mountinfo").read_text().count("\n"),
         "groups": len(groups), "groups_with_dying": dying,
-        "processes": sum(p.name.isdigit() for p in Path("/proc").iterdir()),
+        "processes": sum(p.name.isdigit() for p in Path("/proc").iterdir()),  # of everybody on the host
+        "processes_inside": sum(owner == SANDBOX_UID for owner in map(owner_of, Path("/proc").iterdir())),
+        "loop_devices": sum(1 for _ in Path("/sys/block").glob("loop*/loop")),
         "boxes": sum(1 for _ in store.boxes.iterdir()),
         "memory": (int(memory["MemTotal"].split()[0]) - int(memory["MemAvailable"].split()[0])) * 1024,
     }  # fmt: skip
+
+
+def owner_of(path: Path) -> int:
+    """Return whose a file is, -1 where it is gone."""
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return -1
 
 
 def idle_share() -> float:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,21 +155,26 @@ def test_there_are_sixty_attempts_and_a_reason_for_each() -> None:
     assert len(SHELL_ATTEMPTS) + len(PYTHON_ATTEMPTS) >= 75
 
 
-def test_python_attempts_fail(box: Sandbox) -> None:
-    """In one command each would cost a second; a refused call changes nothing, so they can share a process group."""
+@pytest.fixture(scope="module")
+def programs() -> Iterator[dict[str, str]]:
+    """The attempts in Python as programs, while what two of them reach for is there."""
     if os.uname().machine != "x86_64":
         pytest.skip("the call numbers of this test are x86_64's")
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
         port = server.getsockname()[1]
         abstract.bind(f"\0pelagos-test-{port}")
         abstract.listen()
-        programs = {n: PRELUDE.replace("ATTEMPT", a.replace("{port}", str(port))) for n, a in PYTHON_ATTEMPTS.items()}
-        for n, program in programs.items():
-            box.files.write(f"t/{n}.py", program)
-        done = box.exec(
-            'cd t; for f in *.py; do echo "$f: $(python3 -I "$f" 2>&1 | tail -1)"; done; rm -r ../t', timeout=100
-        )
-    answers = dict(line.split(".py: ") for line in done.text.splitlines())
+        yield {n: PRELUDE.replace("ATTEMPT", a.replace("{port}", str(port))) for n, a in PYTHON_ATTEMPTS.items()}
+
+
+# In one command each would cost a second; a refused call changes nothing, so they can share a process group.
+RUN_PROGRAMS = 'cd t; for f in *.py; do echo "$f: $(python3 -I "$f" 2>&1 | tail -1)"; done; rm -r ../t'
+
+
+def test_python_attempts_fail(box: Sandbox, programs: dict[str, str]) -> None:
+    for name, program in programs.items():
+        box.files.write(f"t/{name}.py", program)
+    answers = dict(line.split(".py: ") for line in box.exec(RUN_PROGRAMS, timeout=100).text.splitlines())
     assert set(answers) == set(PYTHON_ATTEMPTS)
     assert {n: a for n, a in answers.items() if not a.startswith("refused")} == {}
 
@@ -275,11 +281,15 @@ sys.path.insert(0, sys.argv[1])
 import json, re
 from pathlib import Path
 from pelagos.sandbox import Sandbox, Store
-attempts, why = json.loads(sys.argv[3])
+attempts, why, programs, run = json.loads(sys.argv[3])
 with Sandbox.create(store=Store(Path(sys.argv[2]))) as box:
     for name, attempt in attempts.items():
         done = box.exec(f'({attempt}) >out 2>&1 && echo ESCAPED; cat out; rm -rf ./* 2>/dev/null; exit 0', timeout=20)
         assert 'ESCAPED' not in done.text and re.search(why[name], done.text.strip()), (name, done)
+    for name, program in programs.items():
+        box.files.write(f't/{name}.py', program)
+    answers = dict(line.split('.py: ') for line in box.exec(run, timeout=100).text.splitlines())
+    assert set(answers) == set(programs) and all(a.startswith('refused') for a in answers.values()), answers
 FILL = "while :; do head -c 1000000 /dev/zero > f$i; i=$((i+1)); sleep 0.01; done"
 with Sandbox.create(store=Store(Path(sys.argv[2])), processes=20, memory_mb=200, disk_mb=8) as box:
     flags = box.capabilities
@@ -301,7 +311,7 @@ print('fine')
 """
 
 
-def test_an_ordinary_user_gets_containers_too() -> None:
+def test_an_ordinary_user_gets_containers_too(programs: dict[str, str]) -> None:
     """As root we also try as nobody: weaker limits, the same walls, and the flags say so."""
     if os.geteuid() != 0:
         pytest.skip("the other tests ran as an ordinary user already")
@@ -312,7 +322,13 @@ def test_an_ordinary_user_gets_containers_too() -> None:
         pytest.skip(f"needs setpriv, and a {python} of 3.11 or later that nobody can run on {house}")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
         os.chown(home, 65534, 65534)
-        words = [*nobody, AS_NOBODY, str(house), f"{home}/store", json.dumps([SHELL_ATTEMPTS, WHY])]
+        words = [
+            *nobody,
+            AS_NOBODY,
+            str(house),
+            f"{home}/store",
+            json.dumps([SHELL_ATTEMPTS, WHY, programs, RUN_PROGRAMS]),
+        ]
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=100, env={"HOME": home, "PATH": os.defpath}
         )
