@@ -36,12 +36,20 @@ def main(argv: Sequence[str]) -> int:
     from pelagos.train.trainer import Trainer
 
     study = argv[0] == "ablate" if argv else False
-    args = _parser(TrainConfig, study=study).parse_args(argv[1:] if study else argv)
+    options = {"study": study, "needed": not any(word.startswith("--gpus") for word in argv)}
+    args = _parser(TrainConfig, **options).parse_args(argv[1:] if study else argv)
+    if args.gpus and not args.dry_run:
+        raise ConfigError(f"--gpus {args.gpus}: simulates, so it goes with --dry-run; torchrun starts processes")
     model, config = preset(args.model), TrainConfig(steps=args.steps, **_overrides(args.set, TrainConfig))
     bundled = bundled_model_dir(args.model)
     tokenizer = bundled if (bundled / "tokenizer.json").is_file() else None
     device = args.device or _default_device()
     place: dict[str, Any] = {"data": args.data, "out": args.out, "device": device, "tokenizer": tokenizer}
+    if args.gpus:
+        from pelagos.train.plan import report as plan
+
+        print(plan(args.model, model, args.gpus, config.row_tokens))
+        return 0
     if study:
         print(table(ablate(args.study, model, config, **place)), end="")
         return 0
@@ -119,7 +127,7 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parser(config: type[TrainConfig], *, study: bool = False) -> argparse.ArgumentParser:
+def _parser(config: type[TrainConfig], *, study: bool = False, needed: bool = True) -> argparse.ArgumentParser:
     settings = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(config) if f.name != "steps")
     parser = argparse.ArgumentParser(
         prog="pelagos train",
@@ -131,12 +139,15 @@ def _parser(config: type[TrainConfig], *, study: bool = False) -> argparse.Argum
         "--set lr=0.004",
     )
     parser.add_argument("--model", default="nano", help=f"preset: {', '.join(PRESETS)} (default: nano)")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shards written by `pelagos data`")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory: state.pt, log.jsonl")
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of the whole run")
+    parser.add_argument("--data", type=Path, required=needed, metavar="DIR", help="shards written by `pelagos data`")
+    parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help="run directory: state.pt, log.jsonl")
+    about = "optimizer steps of the whole run"
+    parser.add_argument("--steps", type=int, required=needed, default=1, metavar="N", help=about)
     parser.add_argument("--from", dest="start", metavar="MODEL", help="fine-tune this checkpoint (name, directory)")
     parser.add_argument("--plot", action="store_true", help="at the end, draw OUT/curves.png")
     parser.add_argument("--dry-run", action="store_true", help="say whether it fits and how long it takes, and stop")
+    about = "with --dry-run: simulate layouts on so many GPUs instead (no data is needed)"
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help=about)
     if study:
         parser.add_argument("--study", required=True, help="optimizer, residual, attention, precision or mtp")
     parser.add_argument("--export", type=Path, metavar="DIR", help="at the end, write a released-format checkpoint")
