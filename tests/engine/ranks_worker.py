@@ -38,6 +38,9 @@ def main() -> None:
     cached = dataclasses.replace(options, prefix_cache=True)
     with pytest.raises(ConfigError, match="prefix_cache=False"), engine_over(weights, None, cached, group):
         pass
+    greedy = dataclasses.replace(options, kv_bytes=1 << 50)
+    with pytest.raises(CapacityError, match="ask for at most"), engine_over(weights, None, greedy, group):
+        pass
     with engine_over(weights, None, options, group) as engine:
         if engine is not None:
             ids = [np.random.default_rng(seed).integers(0, 512, 40 + 60 * seed).tolist() for seed in range(5)]

@@ -7,6 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pelagos.config import preset
+from pelagos.engine.memory import MemoryPlan
+from pelagos.engine.pages import PagePool
+from pelagos.engine.prefix import KeyChain, Match
+from pelagos.engine.scheduler import Request, Scheduler
+from pelagos.kernels.layout import CacheLayout
+from pelagos.model.cuda_group import cut_width, group_bytes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,3 +25,29 @@ def test_two_ranks_serve() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert all(f"rank {rank} of 2: done" in done.stdout for rank in range(2))
+
+
+def test_thirty_sequences_of_a_million_on_two_h200() -> None:
+    config, million = cut_width(preset("flash"), 2), 1 << 20
+    layout = CacheLayout(config, "released", 4)
+    assert layout.page_bytes / layout.page_tokens < 3_700
+    each = layout.pages_for(million)
+    # The device, a GB of the driver's, and weights as measured: docs/log/0009-placement.md.
+    room = 150_754_820_096 - (1 << 30) - 83_762_280_184 - group_bytes(layout, 2, million)
+    assert 15 * (each * layout.page_bytes + layout.slot_bytes) <= room
+    pool, tokens = PagePool(30 * each, ranks=2), [0] * million
+    scheduler = Scheduler(
+        pool, slots=40, page_tokens=layout.page_tokens, chunk_tokens=million, match=lambda _: Match(),
+        next_stop=lambda _: 1 << 62, ranks=2,
+    )  # fmt: skip
+    for arrival in range(32):
+        scheduler.add(Request(str(arrival), tokens, million, KeyChain(b"", "", layout.page_tokens), arrival=arrival))
+    for _ in range(40):
+        for request, count in scheduler.plan().works:
+            request.computed = min(request.computed + count, million - 1)  # it goes on decoding
+    assert sorted(request.home for request in scheduler.running) == [0] * 15 + [1] * 15
+    assert all({page % 2 for page in request.pages} == {request.home} for request in scheduler.running)
+    assert len(scheduler.waiting) == 2
+    plan = MemoryPlan(30 * each, 40, 0, layout.page_bytes, layout.slot_bytes, layout.page_tokens, ranks=2)
+    assert plan.refuse(million, 0) is None
+    assert "the engine has" in (plan.refuse(16 * million, 0) or "")

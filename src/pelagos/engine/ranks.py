@@ -22,7 +22,7 @@ from pelagos.engine.runner import Pools, available_bytes
 from pelagos.engine.speculation import FixedDepth, MTPDrafter
 from pelagos.errors import ConfigError, PelagosError
 from pelagos.kernels.layout import CacheLayout, Output, Span
-from pelagos.model.cuda_group import GroupForward
+from pelagos.model.cuda_group import GroupForward, group_bytes
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
@@ -71,6 +71,7 @@ def engine_over(
     plan = plan_memory(
         config, mode=weights.mode, kv_bytes=options.kv_bytes, max_requests=-(-options.max_requests // ranks),
         chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=False, swap=False, weight_bytes=weights.bytes,
+        scratch_bytes=group_bytes(layout, ranks, config.max_position_embeddings),
         available=None if free is None else free + weights.bytes,
     )  # fmt: skip
     plan = min(group.gather(plan), key=lambda each: each.pages)

@@ -23,8 +23,9 @@ from pelagos.kernels import fp4_experts, router, skinny_gemm
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout, Drawn, Span
 from pelagos.kernels.prefill_products import quantise
-from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Staged, _Call, bucket_of
+from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Staged, _Call, bucket_of, step_bytes
 from pelagos.model.cuda_group_prefill import GroupPrefill, own_span
+from pelagos.model.cuda_prefill import prompt_bytes
 from pelagos.model.cuda_weights import Fp8, LayerWeights, Weights
 from pelagos.model.exchanges import Exchanges
 from pelagos.parallel import Group
@@ -77,6 +78,9 @@ class GroupForward(CudaForward):
         self._owner: int | None = None  # the only rank with rows in the call
         self._by_owner: dict[int | None, dict[tuple[int, bool, bool], _Call]] = {}
         self._apart = False  # whether a call left results on one rank only
+
+    def scratch_bytes(self, tokens: int) -> int:
+        return group_bytes(self.layout, self.ranks, self.positions)
 
     def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[Staged]:
         """Start one call after another as the base does; each rank its own rows, all ranks in step."""
@@ -175,3 +179,14 @@ class GroupForward(CudaForward):
         wo_a, wo_b = ([each.chunk(ranks, dim)[rank].contiguous() for each in weight]
                       for dim, weight in enumerate((layer.wo_a, layer.wo_b)))  # fmt: skip
         return Fp8(*wo_a), Fp8(*wo_b)
+
+
+def group_bytes(layout: CacheLayout, ranks: int, positions: int) -> int:
+    """Bound of what a rank holds beside weights (config cut) and pools: copies, exchanged rows, calls' own bytes."""
+    c, tokens = layout.config, PROMPT_TOKENS * ranks
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    copies = 3 * c.hidden_size * c.moe_intermediate_size * ranks + c.hidden_size * c.o_groups * c.o_lora_rank // ranks
+    rows = tokens * (3 * c.hidden_size + c.hidden_size // BLOCK + 8 * c.num_experts_per_tok)
+    return layers * copies + rows + step_bytes(layout, BUCKETS[-1] * ranks, positions) + prompt_bytes(
+        layout, tokens, positions
+    )  # fmt: skip
