@@ -7,7 +7,7 @@ from triton_cases import run
 
 SCRIPT = """
 from triton_cases import compile_all
-from pelagos.kernels.triton import fp4_experts, router, site, sinkhorn, skinny_gemm
+from pelagos.kernels.triton import fp4_experts, router, site, skinny_gemm
 
 backend, arch, warp = {target}
 made_for = "ptx" if backend == "cuda" else "any"
@@ -46,7 +46,6 @@ KERNELS = [
     (skinny_gemm._merged_kernel, {{k: v for k, v in PRODUCT.items() if k != "QUANTISE"}}, dict(out=F32)),
     (router._route_kernel, ROUTER | dict(EXPERTS=64), ROUTED),
     (router._choose_kernel, dict(PARTS=2, EXPERTS=64, **CHOICE), dict(table="*i64")),
-    (sinkhorn._forward_kernel, dict(ITERS=20, N=4, BLOCK=128), dict(logits=F32, mixed=F32, normalisers=F32)),
 ]
 compile_all({target}, KERNELS, TYPES)
 """
@@ -58,4 +57,4 @@ compile_all({target}, KERNELS, TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 17\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 16\n"

@@ -10,7 +10,6 @@ from pelagos.errors import ConfigError
 from pelagos.kernels import mhc
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref import mhc as ref
-from pelagos.kernels.sinkhorn import sinkhorn
 
 NAMES = ("y", "post", "comb", "streams", "fn", "base", "scale")
 RESULTS = ("streams", "x", "post", "comb")
@@ -79,7 +78,7 @@ def test_reference_is_the_models_site():
     out, x, new_post, new_comb = mhc.site((y, post, comb), streams, fn, base, scale, **ref.OPTIONS)
     mixed = hc.hc_post(y, streams, post, comb)
     pre, wanted_post, logits = hc.split_mix(hc.mix_logits(mixed, fn, 1e-6), base, scale, eps=1e-6, n=4)
-    wanted = (mixed, hc.collapse(mixed, pre), wanted_post, sinkhorn(logits, 20, 1e-6))
+    wanted = (mixed, hc.collapse(mixed, pre), wanted_post, hc.sinkhorn(logits, 20, 1e-6))
     assert all(map(torch.equal, (out, x, new_post, new_comb), wanted))
     assert torch.equal(mhc.leave((y, post, comb), streams), mixed)
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError, RequestError
 from pelagos.kernels.ref import hyper_connection as hc
-from pelagos.kernels.sinkhorn import sinkhorn
 from pelagos.model.attention import CSA_RATIO, Attention, Indexer, Step
 from pelagos.model.cache import Cache, FullSequence, LayerCache
 from pelagos.model.experts import Experts, MoE, Router
@@ -65,7 +64,7 @@ class Block(nn.Module):
         config = self.config
         mix = hc.mix_logits(streams, fn, config.rms_norm_eps, ordered=self.simulate)
         pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
-        comb = sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
+        comb = hc.sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
         if aux is not None:
             aux[f"hc_{site}_comb"] = comb
         return hc.collapse(streams, pre), post, comb
