@@ -129,7 +129,7 @@ def picks(config: ModelConfig, tokens: int) -> Iterator[Case]:
             for i in range(CALLS)
         ]
         calls = [functools.partial(sampling.pick, *each) for each in made]
-        yield name, calls, cost.KernelCost(4 * tokens * config.vocab_size, 0), 1, {}
+        yield name, calls, cost.KernelCost(4 * tokens * config.vocab_size, 0), 4, {}
 
 
 MAKERS: dict[str, Callable[[ModelConfig, int], Iterator[Case]]] = {

@@ -1,6 +1,6 @@
 """The next token of each row from its logits, where the logits are: contract, checks and dispatch.
 
-On CUDA one Triton launch; elsewhere `ref.sampling`, which defines the meaning.
+On CUDA four Triton launches; elsewhere `ref.sampling`, which defines the meaning.
 """
 
 from __future__ import annotations
