@@ -17,7 +17,7 @@ from pelagos.load import load_model
 from pelagos.model.experts import Experts
 from pelagos.train.optim import OptimConfig
 from pelagos.train.owners import EXPERTS, knapsack, pieces_of
-from pelagos.train.ranks import data_ranks, stochastic_bf16
+from pelagos.train.ranks import Ranks, data_ranks, stochastic_bf16
 from pelagos.train.waves import Waves
 
 SETTINGS = {"steps": 3, "row_tokens": 128, "accumulate": 2, "quantise_from": 0.5}  # dense, dense, sparse and quantised
@@ -69,6 +69,8 @@ def test_worlds_that_do_not_divide_a_run_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             data_ranks(run_config(**changes), size)
+    with pytest.raises(ConfigError, match="takes whole rows"):
+        Ranks(run_config(cp=2), torch.device("cuda"))
     experts = next(m for m in small_model().modules() if isinstance(m, Experts))
     with pytest.raises(ConfigError, match="8 experts over ep=2"):
         Waves(experts, SimpleNamespace(size=2, rank=0), waves=3, overlap=True, ordered=True)  # pyright: ignore

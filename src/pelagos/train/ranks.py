@@ -75,6 +75,8 @@ class Ranks:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        if config.cp > 1 and device.type == "cuda":
+            raise ConfigError(f"cp={config.cp}: on CPUs as yet, attention's kernel takes whole rows; set cp=1")
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
