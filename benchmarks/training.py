@@ -3,7 +3,7 @@
 `python -m benchmarks.training kernels` times the hyper-connection site and the attention of training, forward and
 backward, in GB/s and as a share of the measured copy rate. `python -m benchmarks.training steps --size S` times whole
 steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. `all` runs the
-device tests and everything (about 15 minutes, most of it compilation). One JSON object a line on stdout, a table on
+device tests and everything (some minutes). One JSON object a line on stdout, a table on
 stderr.
 """
 

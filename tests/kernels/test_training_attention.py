@@ -78,6 +78,7 @@ print("compared")
 """
 
 COMPILE = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -122,8 +123,15 @@ for kernel, constants in KERNELS:
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
-    triton.compile(ASTSource(kernel, signature, places, attributes), target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8} if "R" in constants else {})
+    many = "PICKED" in constants and "R" in constants
+    options = {"num_stages": attention.STAGES, "num_warps": 8 if many else 4}
+    source = ASTSource(kernel, signature, places, attributes)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    if "wgmma.mma_async" in ptx:  # no copy to shared memory without a fence, no product in flight behind its iteration
+        waits = re.findall(r"wgmma.wait_group.sync.aligned (\\d+)", ptx)
+        fences = ptx.count("fence.proxy.async")
+        safe = "cp.async" not in ptx and set(waits) == {"0"} and len(waits) == fences
+        assert safe, (kernel.fn.__name__, waits, fences)
 print("compiled", len(KERNELS))
 """
 
