@@ -196,7 +196,7 @@ def begin(tiers: Tiers, pool: PagePool, keys: Sequence[bytes]) -> Restore:
     """Start to bring a prefix into pages of its own, as a request would."""
     pages = pool.alloc(len(keys))
     assert pages is not None
-    return tiers.read("", keys, None, pages)
+    return tiers.read("", keys, None, sorted(pages))
 
 
 def finish(tiers: Tiers, pool: PagePool, restore: Restore) -> None:

@@ -304,7 +304,9 @@ def test_a_storm_leaves_nothing_in_any_tier(tmp_path: Path, disk: bool) -> None:
     engine.close()
 
 
-def test_copies_of_any_pages_and_blocks_go_where_they_belong() -> None:
+@pytest.mark.parametrize("direct", [1, 1 << 30])
+def test_copies_of_any_pages_and_blocks_go_where_they_belong(direct: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelagos.engine.tiers.DIRECT_BYTES", direct)
     draw = random.Random(1)
     pools = Pools(PLAIN, pages=40, slots=2)
     tiers = Tiers(pools, 60)
@@ -322,7 +324,8 @@ def test_copies_of_any_pages_and_blocks_go_where_they_belong() -> None:
     stopped = Copy()
     stopped.cancelled = True
     assert tiers._move(tiers._in, stopped, [1, 2], [0, 1]) == 0
-    assert list(_runs([3, 4, 9, 8, 7, 8])) == [(3, 0, 2), (9, 2, 1), (8, 3, 1), (7, 4, 2)]
+    assert list(_runs([3, 4, 9, 8, 7, 8])) == [(0, 2), (2, 1), (3, 1), (4, 2)]
+    assert list(_runs([3, 4, 5, 6], [1, 2, 8, 9])) == [(0, 2), (2, 2)]
     tiers.close()
 
 

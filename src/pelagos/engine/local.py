@@ -371,7 +371,7 @@ class LocalEngine:
     def _fetch(self, request: Live, match: Match) -> None:
         """Get pages for what lies below them of a request's prefix, and have it read."""
         request.asked_disk = True
-        pages = self._pool.alloc(match.disk_pages) or []
+        pages = sorted(self._pool.alloc(match.disk_pages) or [])
         keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
         if self._tiers is not None:
             request.ticket = self._tiers.read(request.user_id, keys, match.disk_state, pages)

@@ -23,7 +23,8 @@ from pelagos.engine.pages import PagePool
 from pelagos.engine.runner import Pools
 from pelagos.kernels.layout import Bytes, CacheLayout
 
-CHUNK_BYTES = 8 << 20  # of one copy through a staging buffer: what a small copy of a step may have to wait for
+CHUNK_BYTES = 8 << 20  # of a staging buffer, and between two looks whether a copy was given up
+DIRECT_BYTES = 256 << 10  # from here on a run is copied without staging: copies so long take no kernel's time
 CLEAN_BYTES, CLEAN_SCAN = 64 << 20, 1024  # copied out at once, and of how many pages, the coldest first
 ROWS = 4  # states on their way out at once
 
@@ -115,7 +116,7 @@ class Lane:
         self.most, self._device = most, pages.device
         self._thread = ThreadPoolExecutor(1, f"pelagos-{name}")
         self._staging = pages.new_empty((2, most, pages.shape[1]))
-        self._streams = [torch.cuda.Stream(pages.device) for _ in range(2)] if pages.is_cuda else []
+        self._streams = [torch.cuda.Stream(pages.device, priority=-1) for _ in range(2)] if pages.is_cuda else []
 
     def start(self, job: Callable[[Copy], Any]) -> Copy:
         """Run a job on the thread, behind what the current stream has been given so far."""
@@ -338,17 +339,20 @@ class Tiers:
         for turn, at in enumerate(range(0, len(pages), lane.most)):
             if copy.cancelled:
                 return at
-            here, rows = pages[at : at + lane.most], index[at : at + lane.most]
+            part = slice(at, at + lane.most)
+            here, there, rows = pages[part], blocks[part], index[part]
+            runs = list(_runs(here, there))
+            direct = len(here) * size >= DIRECT_BYTES * len(runs)
             with lane.turn(turn) as staging:
-                together = len(list(_runs(here))) == 1
-                staged = pool[here[0] : here[-1] + 1] if together else staging[: len(here)]
-                if out and not together:
-                    torch.index_select(_words(pool), 0, rows, out=_words(staged))
-                for block, first, count in _runs(blocks[at : at + len(here)]):
-                    host, part = self._blocks[block : block + count, :size], staged[first : first + count]
-                    (host if out else part).copy_(part if out else host, non_blocking=True)
-                if not (out or together):
-                    _words(pool).index_copy_(0, rows, _words(staged))
+                if out and not direct:
+                    torch.index_select(_words(pool), 0, rows, out=_words(staging[: len(here)]))
+                for place, count in runs if direct else _runs(there):
+                    host = self._blocks[there[place] : there[place] + count, :size]
+                    begin = here[place] if direct else place
+                    device = (pool if direct else staging)[begin : begin + count]
+                    (host if out else device).copy_(device if out else host, non_blocking=True)
+                if not (out or direct):
+                    _words(pool).index_copy_(0, rows, _words(staging[: len(here)]))
         return len(pages)
 
     # Whole sequences, and states.
@@ -359,6 +363,7 @@ class Tiers:
         blocks = self.index.alloc(len(pages) + slots)
         if blocks is None:
             return None
+        blocks.sort()
         ours, rest = blocks[: len(pages)], blocks[len(pages) :]
 
         def job(copy: Copy) -> None:
@@ -388,9 +393,9 @@ class Tiers:
 
     def _slot_parts(self, blocks: Sequence[int], slot: int) -> Iterator[tuple[Tensor, Tensor]]:
         row, width = self._pools.slots[slot], self._blocks.shape[1]
-        for block, first, count in _runs(blocks):
-            part = row[first * width : (first + count) * width]
-            yield self._blocks[block : block + count].view(-1)[: len(part)], part
+        for place, count in _runs(blocks):
+            part = row[place * width : (place + count) * width]
+            yield self._blocks[blocks[place] : blocks[place] + count].view(-1)[: len(part)], part
 
     def _start(self, lane: Lane, job: Callable[[Copy], Any], then: Callable[[], None]) -> Copy:
         copy = lane.start(job)
@@ -447,12 +452,12 @@ class Tiers:
         return copy
 
 
-def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first block, its place, count) of the longest runs of consecutive blocks."""
+def _runs(*ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(place, count) of the longest runs over which each of the sequences counts up by one."""
     begin = 0
-    for at in range(1, len(blocks) + 1):
-        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
-            yield blocks[begin], begin, at - begin
+    for at in range(1, len(ids[0]) + 1):
+        if at == len(ids[0]) or any(each[at] != each[at - 1] + 1 for each in ids):
+            yield begin, at - begin
             begin = at
 
 
