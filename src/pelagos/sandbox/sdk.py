@@ -121,7 +121,11 @@ class AsyncSandbox:
         try:
             box.directory.chmod(0o711)
             (box.directory / keeper.SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
-            box.capabilities = Capabilities(**await box._start_keeper())
+            try:
+                flags = await box._start_keeper()
+            except ConnectionError:  # a spare one that was killed this moment
+                flags = await box._start_keeper() or (await box.info())["capabilities"]
+            box.capabilities = Capabilities(**flags)
         except BaseException as error:
             remove_tree(box.directory)
             if isinstance(error, OSError):
