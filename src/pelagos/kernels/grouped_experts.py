@@ -54,7 +54,8 @@ class Swiglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         from pelagos.kernels.triton import grouped_experts as kernel
 
-        return kernel.swiglu_backward(*ctx.saved_tensors, grad.contiguous(), ctx.limit)[0], None, None
+        both, ones = ctx.saved_tensors
+        return kernel.swiglu_backward(both, ones, grad.contiguous(), ctx.limit)[0], None, None
 
 
 class Mixture(torch.autograd.Function):

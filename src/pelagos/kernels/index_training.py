@@ -54,16 +54,18 @@ class Scores(torch.autograd.Function):
     def forward(ctx: Any, q, keys, gates, starts, ends, ratio):
         from pelagos.kernels.triton import index_training as kernel
 
-        inputs = [t.contiguous() for t in (q, keys, gates, starts, ends)]
-        ctx.save_for_backward(*inputs)
+        q, keys, gates, starts, ends = (t.contiguous() for t in (q, keys, gates, starts, ends))
+        ctx.save_for_backward(q, keys, gates, starts, ends)
         ctx.ratio = ratio
-        return kernel.scores(*inputs[:4], ratio)
+        return kernel.scores(q, keys, gates, starts, ratio)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         from pelagos.kernels.triton import index_training as kernel
 
-        return *kernel.scores_backward(grad.contiguous(), *ctx.saved_tensors, ctx.ratio), *[None] * 3
+        q, keys, gates, starts, ends = ctx.saved_tensors
+        found = kernel.scores_backward(grad.contiguous(), q, keys, gates, starts, ends, ctx.ratio)
+        return *found, None, None, None
 
 
 class Divergence(torch.autograd.Function):
