@@ -18,18 +18,20 @@ TYPES = dict.fromkeys(
      " partial tops").split(), F32
 ) | dict.fromkeys("positions places firsts owners table frozens picks scores bounds found sizes arrived".split(), I32)
 TYPES |= dict.fromkeys("q_norm kv_norm norm index_norm product q index_q stored".split(), BF16)
-TYPES |= dict.fromkeys("codes scales window main index pages slots".split(), U8)
+TYPES |= dict.fromkeys("stored_scales codes scales window main index pages slots".split(), U8)
 TYPES |= dict.fromkeys("head_factor factor eps scale".split(), "fp32")
 CSA = dict(RATIO=4, PICKED=512, WINDOW=128, BLOCKS=blocks, KEYS=64, TARGET=made_for)
 HCA = CSA | dict(RATIO=128, PICKED=0)
-ATTEND = dict(RING=131, SCALES=8, HEADS=heads)
+ATTEND = dict(RING=131, SCALES=8, HEADS=heads, CUT=1)
 WRITE = dict(LATENT=latent, PADDED=latent, WIDTH=width, ROPE=64, RING=131, SCALES=8, PAGE=128, SLOTS=8, HEADS=heads,
              HEADS_PADDED=heads, ROUNDS=index.bit_length() - 1, TARGET=made_for)
 SELECT = dict(RATIO=4, TOPK=128, GROUP=16, CHUNK=1024, GROUPS=1024, TARGET=made_for)
 KERNELS = [
     (decode_attention._attend_kernel, CSA | ATTEND | dict(PER_PAGE=32, EACH=1, DONE=False), dict(num_warps=8)),
+    (decode_attention._attend_kernel, CSA | ATTEND | dict(PER_PAGE=32, EACH=1, DONE=False, CUT=blocks),
+     dict(num_warps=8)),
     (decode_attention._attend_kernel, HCA | ATTEND | dict(PER_PAGE=1, EACH=18, DONE=True), dict(num_warps=8)),
-    (decode_attention._combine_kernel, CSA | dict(EACH=1, SECTION=18, SECTIONS=2, RUN=6), dict(num_warps=1)),
+    (decode_attention._combine_kernel, CSA | dict(EACH=1, SECTION=18, SECTIONS=2, RUN=6), dict(num_warps=2, stored=U8)),
     (cache_write._kernel, WRITE | dict(RATIO=4, SPAN=2 * width, TAIL=11, INDEX=index), dict(num_warps=8)),
     (cache_write._kernel, WRITE | dict(RATIO=128, SPAN=width, TAIL=131, INDEX=0), dict(num_warps=8)),
     (query._kernel, dict(WIDTH=width, ROPE=64, ROWS=4, INDEX_WIDTH=index, ROUNDS=index.bit_length() - 1, INDEX_ROWS=8,
@@ -48,7 +50,7 @@ TARGETS = [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "
 def compiled(target, sizes, tmp_path) -> None:
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target, sizes=sizes), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 9\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 10\n"
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

@@ -24,26 +24,32 @@ SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 FINISH = dict(ITERS=20, WIDTH=512, PARTS=4, PADDED=4, TARGET=made_for)
 EXPERT = dict(ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, TARGET=made_for)
 HERE, THERE = dict(PLACED=False), dict(PLACED=True)
-PRODUCT = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, QUANTISE=False, TARGET=made_for)
+TILE = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, TARGET=made_for)
+PRODUCT = TILE | dict(QUANTISE=False, LEFT=False)
 CHOICE = dict(PICKS=6, BY_TABLE=False, TARGET=made_for)
 ROUTER = dict(DEPTH=512, GATE_PARTS=1, PARTS=2, PADDED=64, CHOOSE=True, CUT=1, COLUMNS=1024, TALL=64, WIDE=16, **CHOICE)
-ROUTED = dict(table="*i64", shared=U8, shared_scales=U8, out=F32)
+E4M3 = "*fp8e4nv" if backend == "cuda" else U8
+FP8 = dict(codes=E4M3, weight=E4M3)
+MIXED = dict(scale=U8, shared_codes=E4M3, shared_w=E4M3)
+ROUTED = dict(table="*i64", codes=E4M3, shared=E4M3, shared_scales=U8, out=F32)
 KERNELS = [
-    (site._mix_token_kernel, dict(EACH=1, **SITE), dict()),
+    (site._mix_token_kernel, dict(EACH=1, LAST=2, PICKED=6, PARTS=1, **SITE), dict(y=F32, routed=F32)),
     (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),
     (site._mix_kernel, dict(TILE=64, STEP=32, SPAN=512, STAGES=3, **SITE), dict()),
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
-    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, **THERE, **EXPERT), dict(scale=U8)),
-    (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, **HERE, **EXPERT), dict(scale=U8)),
+    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, **THERE, **EXPERT), MIXED),
+    (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, **HERE, **EXPERT), MIXED),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
     (fp4_experts._combine_kernel,
      dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),
-    (skinny_gemm._plain_kernel, PRODUCT, dict()),
-    (skinny_gemm._plain_kernel, PRODUCT | dict(PART=512, PARTS=1, TALL=128, WIDE=64), dict()),
+    (skinny_gemm._plain_kernel, PRODUCT, FP8),
+    (skinny_gemm._plain_kernel, PRODUCT | dict(PART=512, PARTS=1, TALL=128, WIDE=64), FP8),
+    (skinny_gemm._plain_kernel, PRODUCT | dict(LEFT=True), FP8 | dict(out=F32)),
+    (skinny_gemm._plain_kernel, PRODUCT | dict(QUANTISE=True), FP8 | dict(out=U8)),
     (skinny_gemm._plain_kernel, PRODUCT | dict(QUANTISE=True), dict(codes=BF16, out=U8)),
-    (skinny_gemm._merged_kernel, {{k: v for k, v in PRODUCT.items() if k != "QUANTISE"}}, dict(out=F32)),
+    (skinny_gemm._merged_kernel, TILE, FP8 | dict(out=F32)),
     (router._route_kernel, ROUTER | dict(EXPERTS=64), ROUTED),
     (router._choose_kernel, dict(PARTS=2, EXPERTS=64, **CHOICE), dict(table="*i64")),
 ]
@@ -57,4 +63,4 @@ compile_all({target}, KERNELS, TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 16\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 18\n"

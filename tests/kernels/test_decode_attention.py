@@ -30,11 +30,13 @@ from triton_cases import error
 kernel.SECTION = 6
 for case, picked in ((7, True), (18, True), (18, False), (19, False)):
     inputs = inputs_of(ref.CASES[case], picked=picked)
-    want, many = ref.forward(*inputs), kernel.forward(*inputs)
+    want, many, halves = ref.forward(*inputs), kernel.forward(*inputs, True), kernel.forward(*inputs, False)
     # The interpreter cuts weights to bfloat16 instead of rounding them.
     assert error(many, want) < 1e-2, (case, error(many, want))
+    assert error(halves.whole(), many) < 1e-6, case
     kernel.PROGRAMS = 0
-    assert torch.equal(kernel.forward(*inputs), many), case
+    assert torch.equal(kernel.forward(*inputs, True), many), case
+    assert all(map(torch.equal, kernel.forward(*inputs, False), halves)), case
     kernel.PROGRAMS = 600
 print("compared")
 """
@@ -164,8 +166,9 @@ def test_kernels_on_the_device(case, monkeypatch):
 
     inputs = inputs_of(case, "cuda")
     attend = decode_attention.attend
-    got, want = attend(*inputs), ref.forward(*inputs)
+    got, want, halves = attend(*inputs), ref.forward(*inputs), attend(*inputs, whole=False)
     assert error(got, want) < 4e-3
+    assert error(halves.whole(), got) < 1e-6
     assert torch.equal(got, attend(*inputs))
     q, rows, *pools, sink, picks, turn, most = inputs
     for at in {0, len(q) // 2, len(q) - 1}:
@@ -173,7 +176,10 @@ def test_kernels_on_the_device(case, monkeypatch):
         alone = rows._replace(**{name: getattr(rows, name)[one] for name in rows._fields if name != "table"})
         picked = None if picks is None else picks[one]
         assert torch.equal(attend(q[one], alone, *pools, sink, picked, turn[one], most)[0], got[at])
+    monkeypatch.setattr(kernel, "RESIDENT", 0)
+    assert torch.equal(got, attend(*inputs))
     monkeypatch.setattr(kernel, "PROGRAMS", 0)
     assert torch.equal(got, attend(*inputs))
+    assert all(map(torch.equal, halves, attend(*inputs, whole=False)))
     if case[1] == 4 and most <= inputs[2].config.index_topk:
         assert torch.equal(got, attend(*inputs[:7], None, *inputs[8:]))

@@ -37,6 +37,8 @@ for case in cases:
     assert not arrived.any()
     both = [fp4_experts.site(*inputs[1:3], each, *weights_of(case), 10.0) for each in (got, want)]
     assert error(*both) < INTERPRETED, (case, error(*both))
+    left = fp4_experts.site(*inputs[1:3], got, *weights_of(case), 10.0, left=True).whole()
+    assert error(left, both[1]) < INTERPRETED, case
 print("compared")
 """
 
@@ -119,4 +121,6 @@ def test_kernels_on_the_device(case):
         assert torch.equal(alone.chosen, got.chosen[part])
         assert torch.equal(alone.weights, got.weights[part])
         assert torch.equal(fp4_experts.site(*own[1:3], alone, *weights, 10.0), site[part])
+        left = fp4_experts.site(*own[1:3], alone, *weights, 10.0, left=True)
+        assert torch.equal(left.whole(), site[part])
     assert not arrived.any()

@@ -8,6 +8,7 @@ from triton_cases import error, run
 
 from pelagos import numerics
 from pelagos.errors import ConfigError
+from pelagos.kernels.batch_rows import Parts
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref import site as ref
 from pelagos.kernels.ref.norm_rope import rms_norm
@@ -22,6 +23,7 @@ INTERPRETED = (6e-3, 4e-3, 4e-3, 1e-2, 4e-2)
 SCRIPT = """
 import torch
 torch.set_num_threads(1)
+from pelagos.kernels.batch_rows import Parts
 from pelagos.kernels.ref import site as ref
 from pelagos.kernels.triton import site as kernel
 from test_site import INTERPRETED, OPTIONS, errors
@@ -29,6 +31,11 @@ for case in ((1, 256), (3, 256), (2, 640), (130, 128)):
     inputs = ref.make_inputs(*case)
     found = errors(kernel.forward(*inputs, **OPTIONS), ref.forward(*inputs, **OPTIONS))
     assert all(off < most for off, most in zip(found, INTERPRETED, strict=True)), (case, found)
+    if case[0] < 128:
+        left = Parts(torch.randn(3, *case) / 2, torch.randn(2, case[0], 4, case[1]) / 2)
+        for y in (left, left._replace(routed=None)):
+            found = errors(kernel.forward(y, *inputs[1:], **OPTIONS), ref.forward(y.whole(), *inputs[1:], **OPTIONS))
+            assert all(off < 4 * most for off, most in zip(found, INTERPRETED, strict=True)), (case, "parts", found)
     first = (None, inputs[1], None, None, *inputs[4:])
     found = errors(kernel.forward(*first, **OPTIONS), ref.forward(*first, **OPTIONS))
     assert all(off < most for off, most in zip(found, INTERPRETED, strict=True)), (case, "first site", found)
@@ -97,6 +104,10 @@ def test_kernels_on_the_device(case):
     assert all(off < most for off, most in zip(found, ON_DEVICE, strict=True)), found
     assert all(map(torch.equal, got, site(*inputs, **OPTIONS)))
     tokens = case[0]
+    if tokens <= 128:
+        left = Parts(torch.randn(3, *case, device="cuda"), torch.randn(2, tokens, 4, case[1], device="cuda"))
+        for y in (left, left._replace(routed=None)):
+            assert all(map(torch.equal, site(y, *inputs[1:], **OPTIONS), site(y.whole(), *inputs[1:], **OPTIONS)))
     # Up to 128 tokens any may be alone; longer calls have arithmetic of their own, in which 129 are the fewest.
     part = slice(tokens // 2, tokens // 2 + 1) if tokens <= 128 else slice(0, 129)
     alone = site(*(each[part].contiguous() for each in inputs[:4]), *inputs[4:], **OPTIONS)

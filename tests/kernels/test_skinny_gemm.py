@@ -17,6 +17,7 @@ SCRIPT = """
 import torch
 torch.set_num_threads(1)
 from pelagos.kernels.ref import skinny_gemm as ref
+from pelagos.kernels.batch_rows import Parts
 from pelagos.kernels.triton import skinny_gemm as kernel
 from triton_cases import error
 arrived = torch.zeros(4096, dtype=torch.int32)
@@ -28,10 +29,13 @@ for case in ((1, 128, 128, 1), (3, 256, 512, 1), (17, 128, 256, 2), (33, 128, 38
     x = ref.decoded(*inputs[:2], (1, 128)).bfloat16()
     off = error(kernel.forward(x, None, *inputs[2:], arrived, case[3])[0], ref.forward(x, None, *inputs[2:], case[3]))
     assert off < 6e-3, (case, off)
-    codes = kernel.forward(*inputs, arrived, case[3], quantise=True)
-    off = error(ref.decoded(*codes, (1, 128)), ref.forward(*inputs, case[3]))
-    assert off < 3e-2, (case, off)
+    for rows in ((x, None), ref.halves(x)):
+        codes = kernel.forward(*rows, *inputs[2:], arrived, case[3], quantise=True)
+        off = error(ref.decoded(*codes, (1, 128)), ref.forward(x, None, *inputs[2:], case[3]))
+        assert off < 3e-2, (case, off)
     if case[3] == 1:
+        left = Parts(kernel.forward(*inputs, arrived, left=True)[0]).whole()
+        assert error(left, kernel.forward(*inputs, arrived)[0]) < 6e-3, case
         wide = torch.randn(192, case[2]).bfloat16()
         for operands in ((*inputs[:2], x, *inputs[2:]), (None, None, x, None, None)):
             off = error(kernel.merged(*operands, wide, arrived), ref.merged(*operands, wide))
@@ -77,6 +81,18 @@ def test_kernel_in_the_interpreter():
     assert run(SCRIPT, interpret=True) == "compared\n"
 
 
+def test_halves_are_the_rows():
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[1] *= 1e-6
+    x[2, :128] = 0
+    halves = ref.halves(x)
+    assert halves.codes.shape == (10, 256)
+    assert error(halves.whole(), x) < 1e-6
+    inputs = inputs_of(5, 128, 256, 1)[2:]
+    for got, want in zip(*(skinny_gemm.quantised_product(*each, *inputs) for each in (halves, (x, None))), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_merged_products_need_their_codes():
     codes, scales, weight, weight_scales, arrived = inputs_of(3, 128, 256, 1)
     x = ref.decoded(codes, scales, numerics.ACT_BLOCK).bfloat16()
@@ -110,7 +126,20 @@ def test_kernel_on_the_device(case):
     codes = skinny_gemm.quantised_product(x, None, *inputs[2:], arrived, groups=groups)
     assert error(ref.decoded(*codes, numerics.ACT_BLOCK), plain) < 3e-2
     assert torch.equal(skinny_gemm.product(x[:1], None, *inputs[2:], arrived, groups=groups)[0], plain[0])
+    fine = torch.randn(x.shape, device="cuda").bfloat16()
+    halves = ref.halves(fine)
+    assert error(halves.whole(), fine) < 1e-6
+    found = skinny_gemm.quantised_product(*halves, *inputs[2:], arrived, groups=groups)
+    want = ref.forward(fine, None, *inputs[2:], groups)
+    assert error(ref.decoded(*found, numerics.ACT_BLOCK), want) < 3e-2
+    want = numerics.decode_fp8(*numerics.encode_fp8(want, numerics.ACT_BLOCK), numerics.ACT_BLOCK)
+    assert error(ref.decoded(*found, numerics.ACT_BLOCK), want) < 2e-2  # codes that fell to the other side
+    for row in {0, case[0] - 1}:
+        alone = (each[2 * row : 2 * row + 2] for each in halves)
+        alone = skinny_gemm.quantised_product(*alone, *inputs[2:], arrived, groups=groups)
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, found, strict=True))
     if groups == 1:
+        assert torch.equal(skinny_gemm.left_product(*inputs, arrived).whole(), got)
         wide = torch.randn(192, case[2], device="cuda").bfloat16()
         merged = skinny_gemm.merged(*inputs[:2], x, *inputs[2:], wide, arrived)
         assert error(merged, ref.merged(*inputs[:2], x, *inputs[2:], wide)) < 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,32 @@ def run(script: str, *, interpret: bool) -> str:
     return done.stdout
 
 
+def hazards(ptx: str) -> list[str]:
+    """What loops of a kernel for sm_90 leave to chance: products whose operand A is in registers that are in flight at
+    the loop's end, where the next round overwrites them, and no fence between copies and what the matrix unit reads."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith("$L")}
+    found = []
+    for at, line in enumerate(lines):
+        back = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if back is None or labels.get(back[1], at) >= at:
+            continue
+        body, flying = lines[labels[back[1]] : at], 0
+        for own in body:
+            if own.startswith("wgmma.mma_async"):
+                groups = re.findall(r"\{[^}]*\}", own)
+                flying += len(groups) > 1 and groups[1].count(",") == 3
+            elif own.startswith("wgmma.wait_group") and own.endswith(" 0;"):
+                flying = 0
+        if flying:
+            found.append(f"{flying} products in flight")
+        text = "\n".join(body)
+        copied = re.search(r"cp\.async\.c[ag]", text) is not None and "mbarrier" not in text  # handed over otherwise
+        if "wgmma.mma_async" in text and copied and "fence.proxy.async" not in text:
+            found.append("no fence after copies")
+    return found
+
+
 def compile_all(target: tuple, kernels: list, types: dict[str, str], unaligned: tuple[str, ...] = ()) -> None:
     """Compile each (kernel, constants, types and options of its own) for a target and print how many there were.
 
@@ -49,5 +76,7 @@ def compile_all(target: tuple, kernels: list, types: dict[str, str], unaligned: 
         pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" and n not in unaligned]
         attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
         source = GluonASTSource if kernel.is_gluon() else ASTSource
-        triton.compile(source(kernel, signature, places, attributes), target=GPUTarget(*target), options=options)
+        made = triton.compile(source(kernel, signature, places, attributes), target=GPUTarget(*target), options=options)
+        if target[:2] == ("cuda", 90):
+            assert not (found := hazards(made.asm["ptx"])), f"{kernel.__module__}.{kernel.__name__}: {found}"
     print("compiled", len(kernels))

@@ -7,8 +7,11 @@ window ring and the pages, so that no launch waits for what another writes.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +24,40 @@ class Rows(NamedTuple):
     owner: Tensor  # (T,) int32 row of `table`
     table: Tensor  # (B, P) int32 page of every page_tokens positions
     frozen: Tensor  # (T,) int32: entries of windows that end before it are there already and are not written
+
+
+class Halves(NamedTuple):
+    """bfloat16 rows (T, C) as sums of two E4M3 rows, to 2^-22 of the largest of every 128 columns."""
+
+    codes: Tensor  # (2 T, C) uint8, a row's upper half before its lower one
+    scales: Tensor  # (2 T, C / 128) uint8 UE8M0, the lower half's 2^-4 of the upper's
+
+    def whole(self) -> Tensor:
+        """Return (T, C) bfloat16."""
+        values = self.codes.view(torch.float8_e4m3fn).float().unflatten(1, (-1, 128))
+        values = values * self.scales.view(torch.float8_e8m0fnu).float().unsqueeze(2)
+        return values.flatten(1).unflatten(0, (-1, 2)).sum(1).bfloat16()
+
+
+class Parts(NamedTuple):
+    """A result (T, D) whose sums are left to the site that reads it: float32 parts, added in order."""
+
+    last: Tensor | None  # (P, T, D): their sum, rounded to bfloat16
+    routed: Tensor | None = None  # (P, T, K, D): joined by the sum of K sums before it is rounded again
+
+    def whole(self) -> Tensor:
+        """Return (T, D): bfloat16, or the float32 sum of `routed` alone."""
+        last = None if self.last is None else sum_of(self.last).bfloat16()
+        if self.routed is None:
+            assert last is not None
+            return last
+        total = sum_of(sum_of(self.routed).unbind(1))
+        return total if last is None else (total + last.float()).bfloat16()
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """Add tensors one after another."""
+    return functools.reduce(torch.add, parts)
 
 
 class Routed(NamedTuple):

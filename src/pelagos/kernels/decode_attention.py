@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.cache_write import check_pools
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.ref import decode_attention as ref
@@ -19,16 +19,16 @@ WIDTHS = (128, 512)  # of a head
 
 def attend(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int,
-) -> Tensor:  # fmt: skip
+    picks: Tensor | None, turn: Tensor, most: int, *, whole: bool = True,
+) -> Tensor | Halves:  # fmt: skip
     """Return what the rows attend, turned back: (T, H * C) bfloat16, as the release hands it to wo_a.
 
     q (T, H, C) bfloat16; a row at position p sees the last sliding_window positions of its ring and the entries below
     (p + 1) // ratio: those in picks (T, K) int32 (ascending, then -1), or with None all of them, at most `most`. sink
     (H,) float32 joins the denominator; turn (T, 2, rope/2) float32 holds cos and sin at the rows' positions. A row's
     bits depend on its own sequence alone: not on the other rows, `most`, pages or slot, nor on whether `picks` names
-    all that it sees. Cached values are below 65,504, as float16 has it. Raises ConfigError for other shapes. Source:
-    technical report 2.3.3; inference/kernel.py sparse_attn.
+    all that it sees. Cached values are below 65,504, as float16 has it. Unless `whole`, the result is in halves on
+    CUDA. Raises ConfigError for other shapes. Source: technical report 2.3.3; inference/kernel.py sparse_attn.
     """
     config, place = layout.config, layout.layers[layer]
     tokens, heads, width = q.shape
@@ -59,4 +59,4 @@ def attend(
         return ref.forward(*inputs)
     from pelagos.kernels.triton import decode_attention as kernel
 
-    return kernel.forward(*inputs)
+    return kernel.forward(*inputs, whole)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.batch_rows import Routed
+from pelagos.kernels.batch_rows import Parts, Routed
 from pelagos.kernels.ref import fp4_experts as ref
 
 BLOCK = 128  # both widths are multiples of it: an activation scale belongs to so many columns
@@ -52,14 +52,14 @@ def mixture(
 
 def site(
     codes: Tensor, scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor,
-    shared2_scales: Tensor, limit: float, place: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    shared2_scales: Tensor, limit: float, place: Tensor | None = None, left: bool = False,
+) -> Tensor | Parts:  # fmt: skip
     """Return routed and shared experts' sum (T, D) bfloat16 for tokens that `router.route` has routed.
 
     shared2 (D, F) E4M3 with shared2_scales (D/128, F/128); the rest as `mixture`. The routed experts' sum is float32,
     in the order of the picks; the shared expert's bfloat16 output joins it last. With `place` (E,) int64 the routed
-    weights are (1, ...) and an expert's lie so many bytes, a multiple of 256, behind them. Raises ConfigError for other
-    shapes.
+    weights are (1, ...) and an expert's lie so many bytes, a multiple of 256, behind them. With `left` it stays in
+    parts on CUDA, for a site to add up. Raises ConfigError for other shapes.
     """
     width, inner = codes.shape[1], w2.shape[2] * 2
     expected = {"shared": (routed.shared, (codes.shape[0], 2 * inner)), "shared2": (shared2, (width, inner)),
@@ -75,7 +75,7 @@ def site(
 
     return kernel.site(
         routed.planes, routed.chosen, routed.weights, routed.lists, routed.shared, w13, s13, w2, s2, shared2,
-        shared2_scales, limit, place,
+        shared2_scales, limit, place, left,
     )  # fmt: skip
 
 

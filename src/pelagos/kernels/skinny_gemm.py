@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pelagos import numerics
 from pelagos.errors import ConfigError
+from pelagos.kernels.batch_rows import Halves, Parts
 from pelagos.kernels.ref import skinny_gemm as ref
 
 BLOCK = 128
@@ -36,23 +37,41 @@ def product(
     return kernel.forward(codes, scales, weight, weight_scales, arrived, groups)[0]
 
 
+def left_product(
+    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, arrived: Tensor
+) -> Tensor | Parts:
+    """Return `product`, on CUDA in parts for a site to add up, which saves the programs meeting."""
+    if not codes.is_cuda:
+        return product(codes, scales, weight, weight_scales, arrived)
+    _check(codes, scales, weight, weight_scales, 1)
+    from pelagos.kernels.triton import skinny_gemm as kernel
+
+    return Parts(kernel.forward(codes, scales, weight, weight_scales, arrived, left=True)[0])
+
+
 def quantised_product(
     codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, arrived: Tensor, *, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return `product` as the next product reads it: E4M3 codes (T, O) and UE8M0 scales (T, O/128), both uint8."""
-    _check(codes, scales, weight, weight_scales, groups)
+    """Return `product` as the next product reads it: E4M3 codes (T, O) and UE8M0 scales (T, O/128), both uint8.
+
+    x is bfloat16 (T, G * I) without scales, or `batch_rows.Halves` (2 T, G * I) with them.
+    """
+    _check(codes, scales, weight, weight_scales, groups, MAX_ROWS if scales is None else 2 * MAX_ROWS)
     if not codes.is_cuda:
-        found = numerics.encode_fp8(ref.forward(codes, scales, weight, weight_scales, groups), numerics.ACT_BLOCK)
+        x = codes if scales is None else Halves(codes, scales).whole()
+        found = numerics.encode_fp8(ref.forward(x, None, weight, weight_scales, groups), numerics.ACT_BLOCK)
         return found[0].view(torch.uint8), found[1].view(torch.uint8)
     from pelagos.kernels.triton import skinny_gemm as kernel
 
     return kernel.forward(codes, scales, weight, weight_scales, arrived, groups, quantise=True)
 
 
-def _check(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, groups: int) -> None:
+def _check(
+    codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, groups: int, most: int = MAX_ROWS
+) -> None:
     (rows, columns), (outputs, depth) = codes.shape, weight.shape
-    if not 1 <= rows <= MAX_ROWS:
-        raise ConfigError(f"skinny_gemm: {rows} rows, expected 1..{MAX_ROWS}")
+    if not 1 <= rows <= most:
+        raise ConfigError(f"skinny_gemm: {rows} rows, expected 1..{most}")
     if (scales is None) != (codes.dtype == torch.bfloat16):
         raise ConfigError(f"skinny_gemm: x is {codes.dtype}, expected uint8 codes with scales or bfloat16 without")
     if columns != groups * depth or outputs % (groups * BLOCK) or depth % BLOCK:

@@ -24,7 +24,7 @@ from torch import Tensor
 from pelagos import numerics
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, sampling, skinny_gemm
-from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.batch_rows import Halves, Parts, Rows
 from pelagos.kernels.layout import CacheLayout, Drawn, Output, Span
 from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
@@ -42,7 +42,7 @@ _HEAD = (_FIELDS + 2 * sampling.FIELDS) * BUCKETS[-1]  # with the draws, all wor
 class _State(NamedTuple):
     """What one site hands to the next: its output, and how that enters the streams."""
 
-    y: Tensor | None
+    y: Tensor | Parts | None
     streams: Tensor
     post: Tensor | None
     comb: Tensor | None
@@ -82,6 +82,7 @@ class CudaForward:
 
     draws = two_kinds = True  # prompts have kernels of their own
     ranks = 1  # that share the rows of a call
+    left = True  # sums go to the launches that read them
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
@@ -377,7 +378,7 @@ class CudaForward:
     def _attend(
         self, index: int, layer: LayerWeights, rows: Rows, turns: Sequence[Tensor], dense: bool,
         normed: Tensor, codes: Tensor, scales: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor | Halves:  # fmt: skip
         """Write what the rows leave in the cache; return what they attend (T, H * C) bfloat16."""
         c, layout, arrived = self.weights.config, self.layout, self._arrived
         turn = turns[self._turns[-1 if layer.ratio else 0]]
@@ -398,18 +399,19 @@ class CudaForward:
                 assert index_q is not None
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
-        return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most)
+        return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most, whole=not self.left)
 
-    def _output(self, index: int, layer: LayerWeights, attended: Tensor) -> Tensor:
+    def _output(self, index: int, layer: LayerWeights, attended: Tensor | Halves) -> Tensor | Parts:
         """Return the attention's output (T, D) bfloat16."""
-        groups = self.weights.config.o_groups
-        codes, scales = skinny_gemm.quantised_product(attended, None, *layer.wo_a, self._arrived, groups=groups)
-        return skinny_gemm.product(codes, scales, *layer.wo_b, self._arrived)
+        rows = attended if isinstance(attended, Halves) else (attended, None)
+        own = skinny_gemm.quantised_product(*rows, *layer.wo_a, self._arrived, groups=self.weights.config.o_groups)
+        product = skinny_gemm.left_product if self.left else skinny_gemm.product
+        return product(*own, *layer.wo_b, self._arrived)
 
     def _mixture(
         self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,
         chosen: list[Tensor],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor | Parts:  # fmt: skip
         """Return the expert site's output (T, D) bfloat16."""
         c = self.weights.config
         routed = router.route(
@@ -418,7 +420,7 @@ class CudaForward:
         )  # fmt: skip
         chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
         return fp4_experts.site(
-            codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place
+            codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place, self.left
         )
 
     def _enter(self, embedded: Tensor, bucket: int) -> Tensor:

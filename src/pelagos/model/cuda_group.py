@@ -20,7 +20,7 @@ from torch import Tensor
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
 from pelagos.kernels import fp4_experts, router, skinny_gemm
-from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.batch_rows import Halves, Parts, Rows
 from pelagos.kernels.layout import CacheLayout, Drawn, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Staged, _Call, bucket_of, step_bytes
@@ -133,15 +133,16 @@ class GroupForward(CudaForward):
     def _attend(
         self, index: int, layer: LayerWeights, rows: Rows, turns: Sequence[Tensor], dense: bool,
         normed: Tensor, codes: Tensor, scales: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor | Halves:  # fmt: skip
         if self._owner in (None, self._group.rank):
             return super()._attend(index, layer, rows, turns, dense, normed, codes, scales)
         c = self.weights.config
         return normed.new_empty((len(normed), c.num_attention_heads * c.head_dim))
 
-    def _output(self, index: int, layer: LayerWeights, attended: Tensor) -> Tensor:
+    def _output(self, index: int, layer: LayerWeights, attended: Tensor | Halves) -> Tensor | Parts:
         if self._owner is None:
             return super()._output(index, layer, attended)
+        assert isinstance(attended, Tensor)
         (wo_a, wo_b), groups = self._halves[index], self.weights.config.o_groups // self.ranks
         own = self.exchanges.columns(attended, self._owner)
         own = skinny_gemm.quantised_product(own, None, *wo_a, self._arrived, groups=groups)
@@ -153,12 +154,16 @@ class GroupForward(CudaForward):
     ) -> Tensor:  # fmt: skip
         """Add the parts of the experts' widths; rows that are apart are first brought together."""
         if self._owner is not None:
-            return self.exchanges.sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
+            y = super()._mixture(index, layer, normed, codes, scales, ids, chosen)
+            assert isinstance(y, Tensor)
+            return self.exchanges.sum(y)
         normed = self.exchanges.every_row(normed)
         codes, scales = quantise(normed)
         ids = self._everyone[: len(normed)]
         if len(normed) <= skinny_gemm.MAX_ROWS:
-            return self.exchanges.own_sum(super()._mixture(index, layer, normed, codes, scales, ids, chosen))
+            y = super()._mixture(index, layer, normed, codes, scales, ids, chosen)
+            assert isinstance(y, Tensor)
+            return self.exchanges.own_sum(y)
         c = self.weights.config
         parts = [
             router.route(
@@ -171,6 +176,7 @@ class GroupForward(CudaForward):
         ]  # fmt: skip
         routed = router.joined(parts, c.n_routed_experts)
         y = fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
+        assert isinstance(y, Tensor)
         return self.exchanges.own_sum(y)
 
     def _cut(self, layer: LayerWeights) -> tuple[Fp8, Fp8]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pelagos import numerics
+from pelagos.kernels.batch_rows import Halves
 
 # (tokens, outputs of a group, depth, groups): the edges of a row tile, one tile and many, parts of k, grouped weights.
 CASES = (
@@ -30,6 +31,16 @@ def make_inputs(
     size = (groups * outputs // 128, depth // 128)
     weight_scales = torch.randint(112, 116, size, dtype=torch.uint8, **options)
     return codes.view(torch.uint8), scales.view(torch.uint8), weight, weight_scales
+
+
+def halves(x: Tensor) -> Halves:
+    """Return bfloat16 rows (T, C) as the attention kernels leave them."""
+    upper, scales = numerics.encode_fp8(x, numerics.ACT_BLOCK)
+    lower = scales.view(torch.uint8) - 4
+    rest = (x.float() - numerics.decode_fp8(upper, scales, numerics.ACT_BLOCK)).unflatten(1, (-1, 128))
+    rest = (rest / lower.view(torch.float8_e8m0fnu).float().unsqueeze(2)).flatten(1).to(torch.float8_e4m3fn)
+    pairs = ((upper, rest), (scales, lower))
+    return Halves(*(torch.stack([each.view(torch.uint8) for each in pair], 1).flatten(0, 1) for pair in pairs))
 
 
 def decoded(codes: Tensor, scales: Tensor | None, block: tuple[int, int]) -> Tensor:

@@ -16,13 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.triton.formats import (
     dot,
+    e4m3_code,
     e4m3_to_float,
+    fp8_scale_exponent,
     launch,
     let_next_start,
+    power_of_two,
+    quantise_block,
     target,
     wait_for_inputs,
 )
@@ -30,8 +34,8 @@ from pelagos.kernels.triton.query import rounded
 
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
-RUN = 18  # chunks of a section that the combine reads at once
 PROGRAMS = 600  # up to here every chunk is a program
+RESIDENT = 132  # up to here every block of its columns too
 NOTHING = tl.constexpr(-1e30)  # the largest logit of no keys
 
 # Four E4M3 bytes and the scales of their columns to float16.
@@ -128,8 +132,11 @@ def _seen(picks, row, position, most, RATIO: tl.constexpr, PICKED: tl.constexpr)
 
 
 @triton.jit
-def _emit(out, turn, stored, column, live, ROPE: tl.constexpr, TARGET: tl.constexpr):
-    """Turn back (the last 64 columns, with ROPE), round and store 128 columns (HEADS, 128) of heads at `column`."""
+def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARGET: tl.constexpr):
+    """Turn back (the last 64 columns, with ROPE), round and store 128 columns (HEADS, 128) of heads at `column`.
+
+    As codes they become two E4M3 rows that add up, the lower half `low` columns behind.
+    """
     heads: tl.constexpr = out.shape[0]
     out = rounded(out, TARGET)
     if ROPE:
@@ -139,7 +146,16 @@ def _emit(out, turn, stored, column, live, ROPE: tl.constexpr, TARGET: tl.conste
         a, b = tl.split(out.reshape(heads, 64, 2))
         out = rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
     place = stored + column[:, None] + tl.arange(0, 128)[None, :]
-    tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
+    if stored.dtype.element_ty == tl.bfloat16:
+        tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
+    else:
+        exponent = fp8_scale_exponent(tl.max(tl.abs(out), 1))
+        upper = quantise_block(out, exponent[:, None])
+        rest = out - upper * power_of_two(exponent)[:, None]
+        tl.store(place, e4m3_code(upper), mask=live[:, None])
+        tl.store(place + low, e4m3_code(quantise_block(rest, exponent[:, None] - 4)), mask=live[:, None])
+        tl.store(scales + column // 128, exponent.to(tl.uint8), mask=live)
+        tl.store(scales + (column + low) // 128, (exponent - 4).to(tl.uint8), mask=live)
 
 
 @triton.jit
@@ -152,19 +168,23 @@ def _finish(top, total, sink):
 
 @triton.jit(do_not_specialize=["heads", "parts", "most", "table_stride"])
 def _attend_kernel(
-    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, partial, tops,
+    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, stored_scales, partial, tops,
     heads, parts, most, table_stride, slot_bytes, page_bytes, window_scale, entry_scale, scale,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PER_PAGE: tl.constexpr,
     SCALES: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
-    DONE: tl.constexpr, TARGET: tl.constexpr,
+    DONE: tl.constexpr, CUT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Fold EACH chunks for HEADS heads of a row; with DONE these are all it has and the result is stored."""
+    """Fold EACH chunks for HEADS heads of a row; with DONE these are all it has and the result is stored.
+
+    CUT > 1: of one chunk's values this program takes one block of columns.
+    """
     let_next_start(TARGET)
-    wait_for_inputs(TARGET)
-    part, tile, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, tile, row = tl.program_id(0), tl.program_id(1) // CUT, tl.program_id(2)
+    block = tl.program_id(1) % CUT
     position = tl.load(positions + row)
     slot = tl.load(places + row).to(tl.int64) * slot_bytes
     owner = tl.load(owners + row).to(tl.int64) * table_stride
+    wait_for_inputs(TARGET)
     head = tile * HEADS + tl.arange(0, HEADS)
     real = head < heads
     lane = tl.arange(0, 128)
@@ -223,87 +243,111 @@ def _attend_kernel(
             total = _fold(total, tl.sum(p, 1), keep, join)
             top = most_top
             p = p.to(tl.float16)
-            acc0 = _mix(acc0, p, k0, keep, join, EACH == 1, TARGET)
-            if BLOCKS == 4:
+            if CUT == 4:
+                if block == 0:
+                    acc0 = dot(p, k0, acc0, TARGET)
+                elif block == 1:
+                    acc0 = dot(p, k1, acc0, TARGET)
+                elif block == 2:
+                    acc0 = dot(p, k2, acc0, TARGET)
+                else:
+                    acc0 = dot(p, k3, acc0, TARGET)
+            else:
+                acc0 = _mix(acc0, p, k0, keep, join, EACH == 1, TARGET)
+            if BLOCKS == 4 and CUT == 1:
                 acc1 = _mix(acc1, p, k1, keep, join, EACH == 1, TARGET)
                 acc2 = _mix(acc2, p, k2, keep, join, EACH == 1, TARGET)
                 acc3 = _mix(acc3, p, k3, keep, join, EACH == 1, TARGET)
         if DONE:
             factor = _finish(top, total, tl.load(sink + head, mask=real, other=0.0) * 1.4426950408889634)[:, None]
-            column, turned = (row * heads + head) * width, turn + row * 64
-            _emit(acc0 * factor, turned, stored, column, real, BLOCKS == 1, TARGET)
+            halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
+            column, turned, low = (halves * row * heads + head) * width, turn + row * 64, heads * width
+            _emit(acc0 * factor, turned, stored, stored_scales, column, low, real, BLOCKS == 1, TARGET)
             if BLOCKS == 4:
-                _emit(acc1 * factor, turned, stored, column + 128, real, False, TARGET)
-                _emit(acc2 * factor, turned, stored, column + 256, real, False, TARGET)
-                _emit(acc3 * factor, turned, stored, column + 384, real, True, TARGET)
+                _emit(acc1 * factor, turned, stored, stored_scales, column + 128, low, real, False, TARGET)
+                _emit(acc2 * factor, turned, stored, stored_scales, column + 256, low, real, False, TARGET)
+                _emit(acc3 * factor, turned, stored, stored_scales, column + 384, low, real, True, TARGET)
         else:
             at = (row * parts + part).to(tl.int64) * heads + head
-            tl.store(tops + at * 2, top, mask=real)
-            tl.store(tops + at * 2 + 1, total, mask=real)
-            place = partial + at[:, None] * width + lane[None, :]
+            tl.store(tops + at * 2, top, mask=real & (head * 0 + block == 0))
+            tl.store(tops + at * 2 + 1, total, mask=real & (head * 0 + block == 0))
+            place = partial + at[:, None] * width + (block * 128 + lane)[None, :]
             tl.store(place, acc0, mask=real[:, None])
-            if BLOCKS == 4:
+            if BLOCKS == 4 and CUT == 1:
                 tl.store(place + 128, acc1, mask=real[:, None])
                 tl.store(place + 256, acc2, mask=real[:, None])
                 tl.store(place + 384, acc3, mask=real[:, None])
 
 
+@triton.jit
+def _section(tops, totals, values, which: tl.constexpr):
+    """(1,), (1,) and (1, 128): what one of several sections has folded."""
+    if tops.shape[0] == 1:
+        return tops, totals, values
+    here = tl.arange(0, tops.shape[0]) == which
+    top = tl.max(tl.where(here, tops, NOTHING), 0) + tl.zeros((1,), tl.float32)
+    total = tl.sum(tl.where(here, totals, 0.0), 0) + tl.zeros((1,), tl.float32)
+    return top, total, tl.sum(tl.where(here[:, None], values, 0.0), 0)[None, :]
+
+
 @triton.jit(do_not_specialize=["parts", "most"])
 def _combine_kernel(
-    partial, tops, positions, sink, turn, stored, parts, most,
+    partial, tops, positions, sink, turn, stored, stored_scales, parts, most,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
     EACH: tl.constexpr, SECTION: tl.constexpr, SECTIONS: tl.constexpr, RUN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Fold the parts of 128 columns of one head, EACH chunks a part, in sections of SECTION chunks; finish."""
+    """Fold the parts of 128 columns of one head, EACH chunks a part, in sections of SECTION chunks; finish.
+
+    RUN parts a section, all sections at once.
+    """
     let_next_start(TARGET)
-    wait_for_inputs(TARGET)
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     lane = tl.arange(0, 128)[None, :]
     position = tl.load(positions + row)
+    wait_for_inputs(TARGET)
     seen = _seen(tops, row, position, most, RATIO, PICKED)
     count = tl.where(position < 0, 0, ((WINDOW + seen + KEYS - 1) // KEYS + EACH - 1) // EACH)
     each: tl.constexpr = SECTION // EACH
-    top, total = tl.full((1,), NOTHING, tl.float32), tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, 128), tl.float32)
-    for section in tl.range(0, SECTIONS):
-        if (SECTIONS == 1) | (section * each < count):
-            own_top, own_total = tl.full((1,), NOTHING, tl.float32), tl.zeros((1,), tl.float32)
-            own = tl.zeros((1, 128), tl.float32)
-            for low in tl.range(0, each, RUN):
-                for i in tl.static_range(RUN):
-                    part = section * each + low + i
-                    there = (low + i < each) & (part < parts)  # the load does not wait for `count`
-                    at = (row * parts + part).to(tl.int64) * heads + head
-                    part_top = tl.load(tops + at * 2 + tl.arange(0, 1), mask=there, other=0.0)
-                    part_total = tl.load(tops + at * 2 + 1 + tl.arange(0, 1), mask=there, other=0.0)
-                    values = tl.load(partial + (at * BLOCKS + block) * 128 + lane, mask=there, other=0.0)
-                    live = there & (part < count)
-                    part_top = tl.where(live, part_top, NOTHING)
-                    part_total, values = tl.where(live, part_total, 0.0), tl.where(live, values, 0.0)
-                    most_top = tl.maximum(own_top, part_top)
-                    keep, join = tl.exp2(own_top - most_top), tl.exp2(part_top - most_top)
-                    own_total = _fold(own_total, part_total, keep, join)
-                    own = _fold(own, values, tl.broadcast_to(keep[:, None], (1, 128)),
-                                tl.broadcast_to(join[:, None], (1, 128)))  # fmt: skip
-                    own_top = most_top
-            most_top = tl.maximum(top, own_top)
-            keep, join = tl.exp2(top - most_top), tl.exp2(own_top - most_top)
-            total = _fold(total, own_total, keep, join)
-            acc = _fold(acc, own, tl.broadcast_to(keep[:, None], (1, 128)), tl.broadcast_to(join[:, None], (1, 128)))
-            top = most_top
+    section = tl.arange(0, SECTIONS)
+    tops_of, totals = tl.full((SECTIONS,), NOTHING, tl.float32), tl.zeros((SECTIONS,), tl.float32)
+    own = tl.zeros((SECTIONS, 128), tl.float32)
+    for i in tl.static_range(RUN):
+        part = section * each + i
+        there = part < parts  # the loads do not wait for `count`
+        at = (row * parts + part).to(tl.int64) * heads + head
+        part_top, part_total = tl.load(tops + at * 2, mask=there), tl.load(tops + at * 2 + 1, mask=there)
+        values = tl.load(partial + (at * BLOCKS + block)[:, None] * 128 + lane, mask=there[:, None])
+        live = part < count
+        part_top = tl.where(live, part_top, NOTHING)
+        part_total, values = tl.where(live, part_total, 0.0), tl.where(live[:, None], values, 0.0)
+        most_top = tl.maximum(tops_of, part_top)
+        keep, join = tl.exp2(tops_of - most_top), tl.exp2(part_top - most_top)
+        totals = _fold(totals, part_total, keep, join)
+        own = _fold(own, values, tl.broadcast_to(keep[:, None], own.shape), tl.broadcast_to(join[:, None], own.shape))
+        tops_of = most_top
+    top, total, acc = _section(tops_of, totals, own, 0)
+    for i in tl.static_range(1, SECTIONS):
+        own_top, own_total, values = _section(tops_of, totals, own, i)
+        most_top = tl.maximum(top, own_top)
+        keep, join = tl.exp2(top - most_top), tl.exp2(own_top - most_top)
+        total = _fold(total, own_total, keep, join)
+        acc = _fold(acc, values, tl.broadcast_to(keep[:, None], (1, 128)), tl.broadcast_to(join[:, None], (1, 128)))
+        top = most_top
     factor = _finish(top, total, tl.load(sink + head + tl.arange(0, 1)) * 1.4426950408889634)[:, None]
-    column = (row * heads + head) * (BLOCKS * 128) + block * 128 + tl.arange(0, 1)
+    halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
+    column = (halves * row * heads + head) * (BLOCKS * 128) + block * 128 + tl.arange(0, 1)
+    low = heads * (BLOCKS * 128)
     if block == BLOCKS - 1:
-        _emit(acc * factor, turn + row * 64, stored, column, column >= 0, True, TARGET)
+        _emit(acc * factor, turn + row * 64, stored, stored_scales, column, low, column >= 0, True, TARGET)
     else:
-        _emit(acc * factor, turn + row * 64, stored, column, column >= 0, False, TARGET)
+        _emit(acc * factor, turn + row * 64, stored, stored_scales, column, low, column >= 0, False, TARGET)
 
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int,
-) -> Tensor:  # fmt: skip
+    picks: Tensor | None, turn: Tensor, most: int, whole: bool,
+) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
     new, made_for, window = q.new_empty, target(), place.window
@@ -315,23 +359,26 @@ def forward(
     tiles = triton.cdiv(heads, tall)
     each = 1 if tokens * tiles * chunks <= PROGRAMS else SECTION
     parts = triton.cdiv(chunks, each)
-    stored = new((tokens, heads * width), dtype=torch.bfloat16)
+    cut = width // 128 if each == 1 < parts and tokens * tiles * chunks * (width // 128) <= RESIDENT else 1
+    stored = new((tokens, heads * width)) if whole else new((2 * tokens, heads * width), dtype=torch.uint8)
+    scales = new((2 * tokens, heads * width // 128), dtype=torch.uint8)
     size = tokens * parts * heads if parts > 1 else 1
     partial, tops = new(size * width, dtype=torch.float32), new(size * 2, dtype=torch.float32)
     constants = {"RATIO": place.ratio, "PICKED": picked, "WINDOW": layout.config.sliding_window,
                  "BLOCKS": width // 128, "KEYS": KEYS, "EACH": each, "TARGET": made_for}  # fmt: skip
-    _attend_kernel[(parts, tiles, tokens)](
+    _attend_kernel[(parts, tiles * cut, tokens)](
         q, pages.view(-1)[main.offset :], slots.view(-1)[window.offset :], rows.table, q if picks is None else picks,
-        rows.positions, rows.owner, rows.slots, sink, turn, stored, partial, tops,
+        rows.positions, rows.owner, rows.slots, sink, turn, stored, scales, partial, tops,
         heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
         window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
-        RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, **constants,
+        RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, CUT=cut, **constants,
         **launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
+        sections = triton.next_power_of_2(triton.cdiv(parts * each, SECTION))
         _combine_kernel[(width // 128, heads, tokens)](
-            partial, tops, rows.positions, sink, turn, stored, parts, most,
-            SECTION=SECTION, SECTIONS=triton.cdiv(parts * each, SECTION), RUN=RUN if each == 1 else 1, **constants,
-            **launch(made_for, num_warps=1, enable_fp_fusion=False),
+            partial, tops, rows.positions, sink, turn, stored, scales, parts, most,
+            SECTION=SECTION, SECTIONS=sections, RUN=min(parts, SECTION // each), **constants,
+            **launch(made_for, num_warps=min(sections, 8), enable_fp_fusion=False),
         )  # fmt: skip
-    return stored
+    return stored if whole else Halves(stored, scales)

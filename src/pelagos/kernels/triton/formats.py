@@ -61,7 +61,21 @@ def dot(a, b, total, TARGET: tl.constexpr):
     """total + a @ b of bfloat16 or E4M3 operands; the interpreter multiplies no bfloat16."""
     if TARGET == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    if TARGET == "ptx":  # the compiler sets no fence between its copies to shared memory and what the unit reads there
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 128)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
     return tl.dot(a, b, total)
+
+
+@triton.jit
+def settled(total, TARGET: tl.constexpr):
+    """`total`, waited for. At a loop's end the compiler may leave products of operands in registers in flight, and the
+    next round's operands overwrite them."""
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=False, pack=1)
+    return total
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pelagos.kernels.batch_rows import Parts
 from pelagos.kernels.triton.formats import (
     dot,
     e2m1_pair,
@@ -25,10 +26,11 @@ from pelagos.kernels.triton.formats import (
     let_next_start,
     power_of_two,
     quantise_block,
+    settled,
     target,
     wait_for_inputs,
 )
-from pelagos.kernels.triton.skinny_gemm import fp8_tile, wide_of
+from pelagos.kernels.triton.skinny_gemm import as_operand, fp8_tile, wide_of
 
 BLOCK = 128  # columns that share an activation scale
 ROWS = 64  # outputs a program
@@ -170,7 +172,7 @@ def _expert_rows(
             odd = tl.load(source + begin + stride, mask=live[None, :], other=0.0)
             w_even, w_odd = _weight_pair(weight, scales, row, begin, stride, TARGET, ROWS, BYTES)
             total = dot(w_even, even, total, TARGET)
-            total = dot(w_odd, odd, total, TARGET)
+            total = settled(dot(w_odd, odd, total, TARGET), TARGET)
         tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
         first += 16
         if not SINGLE:
@@ -290,17 +292,18 @@ def forward(
 def site(
     planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, shared: Tensor, w13: Tensor,
     s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor, shared2_scales: Tensor, limit: float, place: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Return (T, D) bfloat16; operands as in `kernels.fp4_experts.site`."""
+    left: bool,
+) -> Tensor | Parts:  # fmt: skip
+    """Return (T, D) bfloat16, or its parts; operands as in `kernels.fp4_experts.site`."""
     return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, (shared, shared2, shared2_scales),
-                    torch.empty_like(planes), place)  # fmt: skip
+                    None if left else torch.empty_like(planes), place)  # fmt: skip
 
 
 def _experts(
     planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, w13: Tensor, s13: Tensor,
-    w2: Tensor, s2: Tensor, limit: float, shared: tuple[Tensor, Tensor, Tensor] | None, out: Tensor,
-    place: Tensor | None,
-) -> Tensor:  # fmt: skip
+    w2: Tensor, s2: Tensor, limit: float, shared: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor | None, place: Tensor | None,
+) -> Tensor | Parts:  # fmt: skip
     (tokens, width), picked, picks = planes.shape, chosen.shape[1], chosen.numel()
     inner = w2.shape[2] * 2
     first, second = cut(width), cut(inner)
@@ -312,13 +315,13 @@ def _experts(
     hidden = new((picks, inner))
     down = new((second["PARTS"], picks, width), dtype=torch.float32)
     fp8_parts = 0 if shared is None else SHARED_PARTS if inner % (128 * SHARED_PARTS) == 0 else 1
-    gates, codes, scales, weight, weight_scales, shared_down = (out,) * 6
+    gates, codes, scales, weight, weight_scales, shared_down = (up,) * 6
     if shared is not None:
         gates, weight, weight_scales = shared
         codes = new((tokens, inner), dtype=torch.uint8)
         scales = new((tokens, inner // BLOCK), dtype=torch.uint8)
         shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
-    lent = (codes, scales, weight, weight_scales, shared_down, tokens)
+    lent = (as_operand(codes), scales, as_operand(weight), weight_scales, shared_down, tokens)
     shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": min(MOST, wide_of(tokens)), "TARGET": made_for}
     shape["PLACED"], homes = place is not None, chosen if place is None else place
     options = launch(made_for, num_stages=STAGES)
@@ -334,6 +337,8 @@ def _experts(
         hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
         SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
+    if out is None:
+        return Parts(shared_down, down.unflatten(1, (tokens, picked)))
     _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
         down, shared_down, out, picks, tokens, PICKED=picked, WIDTH=width, PARTS=second["PARTS"], FP8_PARTS=fp8_parts,
         COLUMNS=COLUMNS, TARGET=made_for, **launch(made_for),

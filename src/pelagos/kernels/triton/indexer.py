@@ -29,9 +29,10 @@ from pelagos.kernels.triton.formats import (
 )
 
 KEYS = 128  # of a tile
+WARPS = 8  # of a program of the first launch
 PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
 CHUNK = 4096  # scores a program of the second launch looks at
-BOUNDS = 16384  # groups of neighbours at most
+BOUNDS = 4096  # groups of neighbours at most
 LOWEST = tl.constexpr(-2147483648)
 
 
@@ -61,9 +62,10 @@ def _score_kernel(
 ):  # fmt: skip
     """Scores of `each` tiles of a row's keys, and the largest of every GROUP."""
     let_next_start(TARGET)
-    wait_for_inputs(TARGET)
     row = tl.program_id(1)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
+    pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
+    wait_for_inputs(TARGET)
     first = tl.program_id(0) * each * KEYS
     if (seen > TOPK) & (first < seen):
         half: tl.constexpr = WIDTH // 2
@@ -73,7 +75,6 @@ def _score_kernel(
         words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
         q_even, q_odd = bits_to_bfloat16(words & 0xFFFF), bits_to_bfloat16((words >> 16) & 0xFFFF)
         weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
-        pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
         steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
         if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
             steps = MOST
@@ -105,21 +106,29 @@ def _score_kernel(
 
 
 @triton.jit
-def _reached(values, count, slack, TO: tl.constexpr):
+def _reached(values, count, slack, STEP: tl.constexpr):
     """A bound that at least `count` of the values reach, and how many do.
 
-    It is the largest there is, to its bits above TO, unless before that no more than count + slack reach a lower one.
+    It is less than STEP below the largest there is, unless before that no more than count + slack reach a lower one.
     """
     total: tl.constexpr = values.shape[0]
-    reach = tl.sum((values >= 0).to(tl.int32), 0)
-    bound = tl.where(reach >= count, 0, LOWEST)
-    reach = tl.where(reach >= count, reach, total)
-    bit = reach * 0 + 30
-    while (bit >= TO) & (reach > count + slack):
-        higher = bound + (1 << bit)
-        more = tl.sum((values >= higher).to(tl.int32), 0)
-        bound, reach = tl.where(more >= count, higher, bound), tl.where(more >= count, more, reach)
-        bit -= 1
+    bound = tl.min(tl.where(values == LOWEST, 2147483647, values), 0)
+    above = tl.maximum(tl.max(values, 0), LOWEST + 1) + 1  # values are those of floats, none the largest integer
+    reach = tl.sum((values >= bound).to(tl.int32), 0)
+    few = reach < count
+    bound, above, reach = tl.where(few, LOWEST, bound), tl.where(few, LOWEST + 1, above), tl.where(few, total, reach)
+    while ((above - bound).to(tl.uint32) > STEP) & (reach > count + slack):
+        # Three bounds a step: what takes time is the sum over all warps, and one sum counts for all three.
+        span = (above - bound).to(tl.uint32)
+        middle = bound + (span >> 1).to(tl.int32)
+        lower, higher = bound + (span >> 2).to(tl.int32), middle + (span >> 2).to(tl.int32)
+        counts = (values >= lower).to(tl.int64) + ((values >= middle).to(tl.int64) << 20)
+        counts = tl.sum(counts + ((values >= higher).to(tl.int64) << 40), 0)
+        for i in tl.static_range(3):
+            tried = lower if i == 0 else middle if i == 1 else higher
+            more = ((counts >> (20 * i)) & 0xFFFFF).to(tl.int32)
+            above = tl.where((more < count) & (bound < tried) & (tried < above), tried, above)
+            bound, reach = tl.where(more >= count, tried, bound), tl.where(more >= count, more, reach)
     return bound, reach
 
 
@@ -148,7 +157,7 @@ def _keep(values, index, live, bound, room, done, picks):
 @triton.jit
 def _choose(values, index, live, TOPK: tl.constexpr, picks):
     """Store the indices of the TOPK largest values, which come in ascending order of index."""
-    bound, reach = _reached(values, TOPK, 0, 0)
+    bound, reach = _reached(values, TOPK, 0, 1)
     if reach == TOPK:
         place = tl.cumsum((values >= bound).to(tl.int32), 0) - 1
         tl.store(picks + place, index, mask=values >= bound)
@@ -165,9 +174,9 @@ def _select_kernel(
 ):  # fmt: skip
     """The picks of a row; CHUNKS > 1 programs sieve CHUNK scores each, the last one to arrive chooses."""
     let_next_start(TARGET)
-    wait_for_inputs(TARGET)
     chunk, row = tl.program_id(0), tl.program_id(1)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
+    wait_for_inputs(TARGET)
     own, out = scores + row.to(tl.int64) * longest, picks + row * TOPK
     lane = tl.arange(0, TILE)
     if seen <= TOPK:
@@ -178,7 +187,7 @@ def _select_kernel(
     elif chunk * CHUNK < seen:
         group = tl.arange(0, GROUPS)
         highest = tl.load(bounds + row * groups + group, mask=group < (seen + GROUP - 1) // GROUP, other=LOWEST)
-        least, _ = _reached(highest, TOPK, TOPK // 4, 8)
+        least, _ = _reached(highest, TOPK, TOPK // 4, 256)
         near = chunk * CHUNK + tl.arange(0, CHUNK)
         chosen = (tl.load(own + near, mask=near < seen, other=LOWEST) >= least) & (near < seen)
         count = chosen.to(tl.int32)
@@ -240,7 +249,7 @@ def score(
         RATIO=place.ratio, TOPK=layout.config.index_topk, PER_PAGE=section.rows, WIDTH=width, HEADS=heads,
         PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
         MOST=each if made_for == INTERPRETER else 0, TARGET=made_for,
-        **launch(made_for, num_warps=4),
+        **launch(made_for, num_warps=WARPS),
     )  # fmt: skip
     return scores, bounds
 
@@ -254,8 +263,8 @@ def choose(scores: Tensor, bounds: Tensor, positions: Tensor, ratio: int, topk: 
         scores, bounds, positions, found, sizes, arrived, picks, most, groups, chunks,
         RATIO=ratio, TOPK=topk, GROUP=triton.next_power_of_2(triton.cdiv(most, groups)), CHUNK=CHUNK,
         GROUPS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks), ROUNDS=(chunks - 1).bit_length(),
-        TILE=max(triton.next_power_of_2(4 * topk), CHUNK if chunks == 1 else 0), TARGET=made_for,
-        **launch(made_for, num_warps=16),
+        TILE=triton.next_power_of_2(max(topk, most) if chunks == 1 else 4 * topk), TARGET=made_for,
+        **launch(made_for, num_warps=8 if chunks == 1 else 16),
     )  # fmt: skip
     return picks
 

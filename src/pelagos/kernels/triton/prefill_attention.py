@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.triton import hopper_attention
-from pelagos.kernels.triton.formats import dot, hopper, target, to_bfloat16
+from pelagos.kernels.triton.formats import dot, hopper, settled, target, to_bfloat16
 
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
@@ -33,7 +33,7 @@ def _attended(rows, key, live, top, total, mixed, scale, TARGET: tl.constexpr):
     higher = tl.maximum(top, tl.max(logits, 1))
     weight = tl.exp2(logits - higher[:, None])
     keep = tl.exp2(top - higher)
-    mixed = dot(to_bfloat16(weight, TARGET), key, mixed * keep[:, None], TARGET)
+    mixed = settled(dot(to_bfloat16(weight, TARGET), key, mixed * keep[:, None], TARGET), TARGET)
     return higher, total * keep + tl.sum(weight, 1), mixed
 
 

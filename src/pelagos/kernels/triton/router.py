@@ -15,6 +15,7 @@ from pelagos.kernels.batch_rows import Routed
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
 from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, plane_block
 from pelagos.kernels.triton.skinny_gemm import (
+    as_operand,
     bf16_tile,
     fp8_tile,
     parts_of,
@@ -148,8 +149,8 @@ def forward(
     common = {"PICKS": picks, "BY_TABLE": by_table, "TARGET": made_for}
     grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * columns
     _route_kernel[(grid,)](
-        x, codes, codes.view(torch.int16), scales, gate, *lookup[:3], shared13, shared13_scales, shared, planes,
-        partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
+        x, as_operand(codes), codes.view(torch.int16), scales, gate, *lookup[:3], as_operand(shared13), shared13_scales,
+        shared, planes, partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
         DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded, CHOOSE=rows == 1,
         CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide_of(rows), **common, **launch(made_for, num_stages=STAGES),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pelagos.kernels.batch_rows import Parts
 from pelagos.kernels.triton.formats import (
     bits_to_bfloat16,
     dot,
@@ -26,7 +27,9 @@ from pelagos.kernels.triton.formats import (
     pinned,
     quantise_block,
     reciprocal,
+    settled,
     target,
+    to_bfloat16,
     wait_for_inputs,
 )
 
@@ -118,6 +121,7 @@ def _mix_kernel(
         place = terms + lane[:, None] * (4 * WIDTH) + 4 * begin + tl.arange(0, 4 * STEP)[None, :]
         for term in tl.static_range(3):
             logits = dot(x, tl.trans(tl.load(place + term * (128 * WIDTH))), logits, TARGET)
+        logits = settled(logits, TARGET)
         f0, f1, f2, f3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
         g0, g1, g2 = g0 + _inner(f0, f0, STEP), g1 + _inner(f1, f1, STEP), g2 + _inner(f2, f2, STEP)
         g3, g4, g5 = g3 + _inner(f3, f3, STEP), g4 + _inner(f0, f1, STEP), g5 + _inner(f0, f2, STEP)
@@ -281,11 +285,36 @@ def _mixed(y, s0, s1, s2, s3, post, comb, K: tl.constexpr, HAS_POST: tl.constexp
 
 
 @triton.jit
-def _mix_token_kernel(
-    y, streams, post, comb, fn, out, parts, tokens,
-    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, EACH: tl.constexpr, TARGET: tl.constexpr,
+def _added_up(
+    last, routed, token, tokens, column, WIDTH: tl.constexpr, LAST: tl.constexpr, PICKED: tl.constexpr,
+    PARTS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """`_mix_kernel` for single tokens: weights stay in registers and wait there for the streams."""
+    """float32 values of a token's bfloat16 y from what `batch_rows.Parts` holds."""
+    total = tl.load(last + token * WIDTH + column)
+    for part in tl.static_range(1, LAST):
+        total += tl.load(last + (part * tokens + token) * WIDTH + column)
+    total = to_bfloat16(total, TARGET).to(tl.float32)
+    if PICKED > 0:
+        mixed = tl.zeros(column.shape, tl.float32)
+        for pick in tl.static_range(PICKED):
+            own = tl.load(routed + (token * PICKED + pick) * WIDTH + column)
+            for part in tl.static_range(1, PARTS):
+                own += tl.load(routed + ((part * tokens + token) * PICKED + pick) * WIDTH + column)
+            mixed += own
+        total = to_bfloat16(mixed + total, TARGET).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _mix_token_kernel(
+    y, routed, streams, post, comb, fn, out, parts, tokens,
+    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, LAST: tl.constexpr, PICKED: tl.constexpr, PARTS: tl.constexpr,
+    EACH: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """`_mix_kernel` for single tokens: weights stay in registers and wait there for the streams.
+
+    LAST > 0: y comes in parts.
+    """
     let_next_start(TARGET)
     block = tl.program_id(0)
     column = block * 128 + tl.arange(0, 128)
@@ -307,7 +336,10 @@ def _mix_token_kernel(
             s3 = tl.load(streams + row + 3 * WIDTH).to(tl.float32)
             added = s0
             if HAS_POST:
-                added = tl.load(y + token * WIDTH + column).to(tl.float32)
+                if LAST > 0:
+                    added = _added_up(y, routed, token, tokens, column, WIDTH, LAST, PICKED, PARTS, TARGET)
+                else:
+                    added = tl.load(y + token * WIDTH + column).to(tl.float32)
             x0 = _mixed(added, s0, s1, s2, s3, post + token * 4, comb + token * 16, 0, HAS_POST)
             x1 = _mixed(added, s0, s1, s2, s3, post + token * 4, comb + token * 16, 1, HAS_POST)
             x2 = _mixed(added, s0, s1, s2, s3, post + token * 4, comb + token * 16, 2, HAS_POST)
@@ -357,8 +389,8 @@ def _finish_kernel(
 
 
 def forward(
-    y: Tensor | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor, base: Tensor,
-    scale: Tensor, norm: Tensor, *, iters: int, eps: float, norm_eps: float,
+    y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
+    base: Tensor, scale: Tensor, norm: Tensor, *, iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) as `kernels.site.site` does."""
     tokens, _, width = streams.shape
@@ -371,6 +403,8 @@ def forward(
     normed = new((tokens, width))
     codes, scales = new((tokens, width), dtype=torch.uint8), new((tokens, blocks), dtype=torch.uint8)
     made_for = target()
+    left = y if isinstance(y, Parts) and few else None
+    y = left.last if left is not None else y.whole() if isinstance(y, Parts) else y
     y, old_post, old_comb = (streams if each is None else each for each in (y, old_post, old_comb))
     results = (out, post, comb, normed, codes, scales)
     options = {"WIDTH": width, "HAS_POST": has_post, "TARGET": made_for}
@@ -379,8 +413,11 @@ def forward(
     outputs = (out, parts, base, scale, norm, *results[1:])
     if few:
         each = 1 if tokens <= TILE else 4
+        routed = None if left is None else left.routed
+        picked = {"PICKED": 0, "PARTS": 1} if routed is None else {"PICKED": routed.shape[2], "PARTS": routed.shape[0]}
         _mix_token_kernel[(blocks, triton.cdiv(tokens, each))](
-            y, streams, old_post, old_comb, fn, out, parts, tokens, EACH=each, **options,
+            y, y if routed is None else routed, streams, old_post, old_comb, fn, out, parts, tokens,
+            LAST=0 if left is None else len(y), EACH=each, **picked, **options,
             **launch(made_for, num_warps=4),
         )  # fmt: skip
         _finish_kernel[(tokens * (1 + blocks),)](

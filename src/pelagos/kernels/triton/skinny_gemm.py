@@ -1,8 +1,9 @@
 """Products of at most 64 rows: the weights, as the tall operand, are streamed once through the matrix unit.
 
 A program takes 64 or 128 outputs and a fixed part of k. Every 128 columns of FP8 operands end a scale: their sum leaves
-the matrix unit and joins a float32 total. Parts of k meet in memory; the last program to arrive adds them in order. The
-cut of k depends on the weight's shape alone and the tokens are columns of the product, so a row's bits are its own.
+the matrix unit and joins a float32 total. Parts of k are left to the reader, or the last program to arrive
+adds them in order, which takes 2 us longer. The cut of k depends on the weight's shape alone and the tokens are columns
+of the product, so a row's bits are its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pelagos.kernels.triton.formats import (
     let_next_start,
     power_of_two,
     quantise_block,
+    settled,
     target,
     wait_for_inputs,
 )
@@ -33,13 +35,18 @@ TILES = 256  # programs that a weight should at least be cut into
 MERGED_TALL = 64  # outputs a program of a merged product
 
 
+def as_operand(codes: Tensor) -> Tensor:
+    """Return E4M3 bytes as the kernels load them: typed where the matrix unit takes them, which spares registers."""
+    return codes.view(torch.float8_e4m3fn) if target() == PTX and codes.dtype == torch.uint8 else codes
+
+
 @triton.jit
-def _operand(byte, TARGET: tl.constexpr):
-    """E4M3 bytes as a matrix operand: themselves where the unit takes them, else their bfloat16 values."""
-    if TARGET == "ptx":
-        return byte.to(tl.float8e4nv, bitcast=True)
+def operand(value):
+    """E4M3 as a matrix operand: itself, or the bfloat16 values of its bytes where the unit does not take it."""
+    if value.dtype == tl.uint8:
+        return e4m3_to_float(value).to(tl.bfloat16)
     else:  # one branch is compiled, and each has a type of its own
-        return e4m3_to_float(byte).to(tl.bfloat16)
+        return value
 
 
 @triton.jit
@@ -68,8 +75,8 @@ def fp8_tile(
     factor = _factor(ws, xs, 0, live, PART)
     for k in tl.range(0, PART // 128):
         ahead = _factor(ws, xs, k + 1, live, PART)
-        tall = _operand(tl.load(w + k * 128), TARGET)
-        wide = _operand(tl.load(x + k * 128, mask=live[:, None], other=0), TARGET)
+        tall = operand(tl.load(w + k * 128))
+        wide = operand(tl.load(x + k * 128, mask=live[:, None], other=0.0))
         total += dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET) * factor[None, :]
         factor = ahead
     return total
@@ -112,22 +119,28 @@ def store_parts(total, out, partial, counter, place, live, size, part, PARTS: tl
 
 @triton.jit
 def _quantise_parts(
-    total, out, out_scales, partial, counter, place, first, row, live, width, size, part,
-    PARTS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    total, out, out_scales, partial, counter, place, first, rows, live, width, size, part,
+    PARTS: tl.constexpr, HALVES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`store_parts` for the next product: whoever comes last of a block of 128 outputs stores its codes and scales."""
+    """`store_parts` for the next product: whoever comes last of a block of 128 outputs stores its codes and scales.
+
+    HALVES rows of x add up to one.
+    """
     tl.store(partial + part * size + place, total, mask=live[None, :])
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS * (128 // TALL) - 1:
         tl.debug_barrier()
-        block = row[None, :] * width + (first // 128 * 128 + tl.arange(0, 128))[:, None]
-        whole = tl.zeros((128, WIDE), tl.float32)
-        for other in tl.static_range(PARTS):
-            whole += tl.load(partial + other * size + block, mask=live[None, :], other=0.0)
+        token = tl.arange(0, WIDE // HALVES)
+        own = token < rows // HALVES
+        block = token[None, :] * width + (first // 128 * 128 + tl.arange(0, 128))[:, None]
+        upper = partial + block + token[None, :] * ((HALVES - 1) * width)
+        whole = tl.zeros((128, WIDE // HALVES), tl.float32)
+        for other in tl.static_range(HALVES * PARTS):
+            whole += tl.load(upper + other % PARTS * size + other // PARTS * width, mask=own[None, :], other=0.0)
         wide = whole.to(tl.bfloat16).to(tl.float32)
         exponent = fp8_scale_exponent(tl.max(tl.abs(wide), 0))
-        tl.store(out + block, e4m3_code(quantise_block(wide, exponent[None, :])), mask=live[None, :])
-        tl.store(out_scales + row * (width // 128) + first // 128, exponent.to(tl.uint8), mask=live)
+        tl.store(out + block, e4m3_code(quantise_block(wide, exponent[None, :])), mask=own[None, :])
+        tl.store(out_scales + token * (width // 128) + first // 128, exponent.to(tl.uint8), mask=own)
         tl.store(counter, 0)
 
 
@@ -135,15 +148,19 @@ def _quantise_parts(
 def _plain_kernel(
     codes, scales, weight, weight_scales, out, out_scales, partial, arrived, rows, outputs, stride,
     DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, QUANTISE: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+    LEFT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """FP8 weights; x of FP8 codes with scales, or of bfloat16 (then `scales` is not read). QUANTISE: codes come out."""
+    """FP8 weights; x of FP8 codes with scales, or of bfloat16 (then `scales` is not read).
+
+    QUANTISE: codes come out, FP8 rows being halves. LEFT: parts do.
+    """
     tile, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, WIDE)
     live = row < rows
     first = group * outputs + tile * TALL
     wait_for_inputs(TARGET)
-    if codes.dtype.element_ty == tl.bfloat16:
+    halves: tl.constexpr = 1 if codes.dtype.element_ty == tl.bfloat16 else 2
+    if halves == 1:
         total = _unquantised_tile(codes + group * DEPTH, weight, weight_scales, first, part * PART, row, live, stride,
                                   DEPTH, PART, TALL, WIDE, TARGET)  # fmt: skip
     else:
@@ -156,8 +173,10 @@ def _plain_kernel(
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
     size = rows * width
     if QUANTISE:
-        _quantise_parts(total, out, out_scales, partial, arrived + first // 128, place, first, row, live, width, size,
-                        part, PARTS, TALL, WIDE)  # fmt: skip
+        _quantise_parts(total, out, out_scales, partial, arrived + first // 128, place, first, rows, live, width, size,
+                        part, PARTS, halves, TALL, WIDE)  # fmt: skip
+    elif LEFT:
+        tl.store(partial + part * size + place, total, mask=live[None, :])
     else:
         counter = arrived + group * tl.num_programs(0) + tile
         store_parts(total, out, partial, counter, place, live[None, :], size, part, PARTS)
@@ -179,7 +198,7 @@ def _unquantised_tile(
         ahead = tl.load(ws + k + 1, mask=k + 1 < PART // 128, other=127)
         tall = e4m3_times(tl.load(w + k * 128), byte, TARGET)
         wide = tl.load(source + k * 128, mask=live[:, None], other=0.0)
-        total = dot(tall, tl.trans(wide), total, TARGET)
+        total = settled(dot(tall, tl.trans(wide), total, TARGET), TARGET)
         byte = ahead
     return total
 
@@ -231,26 +250,29 @@ def wide_of(rows: int) -> int:
 
 def forward(
     codes: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, arrived: Tensor, groups: int = 1,
-    quantise: bool = False,
+    quantise: bool = False, left: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (T, O) bfloat16, or codes with their scales; operands as in `kernels.skinny_gemm`.
+    """Return (T, O) bfloat16, codes with their scales, or the parts twice; operands as in `kernels.skinny_gemm`.
 
     `arrived` is int32 zeros, left as it was.
     """
     rows, (outputs, depth), new = codes.shape[0], weight.shape, codes.new_empty
     outputs //= groups
     tall, parts = cut(outputs, depth, groups, quantise)
-    out = new((rows, groups * outputs), dtype=torch.uint8 if quantise else torch.bfloat16)
-    out_scales = new((rows, groups * outputs // BLOCK), dtype=torch.uint8) if quantise else out
-    partial = new(parts * rows * groups * outputs if quantise or parts > 1 else 1, dtype=torch.float32)
+    partial = new((parts if quantise or left or parts > 1 else 0, rows, groups * outputs), dtype=torch.float32)
+    shape = (rows // 2 if quantise and scales is not None else rows, groups * outputs)
+    out = partial if left else new(shape, dtype=torch.uint8 if quantise else torch.bfloat16)
+    out_scales = new((shape[0], shape[1] // BLOCK), dtype=torch.uint8) if quantise else out
     made_for = target()
     # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
     options = launch(made_for, num_stages=STAGES)
     if quantise and made_for == PTX:
         options["launch_pdl"] = False
+    if scales is not None:
+        codes, weight = as_operand(codes), as_operand(weight)
     _plain_kernel[(outputs // tall, parts, groups)](
         codes, codes if scales is None else scales, weight, weight_scales, out, out_scales, partial, arrived, rows,
-        outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, TALL=tall,
+        outputs, codes.shape[1], DEPTH=depth, PART=depth // parts, PARTS=parts, QUANTISE=quantise, LEFT=left, TALL=tall,
         WIDE=wide_of(rows), TARGET=made_for, **options,
     )  # fmt: skip
     return out, out_scales
@@ -269,6 +291,7 @@ def merged(
     codes, scales, weight, weight_scales = (
         arrived.view(torch.uint8) if each is None else each for each in (codes, scales, weight, weight_scales)
     )
+    codes, weight = as_operand(codes), as_operand(weight)
     made_for = target()
     _merged_kernel[(tiles, parts)](
         codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
