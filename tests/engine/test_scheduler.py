@@ -114,6 +114,18 @@ def test_a_higher_priority_takes_the_slot_of_a_lower_one() -> None:
     assert list(run(plan)) == ["high"]
 
 
+def test_who_cannot_start_yet_makes_nobody_give_way() -> None:
+    book = scheduler(slots=1)
+    book.add(request("low", 50, 1))
+    run(book.plan())
+    high = request("high", 50, 2, priority=1)
+    high.moving = True
+    book.add(high)
+    assert not book.plan().preempted
+    high.moving = False
+    assert [each.request.request_id for each in book.plan().preempted] == ["low"]
+
+
 def test_a_storm_of_requests_leaves_nothing() -> None:
     choose = random.Random(4)
     book = scheduler(pages=30, slots=3, chunk=300)

@@ -278,6 +278,14 @@ def test_where_drafts_do_not_pay_it_mostly_rests_for_as_many_requests_whoever_th
     assert policy.rests(16, None)
 
 
+def test_where_drafts_begin_to_pay_other_numbers_of_requests_look_again() -> None:
+    policy = AdaptiveDepth(4)
+    policy._rests[16] = 200
+    assert policy.rests(16, None)
+    World(*WORLDS["one, winning"]).pace(policy, 600)
+    assert not policy.rests(16, None)
+
+
 def test_plain_steps_learned_on_a_slow_day_do_not_make_drafts_look_good_for_long() -> None:
     policy, world = AdaptiveDepth(4), WORLDS["one, even"]
     for _ in range(40):

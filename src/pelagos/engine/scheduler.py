@@ -42,6 +42,11 @@ class Request:
     moving: bool = False  # its state is being copied out or back: it takes no part in a step
 
     @property
+    def absent(self) -> bool:
+        """Whether it waits for a copy, and could not start if there were room."""
+        return self.moving
+
+    @property
     def pending(self) -> int:
         """Tokens known but not yet computed: 1 while decoding, more while the prompt (or a recomputation) runs."""
         return len(self.tokens) - self.computed
@@ -217,10 +222,11 @@ class Scheduler:
         self._slots.append(slot)
 
     def _make_way_for_priority(self, plan: Plan) -> None:
-        """Let the first waiting request in, if all slots are taken and one of lower priority holds one."""
-        if self.waiting and not (self._slots or self.leaving) and any(not each.moving for each in self.running):
+        """Let in the first waiting request that can start, if all slots are taken and one of lower priority has one."""
+        first = next((each for each in self.waiting if not each.absent), None)
+        if first and not (self._slots or self.leaving) and any(not each.moving for each in self.running):
             victim = self._lowest()
-            if victim.priority < self.waiting[0].priority:
+            if victim.priority < first.priority:
                 self._preempt(victim, plan)
 
     def _admit(self, plan: Plan, budget: int) -> int:

@@ -397,6 +397,8 @@ class AdaptiveDepth:
         """Set for how long the new plan holds and what comes of it now: a probe, a rest, or itself."""
         drafts, batch, before = any(self._plan), len(self._plan), self._hold
         unchanged = self._plan == last if drafts else not any(last)
+        if drafts and not any(last):  # what pays for some is worth a look for other numbers of requests
+            self._rests.clear()
         self._hold = min(max(2 * before, _PLAN_STEPS), _LONGEST) if unchanged else _PROBE_STEPS
         self._left = self._hold
         plain = self._plain.get(batch)
