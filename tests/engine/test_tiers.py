@@ -344,3 +344,73 @@ def test_the_tier_is_planned() -> None:
     for wrong in ({"host_kv_bytes": 1 << 20}, {"host_kv_bytes": 9 << 30, "host_available": 8 << 30}):
         with pytest.raises(CapacityError, match=f"host_kv_bytes={wrong['host_kv_bytes']:,}"):
             plan_memory(flash, **alike, **wrong)
+
+
+@pytest.mark.parametrize("case", ["clean", "park", "pack", "restore"])
+def test_a_copy_that_fails_once_costs_time_alone(
+    case: str, monkeypatch: pytest.MonkeyPatch, alone: list[Answer]
+) -> None:
+    engine = tiered(speculation=False, kv_bytes=FIVE if case == "park" else 1 << 20)
+    tiers, failed = tiers_of(engine), threading.Event()
+    where, name = (CacheLayout, "pack_state") if case == "pack" else (tiers, "_move")
+    real, lane = getattr(where, name), tiers._in if case == "restore" else tiers._out
+
+    def once(*given: Any) -> Any:
+        if not failed.is_set() and (case == "pack" or given[0] is lane):
+            failed.set()
+            raise MemoryError("once")
+        return real(*given)
+
+    monkeypatch.setattr(where, name, once)
+    if case == "park":
+        monkeypatch.setattr(tiers, "clean", lambda *_: False)
+        answers = run(engine, [PROMPTS[1], PROMPTS[0]], max_tokens=100)
+        assert [each[:16] for each in answers] == [alone[1], alone[0]]
+    for _ in range(3):
+        assert run(engine, PROMPTS[:1]) == alone[:1]
+        if case != "park":
+            forget(engine)
+    assert engine.stats().host["failed"] == failed.is_set() == 1
+    check_empty(engine)
+    engine.close()
+
+
+def test_the_disk_gets_all_pages_through_few_blocks(tmp_path: Path) -> None:
+    options = {"disk_dir": tmp_path / "cache", "kv_bytes": 2 << 20, "host_kv_bytes": 480_000, "speculation": False}
+    long, cached = prompt(2500, 3), []
+    for _ in range(2):
+        engine = tiered(**options)
+        stream = engine.submit(long, params(2))
+        finish(engine, [stream])
+        check_empty(engine)
+        assert engine.stats().disk["dropped"] == 0
+        cached.append((engine.plan.host_pages < 19, stream.cached_tokens > 0))
+        engine.close()
+        engine = engine_of(**(options | {"threaded": False, "native": False, "host_kv_bytes": 0}))
+        assert engine._below is not None
+        chain = engine._prefix.chain("", long)
+        assert engine._below.known_pages("", chain.keys) == 19
+        engine.close()
+    assert cached[0] == (True, False)
+
+
+def test_what_is_used_while_others_are_copied_out_is_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, pool, opened = Pools(PLAIN, pages=16, slots=1), PagePool(16), threading.Event()
+    tiers, keys = Tiers(pools, 16), [bytes([at]) * 16 for at in range(6)]
+    pages = pool.alloc(6)
+    assert pages is not None
+    for key, page in zip(keys, pages, strict=True):
+        pool.register(page, key)
+    pool.release(pages)
+    move = tiers._move
+    monkeypatch.setattr(tiers, "_move", lambda *given: (opened.wait(30), move(*given))[1])
+    assert tiers.clean(pool, lambda: None)
+    for used in (5, 0):  # one that lay cached, one that is being copied
+        pool.share([pages[used]])
+        pool.release([pages[used]])
+    opened.set()
+    tiers.drain()
+    order = [key[0] for key, _ in pool.coldest(9)]
+    assert order[:4] == [1, 2, 3, 4]
+    assert set(order[4:]) == {0, 5}
+    tiers.close()

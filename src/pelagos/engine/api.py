@@ -159,7 +159,7 @@ class EngineStats:
     state_bytes_cached: int = 0
     evicted_pages: int = 0
     evicted_states: int = 0
-    host: dict[str, int] = field(default_factory=dict)  # blocks, in_use, cached, evicted, copied_in, copied_out
+    host: dict[str, int] = field(default_factory=dict)  # see `Tiers.stats`
     disk: dict[str, int] = field(default_factory=dict)  # hits, misses, written, damaged, dropped, evicted, bytes
     bytes_planned: dict[str, int] = field(default_factory=dict)
 

@@ -104,13 +104,14 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
             "are: lower kv_bytes, max_requests or chunk_tokens"
         )
     salt = b"|".join((name, model.mode.encode(), str(model.carrier).encode(), forward.numeric_path.encode()))
-    disk = None
+    tiers, disk = Tiers(pools, plan.host_pages) if plan.host_pages else None, None
     if options.disk_dir is not None:
         disk = DiskCache(
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
         )  # fmt: skip
-    tiers = Tiers(pools, plan.host_pages, disk) if plan.host_pages else None
+        if tiers is not None:
+            tiers.disk = disk
     window = config.sliding_window
     drafter = MTPDrafter(forward.draft, window=window, max_depth=drafts, draws=forward.draws) if drafts else None
     return LocalEngine(

@@ -269,6 +269,11 @@ class DiskCache:
         records = [Record(key, bytes(KEY_BYTES), first + i, 0) for i, (key, _) in enumerate(items)]
         self._enqueue(user, PAGES, records, [data for _, data in items])
 
+    def drop(self, count: int) -> None:
+        """Count pages as dropped that could not be brought here."""
+        with self._wake:
+            self._counts["dropped"] += count
+
     def write_state(self, user: str, node_key: bytes, remainder: int, key: bytes, position: int, data: Bytes) -> None:
         """Queue one state at `position`, `remainder` tokens behind a node of the page chain; else as `write_pages`."""
         self._enqueue(user, STATE, [Record(key, node_key, position, remainder)], [data])

@@ -33,7 +33,7 @@ from pelagos.engine.runner import Forward, Pools, Swapped
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
 from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
-from pelagos.engine.tiers import Copy, Parked, Restore, Tiers
+from pelagos.engine.tiers import Copy, Over, Parked, Restore, Tiers
 from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 from pelagos.kernels.layout import Drawn, Output, Span
 
@@ -74,6 +74,11 @@ class Live(Request):
     asked_disk: bool = False
     counted: bool = False
     prompt_logprobs: list[float | None] | None = None
+
+    @property
+    def absent(self) -> bool:
+        """Whether it waits for a copy, or for what is being read for it."""
+        return self.moving or self.fetched is not None
 
 
 class LocalEngine:
@@ -423,8 +428,10 @@ class LocalEngine:
             return True
         if self._tiers is not None:
 
-            def over() -> None:
+            def over(error: BaseException | None) -> None:
                 request.moving = False
+                if error is not None:
+                    self._drop_swapped(request)  # it is computed again
                 self._scheduler.give_back(preempted)
 
             request.swapped = self._tiers.park(preempted.slot, pages, over)
@@ -473,7 +480,7 @@ class LocalEngine:
             self._prefix.record(match)
         return True
 
-    def _load(self, request: Live, start: Callable[[Callable[[BaseException | None], None]], Copy]) -> None:
+    def _load(self, request: Live, start: Callable[[Over], Copy]) -> None:
         """Start copying a request's state into its slot; it has no part in steps until that is over."""
 
         def over(error: BaseException | None) -> None:
@@ -662,14 +669,15 @@ class LocalEngine:
             if self._disk is not None and on_disk:
                 self._disk.write_state(request.user_id, node, inside, key, position, packed.data)
 
-        def add(packed: np.ndarray) -> None:
+        def add(packed: np.ndarray | None) -> None:
             self._packing.pop(key, None)
-            self._prefix.add_state(chain, position, packed, anchor=anchor)
+            if packed is not None:
+                self._prefix.add_state(chain, position, packed, anchor=anchor)
 
         held = request.slot, request.pages[page] if inside else None, position
         if self._tiers is not None:
-            self._packing[key] = position
             self._tiers.pack(*held, write, add)
+            self._packing[key] = position
         else:
             packed = self._pools.pack(*held)
             add(packed)

@@ -60,11 +60,12 @@ class MemoryPlan:
         """Say why a request can never fit this plan, None when it can (alone, if need be)."""
         if prompt_tokens + max_tokens <= self.positions:
             return None
-        pages = -(-(prompt_tokens + max_tokens) // self.page_tokens)
+        pages, own = -(-(prompt_tokens + max_tokens) // self.page_tokens), self.pages // self.ranks
+        each = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
         return (
             f"a prompt of {prompt_tokens:,} tokens and up to {max_tokens:,} more take {pages:,} pages of "
-            f"{self.page_bytes:,} bytes, the engine has {self.pages:,} ({self.positions:,} positions): "
-            f"ask for fewer tokens, or raise kv_bytes by {(pages - self.pages) * self.page_bytes:,}"
+            f"{self.page_bytes:,} bytes, the engine has {own:,}{each} ({self.positions:,} positions): "
+            f"ask for fewer tokens, or raise kv_bytes by {(pages - own) * self.page_bytes:,}{each}"
         )
 
     def describe(self) -> dict[str, int]:

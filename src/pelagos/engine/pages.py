@@ -26,6 +26,7 @@ class PagePool:
             raise CapacityError(f"page pool of {count} pages: expected at least 1")
         self.count = count
         self.evictions = 0
+        self.uses = [0] * count  # how often each page was given or shared
         self._references = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
@@ -62,6 +63,7 @@ class PagePool:
         pages = [free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
+            self.uses[page] += 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -69,6 +71,7 @@ class PagePool:
         for page in pages:
             assert self._references[page] or page in self._cached, f"page {page} is free"
             self._references[page] += 1
+            self.uses[page] += 1
             self._cached.pop(page, None)
 
     def release(self, pages: Iterable[int]) -> None:
@@ -89,6 +92,7 @@ class PagePool:
             self._keys[page] = None
             self._free[page % len(self._free)].append(page)
             if owner in self._cached:
+                self.uses[owner] += 1
                 self._cached.move_to_end(owner)
 
     def register(self, page: int, key: bytes) -> int:

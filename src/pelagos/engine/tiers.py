@@ -1,7 +1,9 @@
 """Host memory behind the pools: pages before they are evicted, sequences that gave way, and what the disk reads into.
 
-Copies run on a thread and streams of their own in each direction, and no step waits for one. Until a copy is over what
-it reads and writes is held: pages by references, host blocks likewise. On a CPU (tests) the same calls copy in memory.
+Copies run on a thread and streams of their own in each direction. A step waits for none, but where it keeps a state
+while `ROWS` are on their way out: then for a copy out. Until a copy is over what it reads and writes is held: pages by
+references, host blocks likewise; then `poll` says so to whoever started it, and what went wrong. On a CPU (tests) the
+same calls copy in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import contextlib
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ CHUNK_BYTES = 8 << 20  # of a staging buffer, and between two looks whether a co
 DIRECT_BYTES = 256 << 10  # from here on a run is copied without staging: copies so long take no kernel's time
 CLEAN_BYTES, CLEAN_SCAN = 64 << 20, 1024  # copied out at once, and of how many pages, the coldest first
 ROWS = 4  # states on their way out at once
+Over = Callable[[BaseException | None], None]  # hears that a copy is over, and what went wrong
 
 
 def staging_bytes(layout: CacheLayout) -> int:
@@ -58,6 +61,11 @@ class Copy:
     future: Future[Any]
     cancelled = False
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed, once it is over."""
+        return CancelledError() if self.future.cancelled() else self.future.exception()
+
     def stop(self) -> None:
         """End it early, and wait for that: a moment."""
         self.cancelled = True
@@ -88,7 +96,7 @@ class Restore:
     @property
     def pages(self) -> Sequence[int]:
         """The leading pages that have come."""
-        return () if self.copy is None or self.copy.future.cancelled() else self.asked[: self.copy.future.result()]
+        return () if self.copy is None or self.copy.error else self.asked[: self.copy.future.result()]
 
     @property
     def state(self) -> memoryview | None:
@@ -113,7 +121,7 @@ class Lane:
     """Copies in one direction, in order: a thread and, on CUDA, two streams, each with a buffer of `most` pages."""
 
     def __init__(self, name: str, pages: Tensor, most: int) -> None:
-        self.most, self._device = most, pages.device
+        self.most, self._device, self.failed = most, pages.device, 0
         self._thread = ThreadPoolExecutor(1, f"pelagos-{name}")
         self._staging = pages.new_empty((2, most, pages.shape[1]))
         self._streams = [torch.cuda.Stream(pages.device, priority=-1) for _ in range(2)] if pages.is_cuda else []
@@ -131,6 +139,9 @@ class Lane:
                 stream.wait_event(after)
             try:
                 return job(copy)
+            except Exception:
+                self.failed += 1
+                raise
             finally:
                 self.wait()
 
@@ -156,18 +167,20 @@ class Tiers:
     All methods are the engine thread's. What is to be done when a copy is over, `then`, happens in `poll`.
     """
 
-    def __init__(self, pools: Pools, blocks: int, disk: DiskCache | None = None) -> None:
+    disk: DiskCache | None = None
+
+    def __init__(self, pools: Pools, blocks: int) -> None:
         layout = pools.layout
         self.index = PagePool(blocks)
         self.copied_in = self.copied_out = 0  # pages
-        self._pools, self._layout, self._disk = pools, layout, disk
+        self._pools, self._layout = pools, layout
         self._blocks = pinned(blocks, layout.page_bytes or EMPTY_BLOCK, pools.pages.device)
         self._content, most = self._blocks.numpy(), _at_once(layout.page_bytes)
         self._out, self._in = (Lane(name, pools.pages, most) for name in ("tier-out", "tier-in"))
         rows = layout.slot_bytes + layout.page_bytes
         self._rows, self._spare = pools.pages.new_empty((ROWS, rows)), list(range(ROWS))
         self._states = pinned(2, rows, pools.pages.device)  # one on its way out, one on its way in
-        self._under_way: list[tuple[Copy, Callable[[], None]]] = []
+        self._under_way: list[tuple[Copy, Over]] = []
         self._restores: list[Restore] = []
         self._clean: tuple[int, ...] | None = None  # what the pools looked like when nothing was left to clean
         self._cleaning = False
@@ -184,7 +197,7 @@ class Tiers:
             self._copy_restored(restore)
         for each in [each for each in self._under_way if each[0].future.done()]:
             self._under_way.remove(each)
-            each[1]()
+            each[1](each[0].error)
 
     def drain(self) -> None:
         """Wait for all that is under way."""
@@ -202,10 +215,11 @@ class Tiers:
         self._in.close()
 
     def stats(self) -> dict[str, int]:
-        """Host blocks there are, in use, cached and evicted, and pages copied in and out."""
+        """Host blocks there are, in use, cached and evicted, pages copied in and out, and copies that failed."""
         index = self.index
         return {"blocks": index.count, "in_use": index.in_use, "cached": index.cached, "evicted": index.evictions,
-                "copied_in": self.copied_in, "copied_out": self.copied_out}  # fmt: skip
+                "copied_in": self.copied_in, "copied_out": self.copied_out,
+                "failed": self._in.failed + self._out.failed}  # fmt: skip
 
     # What a prompt can start from; see `prefix.DiskIndex`.
 
@@ -216,7 +230,7 @@ class Tiers:
             if self.index.lookup(keys[at]) is not None:
                 found = 1
             else:
-                found = 0 if self._disk is None else self._disk.known_pages(user, keys[at:])
+                found = 0 if self.disk is None else self.disk.known_pages(user, keys[at:])
             if not found:
                 break
             at += found
@@ -224,7 +238,7 @@ class Tiers:
 
     def known_states(self, user: str, node_key: bytes) -> Sequence[tuple[int, bytes]]:
         """(tokens after the node, state key) of every state on disk; those in RAM are the prefix cache's."""
-        return () if self._disk is None else self._disk.known_states(user, node_key)
+        return () if self.disk is None else self.disk.known_states(user, node_key)
 
     # Pages.
 
@@ -244,35 +258,52 @@ class Tiers:
             return False
         keys, pages = [key for key, _ in cold], [page for _, page in cold]
 
-        def over() -> None:
+        def over(_: BaseException | None) -> None:
             self._cleaning = False
-            pool.demote([key for key, _ in coldest[::-1]])  # holding them made them the last used
+            # Holding them made them the last used; those that somebody used meanwhile are.
+            pool.demote([key for (key, page), use in zip(coldest, uses, strict=True) if pool.uses[page] == use][::-1])
             then()
 
         self._cleaning = True
         self._copy_out(pool, keys, pages, blocks, over)
+        uses = [pool.uses[page] for _, page in coldest]
         return True
 
     def write(self, pool: PagePool, user: str, items: Sequence[tuple[bytes, int]], first: int) -> None:
-        """Copy (key, page) of completed pages out, and have the disk write them; `first` as `DiskCache.write_pages`."""
-        disk = self._disk
+        """Copy (key, page) of completed pages out, and have the disk write them; `first` as `DiskCache.write_pages`.
+
+        Pages that there are no blocks for follow when the others are out.
+        """
+        disk = self.disk
         assert disk is not None
         blocks, _ = self._take([key for key, _ in items])
+        if not blocks:
+            disk.drop(len(items))
+            return
         keys, pages = [key for key, _ in items[: len(blocks)]], [page for _, page in items[: len(blocks)]]
+        rest = items[len(blocks) :]
+        held = [page for _, page in rest]
 
         def behind() -> None:
             content = [(key, memoryview(self._content[block])) for key, block in zip(keys, blocks, strict=True)]
             disk.write_pages(user, content, first=first)
 
-        if blocks:
-            self._copy_out(pool, keys, pages, blocks, lambda: None, behind)
+        def over(error: BaseException | None) -> None:
+            if error is not None:
+                disk.drop(len(keys))
+            if rest:
+                self.write(pool, user, rest, first + len(keys))
+                pool.release(held[::-1])
+
+        pool.share(held)
+        self._copy_out(pool, keys, pages, blocks, over, behind)
 
     def read(self, user: str, keys: Sequence[bytes], state_key: bytes | None, pages: Sequence[int]) -> Restore:
         """Start bringing leading pages of a chain into `pages`, and a state of the disk."""
         restore = Restore(keys, pages, *self._take(keys))
-        if self._disk is not None and (restore.new or state_key is not None):
+        if self.disk is not None and (restore.new or state_key is not None):
             into = [memoryview(self._content[restore.blocks[at]]) for at in restore.new]
-            restore.ticket = self._disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
+            restore.ticket = self.disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
         self._restores.append(restore)
         self.poll()
         return restore
@@ -283,7 +314,7 @@ class Tiers:
         read = 0 if ticket is None else len(ticket.pages)
         count = 0 if restore.cancelled else [*restore.new, len(blocks)][read]
 
-        def over() -> None:
+        def over(_: BaseException | None) -> None:
             self.copied_in += len(restore.pages)
             for at in restore.new[:read]:
                 self.index.register(blocks[at], restore.keys[at])
@@ -309,7 +340,7 @@ class Tiers:
         return blocks, new
 
     def _copy_out(
-        self, pool: PagePool, keys: list[bytes], pages: list[int], blocks: list[int], then: Callable[[], None],
+        self, pool: PagePool, keys: list[bytes], pages: list[int], blocks: list[int], then: Over,
         behind: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """Copy pages into blocks that are held; `behind` is called on the lane's thread."""
@@ -321,13 +352,14 @@ class Tiers:
                 self._out.wait()
                 behind()
 
-        def over() -> None:
-            self.copied_out += len(pages)
-            for key, block in zip(keys, blocks, strict=True):
-                self.index.register(block, key)
+        def over(error: BaseException | None) -> None:
+            if error is None:
+                self.copied_out += len(pages)
+                for key, block in zip(keys, blocks, strict=True):
+                    self.index.register(block, key)
             self.index.release(blocks[::-1])
             pool.release(pages[::-1])
-            then()
+            then(error)
 
         self._start(self._out, job, over)
 
@@ -357,7 +389,7 @@ class Tiers:
 
     # Whole sequences, and states.
 
-    def park(self, slot: int, pages: Sequence[int], then: Callable[[], None]) -> Parked | None:
+    def park(self, slot: int, pages: Sequence[int], then: Over) -> Parked | None:
         """Start copying a sequence out; None where host memory has no room."""
         slots = -(-self._layout.slot_bytes // self._blocks.shape[1])
         blocks = self.index.alloc(len(pages) + slots)
@@ -374,9 +406,7 @@ class Tiers:
 
         return Parked(ours, rest, self._start(self._out, job, then))
 
-    def unpark(
-        self, parked: Parked, slot: int, pages: Sequence[int], then: Callable[[BaseException | None], None]
-    ) -> Copy:
+    def unpark(self, parked: Parked, slot: int, pages: Sequence[int], then: Over) -> Copy:
         """Start copying a sequence back, into any slot and pages."""
 
         def job(copy: Copy) -> None:
@@ -385,11 +415,11 @@ class Tiers:
                 for host, part in self._slot_parts(parked.slot, slot):
                     part.copy_(host, non_blocking=True)
 
-        return self._load(job, then)
+        return self._start(self._in, job, then)
 
     def drop(self, parked: Parked) -> None:
         """Free the host's blocks of a sequence, when nothing is copied into them any more."""
-        self._under_way.append((parked.copy, lambda: self.index.release([*parked.pages, *parked.slot])))
+        self._under_way.append((parked.copy, lambda _: self.index.release([*parked.pages, *parked.slot])))
 
     def _slot_parts(self, blocks: Sequence[int], slot: int) -> Iterator[tuple[Tensor, Tensor]]:
         row, width = self._pools.slots[slot], self._blocks.shape[1]
@@ -397,16 +427,19 @@ class Tiers:
             part = row[place * width : (place + count) * width]
             yield self._blocks[blocks[place] : blocks[place] + count].view(-1)[: len(part)], part
 
-    def _start(self, lane: Lane, job: Callable[[Copy], Any], then: Callable[[], None]) -> Copy:
+    def _start(self, lane: Lane, job: Callable[[Copy], Any], then: Over) -> Copy:
         copy = lane.start(job)
         self._under_way.append((copy, then))
         return copy
 
     def pack(
         self, slot: int, page: int | None, position: int, behind: Callable[[Bytes], None],
-        then: Callable[[Bytes], None],
+        then: Callable[[Bytes | None], None],
     ) -> None:  # fmt: skip
-        """Copy out the state of the sequence in `slot` as it is now; `behind` gets it on the lane's thread."""
+        """Copy out the state of the sequence in `slot` as it is now; `behind` gets it on the lane's thread.
+
+        `then` gets None where that failed.
+        """
         while not self._spare:
             wait([copy.future for copy, _ in self._under_way], return_when="FIRST_COMPLETED")
             self.poll()
@@ -425,16 +458,14 @@ class Tiers:
             behind(packed)
             return packed
 
-        def over() -> None:
+        def over(error: BaseException | None) -> None:
             self._spare.append(at)
-            then(copy.future.result())
+            then(None if error else copy.future.result())
 
         copy = self._start(self._out, job, over)
 
-    def unpack(
-        self, packed: Bytes, slot: int, page: int | None, position: int, then: Callable[[BaseException | None], None]
-    ) -> Copy:
-        """Start putting a packed state into a slot, its open page only into `page`; `then` hears what went wrong."""
+    def unpack(self, packed: Bytes, slot: int, page: int | None, position: int, then: Over) -> Copy:
+        """Start putting a packed state into a slot, its open page only into `page`."""
 
         def job(_: Copy) -> None:
             host, size = self._states[1], self._layout.slot_bytes
@@ -444,12 +475,7 @@ class Tiers:
                 if page is not None and position % self._layout.page_tokens:
                     self._pools.pages[page].copy_(host[size:], non_blocking=True)
 
-        return self._load(job, then)
-
-    def _load(self, job: Callable[[Copy], Any], then: Callable[[BaseException | None], None]) -> Copy:
-        copy = self._in.start(job)
-        self._under_way.append((copy, lambda: then(None if copy.future.cancelled() else copy.future.exception())))
-        return copy
+        return self._start(self._in, job, then)
 
 
 def _runs(*ids: Sequence[int]) -> Iterator[tuple[int, int]]:
