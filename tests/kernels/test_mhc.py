@@ -136,6 +136,6 @@ def test_kernels_on_the_device(case):
     got = through_kernels(inputs)
     want = through_reference(tuple(t.double() if t.dtype == torch.float32 else t for t in inputs))
     for name, value in want.items():
-        assert error(got[name], value) < 1e-2, name
+        assert error(got[name], value) < (1e-2 if value.dtype == torch.bfloat16 else 2e-3), name
     again = through_kernels(inputs)
     assert all(torch.equal(got[name], again[name]) for name in got)

@@ -243,7 +243,7 @@ class Container(Substrate):
                 raise SandboxError(f"container {self._spec.id} did not start: {said}")
             self._take_namespaces(json.loads(os.read(self._info, 65536))["child-pid"])
             # A disk is mounted in the namespace of that process alone, which has the box under /tmp.
-            place = f"/proc/{self._home.pid}/root/tmp/own" if self._own_disk else self._box
+            place = Path("/proc", str(self._home.pid), "root", "tmp", "own") if self._own_disk else self._box
             self._upper = os.open(f"{place}/upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
             if self._spec.network:
