@@ -8,9 +8,11 @@ pages and slot. Meaning: model/transformer.py. Source: technical report 2.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +27,7 @@ import numpy as np
 
 from pelagos.config import ModelConfig, read_environment
 from pelagos.errors import CapacityError, CheckpointError, ConfigError, MissingDependency, RequestError
-from pelagos.kernels.layout import CacheLayout, LayerPlace, Output, Section, Span, Tail
+from pelagos.kernels.layout import CacheLayout, LayerPlace, Output, Span
 
 SOURCES = Path(__file__).with_name("native")
 COMPILERS = ("cc", "gcc", "clang")
@@ -34,7 +36,6 @@ TARGETS = ("-march=native", "-mcpu=native")  # the second where a compiler knows
 BLOCK_TOKENS = 256  # tokens that pass all layers together: what they leave behind stays in the second-level cache
 _LANES, _PANEL, _STREAMS, _ALIGN = 16, 64, 4, 64
 _MOST_LAYERS = 256  # a job of native/threads.c numbers 4096 stages, of which a layer takes up to 15
-_SPAN_FIELDS = 8
 Array = np.ndarray
 Parts = Sequence[Array]  # rows of one weight, to be laid one under another
 
@@ -103,52 +104,19 @@ def _processor() -> str:
     return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name", "CPU part"))}))
 
 
-# The descriptors of native/native.h, field by field: int64 or a pointer each.
-_Fields = list[tuple[str, type]]
-
-
-def _integers(names: str) -> _Fields:
-    return [(name, ctypes.c_int64) for name in names.split()]
-
-
-def _pointers(names: str) -> _Fields:
-    return [(name, ctypes.c_void_p) for name in names.split()]
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = _pointers("data") + _integers("n k bf16")
-
-
-def _matrices(names: str) -> _Fields:
-    return [(name, _Matrix) for name in names.split()]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        _integers("ratio overlap window window_rows entries index_keys main_kv main_score main_rows")
-        + _integers("index_kv index_score index_rows")
-        + _matrices("first second wo_a wo_b attn_fn ffn_fn gate w13 w2 shared_w2")
-        + _pointers("attn_base attn_scale attn_norm ffn_base ffn_scale ffn_norm q_norm kv_norm sink main_ape")
-        + _pointers("main_norm index_ape index_norm bias tid2eid place")
-    )
-
-
-class _Collapse(ctypes.Structure):
-    _fields_ = _matrices("fn") + _pointers("base scale norm")
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        _integers("dim heads width rope q_lora groups o_lora window index_heads index_width topk")
-        + _integers("experts picks hidden vocab iters layers drafts page_tokens page_bytes slot_bytes max_ratio")
-        + [(name, ctypes.c_double) for name in ("scaling", "limit", "hc_eps", "eps")]
-        + _pointers("layer embed")
-        + _integers("embed_bf16")
-        + _matrices("head e_proj h_proj")
-        + _pointers("enorm hnorm")
-        + [("collapse", _Collapse * 2), ("freqs", ctypes.c_void_p * 2)]
-        + _pointers("pages slots fetch")
-    )
+@functools.cache
+def _descriptors() -> dict[str, Any]:
+    """The structures of native/native.h by name: int64, double, a pointer or another structure each field."""
+    text = re.sub(r"/\*.*?\*/", "", (SOURCES / "native.h").read_text(encoding="utf-8"), flags=re.DOTALL)
+    kinds: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+    for body, name in re.findall(r"typedef struct \{([^}]*)\} (Matrix|Pooled|Site|Layer|Model);", text):
+        fields = []
+        for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
+            for star, field, count in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
+                each = ctypes.c_void_p if star else kinds.get(kind, ctypes.c_void_p)
+                fields.append((field, each * int(count) if count else each))
+        kinds[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return kinds
 
 
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
@@ -207,11 +175,11 @@ def _padded(outputs: int) -> int:
 class _Weights:
     """Packed weights: planned first, then written into one arena, so that huge pages can hold what a step streams."""
 
-    def __init__(self, tensors: Mapping[str, Array], store: Store | None) -> None:
-        self._tensors, self.store = tensors, store
-        self._plan: list[tuple[_Matrix, Sequence[Parts], int, int]] = []
+    def __init__(self, tensors: Mapping[str, Array], config: ModelConfig, store: Store | None) -> None:
+        self._tensors, self.config, self.store = tensors, config, store
+        self._plan: list[tuple[Any, Sequence[Parts], int, int]] = []
         self._arena_bytes = _ALIGN
-        self._kept: list[object] = []
+        self._kept: list[Array] = []
         self.bytes = 0
 
     def get(self, name: str, *shape: int, dtype: type = np.float32) -> Array:
@@ -229,15 +197,18 @@ class _Weights:
 
     def keep(self, values: Array) -> int:
         """Keep an array; return its address."""
-        self.hold(values)
+        self._kept.append(values)
         self.bytes += values.nbytes
         return values.ctypes.data
 
-    def hold(self, thing: object) -> None:
-        """Keep whatever the library points to alive."""
-        self._kept.append(thing)
+    def site(self, into: Any, prefix: str, outputs: int, scales: int, norm: str) -> None:
+        """Describe a hyper-connection and the norm behind it."""
+        dim = self.config.hidden_size
+        self.matrix(into.fn, [self.get(f"{prefix}fn", outputs, _STREAMS * dim)], narrow=False)
+        into.base, into.scale = self.vector(f"{prefix}base", outputs), self.vector(f"{prefix}scale", scales)
+        into.norm = self.vector(norm, dim)
 
-    def matrix(self, into: _Matrix, *stacks: Parts, narrow: bool = True) -> None:
+    def matrix(self, into: Any, *stacks: Parts, narrow: bool = True) -> None:
         """Plan stacked weights (n, k): as bfloat16 when every value is one and `narrow` allows it."""
         n, k = sum(len(part) for part in stacks[0]), stacks[0][0].shape[1]
         lossless = narrow and all(_is_bf16(part) for parts in stacks for part in parts)
@@ -259,9 +230,9 @@ class _Weights:
         self.keep(arena)
         self._plan, self._tensors = [], {}
 
-    def stream(self, layers: Iterable[_Layer], config: ModelConfig, store: Store) -> Places:
+    def stream(self, layers: Iterable[Any], store: Store) -> Places:
         """Let experts come from a store: make places, and have the layers look them up."""
-        dim, hidden, size = config.hidden_size, config.moe_intermediate_size, 2 if store.narrow else 4
+        dim, hidden, size = self.config.hidden_size, self.config.moe_intermediate_size, 2 if store.narrow else 4
         sizes = _padded(2 * hidden) * dim * size, _padded(dim) * hidden * size
 
         def put(place: int, w1: Array, w2: Array, w3: Array) -> None:
@@ -347,9 +318,9 @@ class NativeForward:
         self.numeric_path = f"cpu:native:{built.key}"
         self._library = _load(built.path)
         self._config, self._layout, self._pages, self._slots = config, layout, pages, slots
-        self._weights = _Weights(tensors, store)
+        self._weights = _Weights(tensors, config, store)
         self._tables = {i: tensors[f"layers.{i}.ffn.gate.tid2eid"] for i in range(config.num_hash_layers)}
-        self._model, self._places = _describe(self._weights, config, layout, pages, slots)
+        self._model, self._layers, self._places = _describe(self._weights, layout, pages, slots)
         self._callback, self._failed = _FETCH(self._fetch), None
         if self._places is not None:
             self._model.fetch = ctypes.cast(self._callback, ctypes.c_void_p).value
@@ -360,8 +331,6 @@ class NativeForward:
         self._lock = threading.Lock()
         self._scratch = np.empty(0, np.uint8)
         self._block = 0
-        self._rows = np.empty((16, _SPAN_FIELDS), np.int64)
-        self._tokens, self._page_ids = np.empty(64, np.int64), np.empty(64, np.int32)
 
     @property
     def weight_bytes(self) -> int:
@@ -402,7 +371,8 @@ class NativeForward:
         with self._lock:
             if not self._close.alive:
                 raise RequestError("native forward: closed; make a new one")
-            total, logits, kept = self._lay_out(spans, paged=streams is None)
+            rows, tokens, pages = self._lay_out(spans, paged=streams is None)
+            total, (logits, kept) = len(tokens), rows[:, -2:].sum(0)
             if total and _block(total) > self._block:
                 self._block = _block(total)
                 self._scratch = np.empty(self.scratch_bytes(self._block), np.uint8)
@@ -410,10 +380,10 @@ class NativeForward:
             out_streams = np.empty((kept, _STREAMS, config.hidden_size), np.float32)
             if total:
                 if self._places is not None and streams is None:
-                    self._places.begin(self._tables, self._tokens[:total])
+                    self._places.begin(self._tables, tokens)
                 self._library.native_forward(
-                    self._pointer, self._pool, self._rows.ctypes.data, len(spans), self._tokens.ctypes.data,
-                    self._page_ids.ctypes.data, self._block, -(-self._scratch.ctypes.data // _ALIGN) * _ALIGN,
+                    self._pointer, self._pool, rows.ctypes.data, len(spans), tokens.ctypes.data, pages.ctypes.data,
+                    self._block, -(-self._scratch.ctypes.data // _ALIGN) * _ALIGN,
                     None if streams is None else streams.ctypes.data, out.ctypes.data, out_streams.ctypes.data,
                 )  # fmt: skip
             if self._failed is not None:
@@ -431,14 +401,11 @@ class NativeForward:
             return 1
         return 0
 
-    def _lay_out(self, spans: Sequence[Span], *, paged: bool) -> tuple[int, int, int]:
-        """Check spans and copy them to the flat lists the library reads; return tokens, logit and stream rows."""
-        layout, count = self._layout, len(spans)
-        if count > len(self._rows):
-            self._rows = np.empty((2 * count, _SPAN_FIELDS), np.int64)
-        total = page_total = logits = kept = 0
-        seen: set[int] = set()
-        rows = []
+    def _lay_out(self, spans: Sequence[Span], *, paged: bool) -> tuple[Array, Array, Array]:
+        """Check spans; return their rows as native/native.h has them, and the flat tokens and page ids."""
+        layout, rows, seen = self._layout, np.empty((len(spans), 8), np.int64), set[int]()
+        tokens, pages = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        total = page_total = 0
         for i, span in enumerate(spans):
             length = len(span.tokens)
             needed = layout.pages_for(span.start + length) if paged else 0  # the draft block has no entries
@@ -453,23 +420,14 @@ class NativeForward:
                     f"of its own and {needed} pages for positions up to {span.start + length}"
                 )
             seen.add(span.slot)
-            rows.append((total, length, span.start, span.slot, page_total, span.frozen, span.logits, span.streams))
+            rows[i] = total, length, span.start, span.slot, page_total, span.frozen, span.logits, span.streams
+            tokens.append(span.tokens)
+            pages.append(span.pages[:needed])
             total, page_total = total + length, page_total + needed
-            logits, kept = logits + span.logits, kept + span.streams
-        if total > len(self._tokens):
-            self._tokens = np.empty(2 * total, np.int64)
-        if page_total > len(self._page_ids):
-            self._page_ids = np.empty(2 * page_total, np.int32)
-        for span, row in zip(spans, rows, strict=True):
-            self._tokens[row[0] : row[0] + row[1]] = span.tokens
-            needed = layout.pages_for(span.start + row[1]) if paged else 0
-            self._page_ids[row[4] : row[4] + needed] = span.pages[:needed]
-        if count:
-            self._rows[:count] = rows
-            _check_range("token ids", self._tokens[:total], self._config.vocab_size, RequestError)
-        if page_total:
-            _check_range("page ids", self._page_ids[:page_total], len(self._pages), CapacityError)
-        return total, logits, kept
+        flat, table = np.concatenate(tokens, dtype=np.int64), np.concatenate(pages, dtype=np.int32)
+        _check_range("token ids", flat, self._config.vocab_size, RequestError)
+        _check_range("page ids", table, len(self._pages), CapacityError)
+        return rows, flat, table
 
 
 def _block(tokens: int) -> int:
@@ -478,17 +436,17 @@ def _block(tokens: int) -> int:
 
 
 def _check_range(name: str, values: Array, end: int, error: type[Exception]) -> None:
-    if values.min() < 0 or values.max() >= end:
+    if values.size and (values.min() < 0 or values.max() >= end):
         raise error(f"{name} {values.min()}..{values.max()}: expected 0 <= id < {end}")
 
 
-def _describe(
-    weights: _Weights, config: ModelConfig, layout: CacheLayout, pages: Array, slots: Array
-) -> tuple[_Model, Places | None]:
-    """Pack all weights and fill the library's model descriptor; return it, and the places of streamed experts."""
+def _describe(weights: _Weights, layout: CacheLayout, pages: Array, slots: Array) -> tuple[Any, Any, Places | None]:
+    """Pack all weights and fill the library's descriptors; return model, layers, and the places of streamed experts."""
     from pelagos.kernels.ref.norm_rope import rope_frequencies
 
-    model = _Model(
+    kinds, config = _descriptors(), weights.config
+    layers = (kinds["Layer"] * len(layout.layers))()
+    model = kinds["Model"](
         dim=config.hidden_size, heads=config.num_attention_heads, width=config.head_dim, rope=config.qk_rope_head_dim,
         q_lora=config.q_lora_rank, groups=config.o_groups, o_lora=config.o_lora_rank, window=config.sliding_window,
         index_heads=config.index_n_heads, index_width=config.index_head_dim, topk=config.index_topk,
@@ -497,7 +455,7 @@ def _describe(
         drafts=config.num_nextn_predict_layers, page_tokens=layout.page_tokens, page_bytes=layout.page_bytes,
         slot_bytes=layout.slot_bytes, max_ratio=max(config.layer_ratios), scaling=config.routed_scaling_factor,
         limit=config.swiglu_limit, hc_eps=config.hc_eps, eps=config.rms_norm_eps, pages=pages.ctypes.data,
-        slots=slots.ctypes.data,
+        slots=slots.ctypes.data, layer=ctypes.addressof(layers),
     )  # fmt: skip
     yarn, rope = {}, config.rope_scaling
     if rope is not None:
@@ -507,83 +465,62 @@ def _describe(
         }  # fmt: skip
     for kind, theta, scaling in ((0, config.rope_theta, {}), (1, config.compress_rope_theta, yarn)):
         model.freqs[kind] = weights.keep(rope_frequencies(config.qk_rope_head_dim, theta, **scaling).numpy())
-    dim, vocab = config.hidden_size, config.vocab_size
-    layers = (_Layer * len(layout.layers))()
-    for i, place in enumerate(layout.layers):
-        backbone = i < config.num_hidden_layers
-        prefix = f"layers.{i}." if backbone else f"mtp.{i - config.num_hidden_layers}."
-        _describe_layer(layers[i], weights, config, place, prefix, hashed=i < config.num_hash_layers and backbone)
-    weights.hold(layers)
-    places = None if weights.store is None else weights.stream(layers, config, weights.store)
-    model.layer = ctypes.addressof(layers)
+    dim, vocab, drafts = config.hidden_size, config.vocab_size, config.num_nextn_predict_layers
+    for i, (layer, place) in enumerate(zip(layers, layout.layers, strict=True)):
+        draft = i - config.num_hidden_layers
+        prefix = f"layers.{i}." if draft < 0 else f"mtp.{draft}."
+        _describe_attention(layer, weights, place, prefix)
+        _describe_experts(layer, weights, prefix, hashed=i < config.num_hash_layers and draft < 0)
+    places = None if weights.store is None else weights.stream(layers, weights.store)
     embed = weights.get("embed.weight", vocab, dim)
     model.embed_bf16 = int(_is_bf16(embed))
     model.embed = weights.keep(_to_bf16(embed) if model.embed_bf16 else embed.copy())
     weights.matrix(model.head, [weights.get("head.weight", vocab, dim)])
-    for place, prefix in ((0, ""), (1, "mtp.0."))[: 1 + config.num_nextn_predict_layers]:
-        collapse = model.collapse[place]
-        weights.matrix(collapse.fn, [weights.get(f"{prefix}hc_head_fn", _STREAMS, _STREAMS * dim)], narrow=False)
-        collapse.base = weights.vector(f"{prefix}hc_head_base", _STREAMS)
-        collapse.scale = weights.vector(f"{prefix}hc_head_scale", 1)
-        collapse.norm = weights.vector(f"{prefix}norm.weight", dim)
-    if config.num_nextn_predict_layers:
-        for name in ("e_proj", "h_proj"):
+    for into, prefix in zip(model.collapse, ("", "mtp.0.")[: 1 + drafts], strict=False):
+        weights.site(into, f"{prefix}hc_head_", _STREAMS, 1, f"{prefix}norm.weight")
+    if drafts:
+        for name, norm in (("e_proj", "enorm"), ("h_proj", "hnorm")):
             weights.matrix(getattr(model, name), [weights.get(f"mtp.0.{name}.weight", dim, dim)])
-        for name in ("enorm", "hnorm"):
-            setattr(model, name, weights.vector(f"mtp.0.{name}.weight", dim))
+            setattr(model, norm, weights.vector(f"mtp.0.{norm}.weight", dim))
     weights.pack()
-    return model, places
+    return model, layers, places
 
 
-def _describe_layer(
-    layer: _Layer, weights: _Weights, config: ModelConfig, place: LayerPlace, prefix: str, *, hashed: bool
-) -> None:
-    dim, width, heads = config.hidden_size, config.head_dim, config.num_attention_heads
-    attn, ffn = f"{prefix}attn.", f"{prefix}ffn."
+def _describe_attention(layer: Any, weights: _Weights, place: LayerPlace, prefix: str) -> None:
+    config, attn = weights.config, f"{prefix}attn."
+    dim, width, heads, latent = config.hidden_size, config.head_dim, config.num_attention_heads, config.q_lora_rank
     layer.ratio, layer.overlap = place.ratio, int(place.index is not None)
     layer.window, layer.window_rows = place.window.offset, place.window.rows
-    first = [
-        weights.get(f"{attn}wq_a.weight", config.q_lora_rank, dim),
-        weights.get(f"{attn}wkv.weight", width, dim),
-    ]
-    second = [weights.get(f"{attn}wq_b.weight", heads * width, config.q_lora_rank)]
-    pools = (
-        ("main", f"{attn}compressor.", "entries", place.main, place.main_tail),
-        ("index", f"{attn}indexer.compressor.", "index_keys", place.index, place.index_tail),
-    )
-    for name, path, section_name, section, tail in pools:
-        if isinstance(section, Section) and isinstance(tail, Tail):
+    first = [weights.get(f"{attn}wq_a.weight", latent, dim), weights.get(f"{attn}wkv.weight", width, dim)]
+    second = [weights.get(f"{attn}wq_b.weight", heads * width, latent)]
+    pools = ("compressor.", place.main, place.main_tail), ("indexer.compressor.", place.index, place.index_tail)
+    for pool, (path, section, tail) in zip(layer.pool, pools, strict=True):
+        if section is not None and tail is not None:
             span = section.width * (1 + tail.overlap)
-            first += [weights.get(f"{path}{part}.weight", span, dim) for part in ("wkv", "wgate")]
-            setattr(layer, section_name, section.offset)
-            for key, value in (("kv", tail.kv.offset), ("score", tail.score.offset), ("rows", tail.kv.rows)):
-                setattr(layer, f"{name}_{key}", value)
-            setattr(layer, f"{name}_ape", weights.vector(f"{path}ape", tail.ratio, span))
-            setattr(layer, f"{name}_norm", weights.vector(f"{path}norm.weight", section.width))
+            first += [weights.get(f"{attn}{path}{part}.weight", span, dim) for part in ("wkv", "wgate")]
+            pool.width, pool.entries = section.width, section.offset
+            pool.kv, pool.score, pool.rows = tail.kv.offset, tail.score.offset, tail.kv.rows
+            pool.ape = weights.vector(f"{attn}{path}ape", tail.ratio, span)
+            pool.norm = weights.vector(f"{attn}{path}norm.weight", section.width)
     if place.index is not None:
         inner = config.index_n_heads * config.index_head_dim
         first.append(weights.get(f"{attn}indexer.weights_proj.weight", config.index_n_heads, dim))
-        second.append(weights.get(f"{attn}indexer.wq_b.weight", inner, config.q_lora_rank))
+        second.append(weights.get(f"{attn}indexer.wq_b.weight", inner, latent))
     weights.matrix(layer.first, first)
     weights.matrix(layer.second, second)
     groups, rank = config.o_groups, config.o_lora_rank
     wo_a = weights.get(f"{attn}wo_a.weight", groups * rank, heads * width // groups)
     weights.matrix(layer.wo_a, *([part] for part in wo_a.reshape(groups, rank, -1)))
     weights.matrix(layer.wo_b, [weights.get(f"{attn}wo_b.weight", dim, groups * rank)])
-    layer.q_norm = weights.vector(f"{attn}q_norm.weight", config.q_lora_rank)
+    layer.q_norm = weights.vector(f"{attn}q_norm.weight", latent)
     layer.kv_norm = weights.vector(f"{attn}kv_norm.weight", width)
     layer.sink = weights.vector(f"{attn}attn_sink", heads)
-    rows = (2 + _STREAMS) * _STREAMS
-    for site in ("attn", "ffn"):
-        fn = weights.get(f"{prefix}hc_{site}_fn", rows, _STREAMS * dim)
-        weights.matrix(getattr(layer, f"{site}_fn"), [fn], narrow=False)
-        setattr(layer, f"{site}_base", weights.vector(f"{prefix}hc_{site}_base", rows))
-        setattr(layer, f"{site}_scale", weights.vector(f"{prefix}hc_{site}_scale", 3))
-        setattr(layer, f"{site}_norm", weights.vector(f"{prefix}{site}_norm.weight", dim))
-    _describe_experts(layer, weights, config, ffn, hashed=hashed)
+    for site, name in zip(layer.site, ("attn", "ffn"), strict=True):
+        weights.site(site, f"{prefix}hc_{name}_", (2 + _STREAMS) * _STREAMS, 3, f"{prefix}{name}_norm.weight")
 
 
-def _describe_experts(layer: _Layer, weights: _Weights, config: ModelConfig, ffn: str, *, hashed: bool) -> None:
+def _describe_experts(layer: Any, weights: _Weights, prefix: str, *, hashed: bool) -> None:
+    config, ffn = weights.config, f"{prefix}ffn."
     dim, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
 
     def pair(path: str) -> list[Array]:

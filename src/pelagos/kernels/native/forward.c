@@ -225,14 +225,13 @@ static void collapse(const float *streams, const float *pre, const float *norm, 
 }
 
 /* Enter a site with token t whose mix logits are `mix`: x, and what `leave` needs. */
-static void enter_token(const Work *w, int64_t t, float *mix, const float *base, const float *scale,
-                        const float *norm) {
+static void enter_token(const Work *w, int64_t t, float *mix, const Site *site) {
     const Model *m = w->model;
     float *streams = w->streams + t * STREAMS * m->dim, *params = w->params + t * PARAMS;
     float inverse = inverse_rms(streams, STREAMS * m->dim, (float)m->eps);
     for (int i = 0; i < STREAMS * (2 + STREAMS); i++) {
         int part = i < STREAMS ? 0 : i < 2 * STREAMS ? 1 : 2;
-        mix[i] = mix[i] * inverse * scale[part] + base[i];
+        mix[i] = mix[i] * inverse * site->scale[part] + site->base[i];
     }
     float gates[LANES];
     store(gates, sigmoid(load(mix)));
@@ -241,20 +240,19 @@ static void enter_token(const Work *w, int64_t t, float *mix, const float *base,
         gates[j] = gates[j] + (float)m->hc_eps;
     }
     store(params + STREAMS, sinkhorn(load(mix + 2 * STREAMS), m->iters, (float)m->hc_eps));
-    collapse(streams, gates, norm, m->dim, (float)m->eps, w->x + t * m->dim);
+    collapse(streams, gates, site->norm, m->dim, (float)m->eps, w->x + t * m->dim);
 }
 
 /* Enter a site with tokens [first, first + rows), at most PAIR. */
-static void enter(const Work *w, int64_t first, int64_t rows, const Matrix *fn, const float *base, const float *scale,
-                  const float *norm) {
+static void enter(const Work *w, int64_t first, int64_t rows, const Site *site) {
     const float *flat[PAIR] = {0};
     float mix[PAIR][MIXES], *out[PAIR] = {0};
     for (int64_t r = 0; r < rows; r++) {
         flat[r] = w->streams + (first + r) * STREAMS * w->model->dim;
         out[r] = mix[r];
     }
-    mix_logits(fn, flat, rows, w->model->dim, out);
-    for (int64_t r = 0; r < rows; r++) enter_token(w, first + r, mix[r], base, scale, norm);
+    mix_logits(&site->fn, flat, rows, w->model->dim, out);
+    for (int64_t r = 0; r < rows; r++) enter_token(w, first + r, mix[r], site);
 }
 
 /* Leave a site: X'_k = post_k y + sum_j comb[j][k] X_j. */
@@ -275,30 +273,31 @@ static void leave(const Work *w, int64_t t, const float *y) {
 
 /* ---- attention ---- */
 
-typedef struct { int64_t kv, main_kv, main_score, index_kv, index_score, weights; } Columns; /* of `first` */
+typedef struct { int64_t kv, pool_kv[2], pool_score[2], weights; } Columns; /* of `first` */
 
 static Columns columns(const Model *m, const Layer *l) {
-    int64_t main = m->width * (1 + l->overlap), index = m->index_width * 2, at = m->q_lora + m->width;
-    return (Columns){m->q_lora, at, at + main, at + 2 * main, at + 2 * main + index, at + 2 * main + 2 * index};
+    int64_t main = m->width * (1 + l->overlap), index = m->index_width * 2, at = m->q_lora + m->width, next = at + 2 * main;
+    return (Columns){m->q_lora, {at, next}, {at + main, next + index}, next + 2 * index};
 }
 
 /* Pool the window that ends with token t into its entry: a softmax over its rows, channel by channel. */
-static void pool_window(const Work *w, const Layer *l, int64_t t, int thread, int64_t width, int64_t kv_column,
-                        int64_t score_column, int64_t kv_ring, int64_t score_ring, int64_t ring_rows, const float *ape,
-                        const float *norm, int64_t section) {
+static void pool_window(const Work *w, const Layer *l, int which, int64_t t, int thread) {
     const Model *m = w->model;
     const Segment *s = segment_at(w, t);
+    const Pooled *p = &l->pool[which];
     Local *local = &w->local[thread];
     const uint8_t *slot = slot_of(w, s);
-    int64_t ratio = l->ratio, span = width * (1 + l->overlap), stride = l->first.n;
+    Columns at = columns(m, l);
+    int64_t ratio = l->ratio, width = p->width, span = width * (1 + l->overlap), stride = l->first.n;
+    const float *kv = w->first + at.pool_kv[which], *scores = w->first + at.pool_score[which];
     int64_t begin = w->position[t] + 1 - ratio, count = 0;
-    for (int64_t p = l->overlap && begin ? begin - ratio : begin; p < begin + ratio; p++, count++) {
-        int64_t half = l->overlap && p >= begin ? width : 0; /* the previous window gives its first channels */
-        local->rows[count] = row_at(s, p, w->first + kv_column, stride, slot + kv_ring, ring_rows, span) + half;
-        local->scores_at[count] = row_at(s, p, w->first + score_column, stride, slot + score_ring, ring_rows, span) + half;
-        local->ape_at[count] = p >= s->begin ? ape + p % ratio * span + half : NULL; /* rings hold it added */
+    for (int64_t i = l->overlap && begin ? begin - ratio : begin; i < begin + ratio; i++, count++) {
+        int64_t half = l->overlap && i >= begin ? width : 0; /* the previous window gives its first channels */
+        local->rows[count] = row_at(s, i, kv, stride, slot + p->kv, p->rows, span) + half;
+        local->scores_at[count] = row_at(s, i, scores, stride, slot + p->score, p->rows, span) + half;
+        local->ape_at[count] = i >= s->begin ? p->ape + i % ratio * span + half : NULL; /* rings hold it added */
     }
-    float *entry = entry_at(w, s, section, ratio, begin / ratio, width);
+    float *entry = entry_at(w, s, p->entries, ratio, begin / ratio, width);
     for (int64_t c = 0; c < width; c += LANES) {
         v16 peak = splat(-INFINITY), sum = {0}, mixed = {0};
         for (int64_t i = 0; i < count; i++) {
@@ -315,7 +314,7 @@ static void pool_window(const Work *w, const Layer *l, int64_t t, int thread, in
         }
         store(entry + c, mixed / sum);
     }
-    rms_norm(entry, norm, entry, width, (float)m->eps);
+    rms_norm(entry, p->norm, entry, width, (float)m->eps);
     float *table = local->out; /* not in use between attentions; rope <= width */
     rope_at(m, 1, begin, table);
     rotate(entry, width, m->rope, table, 1.0f);
@@ -330,11 +329,7 @@ static void prepare(const Work *w, const Layer *l, int64_t t, int thread) {
     rms_norm(first + at.kv, l->kv_norm, first + at.kv, m->width, eps);
     rotate(first + at.kv, m->width, m->rope, w->table[l->ratio > 0] + t * m->rope, 1.0f);
     if (!l->ratio || (w->position[t] + 1) % l->ratio || w->position[t] < segment_at(w, t)->span->frozen) return;
-    pool_window(w, l, t, thread, m->width, at.main_kv, at.main_score, l->main_kv, l->main_score, l->main_rows,
-                l->main_ape, l->main_norm, l->entries);
-    if (l->overlap)
-        pool_window(w, l, t, thread, m->index_width, at.index_kv, at.index_score, l->index_kv, l->index_score,
-                    l->index_rows, l->index_ape, l->index_norm, l->index_keys);
+    for (int i = 0; i <= l->overlap; i++) pool_window(w, l, i, t, thread);
 }
 
 /* Keys one part of a choice scores: few tokens share their keys out, so that a long past has all threads at work. */
@@ -367,7 +362,7 @@ static void choose(const Work *w, const Layer *l, int64_t t, int64_t part, int t
     for (int64_t first = begin; first < end; first += TILE) {
         int count = (int)(end - first < TILE ? end - first : TILE);
         for (int i = 0; i < count; i++)
-            local->rows[i] = entry_at(w, s, l->index_keys, l->ratio, first + i, m->index_width);
+            local->rows[i] = entry_at(w, s, l->pool[1].entries, l->ratio, first + i, m->index_width);
         index_scores(local->index_q, local->index_weights, heads, m->index_width, local->rows, count, local->scores);
         best_offer(&local->best, local->scores, first, count);
     }
@@ -403,12 +398,12 @@ static void list_keys(const Work *w, const Layer *l, int64_t t, int64_t oldest, 
     if (i == count) return;
     int64_t entry = first + i - near;
     if (picks) {
-        for (; i < count; i++) rows[i] = entry_at(w, s, l->entries, l->ratio, picks[entry++], m->width);
+        for (; i < count; i++) rows[i] = entry_at(w, s, l->pool[0].entries, l->ratio, picks[entry++], m->width);
         return;
     }
     int64_t in_page = m->page_tokens / l->ratio;
     for (const float *at = NULL; i < count; i++, entry++, at += m->width) {
-        if (!at || entry % in_page == 0) at = entry_at(w, s, l->entries, l->ratio, entry, m->width);
+        if (!at || entry % in_page == 0) at = entry_at(w, s, l->pool[0].entries, l->ratio, entry, m->width);
         rows[i] = at;
     }
 }
@@ -463,14 +458,14 @@ static void keep(const Work *w, const Layer *l, int64_t segment) {
     const Segment *s = &w->segment_of[segment];
     uint8_t *slot = slot_of(w, s);
     Columns at = columns(m, l);
-    int64_t stride = l->first.n, main = m->width * (1 + l->overlap), index = m->index_width * 2;
+    int64_t stride = l->first.n;
     keep_rows(s, w->first + at.kv, stride, slot + l->window, l->window_rows, m->width, NULL, 1);
-    if (!l->ratio) return;
-    keep_rows(s, w->first + at.main_kv, stride, slot + l->main_kv, l->main_rows, main, NULL, 1);
-    keep_rows(s, w->first + at.main_score, stride, slot + l->main_score, l->main_rows, main, l->main_ape, l->ratio);
-    if (!l->overlap) return;
-    keep_rows(s, w->first + at.index_kv, stride, slot + l->index_kv, l->index_rows, index, NULL, 1);
-    keep_rows(s, w->first + at.index_score, stride, slot + l->index_score, l->index_rows, index, l->index_ape, l->ratio);
+    for (int i = 0; l->ratio && i <= l->overlap; i++) {
+        const Pooled *p = &l->pool[i];
+        int64_t span = p->width * (1 + l->overlap);
+        keep_rows(s, w->first + at.pool_kv[i], stride, slot + p->kv, p->rows, span, NULL, 1);
+        keep_rows(s, w->first + at.pool_score[i], stride, slot + p->score, p->rows, span, p->ape, l->ratio);
+    }
 }
 
 /* ---- experts ---- */
@@ -614,19 +609,22 @@ static void begin(const Work *w, Stage *stage) {
     END;
 }
 
+/* Leave the site before (0: none, 1: attention, 2: the experts) with tokens of pair `i`, and enter the next. */
+static void cross(const Work *w, int64_t i, int before, const Site *next) {
+    int64_t first = i * PAIR, rows = w->tokens - first < PAIR ? w->tokens - first : PAIR;
+    for (int64_t t = first; before && t < first + rows; t++) {
+        if (before == 2) sum_experts(w, t);
+        leave(w, t, w->y + t * w->model->dim);
+    }
+    enter(w, first, rows, next);
+}
+
 static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     const Model *m = w->model;
     int64_t tokens = w->tokens, pairs = (tokens + PAIR - 1) / PAIR, dim = m->dim;
     int64_t head_groups = (m->heads + HEADS - 1) / HEADS;
     int thread = stage->thread;
-    EACH(i, pairs) {
-        int64_t rows = tokens - i * PAIR < PAIR ? tokens - i * PAIR : PAIR;
-        for (int64_t t = i * PAIR; !first && t < i * PAIR + rows; t++) {
-            sum_experts(w, t);
-            leave(w, t, w->y + t * dim);
-        }
-        enter(w, i * PAIR, rows, &l->attn_fn, l->attn_base, l->attn_scale, l->attn_norm);
-    }
+    EACH(i, pairs) cross(w, i, first ? 0 : 2, &l->site[0]);
     END;
     linear(stage, &l->first, 1, w->x, dim, 0, w->first, l->first.n, 0, tokens);
     EACH(t, tokens) prepare(w, l, t, thread);
@@ -647,10 +645,8 @@ static void layer(Work *w, const Layer *l, int first, Stage *stage) {
     linear(stage, &l->wo_a, m->groups, w->attended, inner, group, w->latent, m->groups * m->o_lora, m->o_lora, tokens);
     linear(stage, &l->wo_b, 1, w->latent, m->groups * m->o_lora, 0, w->y, dim, 0, tokens);
     EACH(i, pairs + w->segments) {
-        if (i >= pairs) { keep(w, l, i - pairs); continue; }
-        int64_t rows = tokens - i * PAIR < PAIR ? tokens - i * PAIR : PAIR;
-        for (int64_t t = i * PAIR; t < i * PAIR + rows; t++) leave(w, t, w->y + t * dim);
-        enter(w, i * PAIR, rows, &l->ffn_fn, l->ffn_base, l->ffn_scale, l->ffn_norm);
+        if (i < pairs) cross(w, i, 1, &l->site[1]);
+        else keep(w, l, i - pairs);
     }
     END;
     linear(stage, &l->gate, 1, w->x, dim, 0, w->gate, l->gate.n, 0, tokens);
@@ -670,7 +666,7 @@ static void layer(Work *w, const Layer *l, int first, Stage *stage) {
 /* Leave the last layer; logits and streams of those tokens that want them. */
 static void finish(const Work *w, Stage *stage) {
     const Model *m = w->model;
-    const Collapse *c = &m->collapse[w->draft];
+    const Site *c = &m->collapse[w->draft];
     int64_t size = STREAMS * m->dim;
     EACH(t, w->tokens) {
         sum_experts(w, t);

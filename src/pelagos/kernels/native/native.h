@@ -1,5 +1,5 @@
-/* What the files of the native forward share: descriptors (mirrored field by field in kernels/native.py), the thread
-   pool and the products.
+/* What the files of the native forward share: descriptors (which kernels/native.py reads from here), the thread pool and the
+   products.
 
    The rule of every file: a value of a token is computed by one fixed sequence of operations that depends on the
    token's own position and data only. Tiles, threads, batches and chunks choose who computes it and when, never how. */
@@ -22,23 +22,30 @@ typedef struct {
     int64_t n, k, bf16;
 } Matrix;
 
+/* A compressor: byte offsets of its entries in a page and of its tail rings, of `rows` rows, in a slot. */
+typedef struct {
+    int64_t width, entries, kv, score, rows;
+    const float *ape, *norm;
+} Pooled;
+
+/* The hyper-connection before a site or the head, and the norm behind it. */
+typedef struct {
+    Matrix fn;
+    const float *base, *scale, *norm;
+} Site;
+
 typedef struct {
     int64_t ratio, overlap;
     int64_t window, window_rows;                    /* byte offset in a slot, ring rows */
-    int64_t entries, index_keys;                    /* byte offsets in a page */
-    int64_t main_kv, main_score, main_rows;         /* tail rings in a slot */
-    int64_t index_kv, index_score, index_rows;
-    Matrix first, second, wo_a, wo_b, attn_fn, ffn_fn, gate, w13, w2, shared_w2;
-    const float *attn_base, *attn_scale, *attn_norm, *ffn_base, *ffn_scale, *ffn_norm;
-    const float *q_norm, *kv_norm, *sink, *main_ape, *main_norm, *index_ape, *index_norm, *bias;
+    Pooled pool[2];                                 /* of entries, and of index keys where windows overlap */
+    Site site[2];                                   /* attention, experts */
+    Matrix first, second, wo_a, wo_b, gate, w13, w2, shared_w2;
+    const float *q_norm, *kv_norm, *sink, *bias;
     const int64_t *tid2eid;                         /* (V, K), or NULL where `bias` chooses */
     const int64_t *place;                           /* (E,) of each expert among w13 and w2, or NULL: its own number */
 } Layer;
 
-typedef struct {
-    Matrix fn;
-    const float *base, *scale, *norm;
-} Collapse;
+typedef int (*Fetch)(int64_t layer, const int32_t *chosen, int64_t count); /* fills places; not 0: failed */
 
 typedef struct {
     int64_t dim, heads, width, rope, q_lora, groups, o_lora, window, index_heads, index_width, topk;
@@ -49,10 +56,10 @@ typedef struct {
     int64_t embed_bf16;
     Matrix head, e_proj, h_proj;
     const float *enorm, *hnorm;
-    Collapse collapse[2];                           /* backbone, draft */
+    Site collapse[2];                               /* backbone, draft */
     const float *freqs[2];                          /* rope / 2 each: window-only layers, compressed layers */
     uint8_t *pages, *slots;
-    int (*fetch)(int64_t layer, const int32_t *chosen, int64_t count); /* fills places; not 0: failed. Or NULL */
+    Fetch fetch;                                    /* or NULL */
 } Model;
 
 /* One row of the span table (int64 each); tokens and pages are offsets into the flat lists. */
