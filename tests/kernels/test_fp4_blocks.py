@@ -52,10 +52,11 @@ def same_bits(inputs: tuple[torch.Tensor, ...], arena: torch.Tensor, place: torc
 
     codes, _, chosen, weights = inputs[:4]
     planes = torch.randn(codes.shape, device=codes.device).bfloat16()
-    lists = kernel.list_rows(chosen, len(inputs[4]))
+    lists, _ = kernel.list_rows(chosen, len(inputs[4]))
+    routed = Routed(chosen, weights, planes, planes, lists)
     out = [torch.empty(codes.shape, device=codes.device) for _ in range(2)]
     for parts, where, into in ((inputs[4:], None, out[0]), (views(arena, inputs[4:]), place, out[1])):
-        kernel._experts(planes, chosen, weights, lists, *parts, LIMIT, None, into, where)
+        kernel.site(routed, *parts, None, LIMIT, where, into)
     return torch.equal(*out)
 
 

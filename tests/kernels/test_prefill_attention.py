@@ -41,7 +41,7 @@ def test_reference_is_that_of_decode(ratio, picked):
     keys = prefill_cache.cache_write(*inputs)
     q, sink, picks, turn = calls.make_queries(call, picked=picked)
     out = prefill_attention.attend(q, prompt, keys, call.layout, 0, sink, picks, turn)
-    want = calls.attended(q, prompt.rows, call.layout, 0, call.pages, call.slots, sink, picks, turn, call.most)
+    want = calls.forward(q, prompt.rows, call.layout, 0, call.pages, call.slots, sink, picks, turn, call.most)
     for row in (39, 69):
         assert error(out[row], want[row].flatten()) < 1e-3
 

@@ -42,17 +42,13 @@ class Halves(NamedTuple):
 class Parts(NamedTuple):
     """A result (T, D) whose sums are left to the site that reads it: float32 parts, added in order."""
 
-    last: Tensor | None  # (P, T, D): their sum, rounded to bfloat16
+    last: Tensor  # (P, T, D): their sum, rounded to bfloat16
     routed: Tensor | None = None  # (P, T, K, D): joined by the sum of K sums before it is rounded again
 
     def whole(self) -> Tensor:
-        """Return (T, D): bfloat16, or the float32 sum of `routed` alone."""
-        last = None if self.last is None else sum_of(self.last).bfloat16()
-        if self.routed is None:
-            assert last is not None
-            return last
-        total = sum_of(sum_of(self.routed).unbind(1))
-        return total if last is None else (total + last.float()).bfloat16()
+        """Return (T, D) bfloat16."""
+        last = sum_of(self.last).bfloat16()
+        return last if self.routed is None else (sum_of(sum_of(self.routed).unbind(1)) + last.float()).bfloat16()
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:

@@ -73,10 +73,9 @@ def site(
         return ref.site(codes, scales, routed, w13, s13, w2, s2, shared2, shared2_scales, limit)
     from pelagos.kernels.triton import fp4_experts as kernel
 
-    return kernel.site(
-        routed.planes, routed.chosen, routed.weights, routed.lists, routed.shared, w13, s13, w2, s2, shared2,
-        shared2_scales, limit, place, left,
-    )  # fmt: skip
+    out = None if left else torch.empty_like(routed.planes)
+    parts = kernel.site(routed, w13, s13, w2, s2, (shared2, shared2_scales), limit, place, out)
+    return parts if out is None else out
 
 
 def check_scales(scale: Tensor) -> None:

@@ -59,4 +59,4 @@ def joined(parts: Sequence[Routed], experts: int) -> Routed:
         return Routed(chosen, weights, shared)
     from pelagos.kernels.triton.fp4_experts import list_rows
 
-    return Routed(chosen, weights, shared, torch.cat(planes), list_rows(chosen, experts))
+    return Routed(chosen, weights, shared, torch.cat(planes), list_rows(chosen, experts)[0])

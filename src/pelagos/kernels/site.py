@@ -37,9 +37,9 @@ def site(
     if tuple(fn.shape) != (24, 4 * width):
         raise ConfigError(f"site: fn is {tuple(fn.shape)}, expected {(24, 4 * width)}")
     whole = y.last if isinstance(y, Parts) else y
-    if y is not None and (whole is None or whole.shape[-2:] != (tokens, width) or old_post is None or old_comb is None):
-        got = None if whole is None else tuple(whole.shape)
-        raise ConfigError(f"site: y is {got}, expected {(tokens, width)} with the post and comb it comes by")
+    if whole is not None and (whole.shape[-2:] != (tokens, width) or old_post is None or old_comb is None):
+        got = f"{tuple(whole.shape)}, expected {(tokens, width)}"
+        raise ConfigError(f"site: y is {got} with the post and comb it comes by")
     inputs = (y, streams, old_post, old_comb, fn, base, scale, norm)
     if not streams.is_cuda:
         y = y.whole() if isinstance(y, Parts) else y

@@ -119,11 +119,11 @@ def make_projected(call: Call, *, seed: int = 0) -> tuple[Tensor, CacheWeights, 
     return projected, CacheWeights(*weights), turn, entry_turn if ratio else None
 
 
-def attended(
+def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
     picks: Tensor | None, turn: Tensor, most: int,
 ) -> Tensor:  # fmt: skip
-    """Return the attended values (T, H, C) bfloat16, turned back."""
+    """Return the attended values (T, H * C) bfloat16, turned back; see `kernels.decode_attention.attend`."""
     kept, ratio = pools.LayerRows(layout, layer, pages, slots), layout.layers[layer].ratio
     positions = rows.positions.long().unsqueeze(1)
     window = layout.config.sliding_window
@@ -138,12 +138,5 @@ def attended(
     logits = torch.einsum("thc,tkc->thk", q.float() * q.shape[-1] ** -0.5, keys)
     logits = logits.masked_fill(~(mask & (positions >= 0)).unsqueeze(1), -torch.inf)
     weights = torch.cat((logits, sink.view(1, -1, 1).expand(len(q), -1, 1)), 2).softmax(2)[..., :-1]
-    return turned(torch.einsum("thk,tkc->thc", weights, keys).bfloat16(), turn.unsqueeze(1), inverse=True)
-
-
-def forward(
-    q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int,
-) -> Tensor:  # fmt: skip
-    """See `kernels.decode_attention.attend`."""
-    return attended(q, rows, layout, layer, pages, slots, sink, picks, turn, most).flatten(1)
+    found = turned(torch.einsum("thk,tkc->thc", weights, keys).bfloat16(), turn.unsqueeze(1), inverse=True)
+    return found.flatten(1)

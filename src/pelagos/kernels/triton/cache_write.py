@@ -14,16 +14,8 @@ from torch import Tensor
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout, Tail
 from pelagos.kernels.ref.cache_write import CacheWeights, widths
-from pelagos.kernels.triton.formats import (
-    e4m3_code,
-    fp8_scale_exponent,
-    launch,
-    let_next_start,
-    quantise_block,
-    target,
-    wait_for_inputs,
-)
-from pelagos.kernels.triton.query import fp4, normed, rotated, rotation, rounded, turned
+from pelagos.kernels.triton import formats
+from pelagos.kernels.triton.query import fp4, normed, rotated, rotation, turned
 
 SLOTS = 8  # pooled at once
 
@@ -34,10 +26,10 @@ def _store_main(x, part, scale, ROPE: tl.constexpr, SCALES: tl.constexpr):
     groups: tl.constexpr = x.shape[1] // 64
     x = x.reshape(groups, 64)
     group, lane = tl.arange(0, groups), tl.arange(0, 64)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(x), 1))
+    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(x), 1))
     nope = group < groups - 1
     place = group[:, None] * 64 + lane[None, :]
-    tl.store(part + place, e4m3_code(quantise_block(x, exponent[:, None])), mask=nope[:, None] & (place >= 0))
+    tl.store(part + place, formats.e4m3_block(x, exponent[:, None]), mask=nope[:, None] & (place >= 0))
     rope = (part + (groups - 1) * 64).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     tl.store(rope + (place - (groups - 1) * 64), x.to(tl.bfloat16), mask=(~nope)[:, None] & (place >= 0))
     tl.store(scale + group, exponent.to(tl.uint8), mask=nope)
@@ -110,31 +102,31 @@ def _kernel(
     SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
     kind, row = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     slot = tl.load(places + row).to(tl.int64) * slot_bytes
     own = projected + row.to(tl.int64) * stride
     if kind == 0:
         lane = tl.arange(0, PADDED)
-        x = rounded(tl.load(own + lane, mask=lane < LATENT, other=0.0), TARGET).reshape(1, PADDED)
+        x = formats.rounded(tl.load(own + lane, mask=lane < LATENT, other=0.0), TARGET).reshape(1, PADDED)
         weight = tl.load(q_norm + lane, mask=lane < LATENT, other=0.0).to(tl.float32)
         x = normed(x, weight, eps, LATENT, TARGET).reshape(PADDED // 128, 128)
-        exponent = fp8_scale_exponent(tl.max(tl.abs(x), 1))
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(x), 1))
         group = tl.arange(0, PADDED // 128)
         place = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        tl.store(codes + row * LATENT + place, e4m3_code(quantise_block(x, exponent[:, None])), mask=place < LATENT)
+        tl.store(codes + row * LATENT + place, formats.e4m3_block(x, exponent[:, None]), mask=place < LATENT)
         tl.store(scales + row * (LATENT // 128) + group, exponent.to(tl.uint8), mask=group < LATENT // 128)
         if INDEX > 0:
             head = tl.arange(0, HEADS_PADDED)
             x = tl.load(own + (LATENT + WIDTH + 2 * SPAN + 4 * INDEX) + head, mask=head < HEADS, other=0.0)
-            x = rounded(rounded(x, TARGET) * head_factor, TARGET)
+            x = formats.rounded(formats.rounded(x, TARGET) * head_factor, TARGET)
             tl.store(head_weights + row * HEADS + head, x, mask=head < HEADS)
     elif position >= 0:
         lane = tl.arange(0, WIDTH)
         if kind == 1:
-            x = rounded(tl.load(own + LATENT + lane), TARGET).reshape(1, WIDTH)
+            x = formats.rounded(tl.load(own + LATENT + lane), TARGET).reshape(1, WIDTH)
             x = normed(x, tl.load(kv_norm + lane).to(tl.float32), eps, WIDTH, TARGET)
             at = position % RING
             _store_main(turned(x, turn + row * ROPE, ROPE, TARGET), window + slot + at * (WIDTH + 64),
@@ -153,7 +145,7 @@ def _kernel(
                 if writes:
                     x = _pooled(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, first,
                                 WIDTH, SPAN, RATIO, TAIL, SLOTS)  # fmt: skip
-                    x = normed(rounded(x, TARGET), tl.load(norm + lane).to(tl.float32), eps, WIDTH, TARGET)
+                    x = normed(formats.rounded(x, TARGET), tl.load(norm + lane).to(tl.float32), eps, WIDTH, TARGET)
                     _store_main(turned(x, entry_turn + row * ROPE, ROPE, TARGET), main + page + inner * (WIDTH + 64),
                                 main + page + main_scale + inner * SCALES, ROPE, SCALES)  # fmt: skip
             elif INDEX > 0:
@@ -164,7 +156,7 @@ def _kernel(
                     x = _pooled(source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
                                 first, INDEX, 2 * INDEX, RATIO, TAIL, SLOTS)  # fmt: skip
                     weight = tl.load(index_norm + tl.arange(0, INDEX)).to(tl.float32)
-                    x = normed(rounded(x, TARGET), weight, eps, INDEX, TARGET)
+                    x = normed(formats.rounded(x, TARGET), weight, eps, INDEX, TARGET)
                     x = rotated(turned(x, entry_turn + row * ROPE, ROPE, TARGET), ROUNDS, factor, TARGET)
                     scale = index + page + index_scale + inner * (INDEX // 32)
                     _store_index(x, index + page + inner * (INDEX // 2), scale)
@@ -183,7 +175,7 @@ def forward(
     """Write what rows leave and return (codes, scales, head_weights) as `kernels.cache_write.cache_write` does."""
     config, place = layout.config, layout.layers[layer]
     tokens, latent, width, index = len(rows.positions), config.q_lora_rank, config.head_dim, 0
-    new, made_for, none, heads = projected.new_empty, target(), turn, config.index_n_heads
+    new, made_for, none, heads = projected.new_empty, formats.target(), turn, config.index_n_heads
     codes, scales = (new((tokens, latent // size), dtype=torch.uint8) for size in (1, 128))
     head_weights, main, span = none, (pages, 0), 0
     index_part, tail = main, 1
@@ -205,6 +197,6 @@ def forward(
         RING=place.window.rows, SCALES=place.window.parts[1], RATIO=place.ratio, SPAN=span, TAIL=tail,
         PAGE=layout.page_tokens, SLOTS=SLOTS, INDEX=index, HEADS=heads,
         HEADS_PADDED=triton.next_power_of_2(heads), ROUNDS=rotation(max(index, 1))["ROUNDS"], TARGET=made_for,
-        **launch(made_for, num_warps=8, enable_fp_fusion=False),
+        **formats.launch(made_for, num_warps=8, enable_fp_fusion=False),
     )  # fmt: skip
     return codes, scales, None if place.index is None else head_weights

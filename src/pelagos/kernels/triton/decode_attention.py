@@ -18,19 +18,7 @@ from torch import Tensor
 
 from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.layout import CacheLayout, Section
-from pelagos.kernels.triton.formats import (
-    dot,
-    e4m3_code,
-    e4m3_to_float,
-    fp8_scale_exponent,
-    launch,
-    let_next_start,
-    power_of_two,
-    quantise_block,
-    target,
-    wait_for_inputs,
-)
-from pelagos.kernels.triton.query import rounded
+from pelagos.kernels.triton import formats
 
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
@@ -51,11 +39,21 @@ _WIDEN = tl.constexpr(
 
 
 @triton.jit
-def _scales(scale, live, SCALES: tl.constexpr):
-    """float16 2^(byte - 127) (KEYS, SCALES) of UE8M0 bytes of 103..142 at pointers (KEYS,)."""
+def _scales(scale, live, SCALES: tl.constexpr, BLOCKS: tl.constexpr):
+    """float16 2^(byte - 127) (KEYS, 2) of every 128 columns, for UE8M0 bytes of 103..142 at pointers (KEYS,)."""
     byte = tl.load(scale[:, None] + tl.arange(0, SCALES)[None, :], mask=live[:, None], other=127).to(tl.int32)
     bits = tl.where(byte >= 113, (byte - 112) << 10, 1 << tl.maximum(byte - 103, 0))
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    factors = bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    keys: tl.constexpr = scale.shape[0]
+    if BLOCKS == 1:
+        first, _ = tl.split(tl.permute(factors.reshape(keys, 4, 2), (0, 2, 1)).reshape(keys, 2, 2, 2))
+        first, _ = tl.split(first)
+        return [first]
+    else:  # one branch is compiled, and each has a type of its own
+        first, third = tl.split(tl.permute(factors.reshape(keys, 2, 2, 2), (0, 3, 2, 1)))
+        first, second = tl.split(first)
+        third, fourth = tl.split(third)
+        return [first, second, third, fourth]
 
 
 @triton.jit
@@ -75,12 +73,14 @@ def _rope(part, live, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _wide(code, scale, TARGET: tl.constexpr):
-    """float16 (KEYS, 128) values of codes; scale (KEYS, 2) is for 64 columns each."""
+def _wide(code, scale, rope, LAST: tl.constexpr, TARGET: tl.constexpr):
+    """float16 (KEYS, 128) values of codes, scale (KEYS, 2) for 64 columns each; the last 64 columns are `rope`'s."""
     factor = tl.broadcast_to(scale[:, :, None], (code.shape[0], 2, 64)).reshape(code.shape[0], 128)
     if TARGET == "ptx":
-        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r,r,r", [code, factor], dtype=tl.float16, is_pure=True, pack=4)
-    return (e4m3_to_float(code) * factor.to(tl.float32)).to(tl.float16)
+        x = tl.inline_asm_elementwise(_WIDEN, "=r,=r,r,r,r", [code, factor], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        x = (formats.e4m3_to_float(code) * factor.to(tl.float32)).to(tl.float16)
+    return tl.where(tl.arange(0, 128)[None, :] < 64, x, rope) if LAST else x
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _fold(total, part, keep, join):
 @triton.jit
 def _mix(total, p, keys, keep, join, ONLY: tl.constexpr, TARGET: tl.constexpr):
     """Fold the product of a chunk's weights p (HEADS, KEYS) and keys (KEYS, 128) into a total, or make it the total."""
-    part = dot(p, keys, tl.zeros(total.shape, tl.float32), TARGET)
+    part = formats.dot(p, keys, tl.zeros(total.shape, tl.float32), TARGET)
     if ONLY:
         return part
     return _fold(total, part, tl.broadcast_to(keep[:, None], total.shape), tl.broadcast_to(join[:, None], total.shape))
@@ -138,22 +138,22 @@ def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARG
     As codes they become two E4M3 rows that add up, the lower half `low` columns behind.
     """
     heads: tl.constexpr = out.shape[0]
-    out = rounded(out, TARGET)
+    out = formats.rounded(out, TARGET)
     if ROPE:
         pair = tl.arange(0, 64)
         cos = tl.load(turn + pair - 32, mask=pair >= 32, other=1.0)[None, :]
         sin = tl.load(turn + pair, mask=pair >= 32, other=0.0)[None, :]
         a, b = tl.split(out.reshape(heads, 64, 2))
-        out = rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
+        out = formats.rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
     place = stored + column[:, None] + tl.arange(0, 128)[None, :]
     if stored.dtype.element_ty == tl.bfloat16:
         tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
     else:
-        exponent = fp8_scale_exponent(tl.max(tl.abs(out), 1))
-        upper = quantise_block(out, exponent[:, None])
-        rest = out - upper * power_of_two(exponent)[:, None]
-        tl.store(place, e4m3_code(upper), mask=live[:, None])
-        tl.store(place + low, e4m3_code(quantise_block(rest, exponent[:, None] - 4)), mask=live[:, None])
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(out), 1))
+        upper = formats.quantise_block(out, exponent[:, None])
+        rest = out - upper * formats.power_of_two(exponent)[:, None]
+        tl.store(place, formats.e4m3_code(upper), mask=live[:, None])
+        tl.store(place + low, formats.e4m3_block(rest, exponent[:, None] - 4), mask=live[:, None])
         tl.store(scales + column // 128, exponent.to(tl.uint8), mask=live)
         tl.store(scales + (column + low) // 128, (exponent - 4).to(tl.uint8), mask=live)
 
@@ -178,13 +178,13 @@ def _attend_kernel(
 
     CUT > 1: of one chunk's values this program takes one block of columns.
     """
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     part, tile, row = tl.program_id(0), tl.program_id(1) // CUT, tl.program_id(2)
     block = tl.program_id(1) % CUT
     position = tl.load(positions + row)
     slot = tl.load(places + row).to(tl.int64) * slot_bytes
     owner = tl.load(owners + row).to(tl.int64) * table_stride
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     head = tile * HEADS + tl.arange(0, HEADS)
     real = head < heads
     lane = tl.arange(0, 128)
@@ -195,13 +195,8 @@ def _attend_kernel(
         width: tl.constexpr = BLOCKS * 128
         row_bytes: tl.constexpr = width + 64
         own = q + (row * heads + head)[:, None] * width + lane[None, :]
-        q0 = tl.load(own, mask=real[:, None], other=0.0).to(tl.float16)
-        acc0 = tl.zeros((HEADS, 128), tl.float32)
-        q1, q2, q3, acc1, acc2, acc3 = q0, q0, q0, acc0, acc0, acc0
-        if BLOCKS == 4:
-            q1 = tl.load(own + 128, mask=real[:, None], other=0.0).to(tl.float16)
-            q2 = tl.load(own + 256, mask=real[:, None], other=0.0).to(tl.float16)
-            q3 = tl.load(own + 384, mask=real[:, None], other=0.0).to(tl.float16)
+        queries = [tl.load(own + b * 128, mask=real[:, None], other=0.0).to(tl.float16) for b in (0, 1, 2, 3)[:BLOCKS]]
+        acc = [tl.zeros((HEADS, 128), tl.float32)] * (1 if CUT == 4 else BLOCKS)
         top = tl.full((HEADS,), NOTHING, tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
         steps = end - begin
@@ -214,27 +209,12 @@ def _attend_kernel(
                 page_bytes, PICKED, WINDOW, RING, PER_PAGE, row_bytes, SCALES, KEYS,
             )  # fmt: skip
             # All that is read is asked for before the first of it is needed.
-            c0, c1, c2, c3 = _codes(bits, live, 0, BLOCKS), None, None, None
-            if BLOCKS == 4:
-                c1, c2, c3 = _codes(bits, live, 1, 4), _codes(bits, live, 2, 4), _codes(bits, live, 3, 4)
-            rope, f0 = _rope(bits, live, BLOCKS).to(tl.float16), _scales(factor, live, SCALES)
-            near_rope = lane[None, :] < 64
-            if BLOCKS == 4:
-                f0, f2 = tl.split(tl.permute(f0.reshape(KEYS, 2, 2, 2), (0, 3, 2, 1)))
-                f0, f1 = tl.split(f0)
-                f2, f3 = tl.split(f2)
-                k0, k1, k2 = _wide(c0, f0, TARGET), _wide(c1, f1, TARGET), _wide(c2, f2, TARGET)
-                k3 = tl.where(near_rope, _wide(c3, f3, TARGET), rope)
-                s = dot(q0, tl.trans(k0), tl.zeros((HEADS, KEYS), tl.float32), TARGET)
-                s = dot(q1, tl.trans(k1), s, TARGET)
-                s = dot(q2, tl.trans(k2), s, TARGET)
-                s = dot(q3, tl.trans(k3), s, TARGET)
-            else:
-                f0, _ = tl.split(tl.permute(f0.reshape(KEYS, 4, 2), (0, 2, 1)).reshape(KEYS, 2, 2, 2))
-                f0, _ = tl.split(f0)
-                k0 = tl.where(near_rope, _wide(c0, f0, TARGET), rope)
-                k1, k2, k3 = k0, k0, k0
-                s = dot(q0, tl.trans(k0), tl.zeros((HEADS, KEYS), tl.float32), TARGET)
+            codes = [_codes(bits, live, b, BLOCKS) for b in (0, 1, 2, 3)[:BLOCKS]]
+            rope, factors = _rope(bits, live, BLOCKS).to(tl.float16), _scales(factor, live, SCALES, BLOCKS)
+            keys = [_wide(codes[b], factors[b], rope, b == BLOCKS - 1, TARGET) for b in (0, 1, 2, 3)[:BLOCKS]]
+            s = tl.zeros((HEADS, KEYS), tl.float32)
+            for b in tl.static_range(BLOCKS):
+                s = formats.dot(queries[b], tl.trans(keys[b]), s, TARGET)
             s = tl.where(live[None, :], s * scale, NOTHING)
             own_top = tl.max(s, 1)
             p = tl.where(live[None, :], tl.exp2(s - own_top[:, None]), 0.0)
@@ -245,38 +225,29 @@ def _attend_kernel(
             p = p.to(tl.float16)
             if CUT == 4:
                 if block == 0:
-                    acc0 = dot(p, k0, acc0, TARGET)
+                    acc = [formats.dot(p, keys[0], acc[0], TARGET)]
                 elif block == 1:
-                    acc0 = dot(p, k1, acc0, TARGET)
+                    acc = [formats.dot(p, keys[1], acc[0], TARGET)]
                 elif block == 2:
-                    acc0 = dot(p, k2, acc0, TARGET)
+                    acc = [formats.dot(p, keys[2], acc[0], TARGET)]
                 else:
-                    acc0 = dot(p, k3, acc0, TARGET)
+                    acc = [formats.dot(p, keys[3], acc[0], TARGET)]
             else:
-                acc0 = _mix(acc0, p, k0, keep, join, EACH == 1, TARGET)
-            if BLOCKS == 4 and CUT == 1:
-                acc1 = _mix(acc1, p, k1, keep, join, EACH == 1, TARGET)
-                acc2 = _mix(acc2, p, k2, keep, join, EACH == 1, TARGET)
-                acc3 = _mix(acc3, p, k3, keep, join, EACH == 1, TARGET)
+                acc = [_mix(acc[b], p, keys[b], keep, join, EACH == 1, TARGET) for b in (0, 1, 2, 3)[:BLOCKS]]
         if DONE:
             factor = _finish(top, total, tl.load(sink + head, mask=real, other=0.0) * 1.4426950408889634)[:, None]
             halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
             column, turned, low = (halves * row * heads + head) * width, turn + row * 64, heads * width
-            _emit(acc0 * factor, turned, stored, stored_scales, column, low, real, BLOCKS == 1, TARGET)
-            if BLOCKS == 4:
-                _emit(acc1 * factor, turned, stored, stored_scales, column + 128, low, real, False, TARGET)
-                _emit(acc2 * factor, turned, stored, stored_scales, column + 256, low, real, False, TARGET)
-                _emit(acc3 * factor, turned, stored, stored_scales, column + 384, low, real, True, TARGET)
+            for b in tl.static_range(BLOCKS):
+                _emit(acc[b] * factor, turned, stored, stored_scales, column + b * 128, low, real, b == BLOCKS - 1,
+                      TARGET)  # fmt: skip
         else:
             at = (row * parts + part).to(tl.int64) * heads + head
             tl.store(tops + at * 2, top, mask=real & (head * 0 + block == 0))
             tl.store(tops + at * 2 + 1, total, mask=real & (head * 0 + block == 0))
             place = partial + at[:, None] * width + (block * 128 + lane)[None, :]
-            tl.store(place, acc0, mask=real[:, None])
-            if BLOCKS == 4 and CUT == 1:
-                tl.store(place + 128, acc1, mask=real[:, None])
-                tl.store(place + 256, acc2, mask=real[:, None])
-                tl.store(place + 384, acc3, mask=real[:, None])
+            for b in tl.static_range(1 if CUT == 4 else BLOCKS):
+                tl.store(place + b * 128, acc[b], mask=real[:, None])
 
 
 @triton.jit
@@ -300,12 +271,12 @@ def _combine_kernel(
 
     RUN parts a section, all sections at once.
     """
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     lane = tl.arange(0, 128)[None, :]
     position = tl.load(positions + row)
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     seen = _seen(tops, row, position, most, RATIO, PICKED)
     count = tl.where(position < 0, 0, ((WINDOW + seen + KEYS - 1) // KEYS + EACH - 1) // EACH)
     each: tl.constexpr = SECTION // EACH
@@ -350,7 +321,7 @@ def forward(
 ) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
-    new, made_for, window = q.new_empty, target(), place.window
+    new, made_for, window = q.new_empty, formats.target(), place.window
     main = place.main or Section(0, 1, 0, (0, 0))
     picked = 0 if picks is None or not place.ratio else picks.shape[1]
     most = 0 if not place.ratio else min(most, picked) if picked else most
@@ -372,13 +343,13 @@ def forward(
         heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
         window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
         RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, CUT=cut, **constants,
-        **launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
+        **formats.launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
         sections = triton.next_power_of_2(triton.cdiv(parts * each, SECTION))
         _combine_kernel[(width // 128, heads, tokens)](
             partial, tops, rows.positions, sink, turn, stored, scales, parts, most,
             SECTION=SECTION, SECTIONS=sections, RUN=min(parts, SECTION // each), **constants,
-            **launch(made_for, num_warps=min(sections, 8), enable_fp_fusion=False),
+            **formats.launch(made_for, num_warps=min(sections, 8), enable_fp_fusion=False),
         )  # fmt: skip
     return stored if whole else Halves(stored, scales)

@@ -131,6 +131,12 @@ def to_bfloat16(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, TARGET: tl.constexpr):
+    """float32 x rounded to the nearest bfloat16."""
+    return to_bfloat16(x, TARGET).to(tl.float32)
+
+
+@triton.jit
 def e4m3_to_float(code):
     """float32 of E4M3 codes (any integer type, 0..255)."""
     wide = code.to(tl.int32)
@@ -202,3 +208,9 @@ def e4m3_code(value):
     normal = ((bits & 0x7FFFFFFF) >> 20) - 960
     code = tl.where(magnitude >= 0.015625, normal, (magnitude * 512.0).to(tl.int32))
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_block(x, exponent):
+    """uint8 codes of `quantise_block`."""
+    return e4m3_code(quantise_block(x, exponent))

@@ -14,22 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.batch_rows import Parts
-from pelagos.kernels.triton.formats import (
-    dot,
-    e2m1_pair,
-    e4m3_code,
-    e4m3_to_float,
-    expert_scale,
-    fp8_scale_exponent,
-    launch,
-    let_next_start,
-    power_of_two,
-    quantise_block,
-    settled,
-    target,
-    wait_for_inputs,
-)
+from pelagos.kernels.batch_rows import Parts, Routed
+from pelagos.kernels.triton import formats
 from pelagos.kernels.triton.skinny_gemm import as_operand, fp8_tile, wide_of
 
 BLOCK = 128  # columns that share an activation scale
@@ -43,15 +29,16 @@ SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed exper
 
 @triton.jit
 def _place(byte):
-    """Where a plane keeps the column of weight byte `byte`: `_turned` moves columns alike."""
+    """Where a plane keeps the column of weight byte `byte`: `turned` moves columns alike."""
     return byte // 64 * 64 + byte % 16 // 4 * 16 + byte % 4 // 2 * 8 + byte % 64 // 16 * 2 + byte % 2
 
 
 @triton.jit
-def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
+def turned(x):
     """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
-    x = x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2)
-    return tl.permute(x, (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
+    if x.shape[1] % 64 == 0:
+        x = tl.permute(x.reshape(x.shape[0], x.shape[1] // 64, 4, 4, 2, 2), (0, 1, 3, 4, 2, 5)).reshape(x.shape)
+    return x
 
 
 @triton.jit
@@ -60,9 +47,9 @@ def plane_block(pairs, scales, planes, token, cut, width, COLUMNS: tl.constexpr)
     block = cut * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
     live = block < width // 2
     pair = tl.load(pairs + token * (width // 2) + block, mask=live, other=0).to(tl.int32)
-    scale = power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
-    even = e4m3_to_float(pair & 0xFF) * scale
-    odd = e4m3_to_float((pair >> 8) & 0xFF) * scale
+    scale = formats.power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
+    even = formats.e4m3_to_float(pair & 0xFF) * scale
+    odd = formats.e4m3_to_float((pair >> 8) & 0xFF) * scale
     tl.store(planes + token * width + _place(block), even.to(tl.bfloat16), mask=live)
     tl.store(planes + token * width + width // 2 + _place(block), odd.to(tl.bfloat16), mask=live)
 
@@ -73,8 +60,8 @@ def _plan_kernel(
     picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, CAPACITY, COLUMNS: tl.constexpr, CUT: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
     at = tl.program_id(0)
     if at < slots:
         place = tl.arange(0, PICKS)
@@ -99,9 +86,9 @@ def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: 
     groups: tl.constexpr = BYTES // 16
     byte = tl.load(weight + row[:, None] * stride + begin + tl.arange(0, BYTES)[None, :])
     group = tl.load(scale + row[:, None] * (stride // 16) + begin // 16 + tl.arange(0, groups)[None, :])
-    factor = tl.broadcast_to(expert_scale(group)[:, :, None], (ROWS, groups, 16)).reshape(ROWS, BYTES)
-    even, odd = e2m1_pair(byte, factor, TARGET)
-    return _turned(even, ROWS, BYTES), _turned(odd, ROWS, BYTES)
+    factor = tl.broadcast_to(formats.expert_scale(group)[:, :, None], (ROWS, groups, 16)).reshape(ROWS, BYTES)
+    even, odd = formats.e2m1_pair(byte, factor, TARGET)
+    return turned(even), turned(odd)
 
 
 @triton.jit
@@ -118,8 +105,8 @@ def _product_kernel(
     for every WIDE tokens.
     """
     slot, part = tl.program_id(2) - (tokens + WIDE - 1) // WIDE * FP8_PARTS, tl.program_id(1)
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
     if FP8_PARTS > 0 and slot < 0:
         if part == 0:
             share: tl.constexpr = DEPTH // max(FP8_PARTS, 1)
@@ -133,50 +120,40 @@ def _product_kernel(
             place = (cut * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
             tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
     else:
-        _expert_rows(x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks, slot, part,
-                     SHARED, DEPTH, OUTPUTS, PARTS, SINGLE, PLACED, ROWS, BYTES, TARGET)  # fmt: skip
-
-
-@triton.jit
-def _expert_rows(
-    x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks, slot, part,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr,
-    PLACED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    at = tl.arange(0, 16)
-    # Loaded together: each would cost a round trip before the weights can be asked for.
-    expert = tl.load(slot_expert + slot).to(tl.int64)
-    if SINGLE:
-        rows = 1
-        pick = tl.zeros((16,), tl.int32) + slot
-    else:
-        rows = tl.load(slot_rows + slot)
-        pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
-    stride: tl.constexpr = DEPTH // 2
-    share: tl.constexpr = stride // PARTS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if PLACED:  # bytes from the first block, the same for codes and scales
-        block = tl.multiple_of(tl.load(homes + expert), 256)
-        weight, scales = w + block, scale + block
-    else:
-        weight, scales = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
-    weight, scales = weight + part * share, scales + part * (share // 16)
-    first = 0
-    while first < rows:  # not range(): the interpreter takes no tensor there
-        live = first + at < rows
-        pick = tl.where(live, pick, 0)
-        source = x + (pick // SHARED)[None, :] * DEPTH + part * share + tl.arange(0, BYTES)[:, None]
-        total = tl.zeros((ROWS, 16), tl.float32)
-        for begin in tl.range(0, share, BYTES):
-            even = tl.load(source + begin, mask=live[None, :], other=0.0)
-            odd = tl.load(source + begin + stride, mask=live[None, :], other=0.0)
-            w_even, w_odd = _weight_pair(weight, scales, row, begin, stride, TARGET, ROWS, BYTES)
-            total = dot(w_even, even, total, TARGET)
-            total = settled(dot(w_odd, odd, total, TARGET), TARGET)
-        tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
-        first += 16
-        if not SINGLE:
-            pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
+        at = tl.arange(0, 16)
+        # Loaded together: each would cost a round trip before the weights can be asked for.
+        expert = tl.load(slot_expert + slot).to(tl.int64)
+        if SINGLE:
+            rows = 1
+            pick = tl.zeros((16,), tl.int32) + slot
+        else:
+            rows = tl.load(slot_rows + slot)
+            pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
+        stride: tl.constexpr = DEPTH // 2
+        share: tl.constexpr = stride // PARTS
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        if PLACED:  # bytes from the first block, the same for codes and scales
+            block = tl.multiple_of(tl.load(homes + expert), 256)
+            weight, scales = w + block, scale + block
+        else:
+            weight, scales = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
+        weight, scales = weight + part * share, scales + part * (share // 16)
+        first = 0
+        while first < rows:  # not range(): the interpreter takes no tensor there
+            live = first + at < rows
+            pick = tl.where(live, pick, 0)
+            source = x + (pick // SHARED)[None, :] * DEPTH + part * share + tl.arange(0, BYTES)[:, None]
+            total = tl.zeros((ROWS, 16), tl.float32)
+            for begin in tl.range(0, share, BYTES):
+                even = tl.load(source + begin, mask=live[None, :], other=0.0)
+                odd = tl.load(source + begin + stride, mask=live[None, :], other=0.0)
+                w_even, w_odd = _weight_pair(weight, scales, row, begin, stride, TARGET, ROWS, BYTES)
+                total = formats.dot(w_even, even, total, TARGET)
+                total = formats.settled(formats.dot(w_odd, odd, total, TARGET), TARGET)
+            tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
+            first += 16
+            if not SINGLE:
+                pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
 
 
 @triton.jit
@@ -195,8 +172,8 @@ def _hidden_kernel(
 
     Rows beyond the picks are the shared expert's: bfloat16 in between as released, FP8 codes for the next product.
     """
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
     pick = tl.program_id(0)
     lane = tl.arange(0, 128)
     block = tl.program_id(1)
@@ -208,8 +185,8 @@ def _hidden_kernel(
             gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
             up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
         value = _gated(gate, up, limit) * tl.load(weights + pick)
-        exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
-        value = quantise_block(value, exponent) * power_of_two(exponent)
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        value = formats.quantise_block(value, exponent) * formats.power_of_two(exponent)
         place = lane % 2 * (INNER // 2) + block * 64 + _place(lane // 2)
         tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
     else:
@@ -217,8 +194,8 @@ def _hidden_kernel(
         gate = tl.load(shared + row * (2 * INNER) + column).to(tl.bfloat16).to(tl.float32)
         up = tl.load(shared + row * (2 * INNER) + INNER + column).to(tl.bfloat16).to(tl.float32)
         value = _gated(gate, up, limit).to(tl.bfloat16).to(tl.float32)
-        exponent = fp8_scale_exponent(tl.max(tl.abs(value), 0))
-        tl.store(shared_codes + row * INNER + column, e4m3_code(quantise_block(value, exponent)))
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        tl.store(shared_codes + row * INNER + column, formats.e4m3_block(value, exponent))
         tl.store(shared_scales + row * (INNER // 128) + block, exponent.to(tl.uint8))
 
 
@@ -227,8 +204,8 @@ def _combine_kernel(
     partial, shared_partial, out, picks, tokens, PICKED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     FP8_PARTS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(TARGET)
-    wait_for_inputs(TARGET)
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = column < WIDTH
@@ -252,17 +229,24 @@ def cut(depth: int) -> dict[str, int]:
     return {"DEPTH": depth, "PARTS": parts, "BYTES": 128 if depth // 2 // parts % 128 == 0 else 64}
 
 
-def list_rows(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows by expert: table (S, T) of picks, slot_expert (S,) and slot_rows (S,) int32, for chosen (T, K)."""
-    (tokens, _), picks = chosen.shape, chosen.numel()
-    slots = picks if picks <= experts else experts
-    table, (expert, rows), made_for = chosen.new_empty((slots, tokens)), chosen.new_empty((2, slots)), target()
-    _plan_kernel[(slots,)](
-        chosen, chosen, chosen, table, expert, rows, chosen, picks, slots, 0, BY_PICK=picks <= experts,
-        PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=1, TARGET=made_for,
-        **launch(made_for),
+def list_rows(
+    chosen: Tensor, experts: int, codes: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return rows by expert and planes (T, D) of activations if there are any, for chosen (T, K).
+
+    Rows by expert are table (S, T) of picks, slot_expert (S,) and slot_rows (S,) int32.
+    """
+    (tokens, _), picks, made_for = chosen.shape, chosen.numel(), formats.target()
+    slots, width = min(picks, experts), 0 if codes is None else codes.shape[1]
+    columns, planes = triton.cdiv(width, COLUMNS), chosen.new_empty((tokens, width), dtype=torch.bfloat16)
+    table, (expert, rows) = chosen.new_empty((slots, tokens)), chosen.new_empty((2, slots))
+    pairs, scales = (chosen, chosen) if codes is None or scales is None else (codes.view(torch.int16), scales)
+    _plan_kernel[(slots + tokens * columns,)](
+        chosen, pairs, scales, table, expert, rows, planes, picks, slots, width, BY_PICK=picks <= experts,
+        PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=max(columns, 1),
+        TARGET=made_for, **formats.launch(made_for),
     )  # fmt: skip
-    return table, expert, rows
+    return (table, expert, rows), planes
 
 
 def forward(
@@ -270,77 +254,55 @@ def forward(
     limit: float,
 ) -> Tensor:  # fmt: skip
     """Return (T, D) float32; operands as in `kernels.fp4_experts.mixture`."""
-    (tokens, width), experts, made_for, columns = (
-        codes.shape,
-        w13.shape[0],
-        target(),
-        triton.cdiv(codes.shape[1], COLUMNS),
-    )
-    picks = chosen.numel()
-    slots = picks if picks <= experts else experts
-    lists = (chosen.new_empty((slots, tokens)), *chosen.new_empty((2, slots)))
-    planes = codes.new_empty((tokens, width), dtype=torch.bfloat16)
-    _plan_kernel[(slots + tokens * columns,)](
-        chosen, codes.view(torch.int16), scales, *lists, planes, picks, slots, width,
-        BY_PICK=picks <= experts, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS,
-        CUT=columns, TARGET=made_for, **launch(made_for),
-    )  # fmt: skip
-    out = codes.new_empty((tokens, width), dtype=torch.float32)
-    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, None, out, None)
+    lists, planes = list_rows(chosen, w13.shape[0], codes, scales)
+    out = codes.new_empty(codes.shape, dtype=torch.float32)
+    site(Routed(chosen, weights, out, planes, lists), w13, s13, w2, s2, None, limit, None, out)
+    return out
 
 
 def site(
-    planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, shared: Tensor, w13: Tensor,
-    s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor, shared2_scales: Tensor, limit: float, place: Tensor | None,
-    left: bool,
-) -> Tensor | Parts:  # fmt: skip
-    """Return (T, D) bfloat16, or its parts; operands as in `kernels.fp4_experts.site`."""
-    return _experts(planes, chosen, weights, lists, w13, s13, w2, s2, limit, (shared, shared2, shared2_scales),
-                    None if left else torch.empty_like(planes), place)  # fmt: skip
-
-
-def _experts(
-    planes: Tensor, chosen: Tensor, weights: Tensor, lists: tuple[Tensor, ...] | None, w13: Tensor, s13: Tensor,
-    w2: Tensor, s2: Tensor, limit: float, shared: tuple[Tensor, Tensor, Tensor] | None,
-    out: Tensor | None, place: Tensor | None,
-) -> Tensor | Parts:  # fmt: skip
+    routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: tuple[Tensor, Tensor] | None,
+    limit: float, place: Tensor | None, out: Tensor | None,
+) -> Parts:  # fmt: skip
+    """Put the sum into `out` (T, D) or leave its parts; operands as in `kernels.fp4_experts.site`."""
+    chosen, planes, lists = routed.chosen, routed.planes, routed.lists
+    assert planes is not None
     (tokens, width), picked, picks = planes.shape, chosen.shape[1], chosen.numel()
     inner = w2.shape[2] * 2
     first, second = cut(width), cut(inner)
     single = lists is None
     lists = (chosen, chosen, chosen) if lists is None else lists
     slots = lists[1].numel()
-    new, made_for = planes.new_empty, target()
+    new, made_for = planes.new_empty, formats.target()
     up = new((first["PARTS"], picks, 2 * inner), dtype=torch.float32)
     hidden = new((picks, inner))
     down = new((second["PARTS"], picks, width), dtype=torch.float32)
-    fp8_parts = 0 if shared is None else SHARED_PARTS if inner % (128 * SHARED_PARTS) == 0 else 1
-    gates, codes, scales, weight, weight_scales, shared_down = (up,) * 6
-    if shared is not None:
-        gates, weight, weight_scales = shared
+    fp8_parts = 0 if shared2 is None else SHARED_PARTS if inner % (128 * SHARED_PARTS) == 0 else 1
+    codes, scales, weight, weight_scales, shared_down = (up,) * 5
+    if shared2 is not None:
+        weight, weight_scales = shared2
         codes = new((tokens, inner), dtype=torch.uint8)
         scales = new((tokens, inner // BLOCK), dtype=torch.uint8)
         shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
     lent = (as_operand(codes), scales, as_operand(weight), weight_scales, shared_down, tokens)
     shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": min(MOST, wide_of(tokens)), "TARGET": made_for}
     shape["PLACED"], homes = place is not None, chosen if place is None else place
-    options = launch(made_for, num_stages=STAGES)
+    options = formats.launch(made_for, num_stages=STAGES)
     _product_kernel[(2 * inner // ROWS, first["PARTS"], slots)](
         planes, *lists, w13, s13, homes, up, tokens, picks, *lent,
         SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
     _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
-        up, weights, hidden, gates, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"], TARGET=made_for,
-        **launch(made_for, num_warps=1),
+        up, routed.weights, hidden, routed.shared, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"],
+        TARGET=made_for, **formats.launch(made_for, num_warps=1),
     )  # fmt: skip
     _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
         hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
         SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
-    if out is None:
-        return Parts(shared_down, down.unflatten(1, (tokens, picked)))
-    _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
-        down, shared_down, out, picks, tokens, PICKED=picked, WIDTH=width, PARTS=second["PARTS"], FP8_PARTS=fp8_parts,
-        COLUMNS=COLUMNS, TARGET=made_for, **launch(made_for),
-    )  # fmt: skip
-    return out
+    if out is not None:
+        _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
+            down, shared_down, out, picks, tokens, PICKED=picked, WIDTH=width, PARTS=second["PARTS"],
+            FP8_PARTS=fp8_parts, COLUMNS=COLUMNS, TARGET=made_for, **formats.launch(made_for),
+        )  # fmt: skip
+    return Parts(shared_down, down.unflatten(1, (tokens, picked)))

@@ -15,38 +15,20 @@ from torch import Tensor
 
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.layout import CacheLayout
-from pelagos.kernels.triton.formats import (
-    INTERPRETER,
-    bits_to_bfloat16,
-    dot,
-    e2m1_pair,
-    expert_scale,
-    launch,
-    let_next_start,
-    power_of_two,
-    target,
-    wait_for_inputs,
-)
+from pelagos.kernels.triton import formats
+from pelagos.kernels.triton.fp4_experts import turned
 
 KEYS = 128  # of a tile
-WARPS = 8  # of a program of the first launch
-PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
-CHUNK = 4096  # scores a program of the second launch looks at
+WARPS = 8  # of a program of the first formats.launch
+PROGRAMS = 1056  # of the first formats.launch: eight for each of 132 multiprocessors
+CHUNK = 4096  # scores a program of the second formats.launch looks at
 BOUNDS = 4096  # groups of neighbours at most
 LOWEST = tl.constexpr(-2147483648)
 
 
 @triton.jit
-def _turned(x, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Columns (ROWS, BYTES) in the order in which 16 consecutive bytes are one lane's share of a matrix operand."""
-    if BYTES % 64 == 0:
-        x = tl.permute(x.reshape(ROWS, BYTES // 64, 4, 4, 2, 2), (0, 1, 3, 4, 2, 5)).reshape(ROWS, BYTES)
-    return x
-
-
-@triton.jit
 def _source(column, BYTES: tl.constexpr):
-    """Which byte `_turned` brings to a column."""
+    """Which byte `turned` brings to a column."""
     if BYTES % 64 == 0:
         column = column % 2 + column // 8 % 2 * 2 + column // 16 % 4 * 4 + column // 2 % 4 * 16 + column // 64 * 64
     return column
@@ -61,11 +43,11 @@ def _score_kernel(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Scores of `each` tiles of a row's keys, and the largest of every GROUP."""
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     row = tl.program_id(1)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
     pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     first = tl.program_id(0) * each * KEYS
     if (seen > TOPK) & (first < seen):
         half: tl.constexpr = WIDTH // 2
@@ -73,7 +55,7 @@ def _score_kernel(
         real = head < HEADS
         words = index_q.to(tl.pointer_type(tl.int32), bitcast=True) + (row * HEADS + head)[None, :] * half
         words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
-        q_even, q_odd = bits_to_bfloat16(words & 0xFFFF), bits_to_bfloat16((words >> 16) & 0xFFFF)
+        q_even, q_odd = formats.bits_to_bfloat16(words & 0xFFFF), formats.bits_to_bfloat16((words >> 16) & 0xFFFF)
         weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
         steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
         if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
@@ -89,13 +71,13 @@ def _score_kernel(
             power = tl.load(scale[:, None] + tl.arange(0, WIDTH // 32)[None, :], mask=live[:, None], other=1)
             power = power.to(tl.int32)
             top = tl.maximum(tl.max(power, 1), 1)
-            factor = expert_scale(tl.maximum(power - top[:, None] + 127, 1))
+            factor = formats.expert_scale(tl.maximum(power - top[:, None] + 127, 1))
             factor = tl.broadcast_to(factor[:, :, None], (KEYS, WIDTH // 32, 16)).reshape(KEYS, half)
-            even, odd = e2m1_pair(code, factor, TARGET)
-            logits = dot(_turned(even, KEYS, half), q_even, tl.zeros((KEYS, PADDED), tl.float32), TARGET)
-            logits = dot(_turned(odd, KEYS, half), q_odd, logits, TARGET)
+            even, odd = formats.e2m1_pair(code, factor, TARGET)
+            logits = formats.dot(turned(even), q_even, tl.zeros((KEYS, PADDED), tl.float32), TARGET)
+            logits = formats.dot(turned(odd), q_odd, logits, TARGET)
             # Zeros have one sign; NaN is the least.
-            score = tl.sum(tl.maximum(logits, 0.0) * weight, 1) * power_of_two(top) + 0.0
+            score = tl.sum(tl.maximum(logits, 0.0) * weight, 1) * formats.power_of_two(top) + 0.0
             bits = score.to(tl.int32, bitcast=True)
             order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
             order = tl.where(live, order, LOWEST)
@@ -173,10 +155,10 @@ def _select_kernel(
     CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The picks of a row; CHUNKS > 1 programs sieve CHUNK scores each, the last one to arrive chooses."""
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     chunk, row = tl.program_id(0), tl.program_id(1)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     own, out = scores + row.to(tl.int64) * longest, picks + row * TOPK
     lane = tl.arange(0, TILE)
     if seen <= TOPK:
@@ -237,7 +219,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Return scores (T, most) int32 in the order of the floats, written where visible, and the largest of every few."""
     (tokens, heads, width), place = index_q.shape, layout.layers[layer]
-    section, new, made_for = place.index, rows.table.new_empty, target()
+    section, new, made_for = place.index, rows.table.new_empty, formats.target()
     assert section is not None
     group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
     groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
@@ -248,15 +230,15 @@ def score(
         rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
         RATIO=place.ratio, TOPK=layout.config.index_topk, PER_PAGE=section.rows, WIDTH=width, HEADS=heads,
         PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
-        MOST=each if made_for == INTERPRETER else 0, TARGET=made_for,
-        **launch(made_for, num_warps=WARPS),
+        MOST=each if made_for == formats.INTERPRETER else 0, TARGET=made_for,
+        **formats.launch(made_for, num_warps=WARPS),
     )  # fmt: skip
     return scores, bounds
 
 
 def choose(scores: Tensor, bounds: Tensor, positions: Tensor, ratio: int, topk: int, arrived: Tensor) -> Tensor:
     """Return picks (T, topk) int32 from what `score` returns; `arrived` is int32 zeros, left as it was."""
-    (tokens, most), groups, new, made_for = scores.shape, bounds.shape[1], scores.new_empty, target()
+    (tokens, most), groups, new, made_for = scores.shape, bounds.shape[1], scores.new_empty, formats.target()
     chunks, picks = triton.cdiv(most, CHUNK), new((tokens, topk))
     found, sizes = (new((tokens, most)), new((tokens, chunks))) if chunks > 1 else (scores, bounds)
     _select_kernel[(chunks, tokens)](
@@ -264,7 +246,7 @@ def choose(scores: Tensor, bounds: Tensor, positions: Tensor, ratio: int, topk: 
         RATIO=ratio, TOPK=topk, GROUP=triton.next_power_of_2(triton.cdiv(most, groups)), CHUNK=CHUNK,
         GROUPS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks), ROUNDS=(chunks - 1).bit_length(),
         TILE=triton.next_power_of_2(max(topk, most) if chunks == 1 else 4 * topk), TARGET=made_for,
-        **launch(made_for, num_warps=8 if chunks == 1 else 16),
+        **formats.launch(made_for, num_warps=8 if chunks == 1 else 16),
     )  # fmt: skip
     return picks
 

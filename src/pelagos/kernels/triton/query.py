@@ -7,18 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
+from pelagos.kernels.triton.formats import launch, let_next_start, rounded, target, wait_for_inputs
 
 ROWS, INDEX_ROWS = 4, 8  # heads a program
-
-
-@triton.jit
-def rounded(x, TARGET: tl.constexpr):
-    """float32 x rounded to the nearest bfloat16, which the interpreter's own cast does not do."""
-    if TARGET == "interpreter":
-        bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit

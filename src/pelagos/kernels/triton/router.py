@@ -160,4 +160,4 @@ def forward(
         partial, *lookup, rows, experts, scaling, PARTS=gate_parts, EXPERTS=padded, **common,
         **launch(made_for, num_warps=1),
     )  # fmt: skip
-    return Routed(chosen, weights, shared, planes, list_rows(chosen, experts))
+    return Routed(chosen, weights, shared, planes, list_rows(chosen, experts)[0])

@@ -13,21 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.triton.formats import (
-    PTX,
-    dot,
-    e4m3_code,
-    e4m3_times,
-    e4m3_to_float,
-    fp8_scale_exponent,
-    launch,
-    let_next_start,
-    power_of_two,
-    quantise_block,
-    settled,
-    target,
-    wait_for_inputs,
-)
+from pelagos.kernels.triton import formats
 
 BLOCK = 128
 STAGES = 3  # of the pipeline: residency counts for more than a fourth
@@ -37,14 +23,14 @@ MERGED_TALL = 64  # outputs a program of a merged product
 
 def as_operand(codes: Tensor) -> Tensor:
     """Return E4M3 bytes as the kernels load them: typed where the matrix unit takes them, which spares registers."""
-    return codes.view(torch.float8_e4m3fn) if target() == PTX and codes.dtype == torch.uint8 else codes
+    return codes.view(torch.float8_e4m3fn) if formats.target() == formats.PTX and codes.dtype == torch.uint8 else codes
 
 
 @triton.jit
 def operand(value):
     """E4M3 as a matrix operand: itself, or the bfloat16 values of its bytes where the unit does not take it."""
     if value.dtype == tl.uint8:
-        return e4m3_to_float(value).to(tl.bfloat16)
+        return formats.e4m3_to_float(value).to(tl.bfloat16)
     else:  # one branch is compiled, and each has a type of its own
         return value
 
@@ -54,7 +40,7 @@ def _factor(ws, xs, k, live, PART: tl.constexpr):
     """What block k of the sum is to be multiplied by, a number a row of x."""
     inside = k < PART // 128
     byte = tl.load(ws + k, mask=inside, other=127)
-    return power_of_two(byte) * power_of_two(tl.load(xs + k, mask=live & inside, other=127))
+    return formats.power_of_two(byte) * formats.power_of_two(tl.load(xs + k, mask=live & inside, other=127))
 
 
 @triton.jit
@@ -77,7 +63,7 @@ def fp8_tile(
         ahead = _factor(ws, xs, k + 1, live, PART)
         tall = operand(tl.load(w + k * 128))
         wide = operand(tl.load(x + k * 128, mask=live[:, None], other=0.0))
-        total += dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET) * factor[None, :]
+        total += formats.dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET) * factor[None, :]
         factor = ahead
     return total
 
@@ -95,7 +81,7 @@ def bf16_tile(
     for k in tl.range(0, PART // 128):
         tall = tl.load(w + k * 128)
         wide = tl.load(source + k * 128, mask=live[:, None], other=0.0)
-        total = dot(tall, tl.trans(wide), total, TARGET)
+        total = formats.dot(tall, tl.trans(wide), total, TARGET)
     return total
 
 
@@ -138,8 +124,8 @@ def _quantise_parts(
         for other in tl.static_range(HALVES * PARTS):
             whole += tl.load(upper + other % PARTS * size + other // PARTS * width, mask=own[None, :], other=0.0)
         wide = whole.to(tl.bfloat16).to(tl.float32)
-        exponent = fp8_scale_exponent(tl.max(tl.abs(wide), 0))
-        tl.store(out + block, e4m3_code(quantise_block(wide, exponent[None, :])), mask=own[None, :])
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), 0))
+        tl.store(out + block, formats.e4m3_block(wide, exponent[None, :]), mask=own[None, :])
         tl.store(out_scales + token * (width // 128) + first // 128, exponent.to(tl.uint8), mask=own)
         tl.store(counter, 0)
 
@@ -158,7 +144,7 @@ def _plain_kernel(
     row = tl.arange(0, WIDE)
     live = row < rows
     first = group * outputs + tile * TALL
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     halves: tl.constexpr = 1 if codes.dtype.element_ty == tl.bfloat16 else 2
     if halves == 1:
         total = _unquantised_tile(codes + group * DEPTH, weight, weight_scales, first, part * PART, row, live, stride,
@@ -168,7 +154,7 @@ def _plain_kernel(
             codes + group * DEPTH, scales + group * (DEPTH // 128), weight, weight_scales, first, part * PART, row,
             live, stride, DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     width = tl.num_programs(2) * outputs
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
     size = rows * width
@@ -196,9 +182,9 @@ def _unquantised_tile(
     byte = tl.load(ws)
     for k in tl.range(0, PART // 128):
         ahead = tl.load(ws + k + 1, mask=k + 1 < PART // 128, other=127)
-        tall = e4m3_times(tl.load(w + k * 128), byte, TARGET)
+        tall = formats.e4m3_times(tl.load(w + k * 128), byte, TARGET)
         wide = tl.load(source + k * 128, mask=live[:, None], other=0.0)
-        total = settled(dot(tall, tl.trans(wide), total, TARGET), TARGET)
+        total = formats.settled(formats.dot(tall, tl.trans(wide), total, TARGET), TARGET)
         byte = ahead
     return total
 
@@ -214,7 +200,7 @@ def _merged_kernel(
     row = tl.arange(0, WIDE)
     live = row < rows
     width = narrow + wide
-    wait_for_inputs(TARGET)
+    formats.wait_for_inputs(TARGET)
     if tile < wide // TALL:
         first = narrow + tile * TALL
         total = bf16_tile(x, wide_weight, tile * TALL, part * PART, row, live, DEPTH, PART, TALL, WIDE, TARGET)
@@ -224,7 +210,7 @@ def _merged_kernel(
             codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH,
             DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
-    let_next_start(TARGET)
+    formats.let_next_start(TARGET)
     place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
     store_parts(total, out, partial, arrived + tile, place, live[None, :], rows * width, part, PARTS)
 
@@ -263,10 +249,10 @@ def forward(
     shape = (rows // 2 if quantise and scales is not None else rows, groups * outputs)
     out = partial if left else new(shape, dtype=torch.uint8 if quantise else torch.bfloat16)
     out_scales = new((shape[0], shape[1] // BLOCK), dtype=torch.uint8) if quantise else out
-    made_for = target()
+    made_for = formats.target()
     # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
-    options = launch(made_for, num_stages=STAGES)
-    if quantise and made_for == PTX:
+    options = formats.launch(made_for, num_stages=STAGES)
+    if quantise and made_for == formats.PTX:
         options["launch_pdl"] = False
     if scales is not None:
         codes, weight = as_operand(codes), as_operand(weight)
@@ -292,10 +278,10 @@ def merged(
         arrived.view(torch.uint8) if each is None else each for each in (codes, scales, weight, weight_scales)
     )
     codes, weight = as_operand(codes), as_operand(weight)
-    made_for = target()
+    made_for = formats.target()
     _merged_kernel[(tiles, parts)](
         codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
         DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=MERGED_TALL, WIDE=wide_of(rows),
-        TARGET=made_for, **launch(made_for, num_stages=STAGES),
+        TARGET=made_for, **formats.launch(made_for, num_stages=STAGES),
     )  # fmt: skip
     return out
