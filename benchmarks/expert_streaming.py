@@ -10,7 +10,7 @@ import json
 import time
 
 from pelagos import LLM
-from pelagos.cli.counts import parse_tokens
+from pelagos.cli.options import parse_tokens
 from pelagos.engine.sampler import SamplingParams
 from pelagos.model.streaming import store_of
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pelagos.cli.counts import parse_tokens
+from pelagos.cli.options import parse_tokens
 from pelagos.config import preset
 from pelagos.evals.step_bench import cut_config, fill_caches
 from pelagos.kernels.layout import CacheLayout, Draw, Span

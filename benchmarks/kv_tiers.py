@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pelagos.cli.counts import parse_tokens
+from pelagos.cli.options import parse_tokens
 from pelagos.config import tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, Stream, build_engine
 from pelagos.engine.disk import DiskCache

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pelagos import cost
-from pelagos.cli.counts import parse_tokens
+from pelagos.cli.options import parse_tokens
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, KernelUnavailable
 from pelagos.evals.commit import commit
@@ -31,8 +31,7 @@ from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward, step_bytes
 from pelagos.model.cuda_prefill import prompt_bytes
 from pelagos.model.cuda_weights import Weights
-from pelagos.model.expert_blocks import ExpertBlocks
-from pelagos.model.expert_cache import draw_routes
+from pelagos.model.streaming import ExpertBlocks
 
 IDS = 4096  # tokens that are drawn, each with routes of its own
 STEPS = 200  # measured ones
@@ -104,6 +103,16 @@ def stream_rows(
                 "case": f"{shape} layers={config.num_hidden_layers} prompt={prompt} trace={trace}",
                 "us": round(took * 1e6, 1), "tok_s": round(prompt / took, 1), "outside_bytes": outside,
             }  # fmt: skip
+
+
+def draw_routes(rng: np.random.Generator, tokens: int, *, experts: int, picks: int, exponent: float) -> np.ndarray:
+    """Draw (tokens, picks) int64 distinct experts each, the one of rank r with weight r^-exponent: 0 is uniform.
+
+    Ranks are a permutation drawn first.
+    """
+    weight = -exponent * np.log1p(rng.permutation(experts))
+    keys = weight + rng.gumbel(size=(tokens, experts))
+    return np.argpartition(-keys, picks - 1, 1)[:, :picks]
 
 
 def _make(

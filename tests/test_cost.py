@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from pelagos import cost
-from pelagos.cli.cost import cost as command
-from pelagos.cli.cost import parse_task, parse_tokens
+from pelagos.cli.cost import main, parse_task, parse_tokens
 from pelagos.config import ModelConfig, flash, nano, pro, tiny
 from pelagos.errors import ConfigError
 from pelagos.model import Transformer
@@ -305,11 +303,9 @@ def test_impossible_tasks(task: tuple[int, int, float, int], model: str, prices:
 
 
 def run(*arguments: str) -> str:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main(arguments)
+    return shown.getvalue()
 
 
 def test_command_prints_the_claims_as_json() -> None:

@@ -106,7 +106,7 @@ def test_wrong_edges_are_seen(room: str, source: str, count: int) -> None:
 
 
 def test_front_door_is_light() -> None:
-    heavy = "import sys, pelagos; sys.exit(' '.join({'torch', 'numpy', 'tokenizers', 'typer'} & set(sys.modules)) or 0)"
+    heavy = "import sys, pelagos; sys.exit(' '.join({'torch', 'numpy', 'tokenizers', 'httpx'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT / "src")
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -28,10 +28,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def show(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:
-    try:
-        got = cli.main(["cache", *map(str, args)])
-    except SystemExit as exit_:
-        got = exit_.code
+    got = cli.main(["cache", *map(str, args)])
     shown = capsys.readouterr()
     assert got == code, shown.err
     return shown.err if code and not shown.out else shown.out

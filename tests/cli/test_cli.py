@@ -56,7 +56,7 @@ def test_help_lists_the_commands_that_are_here() -> None:
         assert re.search(rf"^  {name} ", shown.stdout, re.MULTILINE)
     wrong = run("chta")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "No such command 'chta'" in wrong.stderr
+    assert "no such command 'chta'" in wrong.stderr
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str, str]:
@@ -85,14 +85,14 @@ def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def broken(argv: list[str]) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_module", lambda name: type("plain", (), {"main": staticmethod(broken)}))
+    monkeypatch.setattr("pelagos.cli.train.main", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
 
-def test_train_runs_without_typer_and_rich() -> None:
+def test_train_runs_where_little_is_installed() -> None:
     code = (
-        "import sys; gone = ('typer', 'rich', 'starlette', 'tokenizers', 'deepseek_recipe');"
+        "import sys; gone = ('starlette', 'tokenizers', 'deepseek_recipe');"
         "sys.modules.update(dict.fromkeys(gone));"
         "from pelagos.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -105,7 +105,7 @@ def test_train_runs_without_typer_and_rich() -> None:
     assert shown.stdout.startswith("usage: pelagos train")
     failed = bare("chat")
     assert failed.returncode == 1
-    assert re.fullmatch(r"pelagos: .*typer.*\n", failed.stderr)
+    assert re.fullmatch(r"pelagos: .*tokenizers.*\n", failed.stderr)
 
 
 def test_generate_lines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,16 +227,16 @@ def test_serve_says_where_it_is_and_stops_on_ctrl_c(model: str) -> None:
         banner = "".join(iter(server.stderr.readline, "Ctrl-C stops the server.\n"))
         try:
             [url] = re.findall(r"serves small at (http://127\.0\.0\.1:\d+)", banner)
-            with urllib.request.urlopen(f"{url}/ready", timeout=10) as ready:
+            with urllib.request.urlopen(f"{url}/ready", timeout=60) as ready:
                 assert json.load(ready)["model"] == "small"
             [data] = re.findall(r"-d '(.*)'", banner)
             request = urllib.request.Request(f"{url}/v1/chat/completions", data.encode())
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 assert json.load(answer)["object"] == "chat.completion"
             taken = run("serve", "--model", model, "--port", url.rpartition(":")[2])
             assert taken.returncode == 1
             assert re.fullmatch(r"pelagos: cannot listen on .* in use.*\n", taken.stderr)
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(10)
+            server.wait(60)
     assert server.returncode in (0, 130, -signal.SIGINT)

@@ -499,7 +499,7 @@ def test_a_fork_of_the_process_and_on_step_are_told_what_they_cannot_do(monkeypa
 def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back() -> None:
     engine = engine_of()
     assert len(list(engine.submit([5, 6, 7], params(3)))) == 3
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while engine._thread is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert engine._thread is None

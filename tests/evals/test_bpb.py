@@ -165,8 +165,8 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, raw: bytes, name: str) ->
     assert refused.startswith(str(file))
 
 
-def test_typer_is_not_needed() -> None:
-    hide = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; "
+def test_help_needs_no_server() -> None:
+    hide = "import sys; sys.modules['starlette'] = sys.modules['uvicorn'] = None; "
     start = "from pelagos.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", hide + start, "eval", "bpb", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "src", timeout=60)

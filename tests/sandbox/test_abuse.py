@@ -224,7 +224,7 @@ def test_a_disk_of_its_own_is_full_when_it_is_full(make: Any) -> None:
     assert len(box.pack_diff()) < 100_000
     assert Path("/proc/self/mountinfo").read_text() == before
     box.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while box.id in _loop_files() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert box.id not in _loop_files()
@@ -248,7 +248,7 @@ def test_descriptor_bomb_and_output_flood(make: Any) -> None:
     began = time.monotonic()
     flood = box.exec("yes", timeout=1)
     assert (len(flood.stdout), flood.truncated, flood.timed_out) == (10_000, True, True)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30
     assert box.exec("echo fine").text == "fine\n"
 
 

@@ -44,15 +44,29 @@ def test_what_cannot_run_says_why(box: Sandbox, argv: list[str], options: dict[s
     assert word in done.stderr.decode()
 
 
-def test_streams_arrive_while_the_command_runs(box: Sandbox) -> None:
-    pieces: list[tuple[float, bytes]] = []
-    done = box.exec("echo one; sleep 0.4; echo two", on_stdout=lambda data: pieces.append((time.monotonic(), data)))
-    assert b"".join(data for _, data in pieces) == done.stdout == b"one\ntwo\n"
-    assert pieces[-1][0] - pieces[0][0] > 0.2
+def test_streams_arrive_while_the_command_runs(store: Store) -> None:
+    async def go() -> None:
+        async with await AsyncSandbox.create(store=store, ttl_s=120) as box:
+            pieces, heard = bytearray(), asyncio.Event()
+
+            def hear(data: bytes) -> None:
+                pieces.extend(data)
+                heard.set()
+
+            waits = "echo one; until [ -e go ]; do sleep 0.01; done; echo two"
+            running = asyncio.ensure_future(box.exec(waits, timeout=60, on_stdout=hear))
+            await heard.wait()
+            assert (pieces, running.done()) == (b"one\n", False)
+            await box.exec("touch go")
+            done = await running
+            assert (done.stdout, done.timed_out) == (b"one\ntwo\n", False)
+            assert pieces == done.stdout
+
+    asyncio.run(go())
 
 
 def test_timeout_kills_the_session_and_not_the_sandbox(box: Sandbox) -> None:
-    done = box.exec("echo begun; sleep 30 & sleep 30", timeout=0.5)
+    done = box.exec("echo begun; sleep 30 & sleep 30", timeout=2)
     assert (done.exit_code, done.timed_out, done.stdout) == (-signal.SIGKILL, True, b"begun\n")
     assert box.exec("ps ax | grep -c '[s]leep 30'").text == "0\n"
 
@@ -60,8 +74,8 @@ def test_timeout_kills_the_session_and_not_the_sandbox(box: Sandbox) -> None:
 def test_background_children_do_not_hang_exec_and_live_on(make: Any) -> None:
     box = make()
     began = time.monotonic()
-    assert box.exec("sleep 5 & echo started").stdout == b"started\n"
-    assert time.monotonic() - began < 4
+    assert box.exec("sleep 60 & echo started").stdout == b"started\n"
+    assert time.monotonic() - began < 30
     assert box.exec("pgrep -c sleep").text == "1\n"
 
 
@@ -70,7 +84,7 @@ def test_first_process_stays_and_leaves_no_zombies(make: Any) -> None:
     box.exec("for i in 1 2 3 4 5; do (sleep 0.01 &) ; done; for i in 1 2 3; do sleep 60 & done")
     assert box.exec(["pkill", "sleep"]).exit_code == 0
     assert box.exec("kill -9 1; kill -9 -1").exit_code == 1  # nobody left to kill: not the first, not the caller
-    assert box.exec("ps ax -o stat= | grep -c Z").text == "0\n"
+    assert box.exec("while ps ax -o stat= | grep -q Z; do sleep 0.02; done", timeout=60).exit_code == 0
     assert box.info()["usage"].get("processes", 3) == 3
     assert [r for r in logs.read_records(box.directory) if r["kind"] == "event"] == [], "it was started again"
 
@@ -143,7 +157,7 @@ for n in range(8):
 
 def test_client_killed_anywhere_and_started_again_runs_nothing_twice(make: Any, store: Store) -> None:
     box = make()
-    for after in (0.25, 0.32, 0.38, 20.0):
+    for after in (0.25, 0.32, 0.38, 120.0):
         client = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(store.root), box.id], stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(Path(logs.__file__).parents[2])},
@@ -164,7 +178,8 @@ def test_keeper_killed_keeps_files_and_leaves_unknown(make: Any) -> None:
 
     async def go() -> None:
         running = asyncio.ensure_future(box.wrapped.exec("echo y >> twice; sleep 20", request_id="long"))
-        await asyncio.sleep(0.5)
+        while not box.directory.joinpath("upper/workspace/twice").exists():
+            await asyncio.sleep(0.01)
         os.kill((await box.wrapped.info())["pid"], signal.SIGKILL)
         with pytest.raises(UnknownOutcome, match="may have run"):
             await running
@@ -182,7 +197,7 @@ def test_idle_sandbox_ends_and_comes_back(make: Any) -> None:
     box = make(ttl_s=0.3)
     box.exec("echo here > file")
     pid = box.info()["pid"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
@@ -192,15 +207,15 @@ def test_idle_sandbox_ends_and_comes_back(make: Any) -> None:
 
 def test_pause_stops_and_any_request_resumes(make: Any) -> None:
     box = make()
-    box.exec("(while :; do echo x >> ticks; sleep 0.02; done) >/dev/null 2>&1 & sleep 0.1")
+    ticking = "(while :; do echo x >> ticks; sleep 0.02; done) >/dev/null 2>&1 &"
+    box.exec(f"{ticking} until [ -s ticks ]; do sleep 0.01; done")
     box.pause()
     first = box.directory.joinpath("upper/workspace/ticks").stat().st_size
     time.sleep(0.3)
     assert box.directory.joinpath("upper/workspace/ticks").stat().st_size == first
     box.resume()
     box.pause()
-    assert box.exec("sleep 0.2; wc -c < ticks").exit_code == 0
-    assert box.directory.joinpath("upper/workspace/ticks").stat().st_size > first
+    assert box.exec(f"until [ $(stat -c %s ticks) -gt {first} ]; do sleep 0.01; done", timeout=60).exit_code == 0
 
 
 def test_snapshot_fork_diverge_pack_and_restore(make: Any, store: Store, tmp_path: Path) -> None:
@@ -279,7 +294,7 @@ def test_close_leaves_no_process_mount_or_group(store: Store) -> None:
     box.exec("sleep 60 >/dev/null 2>&1 &")
     pid, name = box.info()["pid"], box.id
     box.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}").exists()
@@ -318,8 +333,10 @@ def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
 
 def test_a_killed_nursery_or_forker_is_made_again(make: Any) -> None:
     box = make()
-    parent = {int(p.name): int((p / "stat").read_text().rpartition(")")[2].split()[1])
-              for p in Path("/proc").iterdir() if p.name.isdigit()}  # fmt: skip
+    parent: dict[int, int] = {}
+    for process in (each for each in Path("/proc").iterdir() if each.name.isdigit()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that ended meanwhile
+            parent[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
     keeper = box.info()["pid"]
     for pid in [p for p, of in parent.items() if of in (keeper, os.getpid()) and p != keeper]:
         if b"nursery" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -338,7 +355,7 @@ def test_a_terminal_is_typed_into_resized_and_logged(store: Store) -> None:
             )
 
             async def until(word: bytes) -> None:
-                for _ in range(500):
+                for _ in range(6000):
                     if word in seen:
                         return
                     await asyncio.sleep(0.01)

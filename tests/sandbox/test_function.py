@@ -113,7 +113,7 @@ def test_a_warm_interpreter_waits_for_the_next_like_the_last(make: Any, store: S
     def make_one() -> tuple[Sandbox, int]:
         """A sandbox, and the keeper that was made warm after it."""
         before = set(store.root.glob("warm/*"))
-        one, deadline = make(**options), time.monotonic() + 10
+        one, deadline = make(**options), time.monotonic() + 60
         while not (new := set(store.root.glob("warm/*")) - before):
             assert time.monotonic() < deadline
             time.sleep(0.01)

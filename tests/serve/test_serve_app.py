@@ -46,7 +46,7 @@ def serving(llm: LLM | Callable[[], LLM]) -> Iterator[httpx.Client]:
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             yield client
     finally:
         server.should_exit = True
@@ -54,9 +54,9 @@ def serving(llm: LLM | Callable[[], LLM]) -> Iterator[httpx.Client]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "waited 10 s"
+        assert time.monotonic() < end, "waited 60 s"
         time.sleep(0.01)
 
 
@@ -210,7 +210,7 @@ def test_loading_is_503_and_then_ready() -> None:
     go = threading.Event()
 
     def load() -> LLM:
-        go.wait(10)
+        go.wait(60)
         return scripted_llm("Hello")
 
     with serving(load) as client:
@@ -245,17 +245,13 @@ def test_a_client_that_leaves_stops_its_generation(streamed: bool) -> None:
             with client.stream("POST", PATH, json=body) as answer:
                 lines = answer.iter_lines()
                 assert sum(1 for _ in zip(range(6), lines, strict=False)) == 6
-                start = time.monotonic()
                 assert client.get("/health").status_code == 200
-                assert time.monotonic() - start < 1
+                assert engine.stats().requests_running == 1, "the server answers others meanwhile"
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(PATH, json=body, timeout=0.3)
-        time.sleep(0.2)
-        left = engine.stats().generated_tokens
-        time.sleep(0.2)
-        assert engine.stats().generated_tokens <= left + 1
-        assert left < 400
+        wait_until(lambda: len(engine.calls) == 1 and engine.stats().requests_running == 0)
+        assert engine.stats().generated_tokens < 400
         assert post(client, **OFF).json()["choices"][0]["message"]["content"] == "Hello, \u4f60\u597d!"
 
 

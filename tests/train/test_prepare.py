@@ -1,15 +1,16 @@
+import contextlib
 import gzip
+import io
 import json
 import re
 import tarfile
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
+from pelagos import cli
 from pelagos.chat import Tokenizer
 from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, FIM_END, SPECIAL_TOKENS, THINK, USER
-from pelagos.cli import typer_app
 from pelagos.errors import DataError
 from pelagos.train.corpus import TEXT_KINDS, is_held_out, read_corpus, split
 from pelagos.train.data import KINDS, NO_LOSS, SPLITS, read_shard
@@ -23,9 +24,9 @@ TOKEN_MASK = NO_LOSS - 1
 
 
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(typer_app(["data"]), arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert cli.main(arguments) == 0
+    return shown.getvalue()
 
 
 @pytest.fixture(scope="module")

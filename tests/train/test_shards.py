@@ -187,4 +187,4 @@ def test_reading_needs_only_numpy():
     code = "import sys, pelagos.train.data; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True)
     assert "numpy" in loaded.stdout.split(), loaded.stderr
-    assert not {"torch", "tokenizers", "deepseek_recipe", "typer"} & set(loaded.stdout.split())
+    assert not {"torch", "tokenizers", "deepseek_recipe", "starlette"} & set(loaded.stdout.split())

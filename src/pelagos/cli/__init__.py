@@ -1,23 +1,15 @@
 """The command line: parse, call one library function, print. Data goes to stdout, progress to stderr.
 
-Each command is the module `pelagos.cli.NAME`, imported only when it is asked for. It holds either a function NAME
-for typer (or an `app`, a typer group), or `main(argv)` built on argparse; the latter kind runs without typer and
-rich installed. A PelagosError becomes one red line and exit code 1; anything else keeps its traceback.
+Each command is `main(argv)` of the module `pelagos.cli.NAME`, imported only when it is asked for; it returns an exit
+code or None. A PelagosError becomes one red line and exit code 1; anything else keeps its traceback.
 """
 
-from __future__ import annotations
-
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+from pelagos.cli.options import tell
 from pelagos.errors import PelagosError
-
-if TYPE_CHECKING:
-    import typer
 
 COMMANDS = {
     "chat": "Talk with a model in the terminal.",
@@ -39,57 +31,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code; usage errors exit with 2."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        module = _module(args[0]) if args else None
-        if module is not None and hasattr(module, "main"):
-            return module.main(args[1:]) or 0
-        typer_app([args[0]] if module else list(COMMANDS))(args, prog_name="pelagos")
+    name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        print("usage: pelagos COMMAND ...\n\nThe DeepSeek-V4 system in Python.\n")
+        print("\n".join(f"  {command:<9} {about}" for command, about in COMMANDS.items()))
         return 0
+    if name not in COMMANDS:
+        print(f"pelagos: no such command {name!r}; `pelagos --help` lists them", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"pelagos.cli.{name}").main(args) or 0
     except PelagosError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        return _fail(f"this command needs `pip install typer rich` ({error})")
+        tell(f"pelagos: {' '.join(str(error).split())}", "31")
+        return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _fail(message: str) -> int:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}pelagos: {' '.join(message.split())}{plain}", file=sys.stderr)
-    return 1
-
-
-def typer_app(names: Sequence[str]) -> typer.Typer:
-    """Return a typer application of the commands in `names` that are here."""
-    import typer
-
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-    @app.callback()
-    def pelagos() -> None:
-        """The DeepSeek-V4 system in Python: talk with it, serve it, train it, measure it."""
-
-    for name in names:
-        module = _module(name)
-        if module is None:
-            continue
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name, help=COMMANDS[name])
-        elif hasattr(module, "main"):
-            app.command(name, help=COMMANDS[name])(_listed_only)
-        else:
-            app.command(name)(getattr(module, name))
-    return app
-
-
-def _listed_only() -> None:
-    """Stands in the list of commands for those that parse their own arguments."""
-
-
-def _module(name: str) -> ModuleType | None:
-    if name not in COMMANDS or importlib.util.find_spec(f"pelagos.cli.{name}") is None:
-        return None
-    return importlib.import_module(f"pelagos.cli.{name}")

@@ -1,89 +1,83 @@
 """`pelagos cache`: what the prefix cache on disk holds, whether it is intact, and its removal."""
 
+import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from pelagos.cli.options import shared
 from pelagos.config import read_environment
-from pelagos.engine.disk_file import KINDS, CacheDirectory, DamagedFile, Listed
+from pelagos.engine.disk_file import KINDS, CacheDirectory, DamagedFile
 from pelagos.errors import CacheError, ConfigError
 
-app = typer.Typer(no_args_is_help=True)
-Place = Annotated[Path | None, typer.Option("--dir", help="Cache directory (default: pelagos/prefix in your cache).")]
-User = Annotated[str | None, typer.Option(help="Only this user id; the directory knows users by a keyed hash.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 _SHOWN = 6  # positions a human listing names before it only counts
 
 
-@app.command("list")
-def list_(directory: Place = None, user: User = None, json_output: AsJson = False) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Run one verb; `verify` returns 1 when a file is damaged."""
+    parser = argparse.ArgumentParser(prog="pelagos cache", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list | verify | purge")
+    for verb in (list_, verify, purge):
+        about = verb.__doc__
+        command = verbs.add_parser(verb.__name__.rstrip("_"), help=about, description=about)
+        command.set_defaults(run=verb)
+        place = "cache directory (default: pelagos/prefix in your cache)"
+        command.add_argument("--dir", type=Path, metavar="DIR", help=place)
+        command.add_argument("--user", metavar="ID", help="only this user id (the directory has keyed hashes)")
+        shared(command, "json")
+        if verb is verify:
+            command.add_argument("--delete", action="store_true", help="remove the damaged files")
+        if verb is purge:
+            command.add_argument("--all", action="store_true", help="remove what all users and models have")
+    args = parser.parse_args(argv)
+    if args.verb == "purge" and (args.user is None) != args.all:
+        raise ConfigError("pelagos cache purge: expected either --user ID or --all")
+    usual = read_environment().cache_home / "pelagos" / "prefix"
+    report, lines = args.run(CacheDirectory(args.dir or usual, create=args.dir is None), args)
+    print(json.dumps(report, indent=1) if args.json else "\n".join(lines))
+    return 1 if report.get("damaged") else 0
+
+
+def list_(cache: CacheDirectory, args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str]]:
     """Show users, files, bytes, last use, and the positions that states resume at; with --user, every file."""
-    cache = _open(directory)
-    users = [_summary(tag, list(_rows(cache, tag))) for tag in _tags(cache, user)]
+    users = [_summary(tag, list(_rows(cache, tag))) for tag in _tags(cache, args.user)]
     report = {"dir": str(cache.root), "bytes": sum(each["bytes"] for each in users), "users": users}
-    typer.echo(json.dumps(report, indent=1) if json_output else "\n".join(_lines(report, files=user is not None)))
+    return report, _lines(report, files=args.user is not None)
 
 
-@app.command()
-def verify(
-    directory: Place = None, user: User = None, json_output: AsJson = False,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove the damaged files.")] = False,
-) -> None:  # fmt: skip
+def verify(cache: CacheDirectory, args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str]]:
     """Read every byte and compare checksums; exit code 1 when a file is damaged."""
-    cache = _open(directory)
     counts, damaged = {"intact": 0, "other_format": 0, "gone": 0}, []
-    for tag, listed in _files(cache, user):
+    for tag, listed in ((each, file) for each in _tags(cache, args.user) for file in cache.list_files(each)):
         try:
             cache.read_table(tag, listed, whole=True)
             counts["intact"] += 1
         except DamagedFile as error:
             damaged.append({"user": tag, "file": listed.name, "bytes": listed.size, "error": str(error)})
-            if delete:
+            if args.delete:
                 (cache.root / tag / listed.name).unlink(missing_ok=True)
         except CacheError:
             counts["other_format"] += 1
         except FileNotFoundError:  # evicted while we read
             counts["gone"] += 1
-    report = {"dir": str(cache.root), **counts, "deleted": len(damaged) if delete else 0, "damaged": damaged}
-    lines = [f"damaged: {each['user']}/{each['error']}" for each in damaged]
+    report = {"dir": str(cache.root), **counts, "deleted": len(damaged) if args.delete else 0, "damaged": damaged}
     shown = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in (counts | {"damaged": len(damaged)}).items())
-    typer.echo(json.dumps(report, indent=1) if json_output else "\n".join([*lines, f"{cache.root}: {shown}"]))
-    raise typer.Exit(1 if damaged else 0)
+    return report, [*(f"damaged: {each['user']}/{each['error']}" for each in damaged), f"{cache.root}: {shown}"]
 
 
-@app.command()
-def purge(
-    directory: Place = None, user: User = None, json_output: AsJson = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove what all users and models have.")] = False,
-) -> None:  # fmt: skip
+def purge(cache: CacheDirectory, args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str]]:
     """Remove a user's files, or with --all everyone's; a server that runs goes on and computes again."""
-    if (user is None) != everything:
-        raise ConfigError("pelagos cache purge: expected either --user ID or --all")
-    cache = _open(directory)
     with cache.locked(10.0) as held:
         if not held:
             raise CacheError(f"{cache.root}: another process has held its lock for 10 s; stop that one and try again")
-        removed = sum(cache.remove_user(tag) for tag in _tags(cache, user))
-    report = {"dir": str(cache.root), "removed": removed}
-    typer.echo(json.dumps(report, indent=1) if json_output else f"{cache.root}: {removed} files removed")
-
-
-def _open(directory: Path | None) -> CacheDirectory:
-    usual = read_environment().cache_home / "pelagos" / "prefix"
-    return CacheDirectory(directory or usual, create=directory is None)
+        removed = sum(cache.remove_user(tag) for tag in _tags(cache, args.user))
+    return {"dir": str(cache.root), "removed": removed}, [f"{cache.root}: {removed} files removed"]
 
 
 def _tags(cache: CacheDirectory, user: str | None) -> list[str]:
     return cache.tags() if user is None else [cache.tag(user)]
-
-
-def _files(cache: CacheDirectory, user: str | None) -> Iterator[tuple[str, Listed]]:
-    for tag in _tags(cache, user):
-        yield from ((tag, listed) for listed in cache.list_files(tag))
 
 
 def _rows(cache: CacheDirectory, tag: str) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import unicodedata
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from pelagos.cli.options import SAMPLING, shared, tell
 from pelagos.errors import RequestError
 
 if TYPE_CHECKING:
@@ -20,23 +20,21 @@ _HELP = (
 _EFFORTS = ("low", "high", "max")
 
 
-def chat(
-    model: Annotated[str, typer.Option(help="Bundled name, checkpoint directory or cached hub id.")] = "nano",
-    think: Annotated[bool, typer.Option("--think/--no-think", help="Let the model think before it answers.")] = True,
-    effort: Annotated[str, typer.Option(help="How hard it thinks: low, high or max.")] = "high",
-    system: Annotated[str | None, typer.Option(help="System text.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, thinking included.")] = 1024,
-    seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
-    mode: Annotated[str, typer.Option(help="Number mode: reference or released.")] = "reference",
-    device: Annotated[str | None, typer.Option(help="Device of the weights, such as cpu or cuda.")] = None,
-) -> None:
+def main(argv: Sequence[str]) -> None:
     """Talk with a model; reads lines from the terminal or a pipe."""
     from pelagos.engine import LLM
 
-    params = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    talk = Talk(LLM(model, mode=mode, device=device), params, system=system, effort=effort if think else "off")
+    parser = argparse.ArgumentParser(prog="pelagos chat", description="Talk with a model in the terminal.")
+    shared(parser, "model", "mode", "device", *SAMPLING)
+    about = "let the model think before it answers (default: it does)"
+    parser.add_argument("--think", action=argparse.BooleanOptionalAction, default=True, help=about)
+    parser.add_argument("--effort", default="high", help="how hard it thinks: low, high (default) or max")
+    parser.add_argument("--system", help="system text")
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer, thinking included")
+    args = parser.parse_args(argv)
+    params = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+    llm = LLM(args.model, mode=args.mode, device=args.device)
+    talk = Talk(llm, params, system=args.system, effort=args.effort if args.think else "off")
     for line in talk.lines():
         talk.take(line)
 
@@ -45,14 +43,10 @@ class Talk:
     """One conversation: the messages so far, the settings, and how they look in a terminal."""
 
     def __init__(self, llm: LLM, params: dict[str, Any], *, system: str | None, effort: str) -> None:
-        from rich.console import Console
-
         self._llm = llm
         self._params = params
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, Any]] = list(self._system)
-        self._out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self._err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
         self._effort = effort
         self._set_effort(effort)
 
@@ -62,14 +56,14 @@ class Talk:
         if interactive:
             import readline  # noqa: F401  # gives input() history and editing
 
-            self._err.print(_HELP, style="dim")
+            tell(_HELP)
         while True:
             try:
                 line = input("> " if interactive else "")
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self._err.print("\n/exit or Ctrl-D leaves", style="dim")
+                tell("\n/exit or Ctrl-D leaves")
                 continue
             if line.strip() == "/exit":
                 return
@@ -82,15 +76,15 @@ class Talk:
         try:
             if command == "/think":
                 self._set_effort(argument.strip() or ("high" if self._effort == "off" else "off"))
-                self._err.print(f"thinking: {self._effort}", style="dim")
+                tell(f"thinking: {self._effort}")
             elif command == "/clear":
                 self._messages = list(self._system)
             elif command.startswith("/"):
-                self._err.print(_HELP, style="dim")
+                tell(_HELP)
             else:
                 self._answer(line)
         except RequestError as error:
-            self._err.print(str(error), style="red")
+            tell(str(error), "31")
 
     def _set_effort(self, effort: str) -> None:
         if effort not in ("off", *_EFFORTS):
@@ -105,15 +99,15 @@ class Talk:
             last = ""
             for event in turn:
                 if last == "reasoning" != event.kind:
-                    self._err.print("\n")
+                    tell("\n")
                 last = event.kind
                 if event.kind == "reasoning":
-                    self._err.print(printable(event.text), style="dim italic", end="")
+                    tell(printable(event.text), "2;3", end="")
                 elif event.kind == "content":
-                    self._out.print(printable(event.text), end="")
+                    print(printable(event.text), end="", flush=True)
         except KeyboardInterrupt:
-            self._err.print(" [stopped]", style="dim", end="")
-        self._out.print()
+            tell(" [stopped]", end="")
+        print()
         self._messages += [question, turn.message]
 
 

@@ -1,49 +1,43 @@
 """`pelagos cost`: parse token counts and tasks, make one report, print it."""
 
+import argparse
 import json
 import re
-from typing import Annotated
-
-import typer
+from collections.abc import Sequence
+from functools import partial
 
 from pelagos import cost as costs
-from pelagos.cli.counts import parse_tokens
+from pelagos.cli.options import counts, parse_tokens, shared
 from pelagos.errors import ConfigError
 
-_WEIGHTINGS = f"How FLOPs count: {', '.join(costs.WEIGHTINGS)}."
 
-
-def cost(
-    model: Annotated[str, typer.Option(help="flash, pro, nano, tiny, v3.2, a directory or a cached hub id")] = "flash",
-    context: Annotated[str, typer.Option(help="Tokens of context; K = 1,024, M = 1,048,576.")] = "1M",
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="IN,OUT,HIT,N", help="Price N requests; HIT is a share of IN (<= 1 or 90%) or tokens."),
-    ] = None,
-    prices: Annotated[str | None, typer.Option(help="For --task: launch, current (default), or a YYYY-MM-DD.")] = None,
-    weighting: Annotated[str, typer.Option(help=_WEIGHTINGS)] = costs.DEFAULT_WEIGHTING,
-    layout: Annotated[str, typer.Option(help=f"How cache rows are encoded: {', '.join(costs.LAYOUTS)}.")] = "released",
-    dry_run: Annotated[
-        str | None,
-        typer.Option(metavar="GPUS", help="Plan serving on so many GPUs, such as 4,8,16; times are simulated."),
-    ] = None,
-    batch: Annotated[int, typer.Option(help="For --dry-run: sequences that decode together.")] = 1,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:
+def main(argv: Sequence[str]) -> None:
     """Cost a model: parameters, cache bytes, FLOPs per token, V3.2 and GQA-8 beside it, a task's price."""
-    if prices is not None and task is None:
-        raise ConfigError(f"--prices {prices}: prices a task, give one with --task IN,OUT,HIT,N")
-    if dry_run is not None:
+    parser = argparse.ArgumentParser(prog="pelagos cost", description=main.__doc__)
+    parser.add_argument("--model", default="flash", help="flash, pro, nano, tiny, v3.2, a directory or a cached hub id")
+    about = "tokens of context; K = 1,024, M = 1,048,576"
+    parser.add_argument("--context", type=partial(parse_tokens, name="context"), default="1M", help=about)
+    about = "price N requests; HIT is a share of IN (<= 1 or 90%%) or tokens"
+    parser.add_argument("--task", type=parse_task, metavar="IN,OUT,HIT,N", help=about)
+    parser.add_argument("--prices", help="for --task: launch, current (default), or a YYYY-MM-DD")
+    about = f"how FLOPs count: {', '.join(costs.WEIGHTINGS)}"
+    parser.add_argument("--weighting", default=costs.DEFAULT_WEIGHTING, help=about)
+    parser.add_argument("--layout", default="released", help=f"how cache rows are encoded: {', '.join(costs.LAYOUTS)}")
+    counts(parser, "dry-run", "plan serving on so many GPUs, such as 4,8,16; times are simulated")
+    parser.add_argument("--batch", type=int, default=1, help="for --dry-run: sequences that decode together")
+    shared(parser, "json")
+    args = parser.parse_args(argv)
+    if args.prices is not None and args.task is None:
+        raise ConfigError(f"--prices {args.prices}: prices a task, give one with --task IN,OUT,HIT,N")
+    if args.dry_run is not None:
         from pelagos.evals.placement import plan_rows, table
 
-        counts = [parse_tokens(each, "dry-run") for each in dry_run.split(",")]
-        rows = list(plan_rows(model, gpus=counts, context=parse_tokens(context, "context"), batch=batch))
-        typer.echo(json.dumps(rows, indent=1) if json_output else table(rows))
+        rows = list(plan_rows(args.model, gpus=args.dry_run, context=args.context, batch=args.batch))
+        print(json.dumps(rows, indent=1) if args.json else table(rows))
         return
-    priced = {"task": None if task is None else parse_task(task), "prices": prices or "current"}
-    tokens = parse_tokens(context, "context")
-    report = costs.report(model, context=tokens, weighting=weighting, layout=layout, **priced)
-    typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else report.table())
+    how = {"weighting": args.weighting, "layout": args.layout, "task": args.task, "prices": args.prices or "current"}
+    report = costs.report(args.model, context=args.context, **how)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report.table())
 
 
 def parse_task(text: str) -> tuple[int, int, float, int]:

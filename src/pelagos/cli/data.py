@@ -1,47 +1,44 @@
 """`pelagos data`: from a corpus directory to token shards, and what they hold."""
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from pelagos.cli.options import shared
 from pelagos.errors import ConfigError
 
 
-def data(
-    places: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="[CORPUS] OUT",
-            help="CORPUS: directory with docs, code and books .jsonl.gz (none with --source); OUT: for the shards.",
-        ),
-    ],
-    source: Annotated[
-        list[str], typer.Option(help="KIND=PATH: text, .jsonl or .parquet, a glob or an fsspec URL; repeatable.")
-    ] = [],  # noqa: B006
-    fim: Annotated[list[str], typer.Option(help="With --source: kinds that add fill-in-the-middle.")] = [],  # noqa: B006
-    near_duplicates: Annotated[bool, typer.Option(help="With --source: drop near-duplicates too.")] = False,
-    tokenizer: Annotated[Path, typer.Option(help="Directory of tokenizer.json.")] = Path("models/nano"),
-    learn_tokenizer: Annotated[bool, typer.Option(help="Learn the tokenizer from the training text first.")] = False,
-    vocab_size: Annotated[int, typer.Option(help="Tokens to learn, special ones included.")] = 4096,
-    heldout_text: Annotated[
-        bool, typer.Option(help="Also write heldout_KIND.jsonl, to be scored by eval bpb.")
-    ] = False,
-    archive: Annotated[Path | None, typer.Option(help="Also pack the shards into this .tar.xz.")] = None,
-    row_tokens: Annotated[int, typer.Option(help="Row length the padding is reported for.")] = 2048,
-    json_output: Annotated[bool, typer.Option("--json", help="Print meta.json on stdout.")] = False,
-) -> None:
+def main(argv: Sequence[str]) -> None:
     """Split a corpus, tokenise it and make chat samples: everything `pelagos train` reads."""
     from pelagos.train import prepare, sources
 
-    out, pairs = places[-1], [each.partition("=") for each in source]
-    if len(places) != (1 if source else 2) or not all(kind and path for kind, _, path in pairs):
+    parser = argparse.ArgumentParser(prog="pelagos data", description=main.__doc__)
+    about = "CORPUS: directory with docs, code and books .jsonl.gz (none with --source); OUT: for the shards"
+    parser.add_argument("places", nargs="+", type=Path, metavar="[CORPUS] OUT", help=about)
+    about = "KIND=PATH: text, .jsonl or .parquet, a glob or an fsspec URL; repeatable"
+    parser.add_argument("--source", action="append", default=[], metavar="KIND=PATH", help=about)
+    about = "with --source: kinds that add fill-in-the-middle"
+    parser.add_argument("--fim", action="append", default=[], metavar="KIND", help=about)
+    parser.add_argument("--near-duplicates", action="store_true", help="with --source: drop near-duplicates too")
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/nano"), help="directory of tokenizer.json")
+    about = "learn the tokenizer from the training text first"
+    parser.add_argument("--learn-tokenizer", action="store_true", help=about)
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens to learn, special ones included")
+    about = "also write heldout_KIND.jsonl, to be scored by eval bpb"
+    parser.add_argument("--heldout-text", action="store_true", help=about)
+    parser.add_argument("--archive", type=Path, help="also pack the shards into this .tar.xz")
+    parser.add_argument("--row-tokens", type=int, default=2048, help="row length the padding is reported for")
+    shared(parser, "json")
+    args = parser.parse_args(argv)
+    out, pairs = args.places[-1], [each.partition("=") for each in args.source]
+    if len(args.places) != (1 if pairs else 2) or not all(kind and path for kind, _, path in pairs):
         raise ConfigError("expected CORPUS OUT, or OUT with --source KIND=PATH; see `pelagos data --help`")
-    if source:
+    if pairs:
         named = [(kind, path) for kind, _, path in pairs]
-        meta = sources.tokenise(named, out, tokenizer, near_duplicates=near_duplicates, fim=fim)
+        meta = sources.tokenise(named, out, args.tokenizer, near_duplicates=args.near_duplicates, fim=args.fim)
     else:
-        learnt = {"tokenizer_dir": tokenizer, "learn_vocab_size": vocab_size if learn_tokenizer else None}
-        meta = prepare.prepare(places[0], out, **learnt, heldout_text=heldout_text, archive=archive)
-    typer.echo(json.dumps(meta, indent=1, ensure_ascii=False) if json_output else prepare.report(out, row_tokens))
+        how = {"tokenizer_dir": args.tokenizer, "heldout_text": args.heldout_text, "archive": args.archive}
+        learnt = args.vocab_size if args.learn_tokenizer else None
+        meta = prepare.prepare(args.places[0], out, **how, learn_vocab_size=learnt)
+    print(json.dumps(meta, indent=1, ensure_ascii=False) if args.json else prepare.report(out, args.row_tokens))

@@ -1,4 +1,4 @@
-"""`pelagos eval`: measures of a model. Plain argparse: runs without typer and rich."""
+"""`pelagos eval`: measures of a model."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pelagos.cli.options import shared
 
 _EVERY_S = 5.0  # between two lines of progress
 
@@ -18,13 +20,10 @@ def main(argv: Sequence[str]) -> int:
     about = "Bits per byte of text; each document counts alone, with its end."
     bpb = measures.add_parser("bpb", help=about, description=about)
     bpb.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text, JSON lines or Parquet; .gz is unpacked")
-    bpb.add_argument("--model", default="nano", help="bundled name, checkpoint directory or cached hub id")
-    bpb.add_argument("--mode", default="reference", help="number mode: reference or released")
+    shared(bpb, "model", "mode", "device", "json")
     bpb.add_argument("--context", type=int, metavar="N", help="start anew every N tokens (default: whole documents)")
     bpb.add_argument("--sample", type=int, metavar="N", help="score N documents of each file (default: all)")
     bpb.add_argument("--seed", type=int, default=0, help="which documents --sample draws")
-    bpb.add_argument("--device", help="device of the weights, such as cpu or cuda")
-    bpb.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     report = _bits_per_byte(args)
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else _table(report))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import math
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
+from pelagos import cost
+from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_model
+from pelagos.cli.options import shared
 
 if TYPE_CHECKING:
     from pelagos.chat import Tokenizer
@@ -17,31 +23,79 @@ if TYPE_CHECKING:
 _LISTED = 8  # differences and entries a human listing names before it only counts
 
 
-def inspect(
-    target: Annotated[str | None, typer.Argument(metavar="DIR_OR_NAME", help="The same as --model.")] = None,
-    model: Annotated[str, typer.Option(help="Bundled name, checkpoint directory or cached hub id.")] = "nano",
-    trace: Annotated[str | None, typer.Option(metavar="TEXT", help="Trace the last token of TEXT; - is stdin.")] = None,
-    mode: Annotated[str, typer.Option(help="Number mode of a trace: reference or released.")] = "reference",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:
+def main(argv: Sequence[str]) -> None:
     """Show what a checkpoint holds: layers, parameters, bytes, formats; with --trace, how a text passes its layers."""
-    from pelagos.checkpoint import open_checkpoint, resolve_model
-    from pelagos.cli.holdings import holdings
-
-    path = resolve_model(target or model)
-    if trace is None:
+    parser = argparse.ArgumentParser(prog="pelagos inspect", description=main.__doc__)
+    parser.add_argument("target", nargs="?", metavar="DIR_OR_NAME", help="the same as --model")
+    parser.add_argument("--trace", metavar="TEXT", help="trace the last token of TEXT; - is stdin")
+    shared(parser, "model", "mode", "json")
+    args = parser.parse_args(argv)
+    path = resolve_model(args.target or args.model)
+    if args.trace is None:
         report = holdings(open_checkpoint(path))
-        typer.echo(json.dumps(report, indent=1) if json_output else "\n".join(_holdings_lines(report)))
-        return
-    from pelagos.engine import LLM
-    from pelagos.model.trace import trace as trace_text
-
-    llm = LLM(path, mode=mode)
-    found = trace_text(llm.model, llm.prompt_ids(sys.stdin.read() if trace == "-" else trace))
-    if json_output:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        lines = _holdings_lines(report)
     else:
-        typer.echo("\n".join(_trace_lines(found, llm.tokenizer)))
+        from pelagos.engine import LLM
+        from pelagos.model.trace import trace
+
+        llm = LLM(path, mode=args.mode)
+        found = trace(llm.model, llm.prompt_ids(sys.stdin.read() if args.trace == "-" else args.trace))
+        report, lines = dataclasses.asdict(found), _trace_lines(found, llm.tokenizer)
+    print(json.dumps(report, indent=1) if args.json else "\n".join(lines))
+
+
+def holdings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sum a checkpoint's tensors by layer, part and format, and list where it differs from its config's plan."""
+    config, tensors = checkpoint.config, checkpoint.tensors.values()
+    drafts = int(checkpoint.draft == "mtp")
+    plan = {g.name: g for g in cost.inventory(dataclasses.replace(config, num_nextn_predict_layers=drafts), draft=True)}
+    kinds = {f"layers.{i}": (ratio, i < config.num_hash_layers) for i, ratio in enumerate(config.layer_ratios)}
+    kinds |= {"mtp.0": (0, False)} if drafts else {}
+    by_layer: dict[str, list[TensorInfo]] = {name: [] for name in kinds}
+    by_part: dict[str, list[TensorInfo]] = {}
+    counts: Counter[str] = Counter()
+    differences = []
+    for info in tensors:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", info.name)
+        counts[name] += 1
+        group = plan.get(name)
+        part = group.part if group else "draft" if checkpoint.draft == "dspark" and name.startswith("mtp.") else None
+        if part is None or (group and group.shape != info.shape):
+            expected = list(group.shape) if group else "no such tensor"
+            differences.append(f"{info.name}: {list(info.shape)}, expected {expected}")
+        by_part.setdefault(part or "unplanned", []).append(info)
+        place = re.match(r"(layers|mtp)\.\d+", info.name)
+        if place:
+            by_layer.setdefault(place[0], []).append(info)
+    for group in plan.values():
+        if counts[group.name] != group.count:
+            differences.append(f"{group.name}: {counts[group.name]} tensors, expected {group.count}")
+    layers = []
+    for name, infos in by_layer.items():
+        ratio, hashed = kinds.get(name, (None, None))
+        kind = "unplanned" if ratio is None else cost.layer_kind(ratio)
+        routing = None if hashed is None else "hash" if hashed else "learned"
+        layers.append({"name": name, "kind": kind, "ratio": ratio, "routing": routing} | _sums(infos))
+    return {
+        "path": str(checkpoint.path),
+        "config": config.to_dict(),
+        "draft": checkpoint.draft,
+        **_sums(tensors),
+        "layers": layers,
+        "parts": {part: _sums(infos) for part, infos in by_part.items()},
+        "differences": differences,
+    }
+
+
+def _sums(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
+    formats: dict[str, dict[str, int]] = {}
+    for info in tensors:
+        elements = 0 if info.format == "i64" else math.prod(info.shape)  # a hash table is nothing learned
+        each = formats.setdefault(info.format, {"tensors": 0, "parameters": 0, "bytes": 0})
+        for key, value in (("tensors", 1), ("parameters", elements), ("bytes", info.num_bytes)):
+            each[key] += value
+    totals = {key: sum(each[key] for each in formats.values()) for key in ("tensors", "parameters", "bytes")}
+    return totals | {"formats": formats}
 
 
 def _holdings_lines(report: dict[str, Any]) -> Iterator[str]:

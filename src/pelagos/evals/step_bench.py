@@ -21,9 +21,8 @@ from torch import Tensor
 
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
-from pelagos.errors import CapacityError, ConfigError, KernelUnavailable, MissingDependency
-from pelagos.evals.commit import commit
-from pelagos.evals.kernel_bench import Ceilings, measure_ceilings
+from pelagos.errors import CapacityError, ConfigError, MissingDependency
+from pelagos.evals.kernel_bench import Ceilings, elapsed, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, step_bytes
@@ -69,13 +68,10 @@ def prefill_rows(shape: str, *, layers: str | None, contexts: Sequence[int]) -> 
 def _rows(
     bench: str, shape: str, layers: str | None, cases: Sequence[tuple[int, int]], measure: Measure
 ) -> Iterator[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        raise KernelUnavailable(f"bench {bench}: no CUDA device here; a model is only timed where it runs")
     config = cut_config(shape, layers)
-    head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
-    ceilings = measure_ceilings()
+    ceilings, head, first = measure_ceilings(bench)
     torch.cuda.empty_cache()
-    yield ceilings_row(ceilings, head)
+    yield first
     begun = time.perf_counter()
     weights = Weights(config, torch.device("cuda")).fill_random()
     torch.cuda.synchronize()
@@ -88,15 +84,6 @@ def _rows(
         except CapacityError as error:
             yield row | {"refused": str(error)}
         torch.cuda.empty_cache()
-
-
-def ceilings_row(ceilings: Ceilings, head: dict[str, str]) -> dict[str, Any]:
-    """Return the row that says what the device does at best."""
-    return {
-        "bench": "ceilings", "case": "measured", **head, "us": round(ceilings.launch * 1e6, 3),
-        "copy_gbps": round(ceilings.copy / 1e9), "gbps": round(ceilings.read / 1e9),
-        "bf16_tflops": round(ceilings.bf16 / 1e12), "tflops": round(ceilings.fp8 / 1e12),
-    }  # fmt: skip
 
 
 def _forward(weights: Weights, context: int, batch: int, extra: int) -> tuple[CudaForward, np.ndarray, int]:
@@ -141,7 +128,7 @@ def _decode(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> d
     calls = len(parts(context - 2))
     kernels = profiled(forward, parts(context - 2)[0])
     launches = sum(count for count, _ in kernels.values())
-    return _figures(ceilings, least, took) | {
+    return ceilings.figures(least, took) | {
         "steps_us": [round(each * 1e6, 1) for each in times.values()], "tok_s": round(batch / took, 1),
         "wall_us": round(statistics.median(walls) * 1e6, 1), "launches": launches * calls, "calls": calls,
         "launches_per_layer": round(launches / config.num_hidden_layers, 2),
@@ -160,42 +147,19 @@ def _prefill(weights: Weights, ceilings: Ceilings, context: int, batch: int) -> 
     took: list[float] = []
     for start in starts:
         span = Span(ids, start, 0, tables[0])
-        times = []
-        for _ in range(3):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            forward.prefill.run([span])
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        took.append(min(times))
+        took.append(min(elapsed(lambda span=span: forward.prefill.run([span])) for _ in range(3)))
     whole = context / chunk * (took[0] if len(took) < 3 else (took[0] + 4 * took[1] + took[2]) / 6)
     moved = cost.decode_step(config, 1, 1 << 16).moved * context / chunk
     flops = context * cost.weighted_flops(config, max(1, context // 2), "index_x1")  # BF16 attention counts twice
-    return _figures(ceilings, cost.KernelCost(moved, flops), whole) | {
+    return ceilings.figures(cost.KernelCost(moved, flops), whole) | {
         "chunk_us": {start: round(each * 1e6, 1) for start, each in zip(starts, took, strict=True)},
         "tok_s": round(context / whole), "chunk": chunk, "planned_bytes": planned,
         "transient_bytes": torch.cuda.max_memory_allocated() - before, "peer": {},
     }  # fmt: skip
 
 
-def _figures(ceilings: Ceilings, least: cost.KernelCost, took: float) -> dict[str, Any]:
-    floor = ceilings.floor(least.moved, least.flops)
-    return {
-        "us": round(took * 1e6, 1), "gbps": round(least.moved / took / 1e9),
-        "tflops": round(least.flops / took / 1e12, 1), "floor_us": round(floor * 1e6, 1),
-        "floor_frac": round(floor / took, 3),
-    }  # fmt: skip
-
-
 def _replayed(forward: CudaForward, spans: Sequence[Span]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for staged in forward.launch(spans):
-        start.record()
-        staged.call.run()
-        end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return [elapsed(staged.call.run) for staged in forward.launch(spans)][-1]
 
 
 def profiled(forward: CudaForward, spans: Sequence[Span]) -> dict[str, tuple[int, float]]:
@@ -224,9 +188,7 @@ def fill_caches(layout: CacheLayout, pages: Tensor, slots: Tensor, seed: int = 0
         for main in (rows.window, rows.main):
             if main is not None:
                 for values, scales in _chunks(main):
-                    values[..., :nope].random_(0, 256, generator=generator).bitwise_and_(
-                        0xF7
-                    )  # never 0x7F, which is NaN
+                    values[..., :nope].random_(0, 256, generator=generator).bitwise_and_(0xF7)  # never 0x7F: NaN
                     values[..., nope:].view(torch.bfloat16).normal_(generator=generator)
                     scales[..., : -(-nope // 64)] = _SCALE_BYTE
         if rows.index is not None:
