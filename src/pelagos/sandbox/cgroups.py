@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from pelagos.sandbox import linux
 from pelagos.sandbox.api import Limits
 
 PARENT = "pelagos"
@@ -50,7 +51,7 @@ class Group:
         for controller, directory in self.directories.items():
             for file, value in _settings(controller, limits, self.unified):
                 if file not in _OPTIONAL or (directory / file).exists():
-                    (directory / file).write_text(value, encoding="ascii")
+                    linux.write(f"{directory}/{file}", value.encode())
 
     def open_joins(self) -> list[int]:
         """Open what a process writes "0" to in order to join."""

@@ -6,6 +6,7 @@ user, so they end with the processes. Refuses to start where user namespaces, ov
 
 import contextlib
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 # Who the inside is on the host when the caller is root: in no range of accounts or subordinate uids.
 SANDBOX_UID = 2_000_739_100
 INSIDE_UID = 1000
+NS_GET_USERNS = 0xB701
 START_S = 20.0
 END_S = 5.0
+ASK_BYTES = 1 << 17  # what is said about a sandbox that is to be made
 PROXY_PORT, PROXY_WORDS = 3128, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 ENTERED = ("owner", *linux.NAMESPACES)  # the order in which namespaces travel
-NS_GET_USERNS = 0xB701
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MKE2FS = "mke2fs -q -F -t ext4 -O ^has_journal -m 0 -E".split()
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "TERM": "dumb"}
@@ -43,6 +45,15 @@ ENVIRONMENT = {"PATH": PATH, "HOME": "/home/agent", "USER": "agent", "LANG": "C.
 def host_ids() -> tuple[int, int]:
     """Return the (uid, gid) sandboxes run as on the host: one of their own under root, else the caller's."""
     return (SANDBOX_UID, SANDBOX_UID) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+
+
+@functools.cache
+def bubblewrap() -> str:
+    """Return where bubblewrap lies; SandboxError where it is not installed."""
+    tool = linux.which("bwrap")
+    if tool is None:
+        raise SandboxError("container: bwrap not found; install bubblewrap (Debian: apt-get install bubblewrap)")
+    return tool
 
 
 def capabilities_here(group: Group | None, *, files: str) -> Capabilities:
@@ -66,36 +77,55 @@ def take_notes(box: Path) -> None:
 
 
 class Home:
-    """The control groups of a sandbox to come, and a process in them that will fork what runs there.
+    """The control groups of a sandbox to come, and two processes in them: one will start it, one fork what runs there.
 
-    Joining groups takes 16 ms (the kernel waits for a grace period), so it is done before anybody asks, and once.
+    Joining groups takes 16 ms (the kernel waits for a grace period), forking Python 1 and touching its pages for the
+    first time 2, so all of it is done before anybody asks, and once.
     """
 
-    def __init__(self, make: "Callable[[Path], Substrate]", rehearse: Callable[[], None]) -> None:
+    def __init__(self, make: "Callable[[Path, Spec | None], Substrate]", rehearse: Callable[[], None]) -> None:
         self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.launcher, asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         linux.seccomp_program()
+
+        def launch() -> None:
+            linux.close_all_but([asks.fileno()])
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            linux.populate()  # a program takes this memory's place
+            told, fds, _, _ = socket.recv_fds(asks, ASK_BYTES, 3)
+            if told:
+                ask = json.loads(told)
+                make(Path(ask["box"]), Spec.from_dict(ask["spec"])).launch(ask["first"], ask["grouped"], asks, *fds)
 
         def work() -> None:
             joins = self.group.open_joins() if self.group else []
             for fd in joins:
                 os.write(fd, b"0")
-            linux.close_all_but([theirs.fileno()])
+            linux.close_all_but([theirs.fileno(), asks.fileno()])
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             rehearse()
-            if box := theirs.recv(1 << 16):
-                take_notes(Path(os.fsdecode(box)))
-                make(Path(os.fsdecode(box))).run_inside(theirs)
+            launcher = linux.fork(launch, traceback.print_exception)
+            asks.close()
+            try:
+                if box := theirs.recv(1 << 16):
+                    take_notes(Path(os.fsdecode(box)))
+                    make(Path(os.fsdecode(box)), None).run_inside(theirs)
+            finally:
+                with contextlib.suppress(OSError):  # it ended
+                    os.kill(launcher, signal.SIGKILL)
+                    os.waitpid(launcher, 0)
 
         self.pid = linux.fork(work, traceback.print_exception)
-        theirs.close()
+        linux.close(theirs.detach(), asks.detach())
 
     def close(self) -> None:
-        """End the process, and with it the sandbox; remove the groups."""
+        """End the processes, and with them the sandbox; remove the groups."""
         if self.group and "freezer" in self.group.directories:
             with contextlib.suppress(OSError):
                 self.group.freeze(False)
         self.control.close()
+        self.launcher.close()
         if self.pid > 0:
             fd = os.pidfd_open(self.pid)
             if not select.select([fd], [], [], END_S)[0]:
@@ -137,12 +167,21 @@ class Substrate(ABC):
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
         self._group = home.group if home else None
 
-    def begin(self) -> None:  # noqa: B027  a machine has nothing to begin
+    def begin(self) -> None:
         """Begin what takes time, for `start` to wait for; raises SandboxError for what is missing."""
+        if self._home:
+            self._home.launcher.close()  # who would launch a container
 
     @abstractmethod
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
+
+    def launch(self, first: list[str], grouped: bool, report: socket.socket, *fds: int) -> None:
+        """In the other process of `Home`: become what `begin` said, if it said that."""
+        raise NotImplementedError
+
+    def settle(self) -> None:  # noqa: B027  most have nothing left to do
+        """Do what nobody waits for once it has started."""
 
     @abstractmethod
     def run_inside(self, control: socket.socket) -> None:
@@ -215,37 +254,34 @@ class Container(Substrate):
             raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self._ns: dict[str, int] = {}
         self._proxy = -1
-        self._hold = self._said = self._info = self._first = self._upper = -1
+        self._hold = self._said = self._info = self._first = self._upper = self._outer = self._pid = -1
 
     def begin(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
-        tool = linux.which("bwrap")
-        if tool is None:
-            raise SandboxError("container: bwrap not found; install bubblewrap (Debian: apt-get install bubblewrap)")
         if not self._spec.layers:
             raise SandboxError(f"sandbox {self._spec.id}: an image needs at least one layer; start from Image.host()")
         self._info, info_w = os.pipe()
         self._said, said_w = os.pipe()
         hold = self._stdin()
-        self._home.control.send(os.fsencode(self._box))
-        facts = json.dumps({"tool": tool, "first": self._first_process(), "grouped": self._group is not None})
-        socket.send_fds(self._home.control, [facts.encode()], [info_w, said_w, hold])
+        ask = {"box": str(self._box), "spec": asdict(self._spec), "first": self._first_process(),
+               "grouped": self._group is not None}  # fmt: skip
+        socket.send_fds(self._home.launcher, [json.dumps(ask).encode()], [info_w, said_w, hold])
         linux.close(info_w, said_w, hold)
 
     def start(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
         try:
+            self._home.control.send(os.fsencode(self._box))
             if self._group:
                 self._group.limit(self._spec.limits)
+            facts = until_ready(self._info, START_S)
+            if facts.startswith(b"{"):  # else it said why not
+                self._take_namespaces(json.loads(facts)["child-pid"])
             text = until_ready(self._said, START_S)
             if text != b"ready\n":
                 said = text.decode("utf-8", "replace").strip()
                 raise SandboxError(f"container {self._spec.id} did not start: {said}")
-            self._take_namespaces(json.loads(os.read(self._info, 65536))["child-pid"])
-            # A disk is mounted in the namespace of that process alone, which has the box under /tmp.
-            place = Path("/proc", str(self._home.pid), "root", "tmp", "own") if self._own_disk else self._box
-            self._upper = os.open(f"{place}/upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
+            self._ns["user"] = os.open(f"/proc/{self._pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
             if self._spec.network:
                 from pelagos.sandbox import proxy  # of which other containers need nothing
 
@@ -254,6 +290,12 @@ class Container(Substrate):
         except BaseException:
             self.stop()
             raise
+
+    def settle(self) -> None:
+        assert self._home is not None, "made in the process that is inside already"
+        word = b"grouped" if self._group else b"enter"
+        socket.send_fds(self._home.control, [word], [self._ns[name] for name in ENTERED])
+        self._upper, self._outer = socket.recv_fds(self._home.launcher, 16, 2)[1]
 
     def _stdin(self) -> int:
         """Make what the first process waits on and return its end."""
@@ -266,30 +308,39 @@ class Container(Substrate):
         os.write(self._hold, b"ready\n")
         return ["cat"]
 
-    def _prepare(self) -> None:
-        """In the process of `Home`: make what is mounted; root does so in a namespace of its own."""
+    def launch(self, first: list[str], grouped: bool, report: socket.socket, *fds: int) -> None:
+        """Private mounts, then bubblewrap on top of them; what goes wrong is told to `fds`."""
+        info, said, hold = fds
+        self._grouped = grouped
+        try:
+            self._mount(report)
+            self._become_first(info, said, hold, first)
+        except (OSError, SandboxError) as error:
+            os.write(said, f"{error}".encode())
+
+    def _mount(self, report: socket.socket) -> None:
+        """Mount the layers and what is written over them at /tmp, as the user that runs it."""
+        uid, gid = host_ids()
+        root, layers = str(self._box), str(self._layers)
         if os.geteuid() == 0:
             linux.unshare("mnt")
             linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
-        (self._box / "layers").mkdir(exist_ok=True)
+            os.mkdir(f"{root}/layers") if not os.path.exists(f"{root}/layers") else None
         if self._own_disk:
             disk = self._box / "disk"
             if not disk.exists():
                 make_disk(disk, self._spec.limits.disk_mb)
             self._place.mkdir(mode=0o711, exist_ok=True)
             run_tool("mount", "-n", "-o", "loop,nosuid,nodev,noinit_itable", str(disk), str(self._place))
+        os.umask(0)
         for name in ("upper", "work"):
-            directory = self._place / name
-            directory.mkdir(exist_ok=True)
-            directory.chmod(0o755)
-            os.chown(directory, *host_ids())
-
-    def _launch(self, tool: str, info: int, said: int, hold: int, first: list[str]) -> None:
-        """In the child: private mounts, then bubblewrap on top of them; only an exec returns from here."""
-        uid, gid = host_ids()
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("900")
-        root, layers = str(self._box), str(self._layers)
+            directory = f"{self._place}/{name}"
+            if not os.path.exists(directory):
+                os.mkdir(directory, 0o755)
+                os.chown(directory, uid, gid)
+        # The keeper holds this mount namespace too: the last who leaves one waits for the kernel to free it, 0.8 ms.
+        paths = (f"{self._place}/upper", "/proc/self/ns/mnt")
+        socket.send_fds(report, [b"upper"], [os.open(path, os.O_RDONLY) for path in paths])
         if os.geteuid() == 0:
             # The unprivileged user may not walk to our directories, so root lends them under a name it may walk to.
             linux.mount(layers, f"{root}/layers", None, linux.MS_BIND)
@@ -308,6 +359,11 @@ class Container(Substrate):
         stack = ":".join(f"/proc/self/fd/{fd}" for fd in lower)
         options = f"userxattr,lowerdir={stack},upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work}"
         linux.mount("overlay", "/tmp", "overlay", linux.MS_NOSUID | linux.MS_NODEV, options)
+
+    def _become_first(self, info: int, said: int, hold: int, first: list[str]) -> None:
+        """Limit this process and execute bubblewrap, and that the first process, in it."""
+        with contextlib.suppress(OSError):
+            linux.write("/proc/self/oom_score_adj", b"900")
         rules, rules_w = os.pipe()
         os.write(rules_w, self._filter)
         os.close(rules_w)
@@ -321,7 +377,7 @@ class Container(Substrate):
         if self.nested:
             os.close(rules)
         os.chdir("/")
-        os.execve(tool, [tool, *self._arguments(info, rules), *first], {"PATH": PATH})
+        os.execve(bubblewrap(), ["bwrap", *self._arguments(info, rules), *first], {"PATH": PATH})
 
     def _arguments(self, info: int, rules: int) -> list[str]:
         words = ["--unshare-user --uid", INSIDE_UID, "--gid", INSIDE_UID, "--unshare-pid",
@@ -336,10 +392,11 @@ class Container(Substrate):
         return " ".join(map(str, words)).split()
 
     def _take_namespaces(self, pid: int) -> None:
-        self._ns = {name: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in linux.NAMESPACES}
-        self._first = os.pidfd_open(pid)
-        # bubblewrap ends in a user namespace below the one that owns the rest; that one gives the right to enter.
-        self._ns["owner"] = fcntl.ioctl(self._ns["mnt"], NS_GET_USERNS)
+        """Hold all that were made for the first process; what it goes on to, a user namespace below, is there later."""
+        places = {name: f"/proc/{pid}/ns/{name}" for name in linux.NAMESPACES if name != "user"}
+        self._ns = {name: os.open(place, os.O_RDONLY | os.O_CLOEXEC) for name, place in places.items()}
+        self._ns["owner"] = fcntl.ioctl(self._ns["mnt"], NS_GET_USERNS)  # it gives the right to enter the others
+        self._first, self._pid = os.pidfd_open(pid), pid
 
     def _limit(self) -> None:
         limits = self._spec.limits
@@ -361,36 +418,18 @@ class Container(Substrate):
         return self.hand_over(ask, stdio)
 
     def run_inside(self, control: socket.socket) -> None:
-        facts, fds, _, _ = socket.recv_fds(control, 1 << 16, 3)
-        if not facts:
-            return
-        told = json.loads(facts)
-        self._grouped = told["grouped"]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-        def complain(error: BaseException) -> None:
-            os.write(fds[1], f"{type(error).__name__}: {error}".encode())
-
-        try:
-            self._prepare()
-        except (OSError, SandboxError) as error:
-            return complain(error)
-        tool = linux.fork(lambda: self._launch(told["tool"], fds[0], fds[1], fds[2], told["first"]), complain)
-        linux.close(*fds)
-        try:
-            said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
-            if said:
-                self._ns = dict(zip(ENTERED, fds, strict=True))
-                linux.become(*host_ids())
-                linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-                linux.prctl(linux.PR_SET_DUMPABLE, 0)
-                self._enter("owner", "pid")
-                gc.freeze()
-                self._serve(control)
-        finally:
-            os.kill(tool, signal.SIGKILL)
-            os.waitpid(tool, 0)
+        said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
+        if said:
+            self._grouped = said == b"grouped"
+            self._ns = dict(zip(ENTERED, fds, strict=True))
+            linux.become(*host_ids())
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            linux.prctl(linux.PR_SET_DUMPABLE, 0)
+            self._enter("owner", "pid")
+            gc.freeze()
+            self._serve(control)
 
     def _serve(self, control: socket.socket) -> None:
         poll = select.poll()
@@ -508,11 +547,11 @@ class Container(Substrate):
             os.kill(self._proxy, signal.SIGKILL)
             os.waitpid(self._proxy, 0)
             self._proxy = -1
-        for fd in (*self._ns.values(), self._hold, self._said, self._info, self._first, self._upper):
+        for fd in (*self._ns.values(), self._hold, self._said, self._info, self._first, self._upper, self._outer):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._ns = {}
-        self._hold = self._said = self._info = self._first = self._upper = -1
+        self._hold = self._said = self._info = self._first = self._upper = self._outer = self._pid = -1
 
 
 def until_ready(fd: int, seconds: float) -> bytes:

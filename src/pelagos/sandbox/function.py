@@ -31,6 +31,7 @@ class Function(Container):
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         super().__init__(box, layers, spec, home)
         self.capabilities, self._calls = capabilities_here(self._group, files="none"), 0
+        self._control: socket.socket | None = None
 
     def _first_process(self) -> list[str]:
         return ["/usr/bin/env", "python3", "-I", "-S", "-c", _BOOT]
@@ -49,34 +50,39 @@ class Function(Container):
         program = linux.file_of(f"{linux.modules_as_program('linux', 'worker')}{start}".encode())
         socket.send_fds(control, [b"program"], [program])
         os.close(program)
-        self._hold = control.detach()
+        self._control = control
         return theirs.detach()
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+        assert self._control is not None, "it has not begun"
         text = linux.file_of(json.dumps({
             "argv": command.argv, "env": ENVIRONMENT | dict(command.env), "source": command.call,
             "arguments": command.arguments, "cwd": command.cwd,
         }).encode())  # fmt: skip
         try:
-            with socket.socket(fileno=os.dup(self._hold)) as control:
-                while True:
-                    # A free slot has a process ready in a moment; where each has a call, one more is made.
-                    if not select.select([control], [], [], SLOT_S if self._calls < READY else 0)[0]:
-                        control.send(b"more")
-                        if not select.select([control], [], [], START_S)[0]:
-                            raise SandboxError(f"function {self._spec.id}: no process was ready in {START_S:.0f} s")
-                    fds = socket.recv_fds(control, 16, 1)[1]
-                    if not fds:
-                        raise OSError("no answer")
-                    call = _Call(fds[0], self._ended)
-                    with contextlib.suppress(BrokenPipeError):  # that one was killed while it waited
-                        socket.send_fds(call.link, [b"run"], [text, *stdio])
-                        self._calls += 1
-                        return call
+            while True:
+                # A free slot has a process ready in a moment; where each has a call, one more is made.
+                if not select.select([self._control], [], [], SLOT_S if self._calls < READY else 0)[0]:
+                    self._control.send(b"more")
+                    if not select.select([self._control], [], [], START_S)[0]:
+                        raise SandboxError(f"function {self._spec.id}: no process was ready in {START_S:.0f} s")
+                fds = socket.recv_fds(self._control, 16, 1)[1]
+                if not fds:
+                    raise OSError("no answer")
+                call = _Call(fds[0], self._ended)
+                with contextlib.suppress(BrokenPipeError):  # that one was killed while it waited
+                    socket.send_fds(call.link, [b"run"], [text, *stdio])
+                    self._calls += 1
+                    return call
         except OSError as error:
             raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error}); ask again") from None
         finally:
             os.close(text)
+
+    def stop(self) -> None:
+        super().stop()
+        if self._control:
+            self._control.close()
 
     def _ended(self) -> None:
         self._calls -= 1

@@ -26,7 +26,7 @@ from typing import Any
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import cgroups, function, linux  # noqa: F401  `function` is loaded once for all keepers
 from pelagos.sandbox.api import Command, Spec
-from pelagos.sandbox.container import Home, Substrate, take_notes
+from pelagos.sandbox.container import ASK_BYTES, Home, Substrate, bubblewrap, take_notes
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
 from pelagos.sandbox.loop import Connection, Loop, Promise
@@ -76,13 +76,17 @@ def _read_spec(box: Path) -> Spec:
 
 
 def _home() -> Home:
-    return Home(lambda box: _make(box, _read_spec(box), None), _rehearse)
+    return Home(lambda box, spec: _make(box, spec or _read_spec(box), None), _rehearse)
 
 
 def _rehearse() -> None:
     """Do once what the first request needs: a fork's memory becomes its own where it is touched, a page at a time."""
-    spec = json.dumps(dataclasses.asdict(Spec(id="x", substrate="container", base="host")))
-    _make(Path("/a/b/c"), Spec.from_dict(json.loads(spec)), None)
+    spec = dataclasses.asdict(Spec(id="x", substrate="container", base="host"))
+    place, facts = json.loads(json.dumps(["/a/b/c", spec]))
+    made = _make(Path(place), Spec.from_dict(facts), None)
+    json.dumps(dataclasses.asdict(made.capabilities))
+    with contextlib.suppress(SandboxError):
+        bubblewrap()
 
 
 class _Stream:
@@ -145,17 +149,19 @@ class _Stream:
 class Keeper:
     """One sandbox's state machine; runs in a process of its own."""
 
-    def __init__(self, loop: Loop, box: Path, home: Home, warm: Substrate | None) -> None:
-        spec = _read_spec(box)
+    def __init__(self, loop: Loop, box: Path, spec: Spec, home: Home, warm: Substrate | None) -> None:
         self._loop, self._box, self._root, self._spec = loop, box, box.parents[1], spec
         if (box / "log.jsonl").exists():
+            take_notes(box)
             self._log = TrajectoryLog.open(box)  # before anything else of this sandbox: there is one keeper at a time
             if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
                 raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
             self._log.event("start")
             self._substrate: Substrate = warm or _make(box, spec, home)
         else:
-            self._substrate = warm or _make(box, spec, home)  # which starts while the log is made
+            self._substrate = warm or _make(box, spec, home)  # which starts while the rest is made
+            take_notes(box)
+            (box / SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
             self._log = TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
         self._terminals: dict[str, int] = {}
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
@@ -167,20 +173,22 @@ class Keeper:
     async def serve(self, ready: socket.socket) -> None:
         """Start the sandbox, say so on `ready`, and answer until closed or idle."""
         path = self._box / SOCKET
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        flags = json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode() + b"\n"
         try:
-            self._substrate.start()
             path.unlink(missing_ok=True)
-            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             with short_name(self._box) as short:
                 server.bind(f"{short}/{SOCKET}")
             path.chmod(0o600)
             server.listen(64)
+            self._substrate.start()  # last: all that was before is done while it starts
         except BaseException:
             self._substrate.stop()
             raise
-        self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
         with ready, contextlib.suppress(OSError):  # whoever asked was killed; the next one finds a sandbox
-            ready.sendall(json.dumps(dataclasses.asdict(self._substrate.capabilities)).encode() + b"\n")
+            ready.sendall(flags)
+        self._substrate.settle()
+        self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
         self._loop.start(self._watch()).then(self._done.settle)
         try:
             await self._done
@@ -277,6 +285,7 @@ class Keeper:
             self._over_disk, self._kills = False, 0
             self._substrate = _make(self._box, self._spec, _home())
             self._substrate.start()
+            self._substrate.settle()
             self._log.event("start")
 
     async def _run(self, begun: Begun, op: str, args: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -501,10 +510,10 @@ def nursery() -> None:
                 linux.fork(lambda: _keep(theirs, key), traceback.print_exception)  # noqa: B023
                 theirs.close()
                 spares[key].append(ours)
-            data, fds, _, _ = socket.recv_fds(sock, 65536, 1)
+            data, fds, _, _ = socket.recv_fds(sock, ASK_BYTES, 1)
             if not data:
                 return
-            if (key := _warm_for(Path(os.fsdecode(data)))) and key != wanted:
+            if (key := _warm_for(data)) and key != wanted:
                 for spare in spares.pop(wanted, []) if wanted else []:
                     spare.close()
                 wanted = key
@@ -515,14 +524,13 @@ def nursery() -> None:
             os.close(fds[0])
 
 
-def _warm_for(box: Path) -> str:
+def _warm_for(asked: bytes) -> str:
     """Return what a spare's interpreter would have to be for to serve this sandbox; "" where it has none."""
-    try:
-        spec = json.loads((box / SPEC).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if b'"substrate": "function"' not in asked:
         return ""
+    box, spec = json.loads(asked)
     facts = {name: value for name, value in spec.items() if name not in ("id", "ttl_s")}
-    return json.dumps([str(box.parents[1]), facts]) if spec["substrate"] == "function" else ""
+    return json.dumps([str(Path(box).parents[1]), facts]) if spec["substrate"] == "function" else ""
 
 
 def _keep(asks: socket.socket, key: str) -> None:
@@ -544,10 +552,9 @@ def _keep(asks: socket.socket, key: str) -> None:
             place.chmod(0o711)
             (place / SPEC).write_text(json.dumps(facts | {"id": "warm", "ttl_s": 1.0}), encoding="utf-8")
             warm = _make(place, _read_spec(place), home)
-        data, fds, _, _ = socket.recv_fds(asks, 65536, 1)
-        asks.close()
+        data, fds, _, _ = socket.recv_fds(asks, ASK_BYTES, 1)
         if data:
-            _keep_one(Path(os.fsdecode(data)), socket.socket(fileno=fds[0]), home, warm)
+            _keep_one(data, socket.socket(fileno=fds[0]), home, warm)
     finally:
         home.close()
         if key:
@@ -556,12 +563,12 @@ def _keep(asks: socket.socket, key: str) -> None:
             remove_tree(place)
 
 
-def _keep_one(box: Path, ready: socket.socket, home: Home, warm: Substrate | None) -> None:
-    take_notes(box)
-    os.umask(0o077)
+def _keep_one(asked: bytes, ready: socket.socket, home: Home, warm: Substrate | None) -> None:
     try:
+        place, facts = json.loads(asked)
+        os.umask(0o077)
         loop = Loop()
-        loop.run(Keeper(loop, box, home, warm).serve(ready))
+        loop.run(Keeper(loop, Path(place), Spec.from_dict(facts), home, warm).serve(ready))
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()

@@ -33,6 +33,19 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Sink = Callable[[bytes], None]
 CLOSE_S = 10.0
+READ_BYTES = 1 << 16
+
+
+def _loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs, None for a caller that just waits: `Sandbox`, which needs no loop."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _sleep(seconds: float) -> None:
+    await asyncio.sleep(seconds) if _loop() else time.sleep(seconds)
 
 
 class _Link:
@@ -43,22 +56,30 @@ class _Link:
 
     @classmethod
     async def to(cls, directory: Path) -> Self:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with keeper.short_name(directory) as short:
-                await asyncio.get_running_loop().sock_connect(sock, f"{short}/{keeper.SOCKET}")
+                sock.connect(f"{short}/{keeper.SOCKET}")  # a keeper takes it whatever it does at the moment
         except BaseException:
             sock.close()
             raise
         return cls(sock)
 
+    def _in_loop(self) -> asyncio.AbstractEventLoop | None:
+        loop = _loop()
+        if self.sock.getblocking() == bool(loop):
+            self.sock.setblocking(not loop)
+        return loop
+
     async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+        loop = self._in_loop()
+        await loop.sock_sendall(self.sock, data) if loop else self.sock.sendall(data)
 
     async def take(self, size: int | None = None) -> bytes:
         """Return `size` bytes or a line."""
+        loop = self._in_loop()
         while (end := self._in.find(b"\n") + 1 if size is None else size) > len(self._in) or (size is None and not end):
-            piece = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 20)
+            piece = await loop.sock_recv(self.sock, READ_BYTES) if loop else self.sock.recv(READ_BYTES)
             if not piece:
                 raise ConnectionResetError("the keeper ended before it answered")
             self._in += piece
@@ -120,7 +141,6 @@ class AsyncSandbox:
             raise SandboxError(f"sandbox {spec.id!r} exists; open it, or choose another id") from None
         try:
             box.directory.chmod(0o711)
-            (box.directory / keeper.SPEC).write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
             try:
                 flags = await box._start_keeper()
             except ConnectionError:  # a spare one that was killed this moment
@@ -236,7 +256,7 @@ class AsyncSandbox:
         while not _unlocked(self.directory / log.NAME):
             if time.monotonic() > deadline:
                 raise SandboxError(f"sandbox {self.id}: its keeper did not end within {CLOSE_S:.0f} s")
-            await asyncio.sleep(0.002)
+            await _sleep(0.002)
         if not keep:
             remove_tree(self.directory)
 
@@ -297,7 +317,8 @@ class AsyncSandbox:
 
     def _hand_over(self, ready: int) -> None:
         with socket.socket(fileno=os.dup(_nursery())) as sock:
-            socket.send_fds(sock, [os.fsencode(self.directory)], [ready])
+            asked = json.dumps([str(self.directory), dataclasses.asdict(self.spec)])
+            socket.send_fds(sock, [asked.encode()], [ready])
 
     async def _start_keeper(self) -> dict[str, str]:
         """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
@@ -309,14 +330,13 @@ class AsyncSandbox:
                 except OSError:  # the nursery was killed: start another
                     _nursery.cache_clear()
                     self._hand_over(theirs.fileno())
-            ours.setblocking(False)
             try:
                 told = json.loads(await _Link(ours).take())
             except ConnectionError:
                 raise ConnectionResetError("its keeper ended without a word") from None
         if "error" in told:
             if "another process writes" in told["error"]:
-                await asyncio.sleep(0.05)  # another client was quicker, or the old keeper is about to end
+                await _sleep(0.05)  # another client was quicker, or the old keeper is about to end
                 return {}
             raise SandboxError(told["error"])
         return told
@@ -343,12 +363,24 @@ class AsyncFiles:
         return [FileInfo(name=n, kind=k, size=s, mode=m) for n, k, s, m in json.loads(entries)]
 
 
+def _done(work: Coroutine[Any, Any, T]) -> T:
+    """Do the work of a method of the async face, which waits where no event loop runs and so is done in one step."""
+    if _loop():
+        work.close()
+        raise RuntimeError("Sandbox waits, and an event loop runs here: use AsyncSandbox")
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waited for an event loop where there is none")
+
+
 def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
     """Turn a method of the async face into one that waits, with its signature and its words."""
 
     @functools.wraps(method)
     def run(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.runner.run(method(self.wrapped, *args, **kwargs))
+        return _done(method(self.wrapped, *args, **kwargs))
 
     return run
 
@@ -356,8 +388,8 @@ def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> C
 class Files:
     """`AsyncFiles`, waiting."""
 
-    def __init__(self, files: AsyncFiles, runner: asyncio.Runner) -> None:
-        self.wrapped, self.runner = files, runner
+    def __init__(self, files: AsyncFiles) -> None:
+        self.wrapped = files
 
     read, write, list = (_waiting(AsyncFiles.read), _waiting(AsyncFiles.write), _waiting(AsyncFiles.list))
 
@@ -365,43 +397,30 @@ class Files:
 class Sandbox:
     """`AsyncSandbox` for programs without an event loop: the same methods, waiting."""
 
-    def __init__(self, box: AsyncSandbox | Coroutine[Any, Any, AsyncSandbox]) -> None:
-        self.runner, self._closed = asyncio.Runner(), False
-        try:
-            self.wrapped = box if isinstance(box, AsyncSandbox) else self.runner.run(box)
-        except BaseException:
-            self.runner.close()
-            raise
-        self.id, self.spec, self.directory = self.wrapped.id, self.wrapped.spec, self.wrapped.directory
-        self.capabilities = self.wrapped.capabilities
-        self.files = Files(self.wrapped.files, self.runner)
+    def __init__(self, box: AsyncSandbox) -> None:
+        self.wrapped = box
+        self.id, self.spec, self.directory, self.capabilities = box.id, box.spec, box.directory, box.capabilities
+        self.files = Files(box.files)
 
     exec, call = _waiting(AsyncSandbox.exec), _waiting(AsyncSandbox.call)
     terminal, type = _waiting(AsyncSandbox.terminal), _waiting(AsyncSandbox.type)
     snapshot, pack_diff = _waiting(AsyncSandbox.snapshot), _waiting(AsyncSandbox.pack_diff)
     pause, resume = _waiting(AsyncSandbox.pause), _waiting(AsyncSandbox.resume)
-    info, resolve = _waiting(AsyncSandbox.info), _waiting(AsyncSandbox.resolve)
+    info, resolve, close = _waiting(AsyncSandbox.info), _waiting(AsyncSandbox.resolve), _waiting(AsyncSandbox.close)
 
     @classmethod
     def create(cls, **options: Any) -> Self:
         """Start a sandbox; options as for `AsyncSandbox.create`."""
-        return cls(AsyncSandbox.create(**options))
+        return cls(_done(AsyncSandbox.create(**options)))
 
     @classmethod
     def open(cls, id: str, *, replay: bool = False, store: Store | None = None) -> Self:
         """Come back to a sandbox; see `AsyncSandbox.open`."""
-        return cls(AsyncSandbox.open(id, replay=replay, store=store))
+        return cls(_done(AsyncSandbox.open(id, replay=replay, store=store)))
 
     def fork(self, n: int, *, request_id: str | None = None) -> list["Sandbox"]:
         """Return n new sandboxes that start from this one's files."""
-        return [Sandbox(box) for box in self.runner.run(self.wrapped.fork(n, request_id=request_id))]
-
-    def close(self, *, keep: bool = False) -> None:
-        """End the sandbox; files and log are deleted unless `keep`."""
-        if not self._closed:
-            self.runner.run(self.wrapped.close(keep=keep))
-            self.runner.close()
-            self._closed = True
+        return [Sandbox(box) for box in asyncio.run(self.wrapped.fork(n, request_id=request_id))]
 
     def __enter__(self) -> Self:
         return self
