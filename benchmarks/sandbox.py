@@ -458,14 +458,14 @@ def raw_restore(box: Sandbox, store: Store) -> float:
     art = store.root / "vm"
     with tempfile.TemporaryDirectory() as place:
         subprocess.run(["cp", "--sparse=always", str(next(art.glob("*/disk"))), f"{place}/disk"], check=True)
-        paths = {"kernel": machines._kernel(), "vm/disk": Path(place, "disk"), "vm/console": Path(place, "console"),
+        paths = {"kernel": machines.host_kernel(), "vm/disk": Path(place, "disk"), "vm/console": Path(place, "console"),
                  "state": next(art.glob("*/state")), "base": next(art.glob("base-*")),
                  "initrd": next(art.glob("initrd-*"))}  # fmt: skip
         (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
         made = machines.VirtualMachine(box.directory, store.layers, box.spec, None)
-        ends = {"fd=PORT": f"fd={port_vm.fileno()}", "fd=QMP": f"fd={qmp_vm.fileno()}"}
+        ends = {"@PORT": f"{port_vm.fileno()}", "@QMP": f"{qmp_vm.fileno()}"}
         words = []
-        for word in made._qemu(True):
+        for word in made._command(True):
             for name, path in paths.items():
                 word = re.sub(rf"(^|[=: ])/{name}(?=$|,)", rf"\1{path}", word)
             words.append(functools.reduce(lambda text, end: text.replace(*end), ends.items(), word))
@@ -474,7 +474,7 @@ def raw_restore(box: Sandbox, store: Store) -> float:
         for end in (port_vm, qmp_vm):
             end.close()
         try:
-            say, mux = machines._monitor(qmp), machines._Mux(qmp, port)
+            say, mux = machines._monitor(qmp), machines.Mux(qmp, port)
             while say("query-status")["status"] == "inmigrate":
                 time.sleep(0.002)
             say("cont")

@@ -112,8 +112,8 @@ def test_version_2_limits_counts_freezes_and_sweeps(tmp_path: Path) -> None:
     options = "-M microvm -m 256 -nodefaults -no-user-config -nographic -no-reboot -accel tcg -cpu max -serial stdio"
     disk = ["-drive", f"if=none,id=base,file={machine._base()},format=raw,readonly=on"]
     words = ["qemu-system-x86_64", *options.split(), *disk, "-device", "virtio-blk-device,drive=base", "-kernel",
-             str(vm._kernel()), "-initrd", str(tmp_path / "initrd"), "-append",
-             machine._qemu(False)[machine._qemu(False).index("-append") + 1]]  # fmt: skip
+             str(vm.host_kernel()), "-initrd", str(tmp_path / "initrd"), "-append",
+             machine._command(False)[machine._command(False).index("-append") + 1]]  # fmt: skip
     said = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=120).stdout.decode()
     assert "FOUND" in said, said[-2000:]
     found = json.loads(said.partition("FOUND")[2].splitlines()[0])

@@ -30,7 +30,7 @@ SIZE: dict[str, Any] = {"substrate": "microvm", "memory_mb": 160, "disk_mb": 128
 def test_microvm_runs_restores_and_forgets_nothing(make: Any, store: Store, tmp_path: Path) -> None:
     first = make(**SIZE)
     done = first.exec("cat; uname -r; id -u; echo oops >&2; exit 3", stdin=b"in\0put")
-    version = vm._kernel().name.removeprefix("vmlinuz-")
+    version = vm.host_kernel().name.removeprefix("vmlinuz-")
     assert (done.exit_code, done.stdout, done.stderr) == (3, b"in\0put" + f"{version}\n1000\n".encode(), b"oops\n")
     flags = first.capabilities
     assert (flags.memory_limit, flags.disk_limit, flags.network) == ("vm", "hard", "none")

@@ -46,6 +46,16 @@ class Group:
         group.remove()
         return None
 
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """Return the groups that a process is in, made by somebody else."""
+        roots, unified = _hierarchies()
+        own = {}
+        for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
+            _, names, path = line.split(":", 2)
+            own |= dict.fromkeys(names.split(","), path.lstrip("/"))
+        return cls({name: root / own["" if unified else name] for name, root in roots.items()}, unified)
+
     def limit(self, limits: Limits) -> None:
         """Set what may be used."""
         for controller, directory in self.directories.items():

@@ -47,6 +47,12 @@ def host_ids() -> tuple[int, int]:
     return (SANDBOX_UID, SANDBOX_UID) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
 
 
+def host_parts(wanted: bool) -> list[str]:
+    """Return the directories of the host's programs that an image over them is given, nothing for another image."""
+    names = ("usr", *(n for n in ("bin", "sbin", "lib", "lib32", "lib64") if not Path("/", n).is_symlink()))
+    return [name for name in names if wanted and Path("/", name).is_dir()]
+
+
 @functools.cache
 def bubblewrap() -> str:
     """Return where bubblewrap lies; SandboxError where it is not installed."""
@@ -214,6 +220,20 @@ class Substrate(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Kill everything inside and free what the host holds; files stay."""
+
+    def discard(self) -> None:  # noqa: B027  where nothing lies elsewhere
+        """Delete what lies elsewhere than in the sandbox's directory; it has stopped for good."""
+
+    def apart(self, work: Callable[[int], None]) -> tuple[int, Callable[[], bool]]:
+        """Do `work`, which writes to a descriptor, in a fork: where to read that, and what tells if it went well."""
+        out, out_w = os.pipe()
+
+        def complain(error: BaseException) -> None:
+            inside.write_all(out_w, json.dumps({"error": f"{error}"}).encode())
+
+        pid = linux.fork(lambda: work(out_w), complain)
+        os.close(out_w)
+        return out, lambda: os.waitpid(pid, 0)[1] == 0
 
     def hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
         """Send a command with its three descriptors to the process in `home`; SandboxError where that has ended."""
@@ -383,9 +403,7 @@ class Container(Substrate):
         words = ["--unshare-user --uid", INSIDE_UID, "--gid", INSIDE_UID, "--unshare-pid",
                  "--unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --hostname sandbox --die-with-parent",
                  "--new-session --as-pid-1 --cap-drop ALL --clearenv", self.root_bind, "/tmp /"]  # fmt: skip
-        if self._spec.base == "host":
-            parts = ["usr", *(n for n in ("bin", "sbin", "lib", "lib32", "lib64") if not Path("/", n).is_symlink())]
-            words += [f"--ro-bind /{name} /{name}" for name in parts if Path("/", name).is_dir()]
+        words += [f"--ro-bind /{name} /{name}" for name in host_parts(self._spec.base == "host")]
         shared = int(self._spec.limits.memory_mb * 1024 * 1024) // 2
         words += [f"--proc /proc --dev /dev --size {shared} --tmpfs /dev/shm --remount-ro /dev --chdir /",
                   f"--info-fd {info}", "--" if self.nested else f"--disable-userns --seccomp {rules} --"]  # fmt: skip
@@ -500,10 +518,9 @@ class Container(Substrate):
 
     def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
         """Do a task of `inside.py` in a fork: as the inside's user, or outside with rights over what it owns."""
-        out, out_w = os.pipe()
         as_owner = task in ("disk", "pack")
 
-        def work() -> None:
+        def work(out_w: int) -> None:
             linux.close_all_but([*self._ns.values(), self._upper, out_w])
             linux.become(*host_ids())
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -517,9 +534,7 @@ class Container(Substrate):
                 linux.drop_capabilities()
             inside.TASKS[task](out_w, **arguments, **({"upper": self._upper} if as_owner else {}))
 
-        pid = linux.fork(work, lambda error: inside.write_all(out_w, json.dumps({"error": f"{error}"}).encode()))
-        os.close(out_w)
-        return out, lambda: os.waitpid(pid, 0)[1] == 0
+        return self.apart(work)
 
     def alive(self) -> bool:
         return self._first >= 0 and not select.select([self._first], [], [], 0)[0]

@@ -12,10 +12,10 @@ import os
 import select
 import signal
 import struct
-import subprocess
 import tarfile
 import time
 import traceback
+import tty
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,33 +51,42 @@ def take_frames(read: bytearray, most: int = 1 << 32) -> Iterator[tuple[int, byt
 class Agent:
     """One port's commands: what each writes is sent on, up to its limit, and how it ends."""
 
-    def __init__(self, port: int, uid: int) -> None:
-        self._port, self._uid, self._in = port, uid, bytearray()
+    def __init__(self, port: int, uid: int, root: str = ROOT, paced: bool = False) -> None:
+        self._port, self._uid, self._root, self._paced, self._in = port, uid, root, paced, bytearray()
         self._poll = select.poll()
         self._poll.register(port, select.POLLIN)
         self._reads: dict[int, list[Any]] = {}  # descriptor: [command, kind, bytes it may still send]
-        self._ends: dict[int, tuple[int, int, list[int]]] = {}  # pidfd: command, pid, its pipes
+        self._ends: dict[int, tuple[int, list[int]]] = {}  # pid: command, its pipes
 
     def send(self, number: int, kind: bytes, data: bytes) -> None:
         """Write one frame."""
         inside.write_all(self._port, HEAD.pack(number, kind, len(data)) + data)
 
     def serve(self) -> None:
-        """Answer for ever."""
+        """Answer until the far end hangs up."""
+        died, died_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(died_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._poll.register(died, select.POLLIN)
         while True:
             for fd, _ in self._poll.poll():
                 if fd == self._port:
-                    self._in += os.read(fd, 1 << 18)
+                    if not (piece := os.read(fd, 1 << 18)):
+                        return
+                    self._in += piece
+                    if self._paced:
+                        self.send(0, b"A", b"%d" % len(piece))
                     for frame in take_frames(self._in):
                         self._frame(*frame)
                 elif fd in self._reads:
                     self._pass_on(fd)
-                elif fd in self._ends:
-                    self._end(fd)
+                elif fd == died:
+                    os.read(fd, 4096)
+                    self._reap()
 
     def _frame(self, number: int, kind: bytes, data: bytes) -> None:
         if kind == b"K":
-            for pid in [pid for n, pid, _ in self._ends.values() if n == number]:
+            for pid in [pid for pid, (n, _) in self._ends.items() if n == number]:
                 linux.kill_session(pid)
             return
         head, _, rest = data.partition(b"\n")
@@ -113,7 +122,7 @@ class Agent:
             os.makedirs(f"{ROOT}/{place}", exist_ok=True)
             flags = linux.MS_NOSUID | (linux.MS_RDONLY if kind == "sysfs" else 0)
             linux.mount(kind, f"{ROOT}/{place}", kind, flags, "mode=1777" if kind == "tmpfs" else None)
-        subprocess.run(["sync"], check=True)
+        os.sync()
 
     def _begin(self, number: int, ask: dict[str, Any], data: bytes) -> None:
         (out, out_w), (err, err_w), stdin = os.pipe(), os.pipe(), linux.file_of(data)
@@ -137,10 +146,14 @@ class Agent:
                     inside.TASKS[ask["task"]](1, **arguments)
                 return
             os.umask(0o022)
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("900")
             self._enter()
             os.chdir(ask["cwd"])
             linux.limit(**ask["limits"])
             linux.drop_capabilities()
+            if ask.get("filter"):
+                linux.load_seccomp(linux.seccomp_program())
             os.execvpe(ask["argv"][0], ask["argv"], ask["env"])
 
         def complain(error: BaseException) -> None:
@@ -155,12 +168,11 @@ class Agent:
             os.set_blocking(fd, False)
             self._reads[fd] = [number, kind, ask["most"]]
             self._poll.register(fd, select.POLLIN)
-        pidfd = os.pidfd_open(pid)
-        self._ends[pidfd] = (number, pid, [out, err])
-        self._poll.register(pidfd, select.POLLIN)
+        self._ends[pid] = (number, [out, err])
 
     def _enter(self) -> None:
-        os.chroot(ROOT)
+        if self._root != "/":
+            os.chroot(self._root)
         os.chdir("/")
         linux.become(self._uid, self._uid)
 
@@ -178,11 +190,14 @@ class Agent:
                 self._poll.unregister(fd)
         return bool(data) and left > 0
 
-    def _end(self, pidfd: int) -> None:
-        number, pid, pipes = self._ends.pop(pidfd)
-        self._poll.unregister(pidfd)
-        os.close(pidfd)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def _reap(self) -> None:
+        """Take notice of every child that ended, ours and those whose parents did."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] in self._ends:
+                    self._end(*self._ends.pop(ended[0]), os.waitstatus_to_exitcode(ended[1]))
+
+    def _end(self, number: int, pipes: list[int], code: int) -> None:
         for fd in pipes:
             while self._pass_on(fd):
                 pass
@@ -208,11 +223,16 @@ def _unpack_one(tar: tarfile.TarFile, info: tarfile.TarInfo, root: str, uid: int
         os.setxattr(path, inside.OPAQUE_ATTRIBUTE, b"y")
 
 
-def main(uid: int) -> None:
-    """Be the guest's first program."""
+def main(uid: int, port: int = -1, root: str = ROOT) -> None:
+    """Be the guest's first program, on the first virtio port or a serial line unless there is a socket."""
     try:
-        found = next(n for n in sorted(os.listdir("/dev")) if n.startswith("vport"))
-        agent = Agent(os.open(f"/dev/{found}", os.O_RDWR), uid)
+        line = ""
+        if port < 0:
+            line = next((name for name in sorted(os.listdir("/dev")) if name.startswith("vport")), "tty1")
+            port = os.open(f"/dev/{line}", os.O_RDWR | os.O_NOCTTY)
+        if line == "tty1":
+            tty.setraw(port)
+        agent = Agent(port, uid, root, line == "tty1")
         agent.send(0, b"R", b"")
         agent.serve()
     except BaseException:

@@ -53,6 +53,8 @@ SUBSTRATES = {
     "function": "function.Function",
     "microvm": "vm.VirtualMachine",
     "fullvm": "vm.FullVM",
+    "uml": "vm.UserMode",
+    "docker": "docker.Docker",
 }
 Emit = Callable[[str, bytes], None]
 Outcome = tuple[dict[str, Any], dict[str, bytes]]
@@ -165,7 +167,7 @@ class Keeper:
             self._log = TrajectoryLog.create(box, {"spec": dataclasses.asdict(spec)})
         self._terminals: dict[str, int] = {}
         self._running: dict[str, tuple[str, dict[str, Any], Promise]] = {}
-        self._active, self._last, self._paused = 0, time.monotonic(), False
+        self._active, self._last, self._paused, self._discards = 0, time.monotonic(), False, False
         self._over_disk, self._most_disk, self._kills = False, 0, 0
         self._still, self._done = Promise(loop), Promise(loop)  # nobody needs the files to stand still; it ends
         self._still.settle()
@@ -197,6 +199,8 @@ class Keeper:
             server.close()
             path.unlink(missing_ok=True)
             self._substrate.stop()
+            if self._discards:
+                self._substrate.discard()
             self._log.close()
 
     async def _watch(self) -> None:
@@ -310,6 +314,7 @@ class Keeper:
 
     def _control(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         if op == "close":
+            self._discards = not args["keep"]
             self._done.settle()
             return {}
         if op == "resolve":

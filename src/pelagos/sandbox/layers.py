@@ -7,6 +7,7 @@ as pax headers of our own. Extended attributes, sockets and devices are left out
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -41,6 +42,7 @@ _ETC = {
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "resolv.conf": "",
 }
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}  # by the names that images have for them
 
 
 class Store:
@@ -193,8 +195,8 @@ class Image:
         Devices, extended attributes and the configuration (environment, entry point) are left out.
         """
         store = store or default_store()
-        with _oci_files(Path(path)) as read:
-            digests = [store.add_tar(blob, oci=True) for blob in map(read, _oci_layers(read, Path(path)))]
+        with oci_files(Path(path)) as read:
+            digests = [store.add_tar(blob, oci=True) for blob in map(read, oci_layers(read, Path(path)))]
         return cls("none", (store.own_layer, *digests))
 
     @classmethod
@@ -223,7 +225,7 @@ class Image:
 
 
 @contextlib.contextmanager
-def _oci_files(path: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+def oci_files(path: Path) -> Iterator[Callable[[str], IO[bytes]]]:
     """Give what opens a file of an image by its name; a blob is checked against its digest."""
     with contextlib.ExitStack() as stack:
         try:
@@ -247,7 +249,7 @@ def _oci_files(path: Path) -> Iterator[Callable[[str], IO[bytes]]]:
         yield read
 
 
-def _oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
+def oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
     """Return the names of an image's layers from the bottom up."""
 
     def told(name: str) -> Any:
@@ -261,7 +263,7 @@ def _oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
             raise SandboxError(f"{path}: digest {digest!r}; expected sha256 and 64 hexadecimal digits")
         return f"blobs/{digest.replace(':', '/')}"
 
-    ours = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    ours = _MACHINES.get(os.uname().machine)
     try:
         try:
             found = told("index.json")
@@ -280,6 +282,57 @@ def _oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise SandboxError(f"{path}: no index of an image ({error!r})") from None
     raise SandboxError(f"{path}: an index of an index of an index; there is no image")
+
+
+def write_archive(
+    name: str, trees: Sequence[Path], empty: Sequence[str], labels: Mapping[str, str], file: IO[bytes]
+) -> None:
+    """Write layers as an archive that engines load (`docker load`), under a layer of empty directories; from its start.
+
+    Whiteouts are written as OCI has them, and everything is the inside's user's.
+    """
+    digests = []
+    with tarfile.open(fileobj=file, mode="w") as archive, tempfile.TemporaryDirectory() as below:
+        for path in empty:
+            Path(f"{below}{path}").mkdir()
+
+        def add(name: str, data: IO[bytes]) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = data.seek(0, os.SEEK_END)
+            data.seek(0)
+            archive.addfile(info, data)
+
+        for number, tree in enumerate((Path(below), *trees)):
+            fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+            with tempfile.TemporaryFile() as canonical, tempfile.TemporaryFile() as layer:
+                pack_tree(fd, canonical, fixed_time=number == 0)
+                canonical.seek(0)
+                _write_oci(canonical, layer)
+                add(f"{number}.tar", layer)
+                digests.append(f"sha256:{_digest(layer)}")
+            os.close(fd)
+        rootfs = {"type": "layers", "diff_ids": digests}
+        config = {"architecture": _MACHINES.get(os.uname().machine), "os": "linux", "config": {"Labels": labels},
+                  "rootfs": rootfs}  # fmt: skip
+        add("config.json", io.BytesIO(json.dumps(config).encode()))
+        told = {"Config": "config.json", "RepoTags": [name], "Layers": [f"{n}.tar" for n in range(len(digests))]}
+        add("manifest.json", io.BytesIO(json.dumps([told]).encode()))
+    file.seek(0)
+
+
+def _write_oci(canonical: IO[bytes], file: IO[bytes]) -> None:
+    with (
+        tarfile.open(fileobj=canonical) as ours,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for info in ours:
+            info.uid = info.gid = INSIDE_UID
+            head, slash, tail = info.name.rpartition("/")
+            if WHITEOUT in info.pax_headers:
+                info.name, info.pax_headers = f"{head}{slash}.wh.{tail}", {}
+            tar.addfile(info, ours.extractfile(info) if info.isreg() else None)
+            if OPAQUE in info.pax_headers:
+                tar.addfile(tarfile.TarInfo(f"{info.name}/.wh..wh..opq"))
 
 
 def unpack(file: IO[bytes], target: Path, *, oci: bool = False) -> None:

@@ -248,7 +248,7 @@ class AsyncSandbox:
         """End the sandbox; files and log are deleted unless `keep`. Closing twice is no error."""
         if self.directory.exists():
             with contextlib.suppress(OSError):  # no keeper, nothing to tell
-                await self._exchange({"op": "close", "args": {}, "request": ""}, None, {})
+                await self._exchange({"op": "close", "args": {"keep": keep}, "request": ""}, None, {})
         _hang_up(self._idle)
         if not self.directory.exists():
             return

@@ -1,8 +1,8 @@
-"""Virtual machines: QEMU with a kernel of the guest's own, inside bubblewrap, with an agent in it that runs commands.
+"""Virtual machines: a kernel of the guest's own, inside bubblewrap, with an agent in it that runs commands.
 
-`microvm` is QEMU's machine without PCI or BIOS, restored once it booted; `fullvm` is a PC that boots.
-KVM is used only where a guest booted with it, else QEMU translates (TCG). Guests have a copy of some of the host's
-packages as a disk, the image's layers on a second one, and no network. Needs a kernel with modules in /boot.
+`microvm` is QEMU's machine without PCI or BIOS, restored once it booted; `fullvm` is a PC that boots; `uml` is Linux as
+a program of the host. KVM is used only where a guest booted with it, else QEMU translates (TCG). Guests have a copy of
+some of the host's packages as a disk, the image's layers on a second one, and no network.
 """
 
 import base64
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import select
 import signal
 import socket
 import stat
@@ -28,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import container, guest, inside, linux
-from pelagos.sandbox.api import Capabilities, Child, Command, Spec
-from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, PATH, Home, Substrate, host_ids, until_ready
+from pelagos.sandbox import container, inside, linux
+from pelagos.sandbox.api import Capabilities, Spec
+from pelagos.sandbox.container import INSIDE_UID, PATH, Home, host_ids
+from pelagos.sandbox.mux import BOOT_S, Guest, Mux
 
 # What a guest has of the host, with what these packages need; a host without dpkg has no such base.
 PACKAGES = (
@@ -43,11 +43,12 @@ MODULES = (
     "virtio_console overlay"
 )
 PROGRAMS = {
-    "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs",
-    "busybox": "busybox-static", "dpkg": "dpkg",
+    "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "linux.uml": "user-mode-linux",
+    "mke2fs": "e2fsprogs", "busybox": "busybox-static", "dpkg": "dpkg",
 }  # fmt: skip
+MACHINES = ("qemu-system-x86_64", "linux.uml")  # of which each needs its own
+UML_MODULES = Path("/usr/lib/uml/modules")
 OVERHEAD_MB = 224  # of QEMU itself, beside the guest's memory
-BOOT_S = 60.0
 PROBE_S = 10.0
 HELLO = b"pelagos-guest-is-up"
 _INIT = """#!/bin/busybox sh
@@ -55,18 +56,19 @@ PATH=/bin
 busybox mount -t proc p /proc; busybox mount -t devtmpfs d /dev; busybox mount -t sysfs s /sys
 for m in MODULES; do [ -e /$m.ko ] && busybox insmod /$m.ko; done
 if busybox grep -q pelagos.probe /proc/cmdline; then echo HELLO; busybox reboot -f; fi
-n=0; while ! [ -b /dev/vdb ] && [ $n -lt 100 ]; do busybox usleep 20000; n=$((n+1)); done
-busybox mount -t ext4 -o ro /dev/vda /b && busybox mount -t ext4 /dev/vdb /b/d
+n=0; while ! [ -b /dev/DISKb ] && [ $n -lt 100 ]; do busybox usleep 20000; n=$((n+1)); done
+busybox mount -t ext4 -o ro /dev/DISKa /b && busybox mount -t ext4 /dev/DISKb /b/d
 busybox mount --move /dev /b/dev; busybox mount --move /proc /b/proc
 exec busybox chroot /b /usr/bin/python3 -I -S -c "$(busybox cat /agent)"
 """
 
 
-class VirtualMachine(Substrate):
-    """One guest."""
+class VirtualMachine(Guest):
+    """One machine."""
 
-    machine = "microvm"
+    program, machine = MACHINES[0], "microvm"
     bus = "device"  # what a virtio device's name ends in on this machine
+    disk = "vd"  # what a disk's name begins with
     restores = True
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
@@ -74,19 +76,20 @@ class VirtualMachine(Substrate):
         self._art = box.parents[1] / "vm"
         self._art.mkdir(exist_ok=True)
         self._art.chmod(0o711)
-        self._state, self._ended = Path(), -1
+        self._state, self._pid, self._notes = Path(), -1, -1
         if spec.network:
             raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self.capabilities = Capabilities(
             memory_limit="vm", process_limit="vm", cpu_limit="cgroup" if self._group else "vm", disk_limit="hard",
             pause="signals", files="overlay", host_user="separate" if os.geteuid() == 0 else "caller",
-            kernel="tcg" if home is None or self._why_no_kvm() else "kvm",
+            kernel="tcg" if home is None else self._means(),
         )  # fmt: skip
 
     def start(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
-        tools()
-        limits = replace(self._spec.limits, memory_mb=self._spec.limits.memory_mb + OVERHEAD_MB, processes=256)
+        tools(self.program)
+        limits = replace(self._spec.limits, memory_mb=self._spec.limits.memory_mb + OVERHEAD_MB,
+                         processes=self._spec.limits.processes + 256)  # fmt: skip
         if self._group:
             self._group.limit(replace(limits, cpu=os.cpu_count() or 1))  # to start is not the guest's own work
         base, initrd = self._base(), self._initrd()
@@ -107,20 +110,12 @@ class VirtualMachine(Substrate):
             uid, gid = host_ids()
             for path in (own, own / "disk"):
                 os.chown(path, uid, gid)
-            words = [*self._bubblewrap(base, initrd, restore), *self._qemu(restore)]
-            self._home.control.send(os.fsencode(self._box))
-            ready, ready_w = os.pipe()
-            self._ended, ended_w = os.pipe()
-            ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore,
-                   "grouped": self._group is not None}  # fmt: skip
-            socket.send_fds(self._home.control, [json.dumps(ask).encode()], [ready_w, ended_w])
-            linux.close(ready_w, ended_w)
-            said = until_ready(ready, BOOT_S)
-            os.close(ready)
-            if said != b"ready\n":
+            words = [*self._bubblewrap(base, initrd, restore), *self._command(restore)]
+            ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore}
+            if said := self._hand_up(ask):
                 self.stop()
                 last = (own / "console").read_bytes()[-600:] if (own / "console").exists() else b""
-                raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said.decode()[-2000:]}; "
+                raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said}; "
                                    f"last on its console: {last.decode('utf-8', 'replace')}")  # fmt: skip
             if ask["keep"]:
                 self._keep_state(own)
@@ -142,14 +137,14 @@ class VirtualMachine(Substrate):
             --proc /proc --dev /dev --tmpfs /tmp --symlink usr/bin /bin --symlink usr/lib /lib
             --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin"""
         places = [("--ro-bind", f"ART/{base.name}", "/base"), ("--ro-bind", f"ART/{initrd.name}", "/initrd"),
-                  ("--ro-bind", _kernel(), "/kernel"), ("--bind", "OWN", "/vm")]  # fmt: skip
+                  ("--ro-bind", self._kernel(), "/kernel"), ("--bind", "OWN", "/vm")]  # fmt: skip
         if restore:
             places.append(("--ro-bind", f"ART/{self._state.name}/state", "/state"))
         if self.capabilities.kernel == "kvm":
             places.append(("--dev-bind", Path("/dev/kvm"), "/dev/kvm"))
         return ["bwrap", *words.split(), *(str(word) for place in places for word in place), "--"]
 
-    def _qemu(self, restore: bool) -> list[str]:
+    def _command(self, restore: bool) -> list[str]:
         limits, bus = self._spec.limits, self.bus
         accel = ("-accel kvm -cpu host" if self.capabilities.kernel == "kvm" else "-accel tcg -cpu max").split()
         words = f"""-M {self.machine} -m {int(limits.memory_mb)} -smp {max(1, int(limits.cpu))} -nodefaults
@@ -159,28 +154,23 @@ class VirtualMachine(Substrate):
             -drive if=none,id=data,file=/vm/disk,format=raw
             -device virtio-blk-{bus},drive=data
             -device virtio-serial-{bus} -device virtserialport,chardev=port,name=pelagos
-            -chardev socket,id=port,fd=PORT -chardev socket,id=qmp,fd=QMP
+            -chardev socket,id=port,fd=@PORT -chardev socket,id=qmp,fd=@QMP
             -mon chardev=qmp,mode=control -serial file:/vm/console"""
         # Translated code is too slow to measure the clock against a timer, and without it this machine has no tick.
         mhz = re.search(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="ascii"))
         clock = f"tsc_early_khz={int(float(mhz[1]) * 1000)} " if mhz and self.capabilities.kernel == "tcg" else ""
         append = clock + "console=ttyS0 reboot=t panic=-1 no_timer_check mitigations=off random.trust_cpu=on"
-        return ["qemu-system-x86_64", *words.split(), *accel, "-append", append,
+        return [self.program, *words.split(), *accel, "-append", append,
                 *(["-incoming", "exec:cat /state"] if restore else [])]  # fmt: skip
 
-    def run_inside(self, control: socket.socket) -> None:
-        told, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
-        if not told:
-            return
-        ask, (ready, ended) = json.loads(told), fds
+    def _bring_up(self, ask: dict[str, Any], control: socket.socket, *fds: int) -> Mux:
         (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
-        ends = f"fd={port_vm.fileno()}", f"fd={qmp_vm.fileno()}"
-        words = [w.replace("fd=PORT", ends[0]).replace("fd=QMP", ends[1]) for w in ask["words"]]
-        notes = os.open(self._box / "qemu.err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        words = [w.replace("@PORT", f"{port_vm.fileno()}").replace("@QMP", f"{qmp_vm.fileno()}") for w in ask["words"]]
+        self._notes = os.open(self._box / "qemu.err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
         def launch() -> None:
-            os.dup2(notes, 1)
-            os.dup2(notes, 2)
+            os.dup2(self._notes, 1)
+            os.dup2(self._notes, 2)
             linux.close_all_but([port_vm.fileno(), qmp_vm.fileno()])
             for sock in (port_vm, qmp_vm):
                 sock.set_inheritable(True)
@@ -202,33 +192,30 @@ class VirtualMachine(Substrate):
             os.execvpe(lent[0], lent, {"PATH": PATH})
 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        pid = linux.fork(launch, traceback.print_exception)
+        self._pid = linux.fork(launch, traceback.print_exception)
         port_vm.close()
         qmp_vm.close()
-        mux = _Mux(control, port)
-        try:
+        mux = Mux(control, port, self.window)
+        if ask["restore"]:
             say = _monitor(qmp)
-            if not ask["restore"]:
-                mux.until_up(b"R", BOOT_S)
-                layers = [self._layer_tar(digest) for digest in self._spec.layers]
-                mux.ask({"layers": [len(data) for data in layers], "base": self._spec.base}, b"".join(layers))
-                if ask["keep"]:
-                    self._save(say)
-            else:
-                while say("query-status")["status"] == "inmigrate":
-                    time.sleep(0.002)
-                say("cont")  # it was saved while it stood still
-            mux.ask({"now": time.time()}, os.urandom(64), answered=False)
-            os.write(ready, b"ready\n")
-            os.close(ready)
-            mux.serve()
-        except (OSError, SandboxError) as error:
-            with contextlib.suppress(OSError):
-                os.write(ready, f"{error}; {os.pread(notes, 4096, 0).decode('utf-8', 'replace')}".encode())
-        finally:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            os.close(ended)
+            while say("query-status")["status"] == "inmigrate":
+                time.sleep(0.002)
+            say("cont")  # it was saved while it stood still
+        else:
+            mux.until_up(b"R", BOOT_S)
+            layers = [self._layer_tar(digest) for digest in self._spec.layers]
+            mux.ask({"layers": [len(data) for data in layers], "base": self._spec.base}, b"".join(layers))
+            if ask["keep"]:
+                self._save(_monitor(qmp))
+        mux.ask({"now": time.time()}, os.urandom(64), answered=False)
+        return mux
+
+    def _take_down(self) -> str:
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = -1
+        return os.pread(self._notes, 4096, 0).decode("utf-8", "replace") if self._notes >= 0 else ""
 
     def _layer_tar(self, digest: str) -> bytes:
         fd = os.open(self._layers / digest, os.O_RDONLY | os.O_DIRECTORY)
@@ -252,52 +239,11 @@ class VirtualMachine(Substrate):
         if status == "failed":
             raise SandboxError("QEMU could not write its state; is the disk full?")
 
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
-        limits = self._spec.limits
-        ask = {"argv": command.argv, "env": ENVIRONMENT | dict(command.env), "cwd": command.cwd, "limits": {
-            "processes": limits.processes, "open_files": limits.open_files, "address_bytes": None,
-            "file_bytes": int(limits.disk_mb * 1024 * 1024)}, "most": limits.output_bytes + 1}  # fmt: skip
-        return self.hand_over(ask, stdio)
-
-    def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
-        out, out_w = os.pipe()
-        data = linux.file_of(arguments.get("data", b""))
-        null = os.open(os.devnull, os.O_WRONLY)
-        plain = {name: value for name, value in arguments.items() if name != "data"}
-        try:
-            running = self.hand_over({"task": task, "arguments": plain, "most": 1 << 40}, (data, out_w, null))
-        finally:
-            linux.close(out_w, data, null)
-
-        def ended() -> bool:
-            try:
-                return os.read(running.status_fd, 4096).startswith(b'{"exit_code":0}')
-            finally:
-                running.reap()
-
-        return out, ended
-
-    def alive(self) -> bool:
-        return self._ended >= 0 and not select.select([self._ended], [], [], 0)[0]
-
     def usage(self) -> dict[str, int]:
         return {"memory": self._group.usage()["memory"]} if self._group else {}
 
     def kills(self) -> int:
         return 0  # what the guest's kernel kills is seen by its exit code alone
-
-    def pause(self, on: bool) -> None:
-        out, ended = self.inside("stop", {"signal": signal.SIGSTOP if on else signal.SIGCONT})
-        until_ready(out, 10)  # it says nothing: to its end
-        os.close(out)
-        ended()
-
-    def stop(self) -> None:
-        if self._home:
-            self._home.close()
-        if self._ended >= 0:
-            os.close(self._ended)
-            self._ended = -1
 
     def _base(self) -> Path:
         """Return the disk of the host's packages, made once."""
@@ -318,20 +264,31 @@ class VirtualMachine(Substrate):
     def _initrd(self) -> Path:
         """Return the first file system: modules, busybox and the agent's text."""
         agent = f"{linux.modules_as_program('linux', 'inside', 'guest')}module.main({INSIDE_UID})"
-        version = _kernel().name.removeprefix("vmlinuz-")
-        init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode())
-        path = self._art / f"initrd-{hashlib.sha256(f'{version}{agent}{init}'.encode()).hexdigest()[:16]}"
+        modules = self._modules()
+        init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode()).replace("DISK", self.disk)
+        facts = f"{modules}{agent}{init}"
+        path = self._art / f"initrd-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
         if not path.exists():
             packed = base64.b64encode(zlib.compress(agent.encode(), 9)).decode("ascii")
             squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{packed}')))"
             parts = {"init": (0o755, init.encode()), "agent": (0o644, squeezed.encode())}
             parts |= {"bin/busybox": (0o755, Path(str(linux.which("busybox"))).read_bytes())}
-            parts |= {module.name: (0o644, module.read_bytes()) for module in find_modules()}
+            parts |= {module.name: (0o644, module.read_bytes()) for module in modules}
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_bytes(gzip.compress(_cpio(parts), 1, mtime=0))
             draft.chmod(0o444)
             draft.rename(path)
         return path
+
+    def _kernel(self) -> Path:
+        return host_kernel()
+
+    def _modules(self) -> list[Path]:
+        return find_modules()
+
+    def _means(self) -> str:
+        """Return what runs the guest's programs: "kvm", "tcg" or "uml"."""
+        return "tcg" if self._why_no_kvm() else "kvm"
 
     def _why_no_kvm(self) -> str:
         """Return why KVM is not used, found once a boot of the host by booting a guest with it; "" where it is."""
@@ -346,9 +303,9 @@ class VirtualMachine(Substrate):
         tools()
         if not os.access("/dev/kvm", os.R_OK | os.W_OK):
             return "/dev/kvm is missing or may not be opened"
-        words = ["qemu-system-x86_64", *"-M microvm -accel kvm -cpu host -m 128 -nodefaults -no-user-config".split(),
-                 *"-nographic -no-reboot -serial stdio -kernel".split(), str(_kernel()), "-initrd", str(self._initrd()),
-                 "-append", "console=ttyS0 pelagos.probe reboot=t panic=-1"]  # fmt: skip
+        words = f"""-M microvm -accel kvm -cpu host -m 128 -nodefaults -no-user-config -nographic -no-reboot
+            -serial stdio -kernel {self._kernel()} -initrd {self._initrd()} -append"""
+        words = [self.program, *words.split(), "console=ttyS0 pelagos.probe reboot=t panic=-1"]
         try:
             done = subprocess.run(words, capture_output=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
@@ -363,6 +320,30 @@ class FullVM(VirtualMachine):
     machine = "q35"
     bus = "pci"
     restores = False
+
+
+class UserMode(VirtualMachine):
+    """User-mode Linux: a kernel that is a program, whose programs run as the host's own do; booted each time.
+
+    The one line it has into it loses what comes while its buffer is full, so no more is sent than the agent has told
+    of having read (`window`).
+    """
+
+    program, disk, restores, window = MACHINES[1], "ubd", False, 2048
+
+    def _means(self) -> str:
+        return "uml"
+
+    def _kernel(self) -> Path:
+        return Path(str(linux.which(self.program)))
+
+    def _modules(self) -> list[Path]:
+        return sorted(UML_MODULES.rglob("overlay.ko"))[-1:]
+
+    def _command(self, restore: bool) -> list[str]:
+        words = f"""mem={int(self._spec.limits.memory_mb)}M initrd=/initrd ubdar=/base ubdb=/vm/disk
+            con=null ssl=null con0=null,fd:1 con1=fd:@PORT uml_dir=/tmp panic=-1 quiet noreboot"""
+        return ["/kernel", *words.split()]
 
 
 def _monitor(sock: socket.socket) -> Callable[..., Any]:
@@ -382,88 +363,16 @@ def _monitor(sock: socket.socket) -> Callable[..., Any]:
     return say
 
 
-class _Mux:
-    """Between the keeper, which hands over descriptors, and the guest, which speaks frames."""
-
-    def __init__(self, control: socket.socket, port: socket.socket) -> None:
-        self._control, self._port, self._in = control, port, bytearray()
-        self._asked: dict[int, tuple[int, int, int, int]] = {}  # command: stdout, stderr, status, leash
-        self._count = 0
-
-    def ask(self, head: dict[str, Any], data: bytes, *, answered: bool = True) -> None:
-        """Send a request of our own and wait for its end."""
-        self._send(0, b"B", json.dumps(head).encode() + b"\n" + data)
-        if answered:
-            self.until_up(b"X", BOOT_S)
-
-    def until_up(self, kind: bytes, seconds: float) -> None:
-        """Wait for a frame; raises SandboxError where none comes."""
-        deadline = time.monotonic() + seconds
-        while True:
-            if not select.select([self._port], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise SandboxError(f"the guest said nothing within {seconds:.0f} s")
-            if any(got == kind for _, got, _ in self._frames()):
-                return
-
-    def serve(self) -> None:
-        """Pass on until either side ends."""
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        poll.register(self._port, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                if fd == self._control.fileno():
-                    data, fds, _, _ = socket.recv_fds(self._control, 16, 6)
-                    if not data:
-                        return
-                    poll.register(self._begin(*fds), 0)
-                elif fd == self._port.fileno():
-                    for number, kind, data in self._frames():
-                        self._answer(poll, number, kind, data)
-                else:  # a leash was let go of
-                    poll.unregister(fd)
-                    self._send(next(n for n, asked in self._asked.items() if asked[3] == fd), b"K", b"")
-
-    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> int:
-        self._count += 1
-        with open(text, "rb") as head, open(stdin, "rb") as data:
-            self._send(self._count, b"B", head.read() + b"\n" + data.read())
-        self._asked[self._count] = (stdout, stderr, status, leash)
-        return leash
-
-    def _answer(self, poll: select.poll, number: int, kind: bytes, data: bytes) -> None:
-        if number not in self._asked:
-            return
-        stdout, stderr, status, leash = self._asked[number]
-        with contextlib.suppress(OSError):  # the keeper wants to know no more
-            inside.write_all({b"O": stdout, b"E": stderr}.get(kind, status), data + (b"\n" if kind == b"X" else b""))
-        if kind == b"X":
-            with contextlib.suppress(KeyError):
-                poll.unregister(leash)
-            linux.close(*self._asked.pop(number))
-
-    def _send(self, number: int, kind: bytes, data: bytes) -> None:
-        self._port.sendall(guest.HEAD.pack(number, kind, len(data)) + data)
-
-    def _frames(self) -> list[tuple[int, bytes, bytes]]:
-        """Return the frames that are whole now; SandboxError when QEMU ended, OSError when the guest talks nonsense."""
-        if not (piece := self._port.recv(1 << 18)):
-            raise SandboxError("QEMU ended")
-        self._in += piece
-        return list(guest.take_frames(self._in, guest.PIECE_BYTES * 2))
-
-
-def tools() -> None:
-    """Raise SandboxError naming the first program or file that virtual machines need and this host lacks."""
+def tools(machine: str = MACHINES[0]) -> None:
+    """Raise SandboxError naming the first program or file that a virtual machine needs and this host lacks."""
     for program, package in PROGRAMS.items():
-        if linux.which(program) is None:
+        if linux.which(program) is None and program in (machine, *(set(PROGRAMS) - set(MACHINES))):
             raise SandboxError(f"virtual machines need {program} (Debian: apt-get install {package})")
-    _kernel()
 
 
 def find_modules() -> list[Path]:
     """Return the kernel's modules that a guest loads; SandboxError where one is neither a plain file nor built in."""
-    root = Path("/lib/modules", _kernel().name.removeprefix("vmlinuz-"))
+    root = Path("/lib/modules", host_kernel().name.removeprefix("vmlinuz-"))
     found = {path.stem: path for path in root.rglob("*.ko") if path.stem in MODULES.split()}
     built_in = (root / "modules.builtin").read_text(encoding="utf-8") if (root / "modules.builtin").exists() else ""
     for name in ("virtio_blk", "virtio_console", "overlay"):
@@ -473,7 +382,8 @@ def find_modules() -> list[Path]:
     return list(found.values())
 
 
-def _kernel() -> Path:
+def host_kernel() -> Path:
+    """Return the newest kernel of this host that has modules and may be read; SandboxError where there is none."""
     for path in sorted(Path("/boot").glob("vmlinuz-*"), reverse=True):
         if Path("/lib/modules", path.name.removeprefix("vmlinuz-")).is_dir() and os.access(path, os.R_OK):
             return path
