@@ -366,10 +366,11 @@ class Environment:
     hub_cache: Path
     threads: int | None
     cache_home: Path
+    docker_host: str
 
 
 def read_environment() -> Environment:
-    """Read HF_HUB_CACHE / HF_HOME (hub cache), XDG_CACHE_HOME (our own) and PELAGOS_THREADS (CPU threads).
+    """Read HF_HUB_CACHE / HF_HOME (hub cache), XDG_CACHE_HOME (our own), PELAGOS_THREADS (CPU threads) and DOCKER_HOST.
 
     Raises ConfigError for a bad value.
     """
@@ -379,4 +380,5 @@ def read_environment() -> Environment:
     if threads is not None and (not threads.isdigit() or int(threads) == 0):
         raise ConfigError(f"PELAGOS_THREADS={threads!r}: expected a whole number > 0")
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Environment(hub_cache=hub, threads=int(threads) if threads else None, cache_home=own)
+    engine = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    return Environment(hub_cache=hub, threads=int(threads) if threads else None, cache_home=own, docker_host=engine)
