@@ -19,9 +19,9 @@ from pelagos.kernels.triton import formats
 from pelagos.kernels.triton.fp4_experts import turned
 
 KEYS = 128  # of a tile
-WARPS = 8  # of a program of the first formats.launch
-PROGRAMS = 1056  # of the first formats.launch: eight for each of 132 multiprocessors
-CHUNK = 4096  # scores a program of the second formats.launch looks at
+WARPS = 8  # of a program of the first launch
+PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
+CHUNK = 4096  # scores a program of the second launch looks at
 BOUNDS = 4096  # groups of neighbours at most
 LOWEST = tl.constexpr(-2147483648)
 

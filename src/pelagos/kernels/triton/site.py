@@ -114,7 +114,7 @@ def _added(parts, token, live, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED
 
 @triton.jit
 def _root(parts, token, live, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """(T,) formats.reciprocal root mean square of the flattened streams, and the diagonal of their Gram matrix."""
+    """(T,) reciprocal root mean square of the flattened streams, and the diagonal of their Gram matrix."""
     g = [_added(parts, token, live, 24 + k, PARTS, PADDED) for k in (0, 1, 2, 3)]
     return tl.rsqrt((g[0] + g[1] + g[2] + g[3]) / (4 * WIDTH) + norm_eps), g
 
@@ -129,7 +129,7 @@ def _gate(parts, token, live, base, factor, root, which: tl.constexpr, BLOCKS: t
 def _collapse_weights(
     parts, token, live, base, factor, eps, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """(T,) each: the four weights of the streams and the formats.reciprocal RMS of the vector they give."""
+    """(T,) each: the four weights of the streams and the reciprocal RMS of the vector they give."""
     root, g = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
     p = [_gate(parts, token, live, base, factor, root, k, PARTS, PADDED) + eps for k in (0, 1, 2, 3)]
     crossed = p[0] * p[1] * _added(parts, token, live, 28, PARTS, PADDED)
