@@ -26,8 +26,10 @@ def results(inputs, kernels: bool, visible: torch.Tensor, weights: torch.Tensor)
     learnt = [t.detach().clone().requires_grad_() for t in inputs["learnt"]]
     bounds = (inputs["starts"], inputs["ends"])
     if kernels:
-        scores = op.Scores.apply(*learnt, *bounds, inputs["ratio"])
-        losses = op.Divergence.apply(scores, weights, visible)
+        from pelagos.kernels.triton import index_training as kernel
+
+        scores = kernel.Scores.apply(*learnt, *bounds, inputs["ratio"])
+        losses = kernel.Divergence.apply(scores, weights, visible)
     else:
         scores = op.index_scores(*(t.cpu() for t in learnt), *bounds, ratio=inputs["ratio"])
         losses = op.divergence(scores, weights.cpu(), visible.cpu())

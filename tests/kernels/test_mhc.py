@@ -65,7 +65,9 @@ def through_kernels(inputs, pending=True, mixing=True) -> dict[str, torch.Tensor
     before = (t["y"], t["post"], t["comb"]) if pending else (None, None, None)
     after = (t["fn"], t["base"], t["scale"]) if mixing else (None, None, None)
     options = ref.OPTIONS if mixing else {"iters": 0, "eps": 0.0, "norm_eps": 0.0}
-    results = mhc.Site.apply(*before, t["streams"], *after, *options.values())
+    from pelagos.kernels.triton.mhc import Site
+
+    results = Site.apply(*before, t["streams"], *after, *options.values())
     return collected(t, results if mixing else results[:1])
 
 

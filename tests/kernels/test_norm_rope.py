@@ -7,7 +7,6 @@ import pytest
 import torch
 from triton_cases import run
 
-from pelagos.kernels import norm_rope as op
 from pelagos.kernels.ref.norm_rope import apply_rope, rms_norm, rope_frequencies, rope_table
 
 RELEASED = {"factor": 16.0, "original": 65536, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -114,7 +113,10 @@ def through(shape: tuple[int, ...], heads: bool, kernels: bool, device: str = "c
     table = tuple(t[..., -shape[-1] :].to(device) for t in table)
     table = tuple(t.unsqueeze(2) for t in table) if heads else table
     plain = (rms_norm, lambda x, cos, sin, inverse: apply_rope(x, (cos, sin), inverse=inverse))
-    norm, turn = (op.Norm.apply, op.Rope.apply) if kernels else plain
+    if kernels:
+        from pelagos.kernels.triton.norm_rope import Norm, Rope
+
+    norm, turn = (Norm.apply, Rope.apply) if kernels else plain
     normed = norm(x, weight, 1e-6)
     out = [normed] + ([turn(normed, *table, inverse) for inverse in (False, True)] if shape[-1] != 48 else [])
     return [t.detach() for t in out] + list(torch.autograd.grad(sum(out), [x] if heads else [x, weight], up))

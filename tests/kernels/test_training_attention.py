@@ -33,7 +33,10 @@ torch.set_num_threads(1)
 sys.path.insert(0, ROOT)
 from tests.model.test_transformers_parity import randomise
 from tests.train.small import packed, small_config
-from pelagos.kernels import grouped_experts, mhc, norm_rope, training_attention
+from pelagos.kernels import grouped_experts, mhc
+from pelagos.kernels.triton.mhc import Site
+from pelagos.kernels.triton.norm_rope import Norm, Rope
+from pelagos.kernels.triton.training_attention import Attend
 from pelagos.model import Transformer, attention as model_attention, experts, layers
 from pelagos.train import forward
 from pelagos.train.objective import LossWeights, losses
@@ -42,14 +45,14 @@ def site(pending, streams, fn=None, base=None, scale=None, *, iters=0, eps=0.0, 
     lead, (count, width) = streams.shape[:-2], streams.shape[-2:]
     shapes = ((width,), (4,), (4, 4))
     before = [None] * 3 if pending is None else [t.reshape(-1, *s) for t, s in zip(pending, shapes)]
-    found = mhc.Site.apply(*before, streams.reshape(-1, 4, width), fn, base, scale, iters, eps, norm_eps)
+    found = Site.apply(*before, streams.reshape(-1, 4, width), fn, base, scale, iters, eps, norm_eps)
     return [t.view(*lead, *t.shape[1:]) if len(t) else t for t in found]
 
 def attend(q, rows, entries, sink, picked, starts, ends, *, window, ratio):
-    return training_attention.Attend.apply(q, rows, entries, sink, picked, starts, ends, window, ratio)
+    return Attend.apply(q, rows, entries, sink, picked, starts, ends, window, ratio)
 
 def rotated(x, table, *, inverse=False):
-    return norm_rope.Rope.apply(x, *table, inverse)
+    return Rope.apply(x, *table, inverse)
 
 def mixture(x, chosen, weights, w13, w2, limit, quantize, multiple=0, hits=None, leave=None):
     return grouped_experts.mixture(x, chosen, weights, w13, w2, limit, quantize, hits, leave)
@@ -60,7 +63,7 @@ model, plain = Transformer(small_config()), [getattr(*place) for place in places
 through = [
     site, lambda pending, streams: site(pending, streams)[0],
     lambda block, *given: forward.attention(block.attn, *given, attend),
-    norm_rope.Norm.apply, norm_rope.Norm.apply, rotated, mixture,
+    Norm.apply, Norm.apply, rotated, mixture,
 ]
 randomise(model, 5)
 for dense in (True, False):
@@ -144,7 +147,9 @@ def through(inputs: dict, *, kernels: bool) -> dict[str, torch.Tensor]:
             given[name] = given[name].detach().clone().requires_grad_()
     if kernels:
         names = (*LEARNT, "picked", "starts", "ends", "window", "ratio")
-        out, weights = op.Attend.apply(*(given[name] for name in names))
+        from pelagos.kernels.triton.training_attention import Attend
+
+        out, weights = Attend.apply(*(given[name] for name in names))
     else:
         out, weights = ref.attend(**given)
     generator = torch.Generator().manual_seed(1)

@@ -5,8 +5,6 @@ On CUDA nothing with heads x entries a query is held and the divergence makes it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,8 @@ def index_scores(q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ends: T
     """
     if not q.is_cuda:
         return compress.index_scores(q, keys, gates)
+    from pelagos.kernels.triton.index_training import Scores
+
     return Scores.apply(q, keys, gates, starts, ends, ratio)
 
 
@@ -30,6 +30,8 @@ def divergence(scores: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
     The target t is weights (B, S, M), normalised, and carries no gradient.
     """
     if scores.is_cuda:
+        from pelagos.kernels.triton.index_training import Divergence
+
         return Divergence.apply(scores, weights, seen)
     target = weights.detach()
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -45,40 +47,3 @@ def pick(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
 
         return kernel.pick(scores, visible.contiguous().view(torch.uint8), topk)
     return best_mask(scores.masked_fill(~visible, -torch.inf), topk) & visible
-
-
-class Scores(torch.autograd.Function):
-    """`index_scores` by the Triton kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, q, keys, gates, starts, ends, ratio):
-        from pelagos.kernels.triton import index_training as kernel
-
-        q, keys, gates, starts, ends = (t.contiguous() for t in (q, keys, gates, starts, ends))
-        ctx.save_for_backward(q, keys, gates, starts, ends)
-        ctx.ratio = ratio
-        return kernel.scores(q, keys, gates, starts, ratio)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        from pelagos.kernels.triton import index_training as kernel
-
-        q, keys, gates, starts, ends = ctx.saved_tensors
-        found = kernel.scores_backward(grad.contiguous(), q, keys, gates, starts, ends, ctx.ratio)
-        return *found, None, None, None
-
-
-class Divergence(torch.autograd.Function):
-    """`divergence` by the Triton kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, scores, weights, seen):
-        from pelagos.kernels.triton import index_training as kernel
-
-        losses, grad = kernel.divergence(scores, weights, seen.contiguous().view(torch.uint8))
-        ctx.save_for_backward(grad)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.saved_tensors[0] * grad.unsqueeze(-1), None, None

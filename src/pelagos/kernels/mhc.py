@@ -50,30 +50,10 @@ def _apply(pending: Pending | None, streams: Tensor, *rest: Any) -> tuple[Tensor
             f"mhc: streams are {streams.dtype} {tuple(streams.shape)}, expected bfloat16 (..., 4, D) with D a multiple "
             f"of {BLOCK} on {streams.device}; train other widths with --device cpu"
         )
+    from pelagos.kernels.triton.mhc import Site
+
     shapes = ((width,), (4,), (4, 4))
     before = [None] * 3 if pending is None else [t.reshape(-1, *s) for t, s in zip(pending, shapes, strict=True)]
     found = Site.apply(*before, streams.reshape(-1, 4, width), *rest)
     out, x, post, comb = (t.view(*lead, *t.shape[1:]) if len(t) else t for t in found)
     return out, x, post, comb
-
-
-class Site(torch.autograd.Function):
-    """`site` over flat tokens by the Triton kernels; without fn it is `leave` and only the streams mean something."""
-
-    @staticmethod
-    def forward(ctx: Any, y, post, comb, streams, fn, base, scale, iters, eps, norm_eps):
-        from pelagos.kernels.triton import mhc as kernel
-
-        out, x, new_post, new_comb, *kept = kernel.forward(
-            y, post, comb, streams, fn, base, scale, iters, eps, norm_eps
-        )
-        ctx.save_for_backward(y, post, comb, streams if y is not None else None, out, fn, base, scale, *kept)
-        ctx.norm_eps, ctx.eps = norm_eps, eps
-        return out, x, new_post, new_comb
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        from pelagos.kernels.triton import mhc as kernel
-
-        found = kernel.backward(ctx.saved_tensors, grads, ctx.eps, ctx.norm_eps)
-        return *found, None, None, None

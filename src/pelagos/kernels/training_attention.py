@@ -7,9 +7,6 @@ backward sums the gradient of each key over its queries in order, without atomic
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
@@ -33,27 +30,6 @@ def attend(
     width = q.shape[-1]
     if width & (width - 1) or not 16 <= width <= 256:
         raise ConfigError(f"training attention: head_dim={width} on {q.device}, expected a power of two in 16..256")
+    from pelagos.kernels.triton.training_attention import Attend
+
     return Attend.apply(q, rows, entries, sink, picked, starts, ends, window, ratio)
-
-
-class Attend(torch.autograd.Function):
-    """`attend` by the Triton kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, q, rows, entries, sink, picked, starts, ends, window, ratio):
-        from pelagos.kernels.triton import training_attention as kernel
-
-        picked = None if picked is None else picked.view(torch.uint8)
-        inputs = [None if t is None else t.contiguous() for t in (q, rows, entries, sink, picked, starts, ends)]
-        out, lse, weights = kernel.forward(inputs, window, ratio)
-        ctx.save_for_backward(*inputs, out, lse)
-        ctx.bounds = (window, ratio)
-        if weights is not None:
-            ctx.mark_non_differentiable(weights)
-        return out, weights
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        from pelagos.kernels.triton import training_attention as kernel
-
-        return *kernel.backward(grad.contiguous(), ctx.saved_tensors, *ctx.bounds), *[None] * 5

@@ -1,8 +1,8 @@
 """Pooling of token rows into compressed entries: a program a tile of entries, and of rows for the gradients."""
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -73,27 +73,34 @@ def _shapes(ape: Tensor, ratio: int, width: int) -> dict[str, int]:
     return {"DIM": width, "RATIO": ratio, "OVERLAP": ape.shape[1] // width - 1, "PADDED": triton.next_power_of_2(width)}
 
 
-def pool(both: Tensor, ape: Tensor, opens: Tensor, ratio: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return entries (B, N, width) in `dtype` and levels float32 of both (B, S, 2 span) float32."""
-    (batch, length), count = both.shape[:2], opens.shape[1]
-    pooled = both.new_empty((batch, count, width), dtype=dtype)
-    levels = torch.empty_like(pooled, dtype=torch.float32)
-    shapes = _shapes(ape, ratio, width)
-    tile = ENTRIES if shapes["OVERLAP"] else 1  # few windows are long ones
-    _pool_kernel[(triton.cdiv(count, tile), batch)](
-        both, ape, opens.view(torch.uint8), pooled, levels, length, count, BE=tile, **shapes
-    )
-    return pooled, levels
+class Pool(torch.autograd.Function):
+    """`kernels.compressor.pool` over joined weights (2 span, I)."""
 
+    @staticmethod
+    def forward(ctx: Any, x, weight, ape, opens, ratio, width):
+        flat, weight, count = x.reshape(-1, x.shape[-1]), weight.to(x.dtype), opens.shape[1]
+        both = torch.mm(flat, weight.T, out_dtype=torch.float32) if x.is_cuda else flat @ weight.T
+        pooled = x.new_empty((len(x), count, width))
+        levels = torch.empty_like(pooled, dtype=torch.float32)
+        shapes = _shapes(ape, ratio, width)
+        tile = ENTRIES if shapes["OVERLAP"] else 1  # few windows are long ones
+        _pool_kernel[(triton.cdiv(count, tile), len(x))](
+            both, ape, opens.view(torch.uint8), pooled, levels, x.shape[1], count, BE=tile, **shapes
+        )
+        ctx.save_for_backward(flat, weight, ape, opens, both, pooled, levels)
+        ctx.ratio = ratio
+        return pooled
 
-def pool_backward(
-    grad: Tensor, both: Tensor, ape: Tensor, opens: Tensor, pooled: Tensor, levels: Tensor, ratio: int
-) -> Tensor:
-    """Return the gradient of both, in the dtype of grad, from that of the entries (B, N, D)."""
-    (batch, length), count = both.shape[:2], opens.shape[1]
-    change = torch.empty_like(both, dtype=grad.dtype)
-    _pool_grad_kernel[(triton.cdiv(length, ROWS), batch)](
-        both, ape, opens.view(torch.uint8), pooled, levels, grad, change, length, count,
-        BR=ROWS, **_shapes(ape, ratio, pooled.shape[2]),
-    )  # fmt: skip
-    return change
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        x, weight, ape, opens, both, pooled, levels = ctx.saved_tensors
+        (batch, count, width), length, span = pooled.shape, len(x) // len(pooled), ape.shape[1]
+        change = torch.empty((batch, length, 2 * span), dtype=grad.dtype, device=grad.device)
+        _pool_grad_kernel[(triton.cdiv(length, ROWS), batch)](
+            both, ape, opens.view(torch.uint8), pooled, levels, grad.contiguous(), change, length, count,
+            BR=ROWS, **_shapes(ape, ctx.ratio, width),
+        )  # fmt: skip
+        flat = change.view(len(x), -1)
+        to_ape = change[:, : count * ctx.ratio, span:].float().unflatten(1, (-1, ctx.ratio)).sum((0, 1))
+        to_x = (flat @ weight).view(batch, length, -1) if ctx.needs_input_grad[0] else None
+        return to_x, (flat.T @ x).float(), to_ape, None, None, None

@@ -1,6 +1,4 @@
 """Losses of logits and their gradient in place: a program a token, its row read twice."""
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

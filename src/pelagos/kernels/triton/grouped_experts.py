@@ -1,13 +1,16 @@
 """What lies between the grouped products of experts in training: SwiGLU both ways, sums of a token's rows."""
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+
+from pelagos import numerics
 
 ROWS, COLUMNS = 16, 128  # a tile of SwiGLU
 TOKENS, CHANNELS = 8, 256  # a tile of the sums
@@ -115,3 +118,58 @@ def sum_rows(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(width, CHANNELS))
     _sum_kernel[grid](rows, places, out, tokens, WIDTH=width, PICKS=picks, BT=TOKENS, BC=CHANNELS)
     return out
+
+
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (R, I), an expert's rows end at `ends` (E,), by its weight (E, I, O); x (I, R) by weight (R, O): (E, I, O)."""
+    return functional.grouped_mm(x, weight, offs=ends)
+
+
+class Swiglu(torch.autograd.Function):
+    """`kernels.grouped_experts.swiglu` of both (T, 2F)."""
+
+    @staticmethod
+    def forward(ctx: Any, both, limit, hits):
+        ones = both.new_ones(len(both), dtype=torch.float32)
+        ctx.save_for_backward(both, ones)
+        ctx.limit = limit
+        return swiglu(both, ones, limit, hits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        both, ones = ctx.saved_tensors
+        return swiglu_backward(both, ones, grad.contiguous(), ctx.limit)[0], None, None
+
+
+class Mixture(torch.autograd.Function):
+    """`kernels.grouped_experts.mixture` behind the quantisation of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x, chosen, weights, w13, w2, limit, quantize, hits, fp8):
+        experts = torch.arange(len(w13), device=x.device)
+        flat, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(flat, experts, right=True, out_int32=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=x.device)
+        places, wide, narrow = places.view(chosen.shape), w13.to(x.dtype), w2.to(x.dtype)
+        rows, scale = x[order // chosen.shape[1]], weights.flatten()[order]
+        both = _product(rows, wide.transpose(1, 2), ends)
+        hidden = swiglu(both, scale, limit, hits)
+        hidden = quantize(hidden) if quantize else hidden
+        out = _product(hidden, narrow.transpose(1, 2), ends)
+        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, wide, narrow)
+        ctx.limit, ctx.fp8, ctx.masters = limit, fp8, (w13.dtype, w2.dtype)
+        return sum_rows(out, places, torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        rows, order, places, ends, scale, both, hidden, wide, narrow = ctx.saved_tensors
+        to_out = grad.to(rows.dtype)[order // places.shape[1]]
+        to_out = numerics.fake_quant_fp8(to_out, numerics.ACT_BLOCK) if ctx.fp8 else to_out
+        to_hidden = _product(to_out, narrow, ends)
+        to_both, to_scale = swiglu_backward(both, scale, to_hidden, ctx.limit)
+        to_both = numerics.fake_quant_fp8(to_both, numerics.ACT_BLOCK) if ctx.fp8 else to_both
+        to_wide, to_narrow = _product(to_both.T, rows, ends), _product(to_out.T, hidden, ends)
+        to_x = sum_rows(_product(to_both, wide, ends), places, rows.dtype)
+        masters = to_wide.to(ctx.masters[0]), to_narrow.to(ctx.masters[1])
+        return to_x, None, to_scale[places], *masters, *[None] * 4

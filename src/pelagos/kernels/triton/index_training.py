@@ -1,8 +1,8 @@
 """The indexer in training: scores of entries and their gradients by tiles, its divergence by one program a query."""
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -115,50 +115,61 @@ def _pick_kernel(scores, visible, picked, count, topk, BLOCK: tl.constexpr):
     tl.store(picked + base + entry, chosen.to(tl.uint8), mask=entry < count)
 
 
-def _shapes(q: Tensor, ratio: int) -> dict[str, int]:
-    heads, width = q.shape[2:]
-    padded = triton.next_power_of_2(heads)
-    shapes = {"HEADS": heads, "PADDED": padded, "WIDTH": width, "RATIO": ratio, "R": max(padded, ROWS), "N": KEYS}
-    return shapes | {"num_stages": STAGES}
+class Scores(torch.autograd.Function):
+    """`kernels.index_training.index_scores`: of the entries before each query in its sample, zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, q, keys, gates, starts, ends, ratio):
+        q, keys, gates, starts, ends = (t.contiguous() for t in (q, keys, gates, starts, ends))
+        ctx.save_for_backward(q, keys, gates, starts, ends)
+        (batch, length, heads, width), count = q.shape, keys.shape[1]
+        padded = triton.next_power_of_2(heads)
+        ctx.shapes = {"HEADS": heads, "WIDTH": width, "RATIO": ratio, "N": KEYS, "num_stages": STAGES}
+        ctx.rows = {"PADDED": padded, "R": max(padded, ROWS)}
+        ctx.grid = (triton.cdiv(length, ctx.rows["R"] // padded), batch)
+        out = q.new_zeros((batch, length, count), dtype=torch.float32)
+        _scores_kernel[ctx.grid](q, keys, gates, starts, out, length, count, **ctx.rows, **ctx.shapes)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        q, keys, gates, starts, ends = ctx.saved_tensors
+        (batch, length), count, grad = q.shape[:2], keys.shape[1], grad.contiguous()
+        to_q, to_keys, to_gates = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(gates)
+        _query_grad_kernel[ctx.grid](
+            q, keys, gates, starts, grad, to_q, to_gates, length, count, **ctx.rows, **ctx.shapes
+        )
+        _key_grad_kernel[(triton.cdiv(count, KEYS), batch)](
+            q, keys, gates, ends, grad, to_keys, length, count, STEP=STEP, **ctx.shapes
+        )
+        return to_q, to_keys, to_gates, None, None, None
 
 
-def scores(q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ratio: int) -> Tensor:
-    """Return scores (B, S, M) float32 of the entries before each query in its sample, anything elsewhere."""
-    (batch, length), count, shapes = q.shape[:2], keys.shape[1], _shapes(q, ratio)
-    out = q.new_zeros((batch, length, count), dtype=torch.float32)
-    grid = (triton.cdiv(length, shapes["R"] // shapes["PADDED"]), batch)
-    _scores_kernel[grid](q, keys, gates, starts, out, length, count, **shapes)
-    return out
+class Divergence(torch.autograd.Function):
+    """`kernels.index_training.divergence`, its gradient to the scores (B, S, M) made at once."""
+
+    @staticmethod
+    def forward(ctx: Any, scores, weights, seen):
+        losses, grad, count = scores.new_empty(scores.shape[:2]), torch.empty_like(scores), scores.shape[2]
+        _divergence_kernel[(losses.numel(),)](
+            scores, weights, seen.contiguous().view(torch.uint8), losses, grad, count, **_whole(count)
+        )
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return ctx.saved_tensors[0] * grad.unsqueeze(-1), None, None
 
 
-def scores_backward(
-    grad: Tensor, q: Tensor, keys: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, ratio: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of (q, keys, gates)."""
-    (batch, length, heads, width), count, shapes = q.shape, keys.shape[1], _shapes(q, ratio)
-    grad_q, grad_keys, grad_gates = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(gates)
-    grid = (triton.cdiv(length, shapes["R"] // shapes["PADDED"]), batch)
-    _query_grad_kernel[grid](q, keys, gates, starts, grad, grad_q, grad_gates, length, count, **shapes)
-    _key_grad_kernel[(triton.cdiv(count, KEYS), batch)](
-        q, keys, gates, ends, grad, grad_keys, length, count,
-        HEADS=heads, WIDTH=width, RATIO=ratio, N=KEYS, STEP=STEP, num_stages=STAGES,
-    )  # fmt: skip
-    return grad_q, grad_keys, grad_gates
-
-
-def divergence(scores: Tensor, weights: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each query's divergence (B, S) float32 and its gradient to the scores (B, S, M)."""
-    losses, grad, count = scores.new_empty(scores.shape[:2]), torch.empty_like(scores), scores.shape[2]
+def _whole(count: int) -> dict[str, int]:
+    """How a program takes all entries of a query."""
     block = triton.next_power_of_2(count)
-    warps = max(1, min(16, block // 256))
-    _divergence_kernel[(losses.numel(),)](scores, weights, seen, losses, grad, count, BLOCK=block, num_warps=warps)
-    return losses, grad
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 
 
 def pick(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
     """Return which entries (B, S, M) bool are picked."""
     picked, count = torch.empty_like(visible, dtype=torch.uint8), scores.shape[2]
-    block = triton.next_power_of_2(count)
-    grid = (scores.numel() // count,)
-    _pick_kernel[grid](scores, visible, picked, count, topk, BLOCK=block, num_warps=max(1, min(16, block // 256)))
+    _pick_kernel[(scores.numel() // count,)](scores, visible, picked, count, topk, **_whole(count))
     return picked.view(torch.bool)

@@ -3,10 +3,10 @@
 Products with fn are torch's, on BFloat16 parts of what is float32; Sinkhorn has a token a thread and keeps the divisors
 of rows and columns instead of iterates. Sums over tokens go through partial buffers in a fixed order: no atomics.
 """
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -36,6 +36,15 @@ def _put(base, value, token, column, live, K: tl.constexpr, COUNT: tl.constexpr,
 
 
 @triton.jit
+def _weighed(base, token, live, tiles, FIRST: tl.constexpr, STEP: tl.constexpr, STRIDE: tl.constexpr):
+    """Four tiles weighed by every STEP-th of a token's numbers from FIRST on."""
+    total = _one(base, token, live, FIRST, STRIDE)[:, None] * tiles[0]
+    for k in tl.static_range(1, 4):
+        total += _one(base, token, live, FIRST + k * STEP, STRIDE)[:, None] * tiles[k]
+    return total
+
+
+@triton.jit
 def _enter_kernel(
     y, post, comb, streams, out, square, count,
     WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PENDING: tl.constexpr,
@@ -45,17 +54,13 @@ def _enter_kernel(
     live, squares = token < count, tl.zeros((BT,), tl.float32)
     for begin in range(0, WIDTH, BD):
         column = begin + tl.arange(0, BD)
-        s0, s1 = _tile(streams, token, column, live, 0, 4, WIDTH), _tile(streams, token, column, live, 1, 4, WIDTH)
-        s2, s3 = _tile(streams, token, column, live, 2, 4, WIDTH), _tile(streams, token, column, live, 3, 4, WIDTH)
         if PENDING:
+            tiles = [_tile(streams, token, column, live, k, 4, WIDTH) for k in (0, 1, 2, 3)]
             own = _tile(y, token, column, live, 0, 1, WIDTH)
         for k in tl.static_range(4):
             if PENDING:
-                value = _one(comb, token, live, k, 16)[:, None] * s0 + _one(comb, token, live, 4 + k, 16)[:, None] * s1
-                value += _one(comb, token, live, 8 + k, 16)[:, None] * s2
-                value += _one(comb, token, live, 12 + k, 16)[:, None] * s3
-                value = _one(post, token, live, k, 4)[:, None] * own + value
-                value = value.to(out.dtype.element_ty)
+                value = _weighed(comb, token, live, tiles, k, 4, 16)
+                value = (_one(post, token, live, k, 4)[:, None] * own + value).to(out.dtype.element_ty)
                 _put(out, value, token, column, live, k, 4, WIDTH)
                 value = value.to(tl.float32)
             else:
@@ -72,33 +77,35 @@ def _logit(mix, base, scale, token, live, root, C: tl.constexpr):
 @triton.jit
 def _row(mix, base, scale, token, live, root, eps, C: tl.constexpr):
     """A row of the matrix before Sinkhorn: softmax of four logits, plus eps."""
-    a, b = _logit(mix, base, scale, token, live, root, C), _logit(mix, base, scale, token, live, root, C + 1)
-    c, d = _logit(mix, base, scale, token, live, root, C + 2), _logit(mix, base, scale, token, live, root, C + 3)
-    top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-    a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
-    total = a + b + c + d
-    return a / total + eps, b / total + eps, c / total + eps, d / total + eps
+    x = [_logit(mix, base, scale, token, live, root, C + k) for k in (0, 1, 2, 3)]
+    top = tl.maximum(tl.maximum(x[0], x[1]), tl.maximum(x[2], x[3]))
+    x = [tl.exp(each - top) for each in x]
+    total = x[0] + x[1] + x[2] + x[3]
+    return [each / total + eps for each in x]
 
 
 @triton.jit
-def _dot(a, b, c, d, p, q, r, s):
-    return a * p + b * q + c * r + d * s
+def _dot(a, p):
+    return a[0] * p[0] + a[1] * p[1] + a[2] * p[2] + a[3] * p[3]
 
 
 @triton.jit
-def _keep(base, token, live, a, b, c, d):
-    tl.store(base + token * 4, a, mask=live)
-    tl.store(base + token * 4 + 1, b, mask=live)
-    tl.store(base + token * 4 + 2, c, mask=live)
-    tl.store(base + token * 4 + 3, d, mask=live)
+def _columns(rows):
+    """Four rows of four as columns, or columns as rows."""
+    return [[row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], [row[3] for row in rows]]
+
+
+@triton.jit
+def _keep(base, token, live, four):
+    for k in tl.static_range(4):
+        tl.store(base + token * 4 + k, four[k], mask=live)
 
 
 @triton.jit
 def _kept(base, token, live):
     """Four kept divisors as factors."""
-    a, b = tl.load(base + token * 4, mask=live, other=1.0), tl.load(base + token * 4 + 1, mask=live, other=1.0)
-    c, d = tl.load(base + token * 4 + 2, mask=live, other=1.0), tl.load(base + token * 4 + 3, mask=live, other=1.0)
-    return 1 / a, 1 / b, 1 / c, 1 / d
+    found = [tl.load(base + token * 4 + k, mask=live, other=1.0) for k in (0, 1, 2, 3)]
+    return [1 / each for each in found]
 
 
 @triton.jit
@@ -121,34 +128,20 @@ def _gates_kernel(
         tl.store(pre + token * 4 + n, 1 / (1 + tl.exp(-gate)) + eps, mask=live)
         gate = _logit(mix, base, second, token, live, root, 4 + n)
         tl.store(post + token * 4 + n, 2 / (1 + tl.exp(-gate)), mask=live)
-    k00, k01, k02, k03 = _row(mix, base, third, token, live, root, eps, 8)
-    k10, k11, k12, k13 = _row(mix, base, third, token, live, root, eps, 12)
-    k20, k21, k22, k23 = _row(mix, base, third, token, live, root, eps, 16)
-    k30, k31, k32, k33 = _row(mix, base, third, token, live, root, eps, 20)
-    p0, p1 = tl.full((BT,), 1.0, tl.float32), tl.full((BT,), 1.0, tl.float32)
-    p2, p3 = tl.full((BT,), 1.0, tl.float32), tl.full((BT,), 1.0, tl.float32)
-    w0 = k00 + k10 + k20 + k30 + eps
-    w1 = k01 + k11 + k21 + k31 + eps
-    w2 = k02 + k12 + k22 + k32 + eps
-    w3 = k03 + k13 + k23 + k33 + eps
-    _keep(divisors, token, live, w0, w1, w2, w3)
+    k = [_row(mix, base, third, token, live, root, eps, c) for c in (8, 12, 16, 20)]
+    c = _columns(k)
+    p = [tl.full((BT,), 1.0, tl.float32) for _ in (0, 1, 2, 3)]  # what rows are divided by
+    w = [c[j][0] + c[j][1] + c[j][2] + c[j][3] + eps for j in (0, 1, 2, 3)]  # what columns are
+    _keep(divisors, token, live, w)
     for i in range(ITERS - 1):
-        a, b, c, d = 1 / w0, 1 / w1, 1 / w2, 1 / w3
-        p0 = _dot(k00, k01, k02, k03, a, b, c, d) + eps * p0
-        p1 = _dot(k10, k11, k12, k13, a, b, c, d) + eps * p1
-        p2 = _dot(k20, k21, k22, k23, a, b, c, d) + eps * p2
-        p3 = _dot(k30, k31, k32, k33, a, b, c, d) + eps * p3
-        _keep(divisors + (2 * i + 1) * count * 4, token, live, p0, p1, p2, p3)
-        a, b, c, d = 1 / p0, 1 / p1, 1 / p2, 1 / p3
-        w0 = _dot(k00, k10, k20, k30, a, b, c, d) + eps * w0
-        w1 = _dot(k01, k11, k21, k31, a, b, c, d) + eps * w1
-        w2 = _dot(k02, k12, k22, k32, a, b, c, d) + eps * w2
-        w3 = _dot(k03, k13, k23, k33, a, b, c, d) + eps * w3
-        _keep(divisors + (2 * i + 2) * count * 4, token, live, w0, w1, w2, w3)
-    _keep(comb + 0, 4 * token, live, k00 / (p0 * w0), k01 / (p0 * w1), k02 / (p0 * w2), k03 / (p0 * w3))
-    _keep(comb + 4, 4 * token, live, k10 / (p1 * w0), k11 / (p1 * w1), k12 / (p1 * w2), k13 / (p1 * w3))
-    _keep(comb + 8, 4 * token, live, k20 / (p2 * w0), k21 / (p2 * w1), k22 / (p2 * w2), k23 / (p2 * w3))
-    _keep(comb + 12, 4 * token, live, k30 / (p3 * w0), k31 / (p3 * w1), k32 / (p3 * w2), k33 / (p3 * w3))
+        by = [1 / w[j] for j in (0, 1, 2, 3)]
+        p = [_dot(k[j], by) + eps * p[j] for j in (0, 1, 2, 3)]
+        _keep(divisors + (2 * i + 1) * count * 4, token, live, p)
+        by = [1 / p[j] for j in (0, 1, 2, 3)]
+        w = [_dot(c[j], by) + eps * w[j] for j in (0, 1, 2, 3)]
+        _keep(divisors + (2 * i + 2) * count * 4, token, live, w)
+    for i in tl.static_range(4):
+        _keep(comb + 4 * i, 4 * token, live, [k[i][j] / (p[i] * w[j]) for j in (0, 1, 2, 3)])
 
 
 @triton.jit
@@ -164,17 +157,12 @@ def _collapse_kernel(streams, pre, x, count, WIDTH: tl.constexpr, BT: tl.constex
 @triton.jit
 def _pre_grad_kernel(streams, grad_x, grad_pre, count, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     token = tl.program_id(0) * BT + tl.arange(0, BT)
-    live = token < count
-    a, b = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-    c, d = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
+    live, sums = token < count, [tl.zeros((BT,), tl.float32) for _ in (0, 1, 2, 3)]
     for begin in range(0, WIDTH, BD):
         column = begin + tl.arange(0, BD)
         g = _tile(grad_x, token, column, live, 0, 1, WIDTH)
-        a += tl.sum(g * _tile(streams, token, column, live, 0, 4, WIDTH), 1)
-        b += tl.sum(g * _tile(streams, token, column, live, 1, 4, WIDTH), 1)
-        c += tl.sum(g * _tile(streams, token, column, live, 2, 4, WIDTH), 1)
-        d += tl.sum(g * _tile(streams, token, column, live, 3, 4, WIDTH), 1)
-    _keep(grad_pre, token, live, a, b, c, d)
+        sums = [sums[k] + tl.sum(g * _tile(streams, token, column, live, k, 4, WIDTH), 1) for k in (0, 1, 2, 3)]
+    _keep(grad_pre, token, live, sums)
 
 
 @triton.jit
@@ -188,14 +176,21 @@ def _leave(g, mix, scale, grad_mix, out, token, live, root, C: tl.constexpr):
 
 
 @triton.jit
-def _row_leaves(a, b, c, d, p, q, r, s, eps, mix, scale, grad_mix, out, token, live, root, C: tl.constexpr):
-    """`_leave` of a row whose softmax, plus eps, is p, q, r, s with gradient a, b, c, d."""
-    p, q, r, s = p - eps, q - eps, r - eps, s - eps
-    mean = _dot(a, b, c, d, p, q, r, s)
-    inner = _leave(p * (a - mean), mix, scale, grad_mix, out, token, live, root, C)
-    inner += _leave(q * (b - mean), mix, scale, grad_mix, out, token, live, root, C + 1)
-    inner += _leave(r * (c - mean), mix, scale, grad_mix, out, token, live, root, C + 2)
-    return inner + _leave(s * (d - mean), mix, scale, grad_mix, out, token, live, root, C + 3)
+def _row_leaves(g, k, eps, mix, scale, grad_mix, out, token, live, root, C: tl.constexpr):
+    """`_leave` of a row whose softmax, plus eps, is k with gradient g."""
+    p = [each - eps for each in k]
+    mean = _dot(g, p)
+    inner = _leave(p[0] * (g[0] - mean), mix, scale, grad_mix, out, token, live, root, C)
+    for j in tl.static_range(1, 4):
+        inner += _leave(p[j] * (g[j] - mean), mix, scale, grad_mix, out, token, live, root, C + j)
+    return inner
+
+
+@triton.jit
+def _before(g, k, own, by):
+    """Gradient before one column (or row) k was divided by 1 / own, from g behind; by: what else divides, if any."""
+    t = _dot(k, g) * own
+    return [g[i] - (t if by is None else t * by[i]) for i in (0, 1, 2, 3)]
 
 
 @triton.jit
@@ -215,55 +210,24 @@ def _gates_grad_kernel(
         s = _one(post, token, live, n, 4) * 0.5
         g = _one(grad_post, token, live, n, 4) * 2 * s * (1 - s)
         inner += _leave(g, mix, second, grad_mix, out, token, live, root, 4 + n)
-    k00, k01, k02, k03 = _row(mix, base, third, token, live, root, eps, 8)
-    k10, k11, k12, k13 = _row(mix, base, third, token, live, root, eps, 12)
-    k20, k21, k22, k23 = _row(mix, base, third, token, live, root, eps, 16)
-    k30, k31, k32, k33 = _row(mix, base, third, token, live, root, eps, 20)
-    p0, p1 = tl.full((BT,), 1.0, tl.float32), tl.full((BT,), 1.0, tl.float32)
-    p2, p3 = tl.full((BT,), 1.0, tl.float32), tl.full((BT,), 1.0, tl.float32)
+    k = [_row(mix, base, third, token, live, root, eps, c) for c in (8, 12, 16, 20)]
+    c = _columns(k)
+    p = [tl.full((BT,), 1.0, tl.float32) for _ in (0, 1, 2, 3)]
     if ITERS > 1:
-        p0, p1, p2, p3 = _kept(divisors + (2 * ITERS - 3) * count * 4, token, live)
-    w0, w1, w2, w3 = _kept(divisors + (2 * ITERS - 2) * count * 4, token, live)
-    g00, g01 = _one(grad_comb, token, live, 0, 16) * p0 * w0, _one(grad_comb, token, live, 1, 16) * p0 * w1
-    g02, g03 = _one(grad_comb, token, live, 2, 16) * p0 * w2, _one(grad_comb, token, live, 3, 16) * p0 * w3
-    g10, g11 = _one(grad_comb, token, live, 4, 16) * p1 * w0, _one(grad_comb, token, live, 5, 16) * p1 * w1
-    g12, g13 = _one(grad_comb, token, live, 6, 16) * p1 * w2, _one(grad_comb, token, live, 7, 16) * p1 * w3
-    g20, g21 = _one(grad_comb, token, live, 8, 16) * p2 * w0, _one(grad_comb, token, live, 9, 16) * p2 * w1
-    g22, g23 = _one(grad_comb, token, live, 10, 16) * p2 * w2, _one(grad_comb, token, live, 11, 16) * p2 * w3
-    g30, g31 = _one(grad_comb, token, live, 12, 16) * p3 * w0, _one(grad_comb, token, live, 13, 16) * p3 * w1
-    g32, g33 = _one(grad_comb, token, live, 14, 16) * p3 * w2, _one(grad_comb, token, live, 15, 16) * p3 * w3
-    for j in range(ITERS - 1):
-        i = ITERS - 2 - j
-        t = _dot(k00, k10, k20, k30, g00, g10, g20, g30) * w0
-        g00, g10, g20, g30 = g00 - t * p0, g10 - t * p1, g20 - t * p2, g30 - t * p3
-        t = _dot(k01, k11, k21, k31, g01, g11, g21, g31) * w1
-        g01, g11, g21, g31 = g01 - t * p0, g11 - t * p1, g21 - t * p2, g31 - t * p3
-        t = _dot(k02, k12, k22, k32, g02, g12, g22, g32) * w2
-        g02, g12, g22, g32 = g02 - t * p0, g12 - t * p1, g22 - t * p2, g32 - t * p3
-        t = _dot(k03, k13, k23, k33, g03, g13, g23, g33) * w3
-        g03, g13, g23, g33 = g03 - t * p0, g13 - t * p1, g23 - t * p2, g33 - t * p3
-        w0, w1, w2, w3 = _kept(divisors + 2 * i * count * 4, token, live)
-        t = _dot(k00, k01, k02, k03, g00, g01, g02, g03) * p0
-        g00, g01, g02, g03 = g00 - t * w0, g01 - t * w1, g02 - t * w2, g03 - t * w3
-        t = _dot(k10, k11, k12, k13, g10, g11, g12, g13) * p1
-        g10, g11, g12, g13 = g10 - t * w0, g11 - t * w1, g12 - t * w2, g13 - t * w3
-        t = _dot(k20, k21, k22, k23, g20, g21, g22, g23) * p2
-        g20, g21, g22, g23 = g20 - t * w0, g21 - t * w1, g22 - t * w2, g23 - t * w3
-        t = _dot(k30, k31, k32, k33, g30, g31, g32, g33) * p3
-        g30, g31, g32, g33 = g30 - t * w0, g31 - t * w1, g32 - t * w2, g33 - t * w3
-        p0, p1, p2, p3 = _kept(divisors + tl.maximum(2 * i - 1, 0) * count * 4, token, live)
-    t = _dot(k00, k10, k20, k30, g00, g10, g20, g30) * w0
-    g00, g10, g20, g30 = g00 - t, g10 - t, g20 - t, g30 - t
-    t = _dot(k01, k11, k21, k31, g01, g11, g21, g31) * w1
-    g01, g11, g21, g31 = g01 - t, g11 - t, g21 - t, g31 - t
-    t = _dot(k02, k12, k22, k32, g02, g12, g22, g32) * w2
-    g02, g12, g22, g32 = g02 - t, g12 - t, g22 - t, g32 - t
-    t = _dot(k03, k13, k23, k33, g03, g13, g23, g33) * w3
-    g03, g13, g23, g33 = g03 - t, g13 - t, g23 - t, g33 - t
-    inner += _row_leaves(g00, g01, g02, g03, k00, k01, k02, k03, eps, mix, third, grad_mix, out, token, live, root, 8)
-    inner += _row_leaves(g10, g11, g12, g13, k10, k11, k12, k13, eps, mix, third, grad_mix, out, token, live, root, 12)
-    inner += _row_leaves(g20, g21, g22, g23, k20, k21, k22, k23, eps, mix, third, grad_mix, out, token, live, root, 16)
-    inner += _row_leaves(g30, g31, g32, g33, k30, k31, k32, k33, eps, mix, third, grad_mix, out, token, live, root, 20)
+        p = _kept(divisors + (2 * ITERS - 3) * count * 4, token, live)
+    w = _kept(divisors + (2 * ITERS - 2) * count * 4, token, live)
+    grads = [[_one(grad_comb, token, live, 4 * i + j, 16) * p[i] * w[j] for j in (0, 1, 2, 3)]
+             for i in (0, 1, 2, 3)]  # fmt: skip
+    for step in range(ITERS - 1):
+        turn, down = ITERS - 2 - step, _columns(grads)
+        grads = _columns([_before(down[n], c[n], w[n], p) for n in (0, 1, 2, 3)])
+        w = _kept(divisors + 2 * turn * count * 4, token, live)
+        grads = [_before(grads[n], k[n], p[n], w) for n in (0, 1, 2, 3)]
+        p = _kept(divisors + tl.maximum(2 * turn - 1, 0) * count * 4, token, live)
+    down = _columns(grads)
+    grads = _columns([_before(down[n], c[n], w[n], None) for n in (0, 1, 2, 3)])
+    for n in tl.static_range(4):
+        inner += _row_leaves(grads[n], k[n], eps, mix, third, grad_mix, out, token, live, root, 8 + 4 * n)
     tl.store(grad_square + token, inner * root * root * root * (-0.5 / (4 * WIDTH)), mask=live)
 
 
@@ -281,6 +245,12 @@ def _reaching(
 
 
 @triton.jit
+def _met(g, tiles, sums):
+    """g, and sums plus its products with y and the streams before."""
+    return g, [sums[i] + tl.sum(g * tiles[i], 1) for i in (0, 1, 2, 3, 4)]
+
+
+@triton.jit
 def _streams_grad_kernel(
     grad_out, grad_x, y, post, comb, streams, out, pre, by_mix, grad_square,
     grad_y, grad_post, grad_comb, grad_streams, count,
@@ -291,57 +261,33 @@ def _streams_grad_kernel(
     live, doubled = token < count, tl.zeros((BT, 1), tl.float32)
     if MIX:
         doubled = 2 * tl.load(grad_square + token, mask=live, other=0.0)[:, None]
-    if PENDING:
-        b00, b10, b20 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b30, b40 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b01, b11, b21 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b31, b41 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b02, b12, b22 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b32, b42 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b03, b13, b23 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-        b33, b43 = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
+    if PENDING:  # of each stream after: its products with y and the streams before
+        sums = [[tl.zeros((BT,), tl.float32) for _ in (0, 1, 2, 3, 4)] for _ in (0, 1, 2, 3)]
     for begin in range(0, WIDTH, BD):
         column = begin + tl.arange(0, BD)
         g_x = tl.zeros((BT, BD), tl.float32)
         if MIX:
             g_x = _tile(grad_x, token, column, live, 0, 1, WIDTH)
         if PENDING:
-            s0, s1 = _tile(streams, token, column, live, 0, 4, WIDTH), _tile(streams, token, column, live, 1, 4, WIDTH)
-            s2, s3 = _tile(streams, token, column, live, 2, 4, WIDTH), _tile(streams, token, column, live, 3, 4, WIDTH)
-            own = _tile(y, token, column, live, 0, 1, WIDTH)
-            g0 = _reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, 0, WIDTH, MIX)
-            b00, b10, b20 = b00 + tl.sum(g0 * own, 1), b10 + tl.sum(g0 * s0, 1), b20 + tl.sum(g0 * s1, 1)
-            b30, b40 = b30 + tl.sum(g0 * s2, 1), b40 + tl.sum(g0 * s3, 1)
-            g1 = _reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, 1, WIDTH, MIX)
-            b01, b11, b21 = b01 + tl.sum(g1 * own, 1), b11 + tl.sum(g1 * s0, 1), b21 + tl.sum(g1 * s1, 1)
-            b31, b41 = b31 + tl.sum(g1 * s2, 1), b41 + tl.sum(g1 * s3, 1)
-            g2 = _reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, 2, WIDTH, MIX)
-            b02, b12, b22 = b02 + tl.sum(g2 * own, 1), b12 + tl.sum(g2 * s0, 1), b22 + tl.sum(g2 * s1, 1)
-            b32, b42 = b32 + tl.sum(g2 * s2, 1), b42 + tl.sum(g2 * s3, 1)
-            g3 = _reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, 3, WIDTH, MIX)
-            b03, b13, b23 = b03 + tl.sum(g3 * own, 1), b13 + tl.sum(g3 * s0, 1), b23 + tl.sum(g3 * s1, 1)
-            b33, b43 = b33 + tl.sum(g3 * s2, 1), b43 + tl.sum(g3 * s3, 1)
+            s = [_tile(streams, token, column, live, k, 4, WIDTH) for k in (0, 1, 2, 3)]
+            tiles = (_tile(y, token, column, live, 0, 1, WIDTH), s[0], s[1], s[2], s[3])
+            found = [_met(_reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, k, WIDTH, MIX),
+                          tiles, sums[k]) for k in (0, 1, 2, 3)]  # fmt: skip
+            grads, sums = [found[k][0] for k in (0, 1, 2, 3)], [found[k][1] for k in (0, 1, 2, 3)]
             for j in tl.static_range(4):
-                d = (
-                    _one(comb, token, live, 4 * j, 16)[:, None] * g0
-                    + _one(comb, token, live, 4 * j + 1, 16)[:, None] * g1
-                )
-                d += _one(comb, token, live, 4 * j + 2, 16)[:, None] * g2
-                d += _one(comb, token, live, 4 * j + 3, 16)[:, None] * g3
+                d = _weighed(comb, token, live, grads, 4 * j, 1, 16)
                 _put(grad_streams, d, token, column, live, j, 4, WIDTH)
-            d = _one(post, token, live, 0, 4)[:, None] * g0 + _one(post, token, live, 1, 4)[:, None] * g1
-            d += _one(post, token, live, 2, 4)[:, None] * g2 + _one(post, token, live, 3, 4)[:, None] * g3
+            d = _one(post, token, live, 0, 4)[:, None] * grads[0] + _one(post, token, live, 1, 4)[:, None] * grads[1]
+            d += _one(post, token, live, 2, 4)[:, None] * grads[2] + _one(post, token, live, 3, 4)[:, None] * grads[3]
             _put(grad_y, d, token, column, live, 0, 1, WIDTH)
         else:
             for k in tl.static_range(4):
                 g = _reaching(grad_out, g_x, out, pre, by_mix, doubled, token, column, live, k, WIDTH, MIX)
                 _put(grad_streams, g, token, column, live, k, 4, WIDTH)
     if PENDING:
-        _keep(grad_post, token, live, b00, b01, b02, b03)
-        _keep(grad_comb + 0, 4 * token, live, b10, b11, b12, b13)
-        _keep(grad_comb + 4, 4 * token, live, b20, b21, b22, b23)
-        _keep(grad_comb + 8, 4 * token, live, b30, b31, b32, b33)
-        _keep(grad_comb + 12, 4 * token, live, b40, b41, b42, b43)
+        _keep(grad_post, token, live, [sums[k][0] for k in (0, 1, 2, 3)])
+        for j in tl.static_range(4):
+            _keep(grad_comb + 4 * j, 4 * token, live, [sums[k][j + 1] for k in (0, 1, 2, 3)])
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -357,59 +303,63 @@ def _product(x: Tensor, other: Tensor) -> Tensor:
     return torch.mm(x, other, out_dtype=torch.float32) if x.is_cuda and x.dtype == torch.bfloat16 else x @ other
 
 
-def _block(width: int) -> int:
-    """Channels a step of a warp."""
-    return min(256, triton.next_power_of_2(width))
+def _shapes(width: int) -> dict[str, int]:
+    """Of a program: tokens and channels a step."""
+    return {"WIDTH": width, "BT": TOKENS, "BD": min(256, triton.next_power_of_2(width))}
 
 
-def forward(y, post, comb, streams, fn, base, scale, iters: int, eps: float, norm_eps: float) -> tuple[Tensor, ...]:
-    """Return (streams, x, post, comb, mix, square, pre, post, divisors); without fn all but the first are empty."""
-    count, _, width = streams.shape
-    out = torch.empty_like(streams) if y is not None else streams.clone()
-    floats = {"device": streams.device, "dtype": torch.float32}
-    square, shapes = torch.empty(count, **floats), {"WIDTH": width, "BT": TOKENS, "BD": _block(width)}
-    grid = (triton.cdiv(count, TOKENS),)
-    _enter_kernel[grid](y, post, comb, streams, out, square, count, PENDING=y is not None, **shapes)
-    there = 0 if fn is None else count
-    mix, x = torch.empty(there, 24, **floats), streams.new_empty(there, width)
-    pre, new_post = torch.empty(there, 4, **floats), torch.empty(there, 4, **floats)
-    new_comb, divisors = torch.empty(there, 4, 4, **floats), torch.empty(max(0, 2 * iters - 1), there, 4, **floats)
-    if fn is not None:
-        both = _product(out.view(count, -1), _parts(fn, out.dtype).T)
-        mix = both if both.shape[1] == 24 else both[:, :24] + both[:, 24:]
-        _gates_kernel[(triton.cdiv(count, GATES),)](
-            mix, square, base, scale, pre, new_post, new_comb, divisors, count, eps, norm_eps,
-            WIDTH=width, ITERS=iters, BT=GATES,
+class Site(torch.autograd.Function):
+    """`kernels.mhc.site` over flat tokens; without fn it is `leave` and all but the streams is empty."""
+
+    @staticmethod
+    def forward(ctx: Any, y, post, comb, streams, fn, base, scale, iters, eps, norm_eps):
+        count, _, width = streams.shape
+        out = torch.empty_like(streams) if y is not None else streams.clone()
+        floats = {"device": streams.device, "dtype": torch.float32}
+        square, shapes = torch.empty(count, **floats), _shapes(width)
+        grid, there = (triton.cdiv(count, TOKENS),), 0 if fn is None else count
+        _enter_kernel[grid](y, post, comb, streams, out, square, count, PENDING=y is not None, **shapes)
+        mix, x = torch.empty(there, 24, **floats), streams.new_empty(there, width)
+        pre, new_post = torch.empty(there, 4, **floats), torch.empty(there, 4, **floats)
+        new_comb, divisors = torch.empty(there, 4, 4, **floats), torch.empty(max(0, 2 * iters - 1), there, 4, **floats)
+        if fn is not None:
+            both = _product(out.view(count, -1), _parts(fn, out.dtype).T)
+            mix = both if both.shape[1] == 24 else both[:, :24] + both[:, 24:]
+            _gates_kernel[(triton.cdiv(count, GATES),)](
+                mix, square, base, scale, pre, new_post, new_comb, divisors, count, eps, norm_eps,
+                WIDTH=width, ITERS=iters, BT=GATES,
+            )  # fmt: skip
+            _collapse_kernel[(*grid, triton.cdiv(width, shapes["BD"]))](out, pre, x, count, **shapes)
+        before = (y, post, comb, streams if y is not None else None)
+        ctx.save_for_backward(*before, out, fn, base, scale, mix, square, pre, new_post, divisors)
+        ctx.norm_eps, ctx.eps = norm_eps, eps
+        return out, x, new_post, new_comb
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None):
+        y, post, comb, streams, out, fn, base, scale, mix, square, pre, new_post, divisors = ctx.saved_tensors
+        count, _, width = out.shape
+        grad_out, grad_x, grad_new_post, grad_new_comb = (None if g is None else g.contiguous() for g in grads)
+        grid, shapes = (triton.cdiv(count, TOKENS),), _shapes(width)
+        grad_fn = grad_base = grad_scale = by_mix = grad_square = None
+        if fn is not None:
+            grad_pre, grad_mix, grad_square = torch.empty_like(pre), torch.empty_like(mix), torch.empty_like(square)
+            _pre_grad_kernel[grid](out, grad_x, grad_pre, count, **shapes)
+            programs = triton.cdiv(count, GATES)
+            parts = mix.new_empty(programs, 48)
+            _gates_grad_kernel[(programs,)](
+                grad_pre, grad_new_post, grad_new_comb, mix, square, base, scale, pre, new_post, divisors, grad_mix,
+                grad_square, parts, count, ctx.eps, ctx.norm_eps, WIDTH=width, ITERS=(len(divisors) + 1) // 2, BT=GATES,
+            )  # fmt: skip
+            grad_base, by_scale = parts.sum(0).split(24)
+            grad_scale = torch.stack([part.sum() for part in by_scale.split([4, 4, 16])])
+            both = _product(_parts(grad_mix.T, out.dtype), out.view(count, -1))
+            grad_fn = both if len(both) == 24 else both[:24] + both[24:]
+            by_mix = torch.mm(grad_mix.to(out.dtype), fn.to(out.dtype))
+        grad_streams = torch.empty_like(out)
+        grad_y, grad_post, grad_comb = (None if t is None else torch.empty_like(t) for t in (y, post, comb))
+        _streams_grad_kernel[grid](
+            grad_out, grad_x, y, post, comb, streams, out, pre, by_mix, grad_square,
+            grad_y, grad_post, grad_comb, grad_streams, count, PENDING=y is not None, MIX=fn is not None, **shapes,
         )  # fmt: skip
-        _collapse_kernel[(*grid, triton.cdiv(width, shapes["BD"]))](out, pre, x, count, **shapes)
-    return out, x, new_post, new_comb, mix, square, pre, new_post, divisors
-
-
-def backward(saved: tuple, grads: tuple, eps: float, norm_eps: float) -> tuple[Tensor | None, ...]:
-    """Return the gradients of (y, post, comb, streams, fn, base, scale) from those of (streams, x, post, comb)."""
-    y, post, comb, streams, out, fn, base, scale, mix, square, pre, new_post, divisors = saved
-    count, _, width = out.shape
-    grad_out, grad_x, grad_new_post, grad_new_comb = (None if g is None else g.contiguous() for g in grads)
-    grid, shapes = (triton.cdiv(count, TOKENS),), {"WIDTH": width, "BT": TOKENS, "BD": _block(width)}
-    grad_fn = grad_base = grad_scale = by_mix = grad_square = None
-    if fn is not None:
-        grad_pre, grad_mix, grad_square = torch.empty_like(pre), torch.empty_like(mix), torch.empty_like(square)
-        _pre_grad_kernel[grid](out, grad_x, grad_pre, count, **shapes)
-        programs = triton.cdiv(count, GATES)
-        parts = mix.new_empty(programs, 48)
-        _gates_grad_kernel[(programs,)](
-            grad_pre, grad_new_post, grad_new_comb, mix, square, base, scale, pre, new_post, divisors, grad_mix,
-            grad_square, parts, count, eps, norm_eps, WIDTH=width, ITERS=(len(divisors) + 1) // 2, BT=GATES,
-        )  # fmt: skip
-        grad_base, by_scale = parts.sum(0).split(24)
-        grad_scale = torch.stack([part.sum() for part in by_scale.split([4, 4, 16])])
-        both = _product(_parts(grad_mix.T, out.dtype), out.view(count, -1))
-        grad_fn = both if len(both) == 24 else both[:24] + both[24:]
-        by_mix = torch.mm(grad_mix.to(out.dtype), fn.to(out.dtype))
-    grad_streams = torch.empty_like(out)
-    grad_y, grad_post, grad_comb = (None if t is None else torch.empty_like(t) for t in (y, post, comb))
-    _streams_grad_kernel[grid](
-        grad_out, grad_x, y, post, comb, streams, out, pre, by_mix, grad_square,
-        grad_y, grad_post, grad_comb, grad_streams, count, PENDING=y is not None, MIX=fn is not None, **shapes,
-    )  # fmt: skip
-    return grad_y, grad_post, grad_comb, grad_streams, grad_fn, grad_base, grad_scale
+        return grad_y, grad_post, grad_comb, grad_streams, grad_fn, grad_base, grad_scale, None, None, None

@@ -1,8 +1,8 @@
 """RMSNorm forward and backward, rotary embedding: a program walks tiles of rows, a row whole in registers."""
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -66,34 +66,46 @@ def _rope_kernel(
     tl.store(out + line + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
-def _tiles(width: int) -> tuple[int, int]:
+def _tiles(width: int) -> dict[str, int]:
     padded = triton.next_power_of_2(width)
-    return padded, max(1, ELEMENTS // padded)
+    return {"WIDTH": width, "PADDED": padded, "BR": max(1, ELEMENTS // padded)}
 
 
-def norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x (R, C) normed, in its dtype, and what each row was multiplied by (R,) float32."""
-    (rows, width), (padded, tile) = x.shape, _tiles(x.shape[1])
-    out, roots = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    _norm_kernel[(triton.cdiv(rows, tile),)](x, weight, out, roots, rows, eps, WIDTH=width, PADDED=padded, BR=tile)
-    return out, roots
+class Norm(torch.autograd.Function):
+    """`kernels.norm_rope.rms_norm`; keeps what each row was multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, eps):
+        x, tiles = x.contiguous(), _tiles(x.shape[-1])
+        rows = x.numel() // x.shape[-1]
+        out, roots = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+        _norm_kernel[(triton.cdiv(rows, tiles["BR"]),)](x, weight, out, roots, rows, eps, **tiles)
+        ctx.save_for_backward(x, weight, roots)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        (x, weight, roots), tiles = ctx.saved_tensors, _tiles(grad.shape[-1])
+        each = tiles["BR"] * triton.cdiv(triton.cdiv(len(roots), PROGRAMS), tiles["BR"])
+        programs, to_x = triton.cdiv(len(roots), each), torch.empty_like(x)
+        parts = None if weight is None else roots.new_empty((programs, tiles["WIDTH"]))
+        _norm_grad_kernel[(programs,)](x, weight, roots, grad.contiguous(), to_x, parts, len(roots), each, **tiles)
+        return to_x, None if parts is None else parts.sum(0).to(weight.dtype), None
 
 
-def norm_backward(x: Tensor, weight: Tensor | None, roots: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x and weight from that of `norm` (R, C)."""
-    (rows, width), (padded, tile) = x.shape, _tiles(x.shape[1])
-    each = tile * triton.cdiv(triton.cdiv(rows, PROGRAMS), tile)
-    programs = triton.cdiv(rows, each)
-    grad_x, parts = torch.empty_like(x), None if weight is None else x.new_empty((programs, width), dtype=torch.float32)
-    _norm_grad_kernel[(programs,)](
-        x, weight, roots, grad, grad_x, parts, rows, each, WIDTH=width, PADDED=padded, BR=tile
-    )
-    return grad_x, None if parts is None else parts.sum(0)
+class Rope(torch.autograd.Function):
+    """`kernels.norm_rope.apply_rope` of a width that is a power of two; its backward is the other direction."""
 
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin, inverse):
+        ctx.save_for_backward(cos, sin)
+        ctx.inverse, width, x = inverse, x.shape[-1], x.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        rows, out, tile = x.numel() // width, torch.empty_like(x), max(1, ELEMENTS // width)
+        shape = {"HEADS": x.numel() // cos.numel(), "WIDTH": width, "BR": tile}
+        _rope_kernel[(triton.cdiv(rows, tile),)](x, cos, sin, out, rows, SIGN=-1.0 if inverse else 1.0, **shape)
+        return out
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool) -> Tensor:
-    """Return x (R, C) turned by tables (R / heads, C) float32, C a power of two."""
-    out, tile = torch.empty_like(x), max(1, ELEMENTS // x.shape[1])
-    shape = {"HEADS": heads, "WIDTH": x.shape[1], "BR": tile}
-    _rope_kernel[(triton.cdiv(len(x), tile),)](x, cos, sin, out, len(x), SIGN=-1.0 if inverse else 1.0, **shape)
-    return out
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return Rope.apply(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None

@@ -2,10 +2,10 @@
 
 A mask of picks, if any, is read beside the keys. Every sum has one owner and one order.
 """
-# Inside a kernel Triton turns Python numbers into constexpr and blocks into tensors; its annotations say neither.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +15,8 @@ from torch import Tensor
 ROWS = 128  # (query, head) rows a program of the queries
 KEYS = 64  # keys a step of it, or a program of the keys' gradients
 STEP = 64  # rows a step of these
-STAGES = (
-    1  # Triton 3.6 puts no fence between loads of a pipelined loop and a product that reads them from shared memory
-)
+# Triton 3.6 puts no fence between loads of a pipelined loop and a product that reads them from shared memory.
+STAGES = 1
 
 
 @triton.jit
@@ -52,15 +51,16 @@ def _rows_of(starts, sequence, length, HEADS: tl.constexpr, PADDED: tl.constexpr
     live = (t < length) & (head < HEADS)
     start = tl.load(starts + sequence * length + t, mask=t < length, other=0)
     low = tl.load(starts + sequence * length + first)
-    return (
-        t,
-        head,
-        (sequence * length + t) * HEADS + head,
-        live,
-        start,
-        low,
-        tl.minimum(first + R // PADDED, length) - 1,
-    )
+    place = (sequence * length + t) * HEADS + head
+    return t, head, place, live, start, low, tl.minimum(first + R // PADDED, length) - 1
+
+
+@triton.jit
+def _bounds(low, last, FAR: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr, QUERIES: tl.constexpr):
+    """The first key that a program's QUERIES may see, and the one behind the last: of the window or, FAR, entries."""
+    if FAR:
+        return (low + RATIO - 1) // RATIO, (last + 1) // RATIO
+    return tl.maximum(low, tl.program_id(0) * QUERIES - WINDOW + 1), last + 1
 
 
 @triton.jit
@@ -74,21 +74,13 @@ def _forward_kernel(
     own = _tile(q, place, live, WIDTH)
     top = tl.load(sink + head, mask=live, other=0.0).to(tl.float32)
     total, mixed = tl.full((R,), 1.0, tl.float32), tl.zeros((R, WIDTH), tl.float32)
-    for begin in range(tl.maximum(low, tl.program_id(0) * (R // PADDED) - WINDOW + 1), last + 1, N):
-        index = begin + tl.arange(0, N)
-        key = _tile(rows, sequence * length + index, index < length, WIDTH)
-        sees = _sees(index, t, start, live, picked, sequence, length, length, WINDOW, 0, False)
-        logits = tl.where(sees, tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE, float("-inf"))
-        best = tl.maximum(top, tl.max(logits, 1))
-        chance, keep = tl.exp(logits - best[:, None]), tl.exp(top - best)
-        total = total * keep + tl.sum(chance, 1)
-        mixed = tl.dot(chance.to(key.dtype), key, mixed * keep[:, None], input_precision="ieee")
-        top = best
-    if RATIO > 0:
-        for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+    for far in tl.static_range(1 + (RATIO > 0)):
+        first, end = _bounds(low, last, far, WINDOW, RATIO, R // PADDED)
+        keys, many = (entries, count) if far else (rows, length)
+        for begin in range(first, end, N):
             index = begin + tl.arange(0, N)
-            key = _tile(entries, sequence * count + index, index < count, WIDTH)
-            sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+            key = _tile(keys, sequence * many + index, index < many, WIDTH)
+            sees = _sees(index, t, start, live, picked, sequence, length, many, WINDOW, RATIO * far, PICKED)
             logits = tl.where(sees, tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE, float("-inf"))
             best = tl.maximum(top, tl.max(logits, 1))
             chance, keep = tl.exp(logits - best[:, None]), tl.exp(top - best)
@@ -127,19 +119,13 @@ def _query_grad_kernel(
     spill = tl.exp(tl.load(sink + head, mask=live, other=0.0).to(tl.float32) - level)
     tl.store(grad_sink + place, -spill * mean, mask=live)
     total = tl.zeros((R, WIDTH), tl.float32)
-    for begin in range(tl.maximum(low, tl.program_id(0) * (R // PADDED) - WINDOW + 1), last + 1, N):
-        index = begin + tl.arange(0, N)
-        key = _tile(rows, sequence * length + index, index < length, WIDTH)
-        sees = _sees(index, t, start, live, picked, sequence, length, length, WINDOW, 0, False)
-        logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
-        change = tl.dot(up, tl.trans(key), input_precision="ieee") - mean[:, None]
-        change = tl.where(sees, tl.exp(logits - level[:, None]), 0.0) * change * SCALE
-        total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
-    if RATIO > 0:
-        for begin in range((low + RATIO - 1) // RATIO, (last + 1) // RATIO, N):
+    for far in tl.static_range(1 + (RATIO > 0)):
+        first, end = _bounds(low, last, far, WINDOW, RATIO, R // PADDED)
+        keys, many = (entries, count) if far else (rows, length)
+        for begin in range(first, end, N):
             index = begin + tl.arange(0, N)
-            key = _tile(entries, sequence * count + index, index < count, WIDTH)
-            sees = _sees(index, t, start, live, picked, sequence, length, count, WINDOW, RATIO, PICKED)
+            key = _tile(keys, sequence * many + index, index < many, WIDTH)
+            sees = _sees(index, t, start, live, picked, sequence, length, many, WINDOW, RATIO * far, PICKED)
             logits = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALE
             change = tl.dot(up, tl.trans(key), input_precision="ieee") - mean[:, None]
             change = tl.where(sees, tl.exp(logits - level[:, None]), 0.0) * change * SCALE
@@ -180,54 +166,46 @@ def _key_grad_kernel(
     tl.store(grad_keys + at, total.to(grad_keys.dtype.element_ty), mask=(index < count)[:, None])
 
 
-def _shapes(q: Tensor, picked: Tensor | None, window: int, ratio: int) -> dict[str, int | float]:
-    heads, width = q.shape[2:]
-    padded = triton.next_power_of_2(heads)
-    return {
-        "HEADS": heads, "PADDED": padded, "WIDTH": width, "WINDOW": window, "RATIO": ratio,
-        "PICKED": picked is not None, "R": max(padded, ROWS), "N": KEYS, "SCALE": width**-0.5, "num_warps": 8,
-        "num_stages": STAGES,
-    }  # fmt: skip
+class Attend(torch.autograd.Function):
+    """`kernels.training_attention.attend`."""
 
+    @staticmethod
+    def forward(ctx: Any, q, rows, entries, sink, picked, starts, ends, window, ratio):
+        picked = None if picked is None else picked.view(torch.uint8)
+        inputs = [None if t is None else t.contiguous() for t in (q, rows, entries, sink, picked, starts, ends)]
+        q, rows, entries, sink, picked, starts, ends = inputs
+        (batch, length, heads, width), count = q.shape, 0 if entries is None else entries.shape[1]
+        ctx.shapes = {"HEADS": heads, "WIDTH": width, "WINDOW": window, "RATIO": ratio if count else 0,
+                      "PICKED": picked is not None, "N": KEYS, "SCALE": width**-0.5, "num_stages": STAGES}  # fmt: skip
+        padded = triton.next_power_of_2(heads)
+        ctx.rows = {"PADDED": padded, "R": max(padded, ROWS), "num_warps": 8}
+        ctx.grid = (triton.cdiv(length, ctx.rows["R"] // padded), batch)
+        out, lse = torch.empty_like(q), q.new_empty((batch, length, heads), dtype=torch.float32)
+        weights = None if entries is None else q.new_zeros((batch, length, count), dtype=torch.float32)
+        _forward_kernel[ctx.grid](
+            q, rows, entries, sink, picked, starts, out, lse, weights, length, count, **ctx.rows, **ctx.shapes
+        )
+        ctx.save_for_backward(*inputs, out, lse)
+        if weights is not None:
+            ctx.mark_non_differentiable(weights)
+        return out, weights
 
-def _grid(q: Tensor, shapes: dict[str, int | float]) -> tuple[int, int]:
-    return triton.cdiv(q.shape[1], shapes["R"] // shapes["PADDED"]), q.shape[0]
-
-
-def forward(inputs: list[Tensor | None], window: int, ratio: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (out, log-sum-exps (B, S, H), weights); inputs as `kernels.training_attention.attend` orders them."""
-    q, rows, entries, sink, picked, starts, _ = inputs
-    batch, length, heads, _ = q.shape
-    out, lse = torch.empty_like(q), q.new_empty((batch, length, heads), dtype=torch.float32)
-    count = 0 if entries is None else entries.shape[1]
-    weights = None if entries is None else q.new_zeros((batch, length, count), dtype=torch.float32)
-    shapes = _shapes(q, picked, window, ratio if count else 0)
-    _forward_kernel[_grid(q, shapes)](
-        q, rows, entries, sink, picked, starts, out, lse, weights, length, count, **shapes
-    )
-    return out, lse, weights
-
-
-def backward(grad: Tensor, saved: tuple, window: int, ratio: int) -> tuple[Tensor | None, ...]:
-    """Return the gradients of (q, rows, entries, sink)."""
-    q, rows, entries, sink, picked, starts, ends, out, lse = saved
-    batch, length, heads, width = q.shape
-    count = 0 if entries is None else entries.shape[1]
-    shapes = _shapes(q, picked, window, ratio if count else 0)
-    grad_q, delta, spill = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
-    _query_grad_kernel[_grid(q, shapes)](
-        q, rows, entries, sink, picked, starts, out, lse, grad, grad_q, spill, delta, length, count,
-        **shapes,
-    )  # fmt: skip
-    grad_sink = spill.sum((0, 1)).to(sink.dtype)
-    grad_rows, grad_entries = torch.empty_like(rows), None if entries is None else torch.empty_like(entries)
-    tiles = {"HEADS": heads, "WIDTH": width, "WINDOW": window, "N": KEYS, "STEP": STEP, "SCALE": width**-0.5}
-    tiles |= {"num_stages": STAGES}
-    common = (starts, ends, lse, delta, grad)
-    grid = (triton.cdiv(length, KEYS), batch)
-    _key_grad_kernel[grid](q, rows, None, *common, grad_rows, length, length, RATIO=0, PICKED=False, **tiles)
-    if count:
-        own = {"RATIO": ratio, "PICKED": picked is not None}
-        grid = (triton.cdiv(count, KEYS), batch)
-        _key_grad_kernel[grid](q, entries, picked, *common, grad_entries, length, count, **own, **tiles)
-    return grad_q, grad_rows, grad_entries, grad_sink
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None):
+        q, rows, entries, sink, picked, starts, ends, out, lse = ctx.saved_tensors
+        (batch, length), count, grad = q.shape[:2], 0 if entries is None else entries.shape[1], grad.contiguous()
+        to_q, delta, spill = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
+        _query_grad_kernel[ctx.grid](
+            q, rows, entries, sink, picked, starts, out, lse, grad, to_q, spill, delta, length, count, **ctx.rows,
+            **ctx.shapes,
+        )  # fmt: skip
+        to_rows, to_entries = torch.empty_like(rows), None if entries is None else torch.empty_like(entries)
+        for keys, to_keys, own in (
+            (rows, to_rows, {"RATIO": 0, "PICKED": False}), (entries, to_entries, {})
+        ):  # fmt: skip
+            if keys is not None and (many := keys.shape[1]):
+                _key_grad_kernel[(triton.cdiv(many, KEYS), batch)](
+                    q, keys, picked if keys is entries else None, starts, ends, lse, delta, grad, to_keys, length, many,
+                    STEP=STEP, **(ctx.shapes | own),
+                )  # fmt: skip
+        return to_q, to_rows, to_entries, spill.sum((0, 1)).to(sink.dtype), *[None] * 5
