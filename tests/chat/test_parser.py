@@ -453,7 +453,7 @@ def test_tool_call_ids_pass_the_checksum_of_deepseek_recipe(thinking):
     ],
 )
 def test_checksums_recorded_from_deepseek_recipe(identity, checksum):
-    from pelagos.chat.tool_call_id import _xxh3_64
+    from pelagos.chat.parser import _xxh3_64
 
     assert f"{_xxh3_64(identity.replace('_', '').encode()) % 10_000:04}" == checksum
 

@@ -21,7 +21,7 @@ from tests.engine.scripted import scripted_llm
 from tests.serve.served import Served, serve, wait_until
 
 from pelagos.serve import Settings
-from pelagos.serve.reads import document
+from pelagos.serve.app import document
 from pelagos.serve.scripted import Reply
 
 CHAT = "/v1/chat/completions"

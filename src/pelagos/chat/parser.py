@@ -6,6 +6,7 @@ markup is recovered where its meaning is plain. Grammar: released encoder; recov
 
 import random
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Self
@@ -15,7 +16,6 @@ from pelagos.chat.json_output import JsonOutput
 from pelagos.chat.render import Prompt
 from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import DSML, END_THINK, EOS, MARKS
-from pelagos.chat.tool_call_id import new_tool_call_id
 
 _DSML, _END_THINK = MARKS[DSML], MARKS[END_THINK]
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -23,6 +23,9 @@ _TAG = re.compile(f'((?:[^">{_DSML}]|"[^"{_DSML}]*")*)>')
 _LONGEST_TAG = 4096
 _NAME = re.compile(r'name\s*=\s*"([^"]*)')
 _STRING = re.compile(r'string\s*=\s*"?(true|false)')
+# The first 32 bytes of XXH3's secret and its constants (xxHash specification): enough for inputs of 17 to 32 bytes.
+_SECRET = bytes.fromhex("b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f")
+_PRIME, _AVALANCHE, _MASK = 0x9E3779B185EBCA87, 0x165667919E3779F9, (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,3 +290,21 @@ class Parser:
         """Give the text of a block without any call as content."""
         self._add_content("" if self._calls else self._loose.strip())
         self._loose = ""
+
+
+def new_tool_call_id(index: int, *, empty_reasoning: bool, rng: random.Random) -> str:
+    """Return an id like `call_00_...`; `ET_` marks a thinking turn with empty reasoning. Source: deepseek-recipe."""
+    letters = "".join(rng.choices(string.ascii_letters + string.digits, k=20))
+    stem = f"call_{index:02}_{'ET_' if empty_reasoning else ''}{letters}"
+    return f"{stem}{_xxh3_64(stem.replace('_', '').encode()) % 10_000:04}"
+
+
+def _xxh3_64(data: bytes) -> int:
+    total = len(data) * _PRIME
+    for lane, secret in ((data[:16], _SECRET[:16]), (data[-16:], _SECRET[16:])):
+        mixed = int.from_bytes(lane, "little") ^ int.from_bytes(secret, "little")
+        product = (mixed & _MASK) * (mixed >> 64)
+        total += (product & _MASK) ^ (product >> 64)
+    total &= _MASK
+    total = (total ^ (total >> 37)) * _AVALANCHE & _MASK
+    return total ^ (total >> 32)

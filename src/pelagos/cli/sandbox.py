@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit status: 1 where something does not work, verify or repeat."""
     parser = argparse.ArgumentParser(prog="pelagos sandbox", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {
+    add = {name: commands.add_parser(name, help=text, description=text).add_argument for name, text in {
         "doctor": "start every substrate here and say what is missing",
         "serve": "serve sandboxes over HTTP: gateway, edge and watcher in one",
         "collect": "delete layers and snapshots of guests that nothing uses",
@@ -28,58 +28,53 @@ def main(arguments: Sequence[str]) -> int:
         "provenance": "list what was asked and what came of it, one JSON object a line",
         "export": "write a log and its blobs as one tar",
         "replay": "run a log again in a new sandbox and list what comes out differently",
-    }.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if name == "doctor":
-            command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-            command.add_argument("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
-        elif name == "collect":
-            command.add_argument("--days", type=float, default=30, help="only what was not used for so long")
-        elif name == "serve":
-            said = "TOML: a table per project with key, sandboxes, memory_mb; without it this is an edge alone"
-            command.add_argument("projects", type=Path, nargs="?", help=said)
-            command.add_argument("--name", default="local", help="of this host's edge, by which gateways know it")
-            command.add_argument("--host", default="127.0.0.1")
-            command.add_argument("--port", type=int, default=8100)
-            command.add_argument("--memory-mb", type=float, default=8192, help="of this host's sandboxes together")
-            command.add_argument("--edge", action="append", default=[], metavar="NAME=URL", help="another host's edge")
-            command.add_argument("--secret", type=Path, help="a file: what gateways and edges know each other by")
-        else:
-            command.add_argument("directory", type=Path)
-        if name == "verify":
-            command.add_argument("--head", help="a head that must be in the chain")
-        if name == "provenance":
-            command.add_argument("--blob", help="only what made or took this sha256")
-            command.add_argument("--path", help="only what names this path")
-        if name == "export":
-            command.add_argument("target", type=Path)
+    }.items()}  # fmt: skip
+    add["doctor"]("--json", action="store_true", help="one JSON object instead of a table")
+    add["doctor"]("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
+    add["collect"]("--days", type=float, default=30, help="only what was not used for so long")
+    said = "TOML: a table per project with key, sandboxes, memory_mb; without it this is an edge alone"
+    add["serve"]("projects", type=Path, nargs="?", help=said)
+    add["serve"]("--name", default="local", help="of this host's edge, by which gateways know it")
+    add["serve"]("--host", default="127.0.0.1")
+    add["serve"]("--port", type=int, default=8100)
+    add["serve"]("--memory-mb", type=float, default=8192, help="of this host's sandboxes together")
+    add["serve"]("--edge", action="append", default=[], metavar="NAME=URL", help="another host's edge")
+    add["serve"]("--secret", type=Path, help="a file: what gateways and edges know each other by")
+    for name in ("verify", "provenance", "export", "replay"):
+        add[name]("directory", type=Path)
+    add["verify"]("--head", help="a head that must be in the chain")
+    add["provenance"]("--blob", help="only what made or took this sha256")
+    add["provenance"]("--path", help="only what names this path")
+    add["export"]("target", type=Path)
     asked = parser.parse_args(arguments)
-    lines: list[dict[str, Any]] = []
     try:
         if asked.command == "serve":
             serve(asked)
-            return 0
-        if asked.command == "collect":
-            print(json.dumps(default_store().collect(older_s=asked.days * 86400)))
             return 0
         if asked.command == "doctor":
             report = examine(names=asked.substrate)
             print(json.dumps(report) if asked.json else table(report))
             return 0 if all(found["works"] for found in report["substrates"].values()) else 1
-        if asked.command == "verify":
-            count, head = log.verify(asked.directory, head=asked.head)
-            lines = [{"records": count, "head": head}]
-        elif asked.command == "export":
-            lines = [{"file": str(asked.target), "head": log.export(asked.directory, asked.target)}]
-        elif asked.command == "provenance":
-            lines = log.provenance(asked.directory, blob=asked.blob, path=asked.path)
-        else:
-            lines = asyncio.run(replay(asked.directory))
+        lines = list(told(asked))
         print("".join(json.dumps(line) + "\n" for line in lines), end="")
     except (PelagosError, OSError) as error:
         print(f"{parser.prog} {asked.command}: {error}", file=sys.stderr)
         return 1
     return 1 if asked.command == "replay" and lines else 0
+
+
+def told(asked: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """Return what a question about the store or a log is answered with."""
+    if asked.command == "collect":
+        return [default_store().collect(older_s=asked.days * 86400)]
+    if asked.command == "verify":
+        count, head = log.verify(asked.directory, head=asked.head)
+        return [{"records": count, "head": head}]
+    if asked.command == "export":
+        return [{"file": str(asked.target), "head": log.export(asked.directory, asked.target)}]
+    if asked.command == "provenance":
+        return log.provenance(asked.directory, blob=asked.blob, path=asked.path)
+    return asyncio.run(replay(asked.directory))
 
 
 def serve(asked: argparse.Namespace) -> None:

@@ -7,12 +7,10 @@ its own at the context's last position. The time of a step is that of its graphs
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
-from pelagos.errors import CapacityError, ConfigError, MissingDependency
+from pelagos.errors import CapacityError, ConfigError
 from pelagos.evals.kernel_bench import Ceilings, elapsed, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.kernels.rows import LayerRows, Rows
@@ -204,37 +202,3 @@ def _chunks(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     values, scales = (part.rows for part in rows.parts)
     for begin in range(0, len(values), _CHUNK):
         yield values[begin : begin + _CHUNK], scales[begin : begin + _CHUNK]
-
-
-def plot(files: Iterable[Path], out: Path) -> int:
-    """Draw the rows of result files over the ceilings they were measured under; return how many were drawn.
-
-    Raises ConfigError when there is no row with ceilings before it, MissingDependency without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise MissingDependency("bench plot needs matplotlib; `pip install matplotlib`") from None
-    rows = [
-        json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    ceilings = [row for row in rows if row.get("bench") == "ceilings"]
-    drawn = [row for row in rows if row.get("gbps") and row.get("tflops") and row.get("bench") != "ceilings"]
-    if not ceilings or not drawn:
-        raise ConfigError("bench plot: expected rows with gbps and tflops, and a row of ceilings among them")
-    best = ceilings[-1]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    x = np.logspace(-1, 4.5, 200)
-    for name, peak in (("FP8", best["tflops"]), ("BF16", best["bf16_tflops"])):
-        axes.plot(x, np.minimum(best["gbps"] * x / 1e3, peak), label=f"{name} {peak:,} TFLOP/s", linewidth=1)
-    for bench in dict.fromkeys(row["bench"] for row in drawn):
-        own = [row for row in drawn if row["bench"] == bench]
-        intensity = [1e3 * row["tflops"] / row["gbps"] for row in own]
-        axes.scatter(intensity, [row["tflops"] for row in own], s=14, label=bench)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
-    axes.set_title(f"{best['device']}: read {best['gbps']:,} GB/s, random weights")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
-    return len(drawn)

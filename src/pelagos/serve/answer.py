@@ -137,27 +137,19 @@ class Answer(ChatTurn):
 
         Leaving the iteration early cancels the request; its error is raised here.
         """
-        loop, heard = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-
-        def remind() -> None:  # one timer, looked at when it fires, is cheaper than one for every token
-            nonlocal timer
-            left = heard + keep_alive - loop.time()
-            if left <= 0:
-                self._wake.set()
-            timer = loop.call_later(left if left > 0 else keep_alive, remind)
-
-        timer = loop.call_later(keep_alive, remind)
+        heard = self._loop.time()
         try:
             while self.finish_reason is None:
-                await self._wake.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(heard + keep_alive):
+                        await self._wake.wait()
                 self._wake.clear()
                 self._told = False
-                events, now = self.drain(), loop.time()
+                events, now = self.drain(), self._loop.time()
                 if events or now - heard >= keep_alive:
                     heard = now
                     yield events or None
         finally:
-            timer.cancel()
             self.cancel()
 
     def cancel(self) -> None:

@@ -7,7 +7,6 @@ error in place of the end).
 """
 
 import dataclasses
-import heapq
 import itertools
 import json
 import re
@@ -61,18 +60,8 @@ def read_script(path: Path) -> Callable[[str], Reply]:
     return reply
 
 
-@dataclass(slots=True)
-class _Running:
-    stream: Stream
-    tokens: Iterator[int]
-    text: TextStream
-    reply: Reply
-    ids: list[int]  # of the prompt, and what was written
-    user_id: str
-
-
 class ScriptedEngine:
-    """An `Engine` that answers each prompt by `reply`, then the end token; one thread writes all streams.
+    """An `Engine` that answers each prompt by `reply`, then the end token; each stream has a thread that writes it.
 
     It counts prefixes it has read or written, by user and in pages of 128 tokens, as cached. `fail` is raised in place
     of the next token of every stream; `calls` holds the options of each submit.
@@ -88,10 +77,8 @@ class ScriptedEngine:
         self._tokenizer, self._reply = tokenizer, reply
         self._cuts = re.compile(f"({'|'.join(map(re.escape, tokenizer.special_tokens.values()))})")
         self._names = itertools.count(1)
-        self._due: list[tuple[float, int, _Running]] = []
-        self._running: dict[str, _Running] = {}
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="script", daemon=True)
+        self._running: dict[Stream, threading.Thread] = {}
+        self._lock = threading.Lock()
         self._seen: set[int] = set()
         self._stats = EngineStats()
         self._closed = False
@@ -106,87 +93,73 @@ class ScriptedEngine:
         reply = Reply(reply, self.delay) if isinstance(reply, str) else reply
         text, tokens = TextStream(self._tokenizer.stream_decoder(), params, eos), [*self._spell(reply.text), eos]
         keys = _page_keys(prompt_ids[:-1], user_id)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise CapacityError("the engine is closed and takes no more requests")
             self.calls.append({"user_id": user_id, **options})
-            number = next(self._names)
-            stream = Stream(f"req-{number}", on_step=on_step)
-            running = _Running(stream, iter(tokens), text, reply, list(prompt_ids), user_id)
+            stream = Stream(f"req-{next(self._names)}", on_step=on_step)
             seen = itertools.takewhile(self._seen.__contains__, keys)
             stream.cached_tokens = PAGE_TOKENS * len(list(seen))
             self._seen.update(keys)
             self._stats.prompt_tokens += len(prompt_ids)
             self._stats.cached_tokens += stream.cached_tokens
-            self._running[stream.request_id] = running
-            heapq.heappush(self._due, (time.monotonic() + reply.first_s + reply.token_s, number, running))
-            if number == 1:
-                self._thread.start()
-            self._changed.notify()
+            work = (stream, tokens, text, reply, list(prompt_ids), user_id)
+            self._running[stream] = threading.Thread(target=self._write, args=work, daemon=True)
+            self._running[stream].start()
         return stream
 
     def abort(self, request_id: str) -> None:
         """Cancel a request."""
-        if running := self._running.get(request_id):
-            running.stream.cancel()
+        with self._lock:
+            for stream in self._running:
+                if stream.request_id == request_id:
+                    stream.cancel()
 
     def stats(self) -> EngineStats:
         """Return the counters; there are no pages."""
-        with self._changed:
+        with self._lock:
             return dataclasses.replace(self._stats, requests_running=len(self._running))
 
     def close(self) -> None:
-        """Cancel everything and end the thread."""
-        with self._changed:
+        """Cancel everything and end the threads."""
+        with self._lock:
             self._closed = True
-            for running in self._running.values():
-                running.stream.cancel()
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+            running = dict(self._running)
+        for stream, thread in running.items():
+            stream.cancel()
+            thread.join()
 
     def _spell(self, text: str) -> Iterator[int]:
         for at, part in enumerate(self._cuts.split(text)):
             yield from [self._tokenizer.id(part)] if at % 2 else self._tokenizer.encode(part)
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._due:
-                    if self._closed:
-                        return
-                    self._changed.wait()
-                due, number, running = heapq.heappop(self._due)
-                if (wait := due - time.monotonic()) > 0 and not running.stream.is_cancelled and not self._closed:
-                    heapq.heappush(self._due, (due, number, running))
-                    self._changed.wait(min(wait, 0.05))  # a cancelled stream is noticed meanwhile
-                    continue
-            if self._write(running):
-                with self._changed:
-                    heapq.heappush(self._due, (time.monotonic() + running.reply.token_s, number, running))
-
-    def _write(self, running: _Running) -> bool:
-        """Write a stream's next token; whether more follow."""
-        stream, text, error = running.stream, running.text, self.fail
-        if error is None and not stream.is_cancelled:
-            running.ids.append(next(running.tokens))
-            if running.ids[-1] == self.config.eos_token_id and running.reply.fail is not None:
-                error = PelagosError(running.reply.fail)
-            else:
+    def _write(
+        self, stream: Stream, tokens: Sequence[int], text: TextStream, reply: Reply, ids: list[int], user_id: str
+    ) -> None:
+        due, error = time.monotonic() + reply.first_s, None
+        for token in tokens:
+            due += reply.token_s
+            while (wait := due - time.monotonic()) > 0 and not stream.is_cancelled:
+                time.sleep(min(wait, 0.05))  # a cancelled stream is noticed meanwhile
+            error = self.fail
+            if token == self.config.eos_token_id and reply.fail is not None:
+                error = error or PelagosError(reply.fail)
+            if error is not None or stream.is_cancelled:
+                break
+            ids.append(token)
+            steps = text.push([Pick(token, 0.0)])
+            with self._lock:
                 self._stats.generated_tokens += 1
-                steps = text.push([Pick(running.ids[-1], 0.0)])
                 if text.finish_reason is not None:
-                    with self._changed:
-                        self._seen.update(_page_keys(running.ids, running.user_id))
-                for step in steps:
-                    stream.put(step)
-                if text.finish_reason is None:
-                    return True
-        with self._changed:
+                    self._seen.update(_page_keys(ids, user_id))
+            for step in steps:
+                stream.put(step)
+            if text.finish_reason is not None:
+                break
+        with self._lock:
             self._stats.requests_done += 1
-            del self._running[stream.request_id]
+            del self._running[stream]
         stream.close(None if error else text.finish_reason or "cancelled", error)
-        return False
 
 
 def _page_keys(ids: Sequence[int], user_id: str) -> list[int]:
