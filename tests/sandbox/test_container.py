@@ -89,6 +89,22 @@ def test_first_process_stays_and_leaves_no_zombies(make: Any) -> None:
     assert [r for r in logs.read_records(box.directory) if r["kind"] == "event"] == [], "it was started again"
 
 
+def test_commands_are_killed_for_memory_before_the_first_process(box: Sandbox) -> None:
+    command, first = box.exec("cat /proc/self/oom_score_adj /proc/1/oom_score_adj").text.split()
+    assert (command, first) == ("1000", "900")
+
+
+def test_the_waiting_face_refuses_a_running_event_loop(box: Sandbox, store: Store) -> None:
+    async def inside_a_loop() -> str:
+        for work in (lambda: box.exec("true"), lambda: Sandbox.create(store=store)):
+            with pytest.raises(RuntimeError, match="AsyncSandbox"):
+                work()
+        return (await box.wrapped.exec("echo both")).text
+
+    assert asyncio.run(inside_a_loop()) == "both\n"
+    assert box.exec("echo faces").text == "faces\n"
+
+
 def test_files(box: Sandbox) -> None:
     data = bytes(range(256)) * 5000
     box.files.write("deep/er/data.bin", data, mode=0o640)

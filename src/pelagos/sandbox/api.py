@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from pelagos.errors import SandboxError
 
@@ -31,15 +31,16 @@ class Capabilities:
     """How strong each promise is on this host; a weaker way is named here and never taken silently."""
 
     memory_limit: str  # "cgroup" (the whole sandbox), "vm" or "per_process" (RLIMIT_AS)
-    process_limit: str  # "cgroup", "vm" or "per_user_namespace" (RLIMIT_NPROC counted in the sandbox's namespace)
+    process_limit: str  # "cgroup", "vm", "per_user_namespace" (RLIMIT_NPROC, counted in the sandbox's) or "none"
     cpu_limit: str  # "cgroup", "vm" (so many processors) or "none"
     disk_limit: str  # "hard", "watched" (files hard, sum polled) or "memory" (tmpfs, charged as memory)
     pause: str  # "freezer", "signals" (SIGSTOP, which the inside can undo) or "none"
     files: str  # "overlay" or "none" (stateless: no file calls, no snapshots)
-    host_user: str  # "separate" (an unprivileged uid of its own) or "caller" (the inside runs as your uid)
+    # "separate" (an unprivileged uid of its own), "caller" (yours), "inside" (the number inside, whoever has it here)
+    host_user: str
     network: str = "none"  # or "proxy": an HTTP proxy to the names on a list
     terminal: str = "none"  # or "yes"
-    kernel: str = "shared"  # the host's own; or the guest's under "kvm" or "tcg"
+    kernel: str = "shared"  # the host's own; or the guest's under "kvm", "tcg" or "uml"
 
     def check(self, required: Mapping[str, str]) -> None:
         """Raise SandboxError naming the first flag of `required` that this host does not have."""
@@ -56,7 +57,7 @@ class Spec:
 
     id: str
     substrate: str
-    base: str  # "host" or "none"
+    base: str  # "host", "none" or "disk:" and a digest
     layers: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     ttl_s: float = 900.0
@@ -110,15 +111,3 @@ class Command:
     call: str | None = None
     arguments: str = "[]"
     tty: tuple[int, int] | None = None  # rows and columns: its first descriptor is a socket that wants the terminal
-
-
-class Child(Protocol):
-    """A started command: `status_fd` gives one JSON line (`{"exit_code": n, "value": ...}`) and then ends."""
-
-    status_fd: int
-
-    def kill(self) -> None:
-        """Kill the command and its session."""
-
-    def reap(self) -> None:
-        """Free what the finished command still holds on the host."""

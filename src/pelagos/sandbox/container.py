@@ -18,14 +18,14 @@ import termios
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import inside, linux
-from pelagos.sandbox.api import Capabilities, Child, Command, Spec
+from pelagos.sandbox.api import Capabilities, Command, Spec
 from pelagos.sandbox.cgroups import SPARE_PROCESSES, Group
 
 # Who the inside is on the host when the caller is root: in no range of accounts or subordinate uids.
@@ -89,11 +89,16 @@ class Home:
     first time 2, so all of it is done before anybody asks, and once.
     """
 
-    def __init__(self, make: "Callable[[Path, Spec | None], Substrate]", rehearse: Callable[[], None]) -> None:
+    def __init__(self, make: "Callable[[Path, Spec, None], Substrate]", rehearse: Callable[[], None]) -> None:
         self.group = Group.create(f"{os.getpid()}-{os.urandom(4).hex()}")
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.launcher, asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control, theirs = linux.link()
+        self.launcher, asks = linux.link()
         linux.seccomp_program()
+
+        def made(box: str, spec: dict[str, Any]) -> Substrate:
+            substrate = make(Path(box), Spec.from_dict(spec), None)
+            substrate.grouped = self.group is not None
+            return substrate
 
         def launch() -> None:
             linux.close_all_but([asks.fileno()])
@@ -101,8 +106,8 @@ class Home:
             linux.populate()  # a program takes this memory's place
             told, fds, _, _ = socket.recv_fds(asks, ASK_BYTES, 3)
             if told:
-                ask = json.loads(told)
-                make(Path(ask["box"]), Spec.from_dict(ask["spec"])).launch(ask["first"], ask["grouped"], asks, *fds)
+                box, spec, first = json.loads(told)
+                made(box, spec).launch(first, asks, *fds)
 
         def work() -> None:
             joins = self.group.open_joins() if self.group else []
@@ -114,9 +119,10 @@ class Home:
             launcher = linux.fork(launch, traceback.print_exception)
             asks.close()
             try:
-                if box := theirs.recv(1 << 16):
-                    take_notes(Path(os.fsdecode(box)))
-                    make(Path(os.fsdecode(box)), None).run_inside(theirs)
+                if told := theirs.recv(ASK_BYTES):
+                    box, spec = json.loads(told)
+                    take_notes(Path(box))
+                    made(box, spec).run_inside(theirs)
             finally:
                 with contextlib.suppress(OSError):  # it ended
                     os.kill(launcher, signal.SIGKILL)
@@ -124,6 +130,10 @@ class Home:
 
         self.pid = linux.fork(work, traceback.print_exception)
         linux.close(theirs.detach(), asks.detach())
+
+    def meet(self, box: Path, spec: Spec) -> None:
+        """Tell whoever will fork what runs there which sandbox it is."""
+        self.control.send(json.dumps([str(box), asdict(spec)]).encode())
 
     def close(self) -> None:
         """End the processes, and with them the sandbox; remove the groups."""
@@ -144,21 +154,19 @@ class Home:
 
 
 class Running:
-    """A command that runs; closing the leash ends it."""
+    """A command that runs: how it ended comes on `link`, and whoever has the other end ends it when this one closes."""
 
-    def __init__(self, status_fd: int, leash: int) -> None:
-        self.status_fd, self._leash = status_fd, leash
+    def __init__(self, link: socket.socket, ended: Callable[[], object] = lambda: None) -> None:
+        self.status_fd, self.link, self._ended = link.fileno(), link, ended
 
     def kill(self) -> None:
         """End the command and what belongs to it; its status still comes."""
-        if self._leash >= 0:
-            os.close(self._leash)
-            self._leash = -1
+        self.link.shutdown(socket.SHUT_WR)
 
     def reap(self) -> None:
-        """Close what the keeper held of the command."""
-        os.close(self.status_fd)
-        self.kill()
+        """Let go of the command, and of what it left running where it is a call."""
+        self.link.close()
+        self._ended()
 
 
 class Substrate(ABC):
@@ -168,10 +176,14 @@ class Substrate(ABC):
     """
 
     capabilities: Capabilities
+    whole_disks = False  # whether it takes images of whole disks
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
         self._group = home.group if home else None
+        self.grouped = self._group is not None  # whether control groups limit memory
+        if spec.base.startswith("disk:") and not self.whole_disks:
+            raise SandboxError(f"{spec.substrate}: an image of a whole disk needs a machine; use substrate='fullvm'")
 
     def begin(self) -> None:
         """Begin what takes time, for `start` to wait for; raises SandboxError for what is missing."""
@@ -182,7 +194,7 @@ class Substrate(ABC):
     def start(self) -> None:
         """Bring the sandbox up; raises SandboxError with what the tool said."""
 
-    def launch(self, first: list[str], grouped: bool, report: socket.socket, *fds: int) -> None:
+    def launch(self, first: list[str], report: socket.socket, *fds: int) -> None:
         """In the other process of `Home`: become what `begin` said, if it said that."""
         raise NotImplementedError
 
@@ -194,7 +206,7 @@ class Substrate(ABC):
         """In the process of `Home`: start and run what comes on `control` until it closes."""
 
     @abstractmethod
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Running:
         """Start a command with these three descriptors (the caller closes its own copies)."""
 
     @abstractmethod
@@ -238,17 +250,15 @@ class Substrate(ABC):
     def hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
         """Send a command with its three descriptors to the process in `home`; SandboxError where that has ended."""
         assert self._home is not None, "made in the process that is inside already"
-        text = linux.file_of(json.dumps(ask).encode())
-        status, status_w = os.pipe()
-        leash_r, leash = os.pipe()
+        text, (link, theirs) = linux.file_of(json.dumps(ask).encode()), linux.link()
         try:
-            socket.send_fds(self._home.control, [b"run"], [text, *stdio, status_w, leash_r])
+            socket.send_fds(self._home.control, [b"run"], [text, *stdio, theirs.fileno()])
         except OSError as error:
-            linux.close(status, leash)
+            link.close()
             raise SandboxError(f"sandbox {self._spec.id}: what runs its commands ended ({error})") from None
         finally:
-            linux.close(text, status_w, leash_r)
-        return Running(status, leash)
+            linux.close(text, theirs.detach())
+        return Running(link)
 
 
 class Container(Substrate):
@@ -256,7 +266,6 @@ class Container(Substrate):
 
     root_bind = "--bind"  # how the overlay becomes the root
     proxies = True  # whether a list of names can be reached from inside
-    _grouped = False  # whether control groups limit memory
     nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
@@ -282,21 +291,20 @@ class Container(Substrate):
             raise SandboxError(f"sandbox {self._spec.id}: an image needs at least one layer; start from Image.host()")
         self._info, info_w = os.pipe()
         self._said, said_w = os.pipe()
-        hold = self._stdin()
-        ask = {"box": str(self._box), "spec": asdict(self._spec), "first": self._first_process(),
-               "grouped": self._group is not None}  # fmt: skip
-        socket.send_fds(self._home.launcher, [json.dumps(ask).encode()], [info_w, said_w, hold])
+        first, hold = self._first_process()
+        ask = json.dumps([str(self._box), asdict(self._spec), first])
+        socket.send_fds(self._home.launcher, [ask.encode()], [info_w, said_w, hold])
         linux.close(info_w, said_w, hold)
 
     def start(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
         try:
-            self._home.control.send(os.fsencode(self._box))
-            if self._group:
-                self._group.limit(self._spec.limits)
+            self._home.meet(self._box, self._spec)
             facts = until_ready(self._info, START_S)
             if facts.startswith(b"{"):  # else it said why not
                 self._take_namespaces(json.loads(facts)["child-pid"])
+            if self._group:  # whose limit may be less than the memory of what became bubblewrap just now
+                self._group.limit(self._spec.limits)
             text = until_ready(self._said, START_S)
             if text != b"ready\n":
                 said = text.decode("utf-8", "replace").strip()
@@ -313,25 +321,19 @@ class Container(Substrate):
 
     def settle(self) -> None:
         assert self._home is not None, "made in the process that is inside already"
-        word = b"grouped" if self._group else b"enter"
-        socket.send_fds(self._home.control, [word], [self._ns[name] for name in ENTERED])
+        socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
         self._upper, self._outer = socket.recv_fds(self._home.launcher, 16, 2)[1]
 
-    def _stdin(self) -> int:
-        """Make what the first process waits on and return its end."""
+    def _first_process(self) -> tuple[list[str], int]:
+        """Return the first program and a descriptor it reads; it says `ready`, and ends when ours of that closes."""
+        # None inside can kill the first process of their pid namespace, and as it ignores SIGCHLD it leaves no zombies.
         hold, self._hold = os.pipe()
-        return hold
-
-    def _first_process(self) -> list[str]:
-        # It says `ready` because the keeper tells it to, and then waits. None inside can kill the first process of
-        # their pid namespace, and as it ignores SIGCHLD it leaves no zombies.
         os.write(self._hold, b"ready\n")
-        return ["cat"]
+        return ["cat"], hold
 
-    def launch(self, first: list[str], grouped: bool, report: socket.socket, *fds: int) -> None:
-        """Private mounts, then bubblewrap on top of them; what goes wrong is told to `fds`."""
+    def launch(self, first: list[str], report: socket.socket, *fds: int) -> None:
+        """Private mounts, then bubblewrap on top of them, with `first` in it; what goes wrong is told to `fds`."""
         info, said, hold = fds
-        self._grouped = grouped
         try:
             self._mount(report)
             self._become_first(info, said, hold, first)
@@ -345,19 +347,18 @@ class Container(Substrate):
         if os.geteuid() == 0:
             linux.unshare("mnt")
             linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
-            os.mkdir(f"{root}/layers") if not os.path.exists(f"{root}/layers") else None
+            (self._box / "layers").mkdir(exist_ok=True)
         if self._own_disk:
             disk = self._box / "disk"
             if not disk.exists():
                 make_disk(disk, self._spec.limits.disk_mb)
             self._place.mkdir(mode=0o711, exist_ok=True)
             run_tool("mount", "-n", "-o", "loop,nosuid,nodev,noinit_itable", str(disk), str(self._place))
-        os.umask(0)
         for name in ("upper", "work"):
-            directory = f"{self._place}/{name}"
-            if not os.path.exists(directory):
-                os.mkdir(directory, 0o755)
-                os.chown(directory, uid, gid)
+            directory = self._place / name
+            directory.mkdir(exist_ok=True)
+            directory.chmod(0o755)
+            os.chown(directory, uid, gid)
         # The keeper holds this mount namespace too: the last who leaves one waits for the kernel to free it, 0.8 ms.
         paths = (f"{self._place}/upper", "/proc/self/ns/mnt")
         socket.send_fds(report, [b"upper"], [os.open(path, os.O_RDONLY) for path in paths])
@@ -382,8 +383,7 @@ class Container(Substrate):
 
     def _become_first(self, info: int, said: int, hold: int, first: list[str]) -> None:
         """Limit this process and execute bubblewrap, and that the first process, in it."""
-        with contextlib.suppress(OSError):
-            linux.write("/proc/self/oom_score_adj", b"900")
+        linux.write("/proc/self/oom_score_adj", b"900")
         rules, rules_w = os.pipe()
         os.write(rules_w, self._filter)
         os.close(rules_w)
@@ -423,14 +423,14 @@ class Container(Substrate):
             processes=limits.processes + SPARE_PROCESSES,
             open_files=limits.open_files,
             file_bytes=int(limits.disk_mb * megabyte),
-            address_bytes=None if self._grouped else int(limits.memory_mb * megabyte),
+            address_bytes=None if self.grouped else int(limits.memory_mb * megabyte),
         )
 
     def _enter(self, *names: str) -> None:
         for name in names:
             linux.setns(self._ns[name], "user" if name == "owner" else name)
 
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Running:
         way = dict.fromkeys(PROXY_WORDS, f"http://127.0.0.1:{PROXY_PORT}") if self._spec.network else {}
         ask = {"argv": command.argv, "env": way | dict(command.env), "cwd": command.cwd, "tty": command.tty}
         return self.hand_over(ask, stdio)
@@ -440,8 +440,9 @@ class Container(Substrate):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
         if said:
-            self._grouped = said == b"grouped"
             self._ns = dict(zip(ENTERED, fds, strict=True))
+            # Commands are killed for memory before the first process, which all of them end with.
+            linux.write("/proc/self/oom_score_adj", b"1000")
             linux.become(*host_ids())
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
@@ -452,34 +453,36 @@ class Container(Substrate):
     def _serve(self, control: socket.socket) -> None:
         poll = select.poll()
         poll.register(control, select.POLLIN)
-        ends: dict[int, tuple[int, int, int, bool]] = {}  # pidfd or leash: pid, status, the other, whether a leash
+        ends: dict[int, tuple[int, int]] = {}  # pidfd: pid and link
+        links: dict[int, int] = {}  # link: pid, 0 once it was told to end
         while True:
             for fd, _ in poll.poll():
                 if fd == control.fileno():
-                    data, fds, _, _ = socket.recv_fds(control, 16, 6)
+                    data, fds, _, _ = socket.recv_fds(control, 16, 5)
                     if not data:
                         return
-                    pid, status, leash = self._begin(*fds)
+                    *given, link = fds
+                    links[link] = pid = self._begin(*given)
                     pidfd = os.pidfd_open(pid)
-                    ends |= {pidfd: (pid, status, leash, False), leash: (pid, status, pidfd, True)}
+                    ends[pidfd] = pid, link
                     poll.register(pidfd, select.POLLIN)
-                    poll.register(leash, 0)
-                elif fd in ends:
-                    pid, status, other, is_leash = ends[fd]
+                    poll.register(link, select.POLLRDHUP)
+                elif links.get(fd):
                     poll.unregister(fd)
-                    if is_leash:
-                        linux.kill_session(pid)
-                        continue
+                    linux.kill_session(links[fd])
+                    links[fd] = 0
+                elif fd in ends:
+                    pid, link = ends.pop(fd)
                     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     with contextlib.suppress(OSError):  # the keeper wants to know no more
-                        os.write(status, b'{"exit_code":%d}\n' % code)
-                    with contextlib.suppress(KeyError):
-                        poll.unregister(other)
-                    del ends[fd], ends[other]
-                    linux.close(fd, other, status)
+                        os.write(link, b'{"exit_code":%d}\n' % code)
+                    poll.unregister(fd)
+                    if links.pop(link):
+                        poll.unregister(link)
+                    linux.close(fd, link)
 
-    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> tuple[int, int, int]:
-        """Fork a command and return its pid, the descriptor its end is told on, and its leash."""
+    def _begin(self, text: int, *stdio: int) -> int:
+        """Fork a command and return its pid."""
         ask = json.loads(os.pread(text, os.fstat(text).st_size, 0))
         command = Command(argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"], tty=ask["tty"])
 
@@ -487,15 +490,13 @@ class Container(Substrate):
             os.write(2, f"sandbox: cannot run {command.argv[0]!r} in {command.cwd}: {error}\n".encode())
             os._exit(127)
 
-        pid = linux.fork(lambda: self._execute(command, (stdin, stdout, stderr)), complain)
-        linux.close(text, stdin, stdout, stderr)
-        return pid, status, leash
+        pid = linux.fork(lambda: self._execute(command, stdio), complain)
+        linux.close(text, *stdio)
+        return pid
 
-    def _execute(self, command: Command, stdio: tuple[int, int, int]) -> None:
+    def _execute(self, command: Command, stdio: Sequence[int]) -> None:
         for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("900")
         linux.forbid_imports()
         self._enter("mnt", "net", "ipc", "uts", "cgroup", "user")
         os.setsid()
@@ -527,7 +528,6 @@ class Container(Substrate):
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
             self._enter("owner")
             if not as_owner:
-                self._grouped = self._group is not None
                 linux.forbid_imports()
                 self._enter("mnt", "user")
                 self._limit()

@@ -8,13 +8,12 @@ import json
 import os
 import select
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
-from pelagos.sandbox.api import Child, Command, Spec
-from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, START_S, Container, Home, capabilities_here
+from pelagos.sandbox.api import Command, Spec
+from pelagos.sandbox.container import ENVIRONMENT, INSIDE_UID, START_S, Container, Home, Running, capabilities_here
 
 _BOOT = "import os, socket; c = socket.socket(fileno=0); exec(os.pread(socket.recv_fds(c, 9, 1)[1][0], 1 << 20, 0))"
 SLOT_S = 0.25
@@ -33,11 +32,8 @@ class Function(Container):
         self.capabilities, self._calls = capabilities_here(self._group, files="none"), 0
         self._control: socket.socket | None = None
 
-    def _first_process(self) -> list[str]:
-        return ["/usr/bin/env", "python3", "-I", "-S", "-c", _BOOT]
-
-    def _stdin(self) -> int:
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _first_process(self) -> tuple[list[str], int]:
+        self._control, theirs = linux.link()
         limits = self._spec.limits
         disk = int(limits.disk_mb * 1024 * 1024)
         address = None if self._group else int(limits.memory_mb * 1024 * 1024)
@@ -48,12 +44,11 @@ class Function(Container):
         }  # fmt: skip
         start = f"module.serve(c, {settings!r})"
         program = linux.file_of(f"{linux.modules_as_program('linux', 'worker')}{start}".encode())
-        socket.send_fds(control, [b"program"], [program])
+        socket.send_fds(self._control, [b"program"], [program])
         os.close(program)
-        self._control = control
-        return theirs.detach()
+        return ["/usr/bin/env", "python3", "-I", "-S", "-c", _BOOT], theirs.detach()
 
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Running:
         assert self._control is not None, "it has not begun"
         text = linux.file_of(json.dumps({
             "argv": command.argv, "env": ENVIRONMENT | dict(command.env), "source": command.call,
@@ -69,7 +64,7 @@ class Function(Container):
                 fds = socket.recv_fds(self._control, 16, 1)[1]
                 if not fds:
                     raise OSError("no answer")
-                call = _Call(fds[0], self._ended)
+                call = Running(socket.socket(fileno=fds[0]), self._ended)
                 with contextlib.suppress(BrokenPipeError):  # that one was killed while it waited
                     socket.send_fds(call.link, [b"run"], [text, *stdio])
                     self._calls += 1
@@ -86,19 +81,3 @@ class Function(Container):
 
     def _ended(self) -> None:
         self._calls -= 1
-
-
-class _Call:
-    """A call; its process tells how it ended on the socket it was sent on, and its slot ends it when that closes."""
-
-    def __init__(self, fd: int, ended: Callable[[], None]) -> None:
-        self.status_fd, self.link, self._ended = fd, socket.socket(fileno=fd), ended
-
-    def kill(self) -> None:
-        """End the call and everything it started."""
-        self.link.shutdown(socket.SHUT_WR)
-
-    def reap(self) -> None:
-        """Let the slot end what is left and go on."""
-        self.link.close()
-        self._ended()

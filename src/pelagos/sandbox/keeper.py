@@ -73,14 +73,6 @@ def _make(box: Path, spec: Spec, home: Home | None) -> Substrate:
     return substrate
 
 
-def _read_spec(box: Path) -> Spec:
-    return Spec.from_dict(json.loads((box / SPEC).read_text(encoding="utf-8")))
-
-
-def _home() -> Home:
-    return Home(lambda box, spec: _make(box, spec or _read_spec(box), None), _rehearse)
-
-
 def _rehearse() -> None:
     """Do once what the first request needs: a fork's memory becomes its own where it is touched, a page at a time."""
     spec = dataclasses.asdict(Spec(id="x", substrate="container", base="host"))
@@ -287,7 +279,7 @@ class Keeper:
         if not self._substrate.alive():
             self._substrate.stop()
             self._over_disk, self._kills = False, 0
-            self._substrate = _make(self._box, self._spec, _home())
+            self._substrate = _make(self._box, self._spec, Home(_make, _rehearse))
             self._substrate.start()
             self._substrate.settle()
             self._log.event("start")
@@ -511,7 +503,7 @@ def nursery() -> None:
                 if spares[""] and select.select([sock], [], [], REST_S)[0]:
                     break
                 key = "" if len(spares[""]) < SPARES else wanted
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours, theirs = linux.link()
                 linux.fork(lambda: _keep(theirs, key), traceback.print_exception)  # noqa: B023
                 theirs.close()
                 spares[key].append(ours)
@@ -546,7 +538,7 @@ def _keep(asks: socket.socket, key: str) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):  # nothing of the client's may be held open: it may wait for the end of its output
         os.dup2(null, number)
-    home, warm = _home(), None
+    home, warm = Home(_make, _rehearse), None
     _rehearse()
     place = Path()
     try:
@@ -555,11 +547,11 @@ def _keep(asks: socket.socket, key: str) -> None:
             place = Path(root, "warm", str(os.getpid()))
             place.mkdir(parents=True)
             place.chmod(0o711)
-            (place / SPEC).write_text(json.dumps(facts | {"id": "warm", "ttl_s": 1.0}), encoding="utf-8")
-            warm = _make(place, _read_spec(place), home)
+            warm = _make(place, Spec.from_dict(facts | {"id": "warm", "ttl_s": 1.0}), home)
         data, fds, _, _ = socket.recv_fds(asks, ASK_BYTES, 1)
         if data:
-            _keep_one(data, socket.socket(fileno=fds[0]), home, warm)
+            box, facts = json.loads(data)
+            _keep_one(Path(box), Spec.from_dict(facts), socket.socket(fileno=fds[0]), home, warm)
     finally:
         home.close()
         if key:
@@ -568,14 +560,14 @@ def _keep(asks: socket.socket, key: str) -> None:
             remove_tree(place)
 
 
-def _keep_one(asked: bytes, ready: socket.socket, home: Home, warm: Substrate | None) -> None:
+def _keep_one(box: Path, spec: Spec, ready: socket.socket, home: Home, warm: Substrate | None) -> None:
+    os.umask(0o077)
     try:
-        place, facts = json.loads(asked)
-        os.umask(0o077)
         loop = Loop()
-        loop.run(Keeper(loop, Path(place), Spec.from_dict(facts), home, warm).serve(ready))
+        loop.run(Keeper(loop, box, spec, home, warm).serve(ready))
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()
         with contextlib.suppress(OSError):  # the client is gone, or this comes after `ready` was told
-            ready.sendall(json.dumps({"error": f"{error}" or type(error).__name__}).encode() + b"\n")
+            said = f"{error}" if isinstance(error, PelagosError) else f"sandbox {spec.id} cannot start: {error!r}"
+            ready.sendall(json.dumps({"error": said}).encode() + b"\n")

@@ -11,6 +11,7 @@ import marshal
 import os
 import resource
 import signal
+import socket
 import struct
 import sys
 from _frozen_importlib_external import MAGIC_NUMBER  # as importlib.util has it, which is more to load
@@ -103,6 +104,11 @@ def file_of(data: bytes) -> int:
         view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def link() -> tuple[socket.socket, socket.socket]:
+    """Return two ends of a link that keeps messages apart and carries descriptors."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def write(path: str, data: bytes) -> None:

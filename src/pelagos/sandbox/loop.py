@@ -119,21 +119,28 @@ class Loop:
                 self.ready.append(heapq.heappop(self._timers)[2])
         return done.result()
 
+    async def read(self, fd: int) -> bytes:
+        """Return what can be read of a descriptor that does not block, once there is something; nothing at its end."""
+        while True:
+            there = Promise(self)
+            self.watch(fd, there.settle)
+            await there
+            self.watch(fd, None)
+            try:
+                return os.read(fd, READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:  # how a terminal ends, and a socket whose other end was killed
+                return b""
+
     async def until_end(self, fd: int, *, line: bool = False, most: int = 1 << 62) -> bytes:
         """Read a descriptor to its end (or its first newline, or beyond `most` bytes) and leave it open."""
-        data, ended = bytearray(), Promise(self)
+        data = bytearray()
         os.set_blocking(fd, False)
-
-        def take() -> None:
-            with contextlib.suppress(BlockingIOError):
-                piece = os.read(fd, READ_BYTES)
-                data.extend(piece)
-                if not piece or (line and piece.endswith(b"\n")) or len(data) > most:
-                    self.watch(fd, None)
-                    ended.settle()
-
-        self.watch(fd, take)
-        await ended
+        while piece := await self.read(fd):
+            data += piece
+            if len(data) > most or (line and piece.endswith(b"\n")):
+                break
         return bytes(data)
 
 
@@ -143,10 +150,7 @@ class Connection:
     def __init__(self, loop: Loop, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.closed, self._loop, self._sock = False, loop, sock
-        self._in, self._out = bytearray(), bytearray()
-        self._waiting: Promise | None = None
-        self._ended = False
-        loop.watch(sock.fileno(), self._take)
+        self._in, self._out, self._ended = bytearray(), bytearray(), False
 
     async def line(self) -> bytes:
         """Return the next line."""
@@ -162,6 +166,11 @@ class Connection:
         del self._in[:size]
         return data
 
+    async def _more(self) -> None:
+        if self._ended or not (data := await self._loop.read(self._sock.fileno())):
+            raise ConnectionResetError("the other end closed")
+        self._in += data
+
     def write(self, data: bytes) -> None:
         """Send now what the socket takes and the rest when it takes more; nothing once it is closed."""
         if not self.closed:
@@ -176,26 +185,6 @@ class Connection:
             self._loop.watch(self._sock.fileno(), None)
             self._loop.watch(self._sock.fileno(), None, select.POLLOUT)
             self._sock.close()
-
-    async def _more(self) -> None:
-        if self._ended:
-            raise ConnectionResetError("the other end closed")
-        self._waiting = Promise(self._loop)
-        await self._waiting
-
-    def _take(self) -> None:
-        try:
-            data = self._sock.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._in += data
-        if not data:
-            self._ended = True
-            self._loop.watch(self._sock.fileno(), None)
-        if self._waiting is not None:
-            self._waiting.settle()
 
     def _give(self) -> None:
         try:

@@ -16,8 +16,8 @@ from typing import Any
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import guest, inside, linux
-from pelagos.sandbox.api import Child, Command
-from pelagos.sandbox.container import ENVIRONMENT, Substrate, until_ready
+from pelagos.sandbox.api import Command
+from pelagos.sandbox.container import ENVIRONMENT, Running, Substrate, until_ready
 
 BOOT_S = 60.0
 
@@ -25,7 +25,7 @@ BOOT_S = 60.0
 class Guest(Substrate):
     """One guest; the process of its `Home` brings it up and carries frames, and `_ended` can be read when it ends."""
 
-    window = 1 << 62  # see `Mux`
+    window, boot_s = 1 << 62, BOOT_S  # see `Mux`; how long it may take to come up
     _filters = False  # whether commands run under our seccomp filter, because the kernel is the host's
     _ended = -1
 
@@ -40,12 +40,12 @@ class Guest(Substrate):
     def _hand_up(self, ask: dict[str, Any], *fds: int) -> str:
         """Have the process of `Home` bring the guest up; return "" or why it did not come."""
         assert self._home is not None, "made in the process that is inside already"
-        self._home.control.send(os.fsencode(self._box))
+        self._home.meet(self._box, self._spec)
         ready, ready_w = os.pipe()
         self._ended, ended_w = os.pipe()
         socket.send_fds(self._home.control, [json.dumps(ask).encode()], [ready_w, ended_w, *fds])
         linux.close(ready_w, ended_w, *fds)
-        said = until_ready(ready, BOOT_S)
+        said = until_ready(ready, self.boot_s)
         os.close(ready)
         return "" if said == b"ready\n" else said.decode("utf-8", "replace")[-2000:]
 
@@ -75,7 +75,7 @@ class Guest(Substrate):
         return {"processes": limits.processes, "open_files": limits.open_files, "address_bytes": None,
                 "file_bytes": int(limits.disk_mb * 1024 * 1024)}  # fmt: skip
 
-    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Child:
+    def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Running:
         ask = {"argv": command.argv, "env": ENVIRONMENT | dict(command.env), "cwd": command.cwd}
         ask |= {"limits": self._limits(), "filter": self._filters, "most": self._spec.limits.output_bytes + 1}
         return self.hand_over(ask, stdio)
@@ -121,7 +121,7 @@ class Mux:
     def __init__(self, control: socket.socket, port: socket.socket, window: int = 1 << 62) -> None:
         self._control, self._port, self._in, self._out = control, port, bytearray(), bytearray()
         self._window = window  # bytes that may be on their way before the agent says that it has read some
-        self._asked: dict[int, tuple[int, int, int, int]] = {}  # command: stdout, stderr, status, leash
+        self._asked: dict[int, tuple[int, int, int]] = {}  # command: stdout, stderr, link
         self._count = 0
 
     def ask(self, head: dict[str, Any], data: bytes, *, answered: bool = True) -> None:
@@ -147,33 +147,33 @@ class Mux:
         while True:
             for fd, _ in poll.poll():
                 if fd == self._control.fileno():
-                    data, fds, _, _ = socket.recv_fds(self._control, 16, 6)
+                    data, fds, _, _ = socket.recv_fds(self._control, 16, 5)
                     if not data:
                         return
-                    poll.register(self._begin(*fds), 0)
+                    poll.register(self._begin(*fds), select.POLLRDHUP)
                 elif fd == self._port.fileno():
                     for number, kind, data in self._frames():
                         self._answer(poll, number, kind, data)
-                else:  # a leash was let go of
+                else:  # a link was let go of
                     poll.unregister(fd)
-                    self._send(next(n for n, asked in self._asked.items() if asked[3] == fd), b"K", b"")
+                    self._send(next(n for n, asked in self._asked.items() if asked[2] == fd), b"K", b"")
 
-    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, status: int, leash: int) -> int:
+    def _begin(self, text: int, stdin: int, stdout: int, stderr: int, link: int) -> int:
         self._count += 1
         with open(text, "rb") as head, open(stdin, "rb") as data:
             self._send(self._count, b"B", head.read() + b"\n" + data.read())
-        self._asked[self._count] = (stdout, stderr, status, leash)
-        return leash
+        self._asked[self._count] = (stdout, stderr, link)
+        return link
 
     def _answer(self, poll: select.poll, number: int, kind: bytes, data: bytes) -> None:
         if number not in self._asked:
             return
-        stdout, stderr, status, leash = self._asked[number]
+        stdout, stderr, link = self._asked[number]
         with contextlib.suppress(OSError):  # the keeper wants to know no more
-            inside.write_all({b"O": stdout, b"E": stderr}.get(kind, status), data + (b"\n" if kind == b"X" else b""))
+            inside.write_all({b"O": stdout, b"E": stderr}.get(kind, link), data + (b"\n" if kind == b"X" else b""))
         if kind == b"X":
             with contextlib.suppress(KeyError):
-                poll.unregister(leash)
+                poll.unregister(link)
             linux.close(*self._asked.pop(number))
 
     def _send(self, number: int, kind: bytes, data: bytes) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import keeper, log
+from pelagos.sandbox import keeper, linux, log
 from pelagos.sandbox.api import Capabilities, ExecResult, FileInfo, Limits, Spec
 from pelagos.sandbox.layers import Image, Store, default_store, remove_tree
 
@@ -483,7 +483,7 @@ def _unlocked(path: Path) -> bool:
 @functools.cache
 def _nursery() -> int:
     """Start this process's nursery once and return the descriptor that keeps it; it ends when this process does."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = linux.link()
     house = str(Path(__file__).resolve().parents[2])
     program = f"import sys; sys.path.insert(0, {house!r}); from pelagos.sandbox.keeper import nursery; nursery()"
     with theirs:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
+from pelagos.errors import SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import log
 from pelagos.sandbox.api import ExecResult, Limits
 from pelagos.sandbox.layers import Image, Store, remove_tree
@@ -60,10 +60,14 @@ class EdgeView:
     name: str
     ask: Ask
     alive: bool = True
-    sandboxes: int = 0
-    memory_mb: float = 0.0
+    boxes: list[dict[str, Any]] = field(default_factory=list)  # "id", "project" and "memory_mb" of each
     most_memory_mb: float = 0.0
-    recent: list[float] = field(default_factory=list)  # when we placed there since it was seen
+    recent: int = 0  # placed there since it was seen
+
+    @property
+    def memory_mb(self) -> float:
+        """What its sandboxes may use together."""
+        return sum(box["memory_mb"] for box in self.boxes)
 
 
 def read_projects(path: Path) -> list[Project]:
@@ -194,7 +198,8 @@ def over_http(url: str, secret: str) -> Ask:
         except ValueError:
             raise ConnectionError(f"{url}: no whole answer; it ended, or is no edge") from None
         if not status or int(status[1]) >= 400:
-            raise _ERRORS.get(int(status[1]) if status else 0, SandboxError)(told["error"])
+            code = int(status[1]) if status else 0
+            raise {409: TrajectoryError, 425: UnknownOutcome}.get(code, SandboxError)(told["error"])
         return told
 
     return ask
@@ -228,7 +233,6 @@ class Gateway:
     def __init__(self, projects: list[Project], edges: Mapping[str, Ask]) -> None:
         self._projects = projects
         self._edges = {name: EdgeView(name, ask) for name, ask in edges.items()}
-        self._seen: dict[str, list[tuple[str, str, float]]] = {}  # edge: (id, project, memory) of its boxes
         self._asked: dict[str, list[float]] = {}
         self._placing: Counter[str] = Counter()
         self.counts: Counter[tuple[str, str, int]] = Counter()
@@ -246,15 +250,7 @@ class Gateway:
         except (OSError, SandboxError):
             edge.alive = False
             return
-        edge.alive, edge.recent = True, []
-        edge.sandboxes, edge.most_memory_mb = len(seen["boxes"]), seen["most_memory_mb"]
-        edge.memory_mb = sum(b["memory_mb"] for b in seen["boxes"])
-        self._seen[edge.name] = [(b["id"], b["project"], b["memory_mb"]) for b in seen["boxes"]]
-
-    async def _forward(
-        self, edge: EdgeView, verb: str, box: str, body: dict[str, Any], request: str | None
-    ) -> dict[str, Any]:
-        return await edge.ask({"verb": verb, "box": box, "body": body, "request": request})
+        edge.alive, edge.recent, edge.boxes, edge.most_memory_mb = True, 0, seen["boxes"], seen["most_memory_mb"]
 
     def project_of(self, authorization: str) -> Project | None:
         """Return whose key this is, taking as long for a wrong one."""
@@ -272,17 +268,19 @@ class Gateway:
         self, project: Project, verb: str, box: str, body: dict[str, Any], *, request: str | None
     ) -> dict[str, Any]:
         """Do one request of a project; PermissionError for another's sandbox, OverflowError beyond a quota."""
+        ask = {"verb": verb, "body": body, "request": request}
         if verb != "create":
             edge = self._edges.get(box.split(".")[0])
             if edge is None or box.split(".")[1:2] != [project.name]:
                 raise PermissionError(f"there is no sandbox {box!r} of this project")
-            return await self._forward(edge, verb, box, body, request)
+            return await edge.ask(ask | {"box": box})
         limits = Limits(**{f.name: body[f.name] for f in dataclasses.fields(Limits) if f.name in body})
         await asyncio.gather(*(self._look(edge) for edge in self._edges.values() if edge.alive))
-        if again := next((e for e in self._edges.values() for i, *_ in self._seen.get(e.name, [])
-                          if request and i == f"{e.name}.{project.name}.{request}"), None):  # fmt: skip
-            return await self._forward(again, "create", f"{again.name}.{project.name}.{request}", body, request)
-        mine = [memory for boxes in self._seen.values() for _, name, memory in boxes if name == project.name]
+        every = [(edge, there) for edge in self._edges.values() for there in edge.boxes]
+        for edge, there in every:
+            if request and there["id"] == f"{edge.name}.{project.name}.{request}":  # it was asked before
+                return await edge.ask(ask | {"box": there["id"]})
+        mine = [there["memory_mb"] for _, there in every if there["project"] == project.name]
         many = len(mine) + self._placing[project.name] >= project.sandboxes
         if many or sum(mine) + limits.memory_mb > project.memory_mb:
             raise OverflowError(f"project {project.name} has {len(mine)} sandboxes of {sum(mine):.0f} MB; its quota is "
@@ -293,10 +291,9 @@ class Gateway:
             if not fits:
                 raise OverflowError(f"no edge has {limits.memory_mb} MB left; try again later")
             some = random.sample(fits, min(SAMPLED, len(fits)))
-            edge = min(some, key=lambda e: (len(e.recent) + e.sandboxes, e.memory_mb))
-            edge.recent.append(time.monotonic())
-            name = f"{edge.name}.{project.name}.{request or random.randbytes(8).hex()}"
-            return await self._forward(edge, "create", name, body, request)
+            edge = min(some, key=lambda e: (e.recent + len(e.boxes), e.memory_mb))
+            edge.recent += 1
+            return await edge.ask(ask | {"box": f"{edge.name}.{project.name}.{request or random.randbytes(8).hex()}"})
         finally:
             self._placing[project.name] -= 1
 
@@ -309,12 +306,16 @@ class Gateway:
         lines += [f'pelagos_sandbox_seconds_total{{verb="{v}"}} {spent:.6f}' for v, spent in self.seconds.items()]
         for edge in self._edges.values():
             lines += [f'pelagos_sandbox_edge_up{{edge="{edge.name}"}} {int(edge.alive)}',
-                      f'pelagos_sandbox_edge_sandboxes{{edge="{edge.name}"}} {edge.sandboxes}',
+                      f'pelagos_sandbox_edge_sandboxes{{edge="{edge.name}"}} {len(edge.boxes)}',
                       f'pelagos_sandbox_edge_memory_mb{{edge="{edge.name}"}} {edge.memory_mb}']  # fmt: skip
         return "\n".join(lines) + "\n"
 
 
-_ERRORS: dict[int, type[PelagosError]] = {409: TrajectoryError, 425: UnknownOutcome}
+# What an error is told as; the first that it is an instance of.
+_CODES: dict[type[Exception], int] = {
+    PermissionError: 404, OverflowError: 429, UnknownOutcome: 425, TrajectoryError: 409, SandboxError: 400,
+    KeyError: 400, TypeError: 400, ValueError: 400, OSError: 502,
+}  # fmt: skip
 
 
 def app(gateway: Gateway | None, edge: Edge | None = None, *, secret: str = "") -> Any:
@@ -333,18 +334,12 @@ def app(gateway: Gateway | None, edge: Edge | None = None, *, secret: str = "") 
             if not isinstance(body, dict):
                 raise TypeError("expected a JSON object")
             return JSONResponse(await work(body))
-        except PermissionError as error:
-            return JSONResponse({"error": str(error)}, 404)
-        except OverflowError as error:
-            return JSONResponse({"error": str(error)}, 429, headers={"Retry-After": "5"})
-        except UnknownOutcome as error:
-            return JSONResponse({"error": str(error)}, 425)
-        except TrajectoryError as error:
-            return JSONResponse({"error": str(error)}, 409)
-        except (SandboxError, KeyError, TypeError, ValueError) as error:
-            return JSONResponse({"error": f"{error}" if isinstance(error, SandboxError) else repr(error)}, 400)
-        except OSError as error:
-            return JSONResponse({"error": f"the sandbox's edge cannot be reached ({error})"}, 502)
+        except tuple(_CODES) as error:
+            code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
+            said = repr(error) if isinstance(error, (KeyError, TypeError, ValueError)) else f"{error}"
+            if code == 502:
+                said = f"the sandbox's edge cannot be reached ({said})"
+            return JSONResponse({"error": said}, code, headers={"Retry-After": "5"} if code == 429 else None)
 
     async def client(request: Request) -> Response:
         assert gateway is not None

@@ -51,7 +51,7 @@ def _slot(control: socket.socket, settings: dict[str, Any], *, once: bool) -> No
     linux.map_user(settings["uid"], settings["uid"], settings["uid"])
     gc.freeze()
     while True:
-        keeper, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        keeper, link = linux.link()
         first = linux.fork_into(("pid", "mnt", "ipc"), lambda: _first(link, settings), _complain)  # noqa: B023
         try:
             socket.send_fds(control, [b"ready"], [keeper.fileno()])
@@ -80,6 +80,7 @@ def _first(link: socket.socket, settings: dict[str, Any]) -> None:
     for place in ("/tmp", "/workspace", "/dev/shm"):
         linux.mount("tmpfs", place, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, f"size={settings['disk']},mode=1777")
     linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV)
+    linux.write("/proc/self/oom_score_adj", b"1000")  # killed for memory before the interpreter
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # what runs next has this uid: it may not look into us
     target = linux.fork(lambda: _run(link, settings), _complain)
     while True:
@@ -93,8 +94,6 @@ def _first(link: socket.socket, settings: dict[str, Any]) -> None:
 def _run(link: socket.socket, settings: dict[str, Any]) -> None:
     """Take on every restriction, wait for the call, be it, and tell how it ended: what it says is about itself."""
     os.setsid()
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("1000")
     linux.limit(**settings["limits"])
     linux.drop_capabilities()
     linux.load_seccomp(bytes.fromhex(settings["filter"]))

@@ -17,7 +17,6 @@ KINDS = {"file-edit": edit_templates, "log-mining": log_templates, "shell": shel
 _TEST = "cd /workspace && exec python3 -I -B /tests/check.py\n"
 _PRELUDE = """import hashlib, json, os, subprocess, sys
 from pathlib import Path
-from typing import cast
 def read(name): return Path(name).read_text()
 def run(code): return subprocess.run([sys.executable, '-B', '-c', code], capture_output=True, text=True, timeout=20)
 """
