@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
+import struct
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +84,100 @@ def _is_qemu_of(process: Path, box: Sandbox) -> bool:
         )
     except OSError:
         return False
+
+
+def test_uml_keeps_the_same_promises(make: Any, store: Store) -> None:
+    """Its one line loses what comes too fast: commands with much input and output are what must come through whole."""
+    try:
+        vm.tools("linux.uml")
+    except SandboxError as missing:
+        pytest.skip(str(missing))
+    box = make(**(SIZE | {"substrate": "uml"}))
+    assert (box.capabilities.kernel, box.capabilities.disk_limit) == ("uml", "hard")
+    done = box.exec("cat; id -u; echo oops >&2; exit 3", stdin=b"in\0put")
+    assert (done.exit_code, done.stdout, done.stderr) == (3, b"in\0put1000\n", b"oops\n")
+    assert box.exec("uname -r").text != os.uname().release + "\n"
+    data = bytes(range(256)) * 2000
+    assert box.exec("cat", stdin=data).stdout == data
+    box.files.write("sub/data", data)
+    assert box.files.read("sub/data") == data
+    assert box.exec("for i in $(seq 200); do (true &); done; sleep 0.2; echo fine").text == "fine\n"
+    slow = box.exec("sleep 30", timeout=0.5)
+    assert (slow.timed_out, slow.exit_code) == (True, -signal.SIGKILL)
+    for attempt in ("echo x > /proc/sysrq-trigger", "mount -t tmpfs x /mnt", "cat /dev/ubdb", "ls /sys/class/net/eth0"):
+        assert box.exec(attempt).exit_code != 0, attempt
+    with Sandbox.create(store=store, image=box.snapshot()) as container:
+        assert container.files.read("sub/data") == data
+
+
+def test_a_disk_is_for_machines_only(make: Any, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    image = Image.disk(tmp_path / "disk", store=store)
+    assert image.base == f"disk:{hashlib.sha256(bytes(1 << 20)).hexdigest()}"
+    assert Image.disk(tmp_path / "disk", store=store) == image
+    for substrate in ("container", "function", "microvm"):
+        with pytest.raises(SandboxError, match="use substrate='fullvm'"):
+            make(substrate=substrate, image=image)
+    with pytest.raises(SandboxError, match=r"is not in .*; make the image"):
+        make(substrate="fullvm", image=Image("disk:../../x", image.layers))
+    with pytest.raises(SandboxError, match="expected a file that holds a disk"):
+        Image.disk(tmp_path / "none", store=store)
+
+
+# A system as others make it, with a boot loader, its own kernel and cloud-init; in a directory it may mount in.
+SYSTEM = """
+set -e
+debootstrap --variant=minbase --include=systemd-sysv,python3-minimal,kmod,udev,dbus bookworm root
+cp -r /etc/apt/. root/etc/apt/; cp /etc/resolv.conf /etc/hosts root/etc/
+mount --bind /proc root/proc
+export DEBIAN_FRONTEND=noninteractive
+chroot root apt-get -qq update
+chroot root apt-get -qq install --no-install-recommends linux-image-cloud-amd64 initramfs-tools cloud-init \
+    grub-pc-bin grub2-common ifupdown
+umount root/proc
+cat > root/grub.cfg << 'END'
+set root=(hd0,msdos1)
+linux /vmlinuz root=/dev/vda1 rw console=ttyS0 net.ifnames=0
+initrd /initrd.img
+boot
+END
+chroot root grub-mkimage -O i386-pc -o /core.img -p / -c /grub.cfg biosdisk part_msdos ext2 linux normal
+truncate -s 1500M disk
+mke2fs -q -t ext4 -F -E offset=1048576 -d root disk 1534976k
+dd if=root/usr/lib/grub/i386-pc/boot.img of=disk bs=440 count=1 conv=notrunc status=none
+dd if=root/core.img of=disk bs=512 seek=1 conv=notrunc status=none
+"""
+
+
+@pytest.mark.slow
+def test_fullvm_boots_a_disk_of_another_system(make: Any, store: Store, tmp_path: Path) -> None:
+    if shutil.which("debootstrap") is None or os.geteuid() != 0:
+        pytest.skip("needs root, debootstrap and a mirror of Debian, to make a disk")
+    made = subprocess.run(["unshare", "-m", "sh", "-c", SYSTEM], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    with (tmp_path / "disk").open("r+b") as disk:  # a table of one partition, that Linux boots from
+        disk.seek(446)
+        disk.write(
+            struct.pack("<B3sB3sII", 0x80, bytes(3), 0x83, bytes(3), 2048, 2 * 1534976) + bytes(48) + b"\x55\xaa"
+        )
+    _live_in_a_disk(make, Image.disk(tmp_path / "disk", store=store))
+
+
+def _live_in_a_disk(make: Any, image: Image) -> None:
+    size = {"substrate": "fullvm", "memory_mb": 512, "disk_mb": 128, "ttl_s": 900}
+    box = make(**size, image=image)
+    system = "cat /proc/1/comm; . /etc/os-release; echo $VERSION_CODENAME; id -u; pwd"
+    assert box.exec(system).text == "systemd\nbookworm\n1000\n/workspace\n"
+    assert b"denied" in box.exec("rm /etc/motd").stderr, "the system's files are its root's"
+    assert box.exec("sudo -n true || mount -t tmpfs x /mnt").exit_code != 0
+    assert box.exec("echo kept > f; df /workspace | tail -1 | cut -d' ' -f1").text == "overlay\n"
+    packed = box.snapshot()
+    assert packed.base == image.base
+    os.kill(box.info()["pid"], signal.SIGKILL)
+    assert box.exec("cat f").text == "kept\n", "its disk outlives it"
+    box.close()
+    other = make(**size, image=packed)
+    assert other.exec("cat f").text == "kept\n"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 from pelagos.errors import PelagosError
 from pelagos.sandbox import log
-from pelagos.sandbox.doctor import examine, table
+from pelagos.sandbox.doctor import OPTIONAL, examine, table
 from pelagos.sandbox.keeper import SUBSTRATES
 from pelagos.sandbox.layers import default_store
 from pelagos.sandbox.sdk import replay
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         "replay": "run a log again in a new sandbox and list what comes out differently",
     }.items()}  # fmt: skip
     add["doctor"]("--json", action="store_true", help="one JSON object instead of a table")
-    add["doctor"]("substrate", nargs="*", default=list(SUBSTRATES), help="only these")
+    add["doctor"]("substrate", nargs="*", help="only these")
     add["collect"]("--days", type=float, default=30, help="only what was not used for so long")
     said = "TOML: a table per project with key, sandboxes, memory_mb; without it this is an edge alone"
     add["serve"]("projects", type=Path, nargs="?", help=said)
@@ -52,9 +52,10 @@ def main(arguments: Sequence[str]) -> int:
             serve(asked)
             return 0
         if asked.command == "doctor":
-            report = examine(names=asked.substrate)
+            report = examine(names=asked.substrate or SUBSTRATES)
             print(json.dumps(report) if asked.json else table(report))
-            return 0 if all(found["works"] for found in report["substrates"].values()) else 1
+            wanted = asked.substrate or set(SUBSTRATES) - set(OPTIONAL)
+            return 0 if all(report["substrates"][name]["works"] for name in wanted) else 1
         lines = list(told(asked))
         print("".join(json.dumps(line) + "\n" for line in lines), end="")
     except (PelagosError, OSError) as error:

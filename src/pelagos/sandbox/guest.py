@@ -92,7 +92,7 @@ class Agent:
         head, _, rest = data.partition(b"\n")
         ask = json.loads(head)
         if "layers" in ask:
-            self._mount(ask["layers"], rest, ["/"] if ask["base"] == "host" else [])
+            self._mount(ask["layers"], rest, [] if ask["base"] == "none" else ["/"])
             self.send(number, b"X", b'{"exit_code":0}')
         elif "now" in ask:  # a restored guest has the clock and the randomness of its snapshot
             with contextlib.suppress(OSError), open("/dev/urandom", "wb") as random:

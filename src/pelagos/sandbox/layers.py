@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
-from pelagos.sandbox.container import INSIDE_UID, host_ids
+from pelagos.sandbox.container import INSIDE_UID, host_ids, run_tool
 from pelagos.sandbox.inside import OPAQUE, OPAQUE_ATTRIBUTE, WHITEOUT, pack_tree
 
 # What programs of /usr need of /etc: links of alternatives, the loader's cache, names of services. No secrets.
@@ -65,7 +65,28 @@ class Store:
         """The layer under images that bring a system of their own: /workspace, home, names."""
         return self._frame(_build_frame)
 
-    def _frame(self, build: Callable[[Path], None]) -> str:
+    @functools.cached_property
+    def disk_layer(self) -> str:
+        """The layer over a disk of another system: /workspace and home."""
+        return self._frame(lambda frame: [(frame / name).mkdir() for name in ("workspace", "home", "home/agent")])
+
+    def add_disk(self, path: Path) -> str:
+        """Store a copy of a disk image and return its digest."""
+        machines = self.root / "vm"
+        machines.mkdir(mode=0o711, exist_ok=True)
+        with path.open("rb") as file:
+            digest = _digest(file)
+        if not (machines / digest).exists():
+            draft = Path(tempfile.mkdtemp(prefix="draft-", dir=machines))
+            draft.chmod(0o711)
+            run_tool("cp", "--sparse=always", "--reflink=auto", str(path), str(draft / "disk"))
+            (draft / "disk").chmod(0o444)
+            with contextlib.suppress(OSError):  # another process was first
+                os.rename(draft, machines / digest)
+            remove_tree(draft)
+        return digest
+
+    def _frame(self, build: Callable[[Path], object]) -> str:
         with tempfile.TemporaryDirectory(dir=self.root) as temporary:
             build(Path(temporary))
             return self.add_directory(Path(temporary), fixed_time=True)
@@ -111,7 +132,8 @@ class Store:
         used = set()
         for path in self.boxes.glob("*/spec.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):  # on its way in or out: then its layers are fresh
-                used |= set(json.loads(path.read_text(encoding="utf-8"))["layers"])
+                spec = json.loads(path.read_text(encoding="utf-8"))
+                used |= {*spec["layers"], spec["base"].partition(":")[2]}
         for path in (self.root / "warm").glob("*"):
             if not Path("/proc", path.name).exists():
                 remove_tree(path)  # of a spare keeper that was killed
@@ -160,7 +182,7 @@ def default_store() -> Store:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What a sandbox starts from: base "host" (its /usr, read-only) or "none", and layers from the bottom up."""
+    """What a sandbox starts from: base "host" (its /usr, read-only), "disk:DIGEST" or "none", and layers upwards."""
 
     base: str
     layers: tuple[str, ...]
@@ -169,6 +191,18 @@ class Image:
     def host(cls, store: Store | None = None) -> Self:
         """Return the image of the host's own programs, with home, /workspace and an /etc without secrets."""
         return cls("host", ((store or default_store()).host_layer,))
+
+    @classmethod
+    def disk(cls, path: Path | str, *, store: Store | None = None) -> Self:
+        """Return the image of a whole disk, raw or qcow2, with a system of its own (a cloud image) for `fullvm`.
+
+        That system must boot by BIOS and have cloud-init, systemd and Python.
+        """
+        store = store or default_store()
+        try:
+            return cls(f"disk:{store.add_disk(Path(path))}", (store.disk_layer,))
+        except OSError as error:
+            raise SandboxError(f"{path}: {error.strerror}; expected a file that holds a disk") from None
 
     def with_directory(self, path: Path | str, *, at: str = "/", store: Store | None = None) -> Self:
         """Return this image with a copy of a host directory on top."""

@@ -30,7 +30,7 @@ from pelagos.errors import SandboxError
 from pelagos.sandbox import container, inside, linux
 from pelagos.sandbox.api import Capabilities, Spec
 from pelagos.sandbox.container import INSIDE_UID, PATH, Home, host_ids
-from pelagos.sandbox.mux import BOOT_S, Guest, Mux
+from pelagos.sandbox.mux import Guest, Mux
 
 # What a guest has of the host, with what these packages need; a host without dpkg has no such base.
 PACKAGES = (
@@ -61,6 +61,11 @@ busybox mount -t ext4 -o ro /dev/DISKa /b && busybox mount -t ext4 /dev/DISKb /b
 busybox mount --move /dev /b/dev; busybox mount --move /proc /b/proc
 exec busybox chroot /b /usr/bin/python3 -I -S -c "$(busybox cat /agent)"
 """
+
+# The same on a system of others: its kernel and its init have done the rest.
+_FOREIGN = """modprobe -a virtio_console overlay; mkdir -p /d; mount /dev/disk/by-id/virtio-pelagos /d &&
+python3 -I -S -c "$1"; systemctl poweroff -ff"""
+FOREIGN_BOOT_S = 600.0
 
 
 class VirtualMachine(Guest):
@@ -134,34 +139,41 @@ class VirtualMachine(Guest):
 
     def _bubblewrap(self, base: Path, initrd: Path, restore: bool) -> list[str]:
         words = """--unshare-all --die-with-parent --new-session --cap-drop ALL --clearenv --ro-bind /usr /usr
-            --proc /proc --dev /dev --tmpfs /tmp --symlink usr/bin /bin --symlink usr/lib /lib
+            --setenv TMPDIR /vm --proc /proc --dev /dev --tmpfs /tmp --symlink usr/bin /bin --symlink usr/lib /lib
             --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin"""
-        places = [("--ro-bind", f"ART/{base.name}", "/base"), ("--ro-bind", f"ART/{initrd.name}", "/initrd"),
-                  ("--ro-bind", self._kernel(), "/kernel"), ("--bind", "OWN", "/vm")]  # fmt: skip
+        given = {"/base": base, "/initrd": initrd}
+        places = [("--ro-bind", f"ART/{path.relative_to(self._art)}", name) for name, path in given.items()]
+        places += [("--ro-bind", str(self._kernel()), "/kernel"), ("--bind", "OWN", "/vm")]
         if restore:
             places.append(("--ro-bind", f"ART/{self._state.name}/state", "/state"))
         if self.capabilities.kernel == "kvm":
-            places.append(("--dev-bind", Path("/dev/kvm"), "/dev/kvm"))
-        return ["bwrap", *words.split(), *(str(word) for place in places for word in place), "--"]
+            places.append(("--dev-bind", "/dev/kvm", "/dev/kvm"))
+        return ["bwrap", *words.split(), *(word for place in places for word in place), "--"]
 
     def _command(self, restore: bool) -> list[str]:
         limits, bus = self._spec.limits, self.bus
-        accel = ("-accel kvm -cpu host" if self.capabilities.kernel == "kvm" else "-accel tcg -cpu max").split()
+        # What is translated is kept up to so many MB (part of OVERHEAD_MB): without a limit it grows to a GB.
+        accel = "-accel kvm -cpu host" if self.capabilities.kernel == "kvm" else "-accel tcg,tb-size=96 -cpu max"
         words = f"""-M {self.machine} -m {int(limits.memory_mb)} -smp {max(1, int(limits.cpu))} -nodefaults
-            -no-user-config -nographic -no-reboot -kernel /kernel -initrd /initrd -sandbox on,spawn=allow
-            -drive if=none,id=base,file=/base,format=raw,readonly=on
+            -no-user-config -nographic -no-reboot -sandbox on,spawn=allow {accel}
+            -drive if=none,id=base,file=/base,{self._base_format()}
             -device virtio-blk-{bus},drive=base
             -drive if=none,id=data,file=/vm/disk,format=raw
-            -device virtio-blk-{bus},drive=data
+            -device virtio-blk-{bus},drive=data,serial=pelagos
             -device virtio-serial-{bus} -device virtserialport,chardev=port,name=pelagos
             -chardev socket,id=port,fd=@PORT -chardev socket,id=qmp,fd=@QMP
             -mon chardev=qmp,mode=control -serial file:/vm/console"""
+        return [self.program, *words.split(), *self._boot(), *(["-incoming", "exec:cat /state"] if restore else [])]
+
+    def _base_format(self) -> str:
+        return "format=raw,readonly=on"
+
+    def _boot(self) -> list[str]:
         # Translated code is too slow to measure the clock against a timer, and without it this machine has no tick.
         mhz = re.search(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="ascii"))
         clock = f"tsc_early_khz={int(float(mhz[1]) * 1000)} " if mhz and self.capabilities.kernel == "tcg" else ""
         append = clock + "console=ttyS0 reboot=t panic=-1 no_timer_check mitigations=off random.trust_cpu=on"
-        return [self.program, *words.split(), *accel, "-append", append,
-                *(["-incoming", "exec:cat /state"] if restore else [])]  # fmt: skip
+        return ["-kernel", "/kernel", "-initrd", "/initrd", "-append", append]
 
     def _bring_up(self, ask: dict[str, Any], control: socket.socket, *fds: int) -> Mux:
         (port, port_vm), (qmp, qmp_vm) = socket.socketpair(), socket.socketpair()
@@ -202,7 +214,7 @@ class VirtualMachine(Guest):
                 time.sleep(0.002)
             say("cont")  # it was saved while it stood still
         else:
-            mux.until_up(b"R", BOOT_S)
+            mux.until_up(b"R", self.boot_s)
             layers = [self._layer_tar(digest) for digest in self._spec.layers]
             mux.ask({"layers": [len(data) for data in layers], "base": self._spec.base}, b"".join(layers))
             if ask["keep"]:
@@ -263,15 +275,13 @@ class VirtualMachine(Guest):
 
     def _initrd(self) -> Path:
         """Return the first file system: modules, busybox and the agent's text."""
-        agent = f"{linux.modules_as_program('linux', 'inside', 'guest')}module.main({INSIDE_UID})"
+        agent = _agent()
         modules = self._modules()
         init = _INIT.replace("MODULES", MODULES).replace("HELLO", HELLO.decode()).replace("DISK", self.disk)
         facts = f"{modules}{agent}{init}"
         path = self._art / f"initrd-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
         if not path.exists():
-            packed = base64.b64encode(zlib.compress(agent.encode(), 9)).decode("ascii")
-            squeezed = f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{packed}')))"
-            parts = {"init": (0o755, init.encode()), "agent": (0o644, squeezed.encode())}
+            parts = {"init": (0o755, init.encode()), "agent": (0o644, agent.encode())}
             parts |= {"bin/busybox": (0o755, Path(str(linux.which("busybox"))).read_bytes())}
             parts |= {module.name: (0o644, module.read_bytes()) for module in modules}
             draft = path.with_suffix(f".{os.getpid()}")
@@ -304,7 +314,7 @@ class VirtualMachine(Guest):
         if not os.access("/dev/kvm", os.R_OK | os.W_OK):
             return "/dev/kvm is missing or may not be opened"
         words = f"""-M microvm -accel kvm -cpu host -m 128 -nodefaults -no-user-config -nographic -no-reboot
-            -serial stdio -kernel {self._kernel()} -initrd {self._initrd()} -append"""
+            -serial stdio -kernel {host_kernel()} -initrd {VirtualMachine._initrd(self)} -append"""
         words = [self.program, *words.split(), "console=ttyS0 pelagos.probe reboot=t panic=-1"]
         try:
             done = subprocess.run(words, capture_output=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
@@ -315,11 +325,60 @@ class VirtualMachine(Guest):
 
 
 class FullVM(VirtualMachine):
-    """A PC with PCI, ACPI and a BIOS, booted each time; for programs that want the whole machine."""
+    """A PC with PCI, ACPI and a BIOS, booted each time; with an `Image.disk`, from that disk as it was made.
 
-    machine = "q35"
-    bus = "pci"
-    restores = False
+    Such a system must have cloud-init, systemd and Python: the agent comes on a NoCloud seed. What it writes to its own
+    disk is forgotten; commands run over an overlay as in any guest.
+    """
+
+    machine, bus, restores, whole_disks = "q35", "pci", False, True
+
+    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
+        self._foreign = spec.base.partition(":")[2]  # the digest of a disk, or nothing
+        super().__init__(box, layers, spec, home)
+        if self._foreign:
+            self.boot_s = FOREIGN_BOOT_S
+
+    def _base(self) -> Path:
+        if not self._foreign:
+            return super()._base()
+        path = self._art / self._foreign / "disk"
+        if not re.fullmatch("[0-9a-f]{64}", self._foreign) or not path.exists():
+            raise SandboxError(f"disk {self._foreign[:12]} is not in {self._art}; make the image with this store")
+        os.utime(path.parent)  # `Store.collect` leaves what was used lately
+        return path
+
+    def _base_format(self) -> str:
+        if not self._foreign:
+            return super()._base_format()
+        with (self._art / self._foreign / "disk").open("rb") as file:
+            kind = "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+        return f"format={kind},snapshot=on"
+
+    def _kernel(self) -> Path:
+        return Path(os.devnull) if self._foreign else super()._kernel()
+
+    def _initrd(self) -> Path:
+        """Return for a disk the directory of a NoCloud seed, which QEMU shows as a disk labelled so."""
+        if not self._foreign:
+            return super()._initrd()
+        words = ["systemd-run", "--no-block", "sh", "-c", _FOREIGN, "sh", _agent()]
+        told = "#cloud-config\n" + json.dumps({"bootcmd": [words], "ssh_genkeytypes": [], "locale": False})
+        path = self._art / f"seed-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
+        for name, text in {"user-data": told, "meta-data": json.dumps({"instance-id": path.name})}.items():
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text(text, encoding="ascii")
+            draft.chmod(0o444)
+            draft.rename(path / name)
+        return path
+
+    def _boot(self) -> list[str]:
+        if not self._foreign:
+            return super()._boot()
+        seed = "-drive if=none,id=seed,driver=vvfat,dir=/initrd,label=cidata,readonly=on"
+        return f"{seed} -device virtio-blk-pci,drive=seed".split()
 
 
 class UserMode(VirtualMachine):
@@ -344,6 +403,13 @@ class UserMode(VirtualMachine):
         words = f"""mem={int(self._spec.limits.memory_mb)}M initrd=/initrd ubdar=/base ubdb=/vm/disk
             con=null ssl=null con0=null,fd:1 con1=fd:@PORT uml_dir=/tmp panic=-1 quiet noreboot"""
         return ["/kernel", *words.split()]
+
+
+def _agent() -> str:
+    """Return the agent as one short program."""
+    program = f"{linux.modules_as_program('linux', 'inside', 'guest')}module.main({INSIDE_UID})"
+    packed = base64.b64encode(zlib.compress(program.encode(), 9)).decode("ascii")
+    return f"import zlib, base64; exec(zlib.decompress(base64.b64decode('{packed}')))"
 
 
 def _monitor(sock: socket.socket) -> Callable[..., Any]:
