@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from triton_cases import run
+from triton_cases import hazards, run
 
 SCRIPT = """
 from triton_cases import compile_all
@@ -69,3 +69,12 @@ def test_kernels_compile(target, tmp_path):
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
     count = 21 if target[1] == 90 else 18
     assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == f"compiled {count}\n"
+
+
+@pytest.mark.parametrize(("fence", "found"), [("", ["no fence after a wait for copies"]), ("fence.proxy.async;", [])])
+def test_a_wait_for_copies_without_a_fence_is_told(fence, found):
+    copies = "$L1:\ncp.async.cg.shared [a], [b];\ncp.async.mbarrier.arrive.noinc.b64 [c];\n@p bra $L1;"
+    products = (
+        f"$L2:\nmbarrier.try_wait.b64 q, [c];\n{fence}\nwgmma.mma_async {{r}}, d, e;\nwgmma.wait_group 0;\n@p bra $L2;"
+    )
+    assert hazards(f"{copies}\n{products}") == found

@@ -27,7 +27,7 @@ for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (65, 3, 2, 128, 256), (13
     bases = tuple(prefill_experts.base_bytes(inputs[i], inputs[i + 1]) for i in (4, 6))
     shared = torch.randn(case[0], case[3]).bfloat16() / 64 if case[0] % 2 else None
     got = kernel.forward(*inputs, bases, shared, {LIMIT})
-    want = ref.forward(*inputs, {LIMIT}, shared)
+    want = ref.forward(*inputs, None, shared, {LIMIT})
     off = error(got, want)
     assert off < 1e-3, (case, off)
 for experts, table in ((20, None), (20, torch.rand(9, 20).topk(4).indices), (48, None)):
@@ -85,7 +85,7 @@ def test_kernels_on_the_device(case):
     inputs = inputs_ref.make_inputs(*case, device="cuda")
     bases = bases_of(inputs)
     got = prefill_experts.mixture(*inputs, bases, LIMIT)
-    assert error(got, ref.forward(*inputs, LIMIT)) < TOLERANCE
+    assert error(got, ref.forward(*inputs, None, None, LIMIT)) < TOLERANCE
     assert torch.equal(got, prefill_experts.mixture(*inputs, bases, LIMIT))
     for part in (slice(0, 1), slice(case[0] // 3, None)):
         some = (each[part].contiguous() for each in inputs[:4])

@@ -34,7 +34,8 @@ def run(script: str, *, interpret: bool) -> str:
 
 def hazards(ptx: str) -> list[str]:
     """What loops of a kernel for sm_90 leave to chance: products whose operand A is in registers that are in flight at
-    the loop's end, where the next round overwrites them, and no fence between copies and what the matrix unit reads."""
+    the loop's end, where the next round overwrites them, and no fence between copies (in the loop, or of other warps that
+    arrive where it waits) and what the matrix unit reads."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith("$L")}
     found = []
@@ -52,9 +53,15 @@ def hazards(ptx: str) -> list[str]:
         if flying:
             found.append(f"{flying} products in flight")
         text = "\n".join(body)
-        copied = re.search(r"cp\.async\.c[ag]", text) is not None and "mbarrier" not in text  # handed over otherwise
+        copied = re.search(r"cp\.async\.c[ag]", text) is not None and "mbarrier" not in text
         if "wgmma.mma_async" in text and copied and "fence.proxy.async" not in text:
             found.append("no fence after copies")
+        events = re.findall(r"mbarrier\.try_wait|wgmma\.mma_async|fence\.proxy\.async", text)
+        if "cp.async.mbarrier.arrive" in ptx and "wgmma.mma_async" in events:
+            around = [*zip(events, [*events[1:], events[0]], strict=True)]
+            waits = [then for event, then in around if event == "mbarrier.try_wait"]
+            if "wgmma.mma_async" in waits:
+                found.append("no fence after a wait for copies")
     return found
 
 

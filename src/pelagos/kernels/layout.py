@@ -204,19 +204,18 @@ class CacheLayout:
         part = self.page_bytes if position % self.page_tokens else 0
         return sum(length for _, length in self.state_runs(position)) + part
 
+    def _state(self, slot: Bytes, page: Bytes | None, position: int) -> list[Bytes]:
+        """The parts of a slot and an open page that are the state at a position."""
+        parts = [slot[offset : offset + length] for offset, length in self.state_runs(position)]
+        return [*parts, page] if page is not None and position % self.page_tokens else parts
+
     def pack_state(self, slot: Bytes, page: Bytes | None, position: int) -> Bytes:
         """Copy out what a sequence needs to go on at `position`: slot (slot_bytes,) uint8, and its open page if any.
 
         page (page_bytes,) uint8 is the page of `position`, None exactly when the position opens a new one.
         """
-        packed = np.empty(self.state_size(position), np.uint8)
-        at = 0
-        for offset, length in self.state_runs(position):
-            packed[at : at + length] = slot[offset : offset + length]
-            at += length
-        if at < packed.size:
-            assert page is not None
-            packed[at:] = page
+        packed = np.concatenate([slot[:0], *self._state(slot, page, position)])
+        assert packed.size == self.state_size(position)
         return packed
 
     def unpack_state(self, packed: Bytes, slot: Bytes, page: Bytes | None, position: int) -> None:
@@ -230,22 +229,14 @@ class CacheLayout:
                 "it was written by another layout"
             )
         slot[:] = 0
-        at = 0
-        for offset, length in self.state_runs(position):
-            slot[offset : offset + length] = packed[at : at + length]
-            at += length
-        if at < packed.size:
-            assert page is not None
-            page[:] = packed[at:]
+        for part in self._state(slot, page, position):
+            part[:], packed = packed[: part.size], packed[part.size :]
+        assert packed.size == 0
 
 
 def _ring_runs(ring: Section, first: int, end: int) -> list[tuple[int, int]]:
     """The bytes of rows first..end-1 of a ring, at most two runs a part."""
-    count = end - first
-    if count <= 0:
-        return []
     low = first % ring.rows
-    pieces = [(low, min(count, ring.rows - low))]
-    if pieces[0][1] < count:
-        pieces.append((0, count - pieces[0][1]))
+    upper = min(end - first, ring.rows - low)
+    pieces = [(row, count) for row, count in ((low, upper), (0, end - first - upper)) if count > 0]
     return [(ring.part(i) + row * size, n * size) for i, size in enumerate(ring.parts) for row, n in pieces]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.prefill_cache import Keys, Prompt
-from pelagos.kernels.ref import prefill_attention as ref
 
 
 def attend(
@@ -28,19 +28,14 @@ def attend(
     """
     config, ratio, (tokens, heads, width) = layout.config, layout.layers[layer].ratio, q.shape
     needed = call.windows + (call.entries[ratio].total if ratio else 0)
-    expected = {
-        "q": (q, (len(call.rows.positions), heads, config.head_dim)), "keys": (keys.main, (needed, width)),
-        "sink": (sink, (heads,)), "turn": (turn, (tokens, 2, config.qk_rope_head_dim // 2)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ConfigError(f"prefill_attention: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
-    if q.dtype != torch.bfloat16 or width % 128 or (picks is not None and (not ratio or picks.dtype != torch.int32)):
-        raise ConfigError(f"prefill_attention: q is {q.dtype} {tuple(q.shape)}, picks for a layer of ratio {ratio}: "
-                          "expected bfloat16, C a multiple of 128, int32 picks only of entries")  # fmt: skip
+    contract("prefill_attention", {
+        "q": (q, (len(call.rows.positions), heads, config.head_dim), torch.bfloat16),
+        "keys": (keys.main, (needed, width)), "sink": (sink, (heads,)),
+        "picks": (picks, (tokens, 0 if picks is None else picks.shape[-1]), torch.int32),
+        "turn": (turn, (tokens, 2, config.qk_rope_head_dim // 2)),
+    })  # fmt: skip
+    if width % 128 or (picks is not None and not ratio):
+        raise ConfigError(f"prefill_attention: {width} columns, picks for a layer of ratio {ratio}: "
+                          "expected a multiple of 128, picks only of entries")  # fmt: skip
     inputs = (q, call, keys.main, ratio, sink, picks, turn, config.sliding_window)
-    if not q.is_cuda:
-        return ref.attend(*inputs)
-    from pelagos.kernels.triton import prefill_attention as kernel
-
-    return kernel.attend(*inputs)
+    return select("prefill_attention", q).attend(*inputs)

@@ -15,8 +15,8 @@ from torch import Tensor
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.cache_write import CacheWeights, check_pools, widths
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout, Span
-from pelagos.kernels.ref import prefill_cache as ref
 
 QUERIES = 64  # of one sequence that are scored together
 
@@ -100,13 +100,9 @@ def cache_write(
     if rest and (wide is None or wide.dtype != torch.float32 or len(wide) != tokens or wide.shape[1] < sum(rest)):
         raise ConfigError(f"prefill_cache: wide is {wide if wide is None else tuple(wide.shape)}, expected float32 "
                           f"({tokens}, >= {sum(rest)})")  # fmt: skip
-    for name, each in (("turn", turn), *((("entry_turn", entry_turn),) if place.ratio else ())):
-        if each is None or tuple(each.shape) != (tokens, 2, half) or not each.is_contiguous():
-            raise ConfigError(f"prefill_cache: {name}: expected contiguous {(tokens, 2, half)}")
+    if place.ratio and entry_turn is None:
+        raise ConfigError("prefill_cache: entry_turn is missing for a layer with a compressor")
+    contract("prefill_cache", {"turn": (turn, (tokens, 2, half)), "entry_turn": (entry_turn, (tokens, 2, half))})
     check_pools(call.rows, layout, pages, slots)
     inputs = (first, wide, call, layout, layer, pages, slots, weights, turn, entry_turn)
-    if not first.is_cuda:
-        return Keys(*ref.cache_write(*inputs))
-    from pelagos.kernels.triton import prefill_cache as kernel
-
-    return Keys(*kernel.cache_write(*inputs))
+    return Keys(*select("prefill_cache", first).cache_write(*inputs))

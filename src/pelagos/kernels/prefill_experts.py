@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.ref import prefill_experts as ref
-from pelagos.kernels.ref.fp4_experts import placed
+from pelagos.kernels.dispatch import contract, select
 
 BLOCK = 128
 SPARE = 8  # places at which an expert's picks begin
@@ -30,32 +29,18 @@ def mixture(
     """
     (tokens, width), (count, outputs, inner) = codes.shape, w2.shape
     inner, experts = 2 * inner, count if place is None else len(place)
-    expected = {
-        "codes": (codes, (tokens, outputs)),
-        "scales": (scales, (tokens, width // BLOCK)),
-        "weights": (weights, (tokens, chosen.shape[1])),
-        "w13": (w13, (count, 2 * inner, width // 2)),
-        "s13": (s13, (count, 2 * inner, width // 32)),
-        "w2": (w2, (count, width, inner // 2)),
-        "s2": (s2, (count, width, inner // 32)),
-        "bases[0]": (bases[0], (experts, 2 * inner // BLOCK)),
-        "bases[1]": (bases[1], (experts, width // BLOCK)),
-        "shared": (codes if shared is None else shared, (tokens, width)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ConfigError(f"prefill_experts: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
-    if width % BLOCK or inner % BLOCK or chosen.dtype != torch.int32:
-        raise ConfigError(
-            f"prefill_experts: widths {width} and {inner}, chosen {chosen.dtype}: expected multiples of {BLOCK}, int32"
-        )
-    if not codes.is_cuda:
-        if place is not None:
-            w13, s13, w2, s2 = (placed(each, place) for each in (w13, s13, w2, s2))
-        return ref.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit, shared)
-    from pelagos.kernels.triton import prefill_experts as kernel
-
-    return kernel.forward(codes, scales, chosen, weights, w13, s13, w2, s2, bases, shared, limit, place)
+    contract("prefill_experts", {
+        "codes": (codes, (tokens, outputs)), "scales": (scales, (tokens, width // BLOCK)),
+        "chosen": (chosen, tuple(chosen.shape), torch.int32), "weights": (weights, (tokens, chosen.shape[1])),
+        "w13": (w13, (count, 2 * inner, width // 2)), "s13": (s13, (count, 2 * inner, width // 32)),
+        "w2": (w2, (count, width, inner // 2)), "s2": (s2, (count, width, inner // 32)),
+        "bases[0]": (bases[0], (experts, 2 * inner // BLOCK)), "bases[1]": (bases[1], (experts, width // BLOCK)),
+        "shared": (shared, (tokens, width)),
+    })  # fmt: skip
+    if width % BLOCK or inner % BLOCK:
+        raise ConfigError(f"prefill_experts: widths {width} and {inner}: expected multiples of {BLOCK}")
+    inputs = (codes, scales, chosen, weights, w13, s13, w2, s2, bases, shared, limit, place)
+    return select("prefill_experts", codes).forward(*inputs)
 
 
 def choose(
@@ -67,11 +52,7 @@ def choose(
     token id in ids (T,). Scores are sqrt(softplus(logit)), weights the chosen ones' share times `scaling`. Source:
     inference/model.py Gate.
     """
-    if not logits.is_cuda:
-        return ref.choose(logits, bias, table, ids, experts, picks, scaling)
-    from pelagos.kernels.triton import prefill_experts as kernel
-
-    return kernel.choose(logits, bias, table, ids, experts, picks, scaling)
+    return select("prefill_experts", logits).choose(logits, bias, table, ids, experts, picks, scaling)
 
 
 def base_bytes(weight: Tensor, scale: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import OVERLAP_RATIO
 from pelagos.kernels.prefill_cache import Keys, Prompt
-from pelagos.kernels.ref import prefill_indexer as ref
 
 CHUNK = 4096  # keys scored before a selection: 128 MiB of scores for 8192 queries
 
@@ -28,24 +28,14 @@ def pick(index_q: Tensor, head_weights: Tensor, call: Prompt, keys: Keys, topk: 
     found, (tokens, heads, width) = call.entries[OVERLAP_RATIO], index_q.shape
     if keys.codes is None or keys.scales is None:
         raise ConfigError("prefill_indexer: this layer has no index keys")
-    expected = {
+    contract("prefill_indexer", {
         "index_q": (index_q, (len(found.seen), heads, width), torch.bfloat16),
         "head_weights": (head_weights, (tokens, heads), torch.float32),
         "keys.codes": (keys.codes, (found.total, width), torch.uint8),
         "keys.scales": (keys.scales, (found.total,), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ConfigError(
-                f"prefill_indexer: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} {shape}"
-            )
+    })  # fmt: skip
     if topk & (topk - 1) or width % 32 or heads % 8:
         raise ConfigError(
             f"prefill_indexer: topk={topk}, {heads} heads of {width}: expected a power of two, multiples of 8 and 32"
         )
-    inputs = (index_q, head_weights, call, keys.codes, keys.scales, topk)
-    if not index_q.is_cuda:
-        return ref.pick(*inputs)
-    from pelagos.kernels.triton import prefill_indexer as kernel
-
-    return kernel.pick(*inputs)
+    return select("prefill_indexer", index_q).pick(index_q, head_weights, call, keys.codes, keys.scales, topk)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.ref import prefill_products as ref
+from pelagos.kernels.dispatch import contract, select
 
 BLOCK = 128
 # Of BF16 products, in which the library's order of adding can depend on the number of rows: large weights keep it from
@@ -38,16 +38,11 @@ def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors
             f"prefill_products: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: "
             f"expected columns of x = groups * columns of weight, multiples of {BLOCK}"
         )
-    expected = {"scales": (scales, (rows, columns // BLOCK)), "codes": (codes, (rows, columns)),
-                "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK))}  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
-            raise ConfigError(f"prefill_products: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
-    if not codes.is_cuda:
-        return ref.product(codes, scales, weight, weight_factors, groups)
-    from pelagos.kernels.triton import prefill_products as kernel
-
-    return kernel.product(codes, scales, weight, weight_factors, groups)
+    contract("prefill_products", {
+        "scales": (scales, (rows, columns // BLOCK)), "codes": (codes, (rows, columns)),
+        "weight_factors": (weight_factors, (outputs // BLOCK, depth // BLOCK)),
+    })  # fmt: skip
+    return select("prefill_products", codes).product(codes, scales, weight, weight_factors, groups)
 
 
 def steady_rows(rows: int, outputs: int, depth: int) -> int:
@@ -63,11 +58,7 @@ def wide_product(x: Tensor, weight: Tensor, call_rows: int = CALL_ROWS) -> Tenso
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or x.shape[1:] != weight.shape[1:]:
         raise ConfigError(f"wide_product: x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}: "
                           "expected bfloat16 with as many columns")  # fmt: skip
-    if not x.is_cuda:
-        return x.float() @ weight.float().T
-    from pelagos.kernels.triton import prefill_products as kernel
-
-    return kernel.wide_product(x, weight, call_rows)
+    return select("prefill_products", x).wide_product(x, weight, call_rows)
 
 
 def quantise(x: Tensor, norm: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -77,19 +68,11 @@ def quantise(x: Tensor, norm: Tensor | None = None, *, eps: float = 0.0) -> tupl
     """
     if x.shape[1] % BLOCK or x.dtype != torch.bfloat16 or x.stride(1) != 1:
         raise ConfigError(f"quantise: x is {x.dtype} {tuple(x.shape)}, expected bfloat16 (T, multiple of {BLOCK})")
-    if not x.is_cuda:
-        return ref.quantise(x, norm, eps)
-    from pelagos.kernels.triton import prefill_products as kernel
-
-    return kernel.quantise(x, norm, eps)
+    return select("prefill_products", x).quantise(x, norm, eps)
 
 
 def swiglu(up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """Return the codes (T, F) and scales (T, F/128) of the clamped SwiGLU of up (T, 2F) bfloat16, gate before up."""
     if up.shape[1] % (2 * BLOCK) or up.dtype != torch.bfloat16 or not up.is_contiguous():
         raise ConfigError(f"swiglu: up is {up.dtype} {tuple(up.shape)}, expected bfloat16 (T, multiple of {2 * BLOCK})")
-    if not up.is_cuda:
-        return ref.swiglu(up, limit)
-    from pelagos.kernels.triton import prefill_products as kernel
-
-    return kernel.quantise(up, None, 0.0, limit)
+    return select("prefill_products", up).quantise(up, None, 0.0, limit)

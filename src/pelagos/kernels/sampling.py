@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import Draw
-from pelagos.kernels.ref import sampling as ref
 
 FIELDS = 5  # 64-bit words of a draw
 MAX_VOCAB = 1 << 20
@@ -40,10 +40,5 @@ def pick(logits: Tensor, draws: Tensor) -> Tensor:
         raise ConfigError(
             f"sampling: logits are {logits.dtype} {tuple(logits.shape)}, expected float32 (T, at most {MAX_VOCAB})"
         )
-    if draws.dtype != torch.int64 or tuple(draws.shape) != (rows, FIELDS) or not draws.is_contiguous():
-        raise ConfigError(f"sampling: draws are {draws.dtype} {tuple(draws.shape)}, expected int64 ({rows}, {FIELDS})")
-    if not logits.is_cuda:
-        return ref.forward(logits, draws)
-    from pelagos.kernels.triton import sampling as kernel
-
-    return kernel.forward(logits, draws)
+    contract("sampling", {"draws": (draws, (rows, FIELDS), torch.int64)})
+    return select("sampling", logits).forward(logits, draws)

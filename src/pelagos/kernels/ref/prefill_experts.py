@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pelagos import numerics
 from pelagos.kernels.ref.experts import route, swiglu
-from pelagos.kernels.ref.fp4_experts import decode
+from pelagos.kernels.ref.fp4_experts import decode, placed
 from pelagos.kernels.ref.gemm import ordered_sum
 
 # (tokens, experts, picks, width, inner): the edges of tiles of picks, hot and idle experts, blocks of the sort.
@@ -36,9 +36,11 @@ def choose(
 
 def forward(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    limit: float, shared: Tensor | None = None,
+    bases: tuple[Tensor, Tensor] | None, shared: Tensor | None, limit: float, place: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return (T, D) bfloat16, expert by expert; see `kernels.prefill_experts.mixture`."""
+    """Return (T, D) bfloat16, expert by expert; see `kernels.prefill_experts.mixture`. Nothing here needs `bases`."""
+    if place is not None:
+        w13, s13, w2, s2 = (placed(each, place) for each in (w13, s13, w2, s2))
     x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
     parts = x.new_zeros((*chosen.shape, x.shape[1]))
     for expert in chosen.unique().tolist():

@@ -27,6 +27,13 @@ _PAIR = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 
 
 @gluon.jit
+def arrived(full, turn, STAGES: gl.constexpr, pred=True):
+    """Wait for what other warps copy, on behalf of the matrix unit too, which reads by another proxy."""
+    mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1, pred=pred)
+    fence_async_shared()
+
+
+@gluon.jit
 def _gather(rows, keys, turn, k_smem, full, empty):
     """Start the copy of one tile of rows (64, 1) and columns."""
     slot = turn % STAGES
@@ -110,7 +117,7 @@ def _consume(
         tiles = (SIZE + count + TILE - 1) // TILE
         for t in range(0, tiles):
             slot = turn % STAGES
-            mbarrier.wait(full.index(slot), turn // STAGES & 1)
+            arrived(full, turn, STAGES)
             key, zero = k_smem.index(slot), gl.zeros((TILE, TILE), gl.float32, scores)
             logits = warpgroup_mma(q_smem, key.permute((1, 0)), zero, use_acc=False, is_async=True)
             logits = warpgroup_mma_wait(0, deps=[logits])

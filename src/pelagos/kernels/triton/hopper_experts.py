@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from pelagos.kernels.triton.hopper_attention import async_load
+from pelagos.kernels.triton.hopper_attention import arrived, async_load
 
 TILE = 128  # picks of a program; at most 64 take half of the work
 STAGES = gl.constexpr(8)
@@ -101,7 +101,7 @@ def _multiply(
     tall: gl.constexpr = gl.DotOperandLayout(0, acc, 4)
     zero = gl.zeros((64, 64), gl.float32, acc)
     total, more = zero, zero
-    mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
+    arrived(full, turn, STAGES)
     even, odd, sign = _expanded(w_smem.index(turn % STAGES), s_smem.index(turn % STAGES), low, PART)
     for k in range(0, BLOCKS):
         here, there = turn % STAGES, (turn + 1) % STAGES
@@ -113,7 +113,7 @@ def _multiply(
         if TILE == 128:
             other = warpgroup_mma(a, values.slice(64, 64).permute((1, 0)), zero, use_acc=False, is_async=True)
             other_factor = _factor(f_smem.index(here), 64, acc)
-        mbarrier.wait(full.index(there), turn // STAGES & 1, pred=k + 1 < BLOCKS)
+        arrived(full, turn, STAGES, k + 1 < BLOCKS)
         even, odd, sign = _expanded(w_smem.index(there), s_smem.index(there), low, PART)
         if TILE == 128:
             total += warpgroup_mma_wait(1, deps=[product]) * factor

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.ref.cache_write import CacheWeights
+from pelagos.kernels.triton import formats
 from pelagos.kernels.triton.cache_write import SLOTS, _append, _pooled, _rings, _store_index, _store_main
-from pelagos.kernels.triton.formats import e4m3_code, e4m3_to_float, power_of_two, round_to_e4m3, target
-from pelagos.kernels.triton.query import normed, rotated, rotation, rounded, turned
+from pelagos.kernels.triton.query import normed, rotated, rotation, turned
 
 if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
@@ -43,14 +43,14 @@ def _entry_kernel(
     if tl.program_id(1) == 0:
         x = _pooled(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, first, WIDTH, SPAN, RATIO,
                    TAIL, SLOTS)  # fmt: skip
-        x = normed(rounded(x, TARGET), tl.load(norm + tl.arange(0, WIDTH)).to(tl.float32), eps, WIDTH, TARGET)
+        x = normed(formats.rounded(x, TARGET), tl.load(norm + tl.arange(0, WIDTH)).to(tl.float32), eps, WIDTH, TARGET)
         _store_main(turned(x, entry_turn + row * ROPE, ROPE, TARGET), main + page + inner * (WIDTH + 64),
                    main + page + main_scale + inner * SCALES, ROPE, SCALES)  # fmt: skip
     elif INDEX > 0:
         key = _pooled(index_source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
                       first, INDEX, 2 * INDEX, RATIO, TAIL, SLOTS)  # fmt: skip
         weight = tl.load(index_norm + tl.arange(0, INDEX)).to(tl.float32)
-        key = normed(rounded(key, TARGET), weight, eps, INDEX, TARGET)
+        key = normed(formats.rounded(key, TARGET), weight, eps, INDEX, TARGET)
         key = rotated(turned(key, entry_turn + row * ROPE, ROPE, TARGET), ROUNDS, factor, TARGET)
         _store_index(key, index + page + inner * (INDEX // 2), index + page + index_scale + inner * (INDEX // 32))
 
@@ -78,10 +78,8 @@ def _row_kernel(
             _store_main(x, window + slot + at * (WIDTH + 64), window + slot + window_scale + at * SCALES, ROPE, SCALES)
         x = x.reshape(WIDTH // 64, 64)
         nope = (tl.arange(0, WIDTH // 64) < WIDTH // 64 - 1)[:, None]
-        bits = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 1e-4), 448.0).to(tl.int32, bitcast=True)
-        exponent = ((bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0))[:, None]
-        inverse = (254 - exponent << 23).to(tl.float32, bitcast=True)
-        stored = round_to_e4m3(tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)) * power_of_two(exponent)
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(x), 1))[:, None]
+        stored = formats.quantise_block(x, exponent) * formats.power_of_two(exponent)
         own = tl.load(windows + owner) + SIZE - 1 + position - tl.load(starts + owner)
         x = tl.where(nope, stored, x).reshape(WIDTH)
         tl.store(keys + own.to(tl.int64) * WIDTH + lane, x.to(tl.bfloat16))
@@ -117,7 +115,9 @@ def _decode_kernel(
     tail = tl.load(rope[:, None] + (lane - (WIDTH - 64))[None, :], mask=live[:, None] & (nope == 0), other=0.0)
     exponent = (own + scale + inner * SCALES)[:, None] + (lane // 64)[None, :]
     byte = tl.load(exponent, mask=live[:, None] & nope, other=127)
-    value = tl.where(nope, e4m3_to_float(code) * power_of_two(byte), tail.to(tl.float32)).to(tl.bfloat16)
+    value = tl.where(nope, formats.e4m3_to_float(code) * formats.power_of_two(byte), tail.to(tl.float32)).to(
+        tl.bfloat16
+    )
     place = (tl.load(base + owner) + index).to(tl.int64)
     value = tl.where(live[:, None], value, 0.0)  # before the sequence
     tl.store(keys + place[:, None] * WIDTH + lane[None, :], value, mask=(live | (index < SIZE - 1))[:, None])
@@ -140,13 +140,15 @@ def _index_kernel(
     byte = tl.load(exponent, mask=live[:, None], other=127)
     nibble = (pair.to(tl.int32) >> (lane % 2 * 4)[None, :]) & 0xF
     value = (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)  # times 2^-126
-    top = (tl.max(tl.abs(value) * 8.507059173023462e37 * power_of_two(byte), 1).to(tl.int32, bitcast=True) >> 23) - 7
+    top = (
+        tl.max(tl.abs(value) * 8.507059173023462e37 * formats.power_of_two(byte), 1).to(tl.int32, bitcast=True) >> 23
+    ) - 7
     top = tl.maximum(top, 1)
     shift = tl.minimum(tl.maximum(byte.to(tl.int32) - top[:, None] + 127, 1), 254)
-    code = e4m3_code(round_to_e4m3(value * 8.507059173023462e37 * power_of_two(shift)))
+    code = formats.e4m3_code(formats.round_to_e4m3(value * 8.507059173023462e37 * formats.power_of_two(shift)))
     place = (tl.load(base + owner) + index).to(tl.int64)
     tl.store(codes + place[:, None] * WIDTH + lane[None, :], code, mask=live[:, None])
-    tl.store(scales + place, power_of_two(top), mask=live)
+    tl.store(scales + place, formats.power_of_two(top), mask=live)
 
 
 def _bytes(pool: Tensor, section: Section | None) -> tuple[Tensor, int]:
@@ -159,7 +161,7 @@ def cache_write(
     weights: CacheWeights, turn: Tensor, entry_turn: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return main keys, index codes and their scales as `kernels.prefill_cache.cache_write` does."""
-    config, place, rows, made_for = layout.config, layout.layers[layer], call.rows, target()
+    config, place, rows, made_for = layout.config, layout.layers[layer], call.rows, formats.target()
     width, rope, latent, size = config.head_dim, config.qk_rope_head_dim, config.q_lora_rank, config.sliding_window
     tokens, spans, tail, table = len(first), len(call.start), place.main_tail, rows.table
     found = call.entries[place.ratio] if place.ratio else None

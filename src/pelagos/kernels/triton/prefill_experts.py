@@ -15,20 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pelagos.kernels.prefill_experts import SPARE
-from pelagos.kernels.triton import hopper_experts
-from pelagos.kernels.triton.formats import (
-    dot,
-    e2m1_pair,
-    e4m3_code,
-    e4m3_to_float,
-    expert_scale,
-    fp8_scale_exponent,
-    hopper,
-    power_of_two,
-    quantise_block,
-    target,
-    to_bfloat16,
-)
+from pelagos.kernels.triton import formats, hopper_experts
+from pelagos.kernels.triton.fp4_experts import _gated
 from pelagos.kernels.triton.router import _choose_kernel
 
 TILE = 64  # picks of a program
@@ -120,7 +108,7 @@ def _turn_kernel(codes, scales, place_of, turned, xs, room, PICKED: tl.constexpr
     tl.store(turned + row + column, code, mask=live)
     block = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
     live = block < WIDTH // 128
-    factor = power_of_two(tl.load(scales + token * (WIDTH // 128) + block, mask=live, other=127))
+    factor = formats.power_of_two(tl.load(scales + token * (WIDTH // 128) + block, mask=live, other=127))
     for i in tl.static_range(PICKED):
         tl.store(xs + block * room + tl.load(place_of + token * PICKED + i), factor, mask=live)
 
@@ -129,8 +117,8 @@ def _turn_kernel(codes, scales, place_of, turned, xs, room, PICKED: tl.constexpr
 def _weights(byte, word, base, TARGET: tl.constexpr):
     """A matrix operand (128, 128), times 2^-6, of 64 weight bytes a row and their four scale bytes."""
     group = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
-    factor = tl.broadcast_to(expert_scale(group - base + 121)[:, :, None], (128, 4, 16)).reshape(128, 64)
-    even, odd = e2m1_pair(byte, factor, TARGET)
+    factor = tl.broadcast_to(formats.expert_scale(group - base + 121)[:, :, None], (128, 4, 16)).reshape(128, 64)
+    even, odd = formats.e2m1_pair(byte, factor, TARGET)
     return _turned(even, odd)
 
 
@@ -172,12 +160,12 @@ def _product_kernel(
         for k in tl.range(0, blocks):
             factor = tl.load(factors + k * room).reshape(TILE // 16, 4, 2, 2)
             factor = tl.permute(factor, (0, 2, 1, 3)).reshape(TILE)
-            rows = e4m3_to_float(tl.load(values + k * 128)).to(tl.bfloat16)
+            rows = formats.e4m3_to_float(tl.load(values + k * 128)).to(tl.bfloat16)
             tall = _weights(tl.load(weight + k * 64), tl.load(words + k), low, TARGET)
-            total += dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
-        total *= power_of_two(low + 6)
+            total += formats.dot(tall, tl.trans(rows), tl.zeros((128, TILE), tl.float32), TARGET) * factor[None, :]
+        total *= formats.power_of_two(low + 6)
         to = out + place.to(tl.int64)[None, :] * OUTPUTS + row[:, None]
-        tl.store(to, to_bfloat16(total, TARGET), mask=live[None, :])
+        tl.store(to, formats.to_bfloat16(total, TARGET), mask=live[None, :])
 
 
 @triton.jit
@@ -192,13 +180,11 @@ def _hidden_kernel(
     column = group[:, None] * 128 + _source(lane)[None, :]
     gate = tl.load(up + place * (2 * INNER) + column, mask=live[:, None], other=0.0).to(tl.float32)
     other = tl.load(up + place * (2 * INNER) + INNER + column, mask=live[:, None], other=0.0).to(tl.float32)
-    gate = tl.minimum(gate, limit)
-    value = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(other, -limit), limit)
-    value = to_bfloat16(value * tl.load(weights + pick), TARGET).to(tl.float32)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 1))
-    code = e4m3_code(quantise_block(value, exponent[:, None]))
+    value = formats.rounded(_gated(gate, other, limit) * tl.load(weights + pick), TARGET)
+    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 1))
+    code = formats.e4m3_block(value, exponent[:, None])
     tl.store(hidden + place * INNER + group[:, None] * 128 + lane[None, :], code, mask=live[:, None])
-    tl.store(hs + group * room + place, power_of_two(exponent), mask=live)
+    tl.store(hs + group * room + place, formats.power_of_two(exponent), mask=live)
 
 
 @triton.jit
@@ -215,7 +201,7 @@ def _combine_kernel(
         total += tl.load(down + place * WIDTH + column, mask=live, other=0.0).to(tl.float32)
     if HAS_SHARED:
         total += tl.load(shared + token * WIDTH + column, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + token * WIDTH + column, to_bfloat16(total, TARGET), mask=live)
+    tl.store(out + token * WIDTH + column, formats.to_bfloat16(total, TARGET), mask=live)
 
 
 def choose(
@@ -229,7 +215,7 @@ def choose(
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=logits.device)
     _choose_kernel[(tokens,)](
         logits, logits if bias is None else bias, ids if table is None else table, ids, chosen, weights, tokens,
-        experts, scaling, PARTS=1, EXPERTS=padded, PICKS=picks, BY_TABLE=table is not None, TARGET=target(),
+        experts, scaling, PARTS=1, EXPERTS=padded, PICKS=picks, BY_TABLE=table is not None, TARGET=formats.target(),
         num_warps=1,
     )  # fmt: skip
     return chosen, weights
@@ -241,7 +227,11 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
     (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], bases[0].shape[0], w2.shape[2] * 2
-    picks, made_for, tile = tokens * picked, target(), hopper_experts.TILE if hopper(codes.device) else TILE
+    picks, made_for, tile = (
+        tokens * picked,
+        formats.target(),
+        hopper_experts.TILE if formats.hopper(codes.device) else TILE,
+    )
     blocks, tiles = triton.cdiv(picks, PICKS), picks // tile + min(experts, picks)
     padded = max(16, triton.next_power_of_2(experts))
 

@@ -9,15 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pelagos.kernels.prefill_products import SCALED_DEPTH, steady_rows
-from pelagos.kernels.triton.formats import (
-    e4m3_code,
-    e4m3_to_float,
-    fp8_scale_exponent,
-    power_of_two,
-    quantise_block,
-    target,
-)
-from pelagos.kernels.triton.query import rounded
+from pelagos.kernels.triton import formats
+from pelagos.kernels.triton.fp4_experts import _gated
 
 COLUMNS = 1024
 
@@ -29,7 +22,9 @@ def _factor_kernel(scales, factors, rows, room, blocks, TILE: tl.constexpr):
     block = tl.program_id(1) * 16 + tl.arange(0, 16)
     inside = (block < blocks)[None, :]
     byte = tl.load(scales + row[:, None] * blocks + block[None, :], mask=(row < rows)[:, None] & inside, other=127)
-    tl.store(factors + block[None, :] * room + row[:, None], power_of_two(byte), mask=(row < room)[:, None] & inside)
+    tl.store(
+        factors + block[None, :] * room + row[:, None], formats.power_of_two(byte), mask=(row < room)[:, None] & inside
+    )
 
 
 @triton.jit
@@ -44,14 +39,13 @@ def _quantise_kernel(
     value = tl.load(own, mask=live, other=0.0).to(tl.float32)
     if SWIGLU:
         up = tl.load(own + WIDTH, mask=live, other=0.0).to(tl.float32)
-        gate = tl.minimum(value, limit)
-        value = rounded(gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit), TARGET)
+        value = formats.rounded(_gated(value, up, limit), TARGET)
     if NORM:
         weight = tl.load(norm + column, mask=live, other=0.0).to(tl.float32)
-        value = rounded(value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * weight, TARGET)
+        value = formats.rounded(value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * weight, TARGET)
     value = value.reshape(COLUMNS // 128, 128)
-    exponent = fp8_scale_exponent(tl.max(tl.abs(value), 1))
-    code = e4m3_code(quantise_block(value, exponent[:, None])).reshape(COLUMNS)
+    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 1))
+    code = formats.e4m3_block(value, exponent[:, None]).reshape(COLUMNS)
     tl.store(codes + row.to(tl.int64) * WIDTH + column, code, mask=live)
     block = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
     tl.store(scales + row * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=block < WIDTH // 128)
@@ -65,7 +59,7 @@ def quantise(x: Tensor, norm: Tensor | None, eps: float, limit: float | None = N
     columns = COLUMNS if norm is None else max(128, triton.next_power_of_2(width))
     _quantise_kernel[(rows, triton.cdiv(width, columns))](
         x, norm, codes, scales, x.stride(0), limit or 0.0, eps, WIDTH=width, COLUMNS=columns, NORM=norm is not None,
-        SWIGLU=limit is not None, TARGET=target(),
+        SWIGLU=limit is not None, TARGET=formats.target(),
     )  # fmt: skip
     return codes, scales
 
@@ -86,7 +80,7 @@ def _widen_kernel(codes, factors, out, DEPTH: tl.constexpr, COLUMNS: tl.constexp
     live = column < DEPTH
     place = row.to(tl.int64) * DEPTH + column
     factor = tl.load(factors + row // 128 * (DEPTH // 128) + column // 128, mask=live, other=1.0)
-    value = e4m3_to_float(tl.load(codes + place, mask=live, other=0)) * factor
+    value = formats.e4m3_to_float(tl.load(codes + place, mask=live, other=0)) * factor
     tl.store(out + place, value.to(tl.bfloat16), mask=live)
 
 
