@@ -35,6 +35,7 @@ def wide_product(x: Tensor, weight: Tensor, _: int) -> Tensor:
 def quantise(x: Tensor, norm: Tensor | None, eps: float, limit: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (codes, scales); see `kernels.prefill_products.quantise`; with a limit those of the SwiGLU of x."""
     if limit is not None:
-        x = experts.swiglu(*x.chunk(2, 1), limit).bfloat16()
+        gate, up = x.chunk(2, 1)
+        x = experts.swiglu(gate, up, limit).bfloat16()
     codes, scales = numerics.encode_fp8(x if norm is None else rms_norm(x, norm, eps), numerics.ACT_BLOCK)
     return codes.view(torch.uint8), scales.view(torch.uint8)
