@@ -39,7 +39,7 @@ REST_S = 0.02
 REST_MOST_S = 16.0
 KILL_S = 5.0  # what does not end when it is told to takes the sandbox with it
 OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
-SPARES = 2  # keepers kept ready; each is about 3 MB
+SPARES = 2  # keepers kept ready; each is about 3 MB, and 14 in what will launch its sandbox
 DRAIN_BYTES = 1 << 16
 STATUS_BYTES = 8 << 20  # JSON of JSON of 1 MiB may be this long
 # Change nothing that stays, as nothing stateless does: no intent, may be asked again.
@@ -78,8 +78,13 @@ def _rehearse() -> None:
     spec = dataclasses.asdict(Spec(id="x", substrate="container", base="host"))
     place, facts = json.loads(json.dumps(["/a/b/c", spec]))
     made = _make(Path(place), Spec.from_dict(facts), None)
-    json.dumps(dataclasses.asdict(made.capabilities))
-    with contextlib.suppress(SandboxError):
+    made.capabilities.check({})
+    json.dumps([place, dataclasses.asdict(made.capabilities)])
+    Promise(Loop()).settle()
+    one, two = linux.link()
+    with one, two, contextlib.suppress(SandboxError):
+        socket.send_fds(one, [b"x"], [one.fileno()])
+        os.close(socket.recv_fds(two, ASK_BYTES, 1)[1][0])
         bubblewrap()
 
 
