@@ -1,4 +1,4 @@
-"""Draw rows of `benchmarks.kernels` or `bench decode|prefill`: `python -m benchmarks.plot_roofline FILE OUT.png`.
+"""Draw what `pelagos bench kernels`, `decode` or `prefill` wrote: `python -m benchmarks.plot_roofline FILE OUT.png`.
 
 FLOPs a byte against FLOPs a second, under the ceilings of the device they were measured on. Needs `pip install
 matplotlib`.

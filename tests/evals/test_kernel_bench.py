@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.kernels import kernel_rows
 
 from pelagos import cost
 from pelagos.config import preset
 from pelagos.errors import KernelUnavailable
-from pelagos.evals.step_bench import Ceilings
+from pelagos.evals.kernel_bench import Ceilings, kernel_rows
 
 FLASH = preset("flash")
 CEILINGS = Ceilings(copy=4e12, read=4e12, bf16=8e14, fp8=1.5e15, launch=1e-6)

@@ -12,7 +12,7 @@ from benchmarks import plot_roofline
 from pelagos import cost
 from pelagos.config import preset
 from pelagos.errors import ConfigError, KernelUnavailable
-from pelagos.evals.step_bench import cut_config, decode_rows, fill_caches
+from pelagos.evals.step_bench import cut_config, fill_caches, step_rows
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.rows import LayerRows
 
@@ -54,7 +54,7 @@ def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(KernelUnavailable, match="no CUDA device"):
-        next(decode_rows("nano", layers=None, contexts=[128], batches=[1]))
+        next(step_rows("decode", "nano", layers=None, contexts=[128], batches=[1]))
 
 
 def test_rows_become_a_chart(tmp_path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from pelagos.cli.options import counts, shared
 
 _COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
-_STEP_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
+_KERNEL_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
 _ABOUT = {
     "engine": "Prefill, decode and cache hits of the serving engine, one JSON line a figure.",
+    "kernels": "Each kernel on one CUDA device beside its floor, one JSON line a figure; random weights.",
     "decode": "Whole decode steps of random models of true shape on one CUDA device, one JSON line a figure.",
     "prefill": "Prompts of random models of true shape on one CUDA device, one JSON line a context.",
 }
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="pelagos bench", description="Measure speed on this machine.")
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     commands = {name: benches.add_parser(name, help=about, description=about) for name, about in _ABOUT.items()}
-    engine = commands["engine"]
+    engine, kernels = commands["engine"], commands["kernels"]
     shared(engine, "model", "mode", "device", "out")
     counts(engine, "contexts", "tokens before the measured ones", "1K,8K,64K,128K")
     counts(engine, "batches", "sequences that decode together", "1,2,4,8,16")
@@ -32,16 +33,20 @@ def main(argv: Sequence[str]) -> int:
     engine.add_argument("--no-native", action="store_true", help="leave the compiled helper out")
     engine.add_argument("--no-exact", action="store_true", help="give up bits that do not depend on the batch")
     engine.add_argument("--no-speculation", action="store_true", help="decode without a draft")
-    for command in (commands["decode"], commands["prefill"]):
+    for command in (kernels, commands["decode"], commands["prefill"]):
         command.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset of the sizes")
         shared(command, "out")
-        command.add_argument("--layers", help="the first N layers, or A:B (default: all; 39 of flash fit)")
-        counts(command, "context", "positions, the measured ones among them", "8K,1M")
+        if command is not kernels:
+            about = "the first N layers, or A:B (default: all; 39 of flash fit)"
+            command.add_argument("--layers", help=about)
+            counts(command, "context", "positions, the measured ones among them", "8K,1M")
+    kernels.add_argument("--only", type=lambda text: text.split(","), help="comma-separated kernels (default: all)")
+    counts(kernels, "batch", "tokens a call (default: each kernel's own list)")
     counts(commands["decode"], "batch", "sequences that decode together", "1,8,32,128")
     args = parser.parse_args(argv)
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
-    columns = _COLUMNS if args.bench == "engine" else _STEP_COLUMNS
+    columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
     try:
         out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
     except OSError as error:
@@ -56,14 +61,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    if args.bench == "decode":
-        from pelagos.evals.step_bench import decode_rows
+    if args.bench == "kernels":
+        from pelagos.evals.kernel_bench import kernel_rows
 
-        return decode_rows(args.shape, layers=args.layers, contexts=args.context, batches=args.batch)
-    if args.bench == "prefill":
-        from pelagos.evals.step_bench import prefill_rows
+        return kernel_rows(args.shape, args.only, args.batch)
+    if args.bench != "engine":
+        from pelagos.evals.step_bench import step_rows
 
-        return prefill_rows(args.shape, layers=args.layers, contexts=args.context)
+        batches = args.batch if args.bench == "decode" else [1]
+        return step_rows(args.bench, args.shape, layers=args.layers, contexts=args.context, batches=batches)
     from pelagos.evals.engine_bench import engine_rows
 
     options: dict[str, Any] = {"mode": args.mode, "device": args.device, "exact": False if args.no_exact else None}

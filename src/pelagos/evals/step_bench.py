@@ -7,111 +7,31 @@ its own at the context's last position. The time of a step is that of its graphs
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
-from pelagos.errors import CapacityError, ConfigError, KernelUnavailable
-from pelagos.evals.commit import commit
+from pelagos.errors import CapacityError, ConfigError
+from pelagos.evals.kernel_bench import Ceilings, elapsed, measure_ceilings
 from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.kernels.rows import LayerRows, Rows
 from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, step_bytes
 from pelagos.model.cuda_prefill import prompt_bytes
 from pelagos.model.cuda_weights import Weights
 
-Call = Callable[[], Any]
-Measure = Callable[[Weights, "Ceilings", int, int], dict[str, Any]]
 ROUNDS = 12  # steps of which the median counts
 SPARE_BYTES = 1 << 30  # left to the driver, graphs and libraries
 _CHUNK = 512  # units of a pool filled at once
 _SCALE_BYTE = 120  # of random cache rows: values around 1
-
-
-class Ceilings(NamedTuple):
-    """What this device does at best, measured: bytes and FLOPs a second, and a launch inside a graph in seconds."""
-
-    copy: float
-    read: float
-    bf16: float
-    fp8: float
-    launch: float
-
-    def floor(self, moved: float, flops: float) -> float:
-        """Seconds that moving so many bytes or computing so many FP8 FLOPs takes at least."""
-        return max(moved / self.read, flops / self.fp8)
-
-    def figures(self, least: cost.KernelCost, took: float) -> dict[str, float]:
-        """What a row says of something that took so many seconds, beside its floor."""
-        floor = self.floor(least.moved, least.flops)
-        return {
-            "us": round(took * 1e6, 2), "gbps": round(least.moved / took / 1e9),
-            "tflops": round(least.flops / took / 1e12, 1), "floor_us": round(floor * 1e6, 2),
-            "floor_frac": round(floor / took, 3),
-        }  # fmt: skip
-
-
-def elapsed(call: Call) -> float:
-    """Return the seconds the device takes for a call on the current stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def seconds(calls: Sequence[Call], rounds: int = 9) -> float:
-    """Return the seconds of one call: the median replay of a graph that holds all of them, over their number."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        times = [elapsed(graph.replay) for _ in range(rounds + 1)]
-    return statistics.median(times[1:]) / len(calls)
-
-
-def measure_ceilings(bench: str) -> tuple[Ceilings, dict[str, Any], dict[str, Any]]:
-    """Measure copy and read rates, BF16 and FP8 matrix rates on random data, and the gap of a launch in a graph.
-
-    Returns them, what every row of `bench` carries, and their own row. Raises KernelUnavailable without CUDA.
-    """
-    if not torch.cuda.is_available():
-        raise KernelUnavailable(f"bench {bench}: no CUDA device here; kernels and models are timed where they run")
-    operands = [torch.randn(1 << 29, device="cuda") for _ in range(2)]
-    copy = 2 * 4 * operands[0].numel() / seconds([lambda: torch.mul(operands[0], 2.0, out=operands[1])])
-    read = 4 * operands[0].numel() / seconds([lambda: operands[0].sum()])
-    operands.clear()
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
-    flops = 2 * size**3
-    bf16 = flops / seconds([lambda: a @ b] * 4)
-    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-    one = torch.ones((), device="cuda")
-    kind = functional.ScalingType.TensorWise
-    fp8 = flops / seconds([lambda: functional.scaled_mm(a8, b8, one, kind, one, kind)] * 4)
-    small = torch.zeros(1, device="cuda")
-    found = Ceilings(copy, read, bf16, fp8, seconds([lambda: small.add_(1)] * 1000))
-    head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
-    row = {
-        "bench": "ceilings", "case": "measured", **head, "us": round(found.launch * 1e6, 3),
-        "copy_gbps": round(copy / 1e9), "gbps": round(read / 1e9), "bf16_tflops": round(bf16 / 1e12),
-        "tflops": round(fp8 / 1e12),
-    }  # fmt: skip
-    return found, head, row
 
 
 def cut_config(shape: str, layers: str | None) -> ModelConfig:
@@ -128,24 +48,14 @@ def cut_config(shape: str, layers: str | None) -> ModelConfig:
     )  # fmt: skip
 
 
-def decode_rows(
-    shape: str, *, layers: str | None, contexts: Sequence[int], batches: Sequence[int]
+def step_rows(
+    bench: str, shape: str, *, layers: str | None, contexts: Sequence[int], batches: Sequence[int] = (1,)
 ) -> Iterator[dict[str, Any]]:
     """Yield the ceilings, then one row a context and batch; a plan that does not fit says so in its row.
 
-    Raises KernelUnavailable without CUDA, ConfigError for bad values.
+    `bench` is "decode" or "prefill". Raises KernelUnavailable without CUDA, ConfigError for bad values.
     """
-    yield from _rows("decode", shape, layers, [(context, batch) for context in contexts for batch in batches], _decode)
-
-
-def prefill_rows(shape: str, *, layers: str | None, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yield the ceilings, then one row a context; the rest as `decode_rows`."""
-    yield from _rows("prefill", shape, layers, [(context, 1) for context in contexts], _prefill)
-
-
-def _rows(
-    bench: str, shape: str, layers: str | None, cases: Sequence[tuple[int, int]], measure: Measure
-) -> Iterator[dict[str, Any]]:
+    measure = _decode if bench == "decode" else _prefill
     config = cut_config(shape, layers)
     ceilings, head, first = measure_ceilings(bench)
     torch.cuda.empty_cache()
@@ -154,7 +64,7 @@ def _rows(
     weights = Weights(config, torch.device("cuda")).fill_random()
     torch.cuda.synchronize()
     made = round(time.perf_counter() - begun, 2)
-    for context, batch in cases:
+    for context, batch in itertools.product(contexts, batches):
         case = f"{shape} layers={config.num_hidden_layers} context={context} batch={batch}"
         row = {"bench": bench, "case": case, **head, "weights": "random", "made_s": made}
         try:

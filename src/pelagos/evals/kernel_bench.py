@@ -1,8 +1,8 @@
-"""Each kernel at the true shapes beside the floor this device allows: `python -m benchmarks.kernels --shape flash`.
+"""What `pelagos bench kernels` measures: each kernel at the true shapes, beside the floor this device allows.
 
-JSON lines: first the device's ceilings, then kernels. A time is that of one call inside a CUDA graph that holds a round
-of calls over operands larger together than the L2 cache, so every call finds its weights cold, as a decode step does.
-Floors are cost.py's bytes or FLOPs at the measured rates, whichever takes longer. Weights are random.
+First the device's ceilings, then kernels. A time is that of one call inside a CUDA graph that holds a round of calls
+over operands larger together than the L2 cache, so every call finds its weights cold, as a decode step does. Floors are
+cost.py's bytes at the measured rate or FLOPs at the measured rate, whichever takes longer. Weights are random.
 
 Sequences of decode share a pool of pages larger than the L2 cache, in tables drawn at random; every call has rows,
 windows and picks of its own, and contexts are full: each sequence is at its last position. A prompt's call is the last
@@ -11,10 +11,8 @@ chunk of a context; a BF16 FLOP counts as two of FP8 there, so that floors are t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +24,8 @@ from torch.nn import functional
 
 from pelagos import cost
 from pelagos.config import ModelConfig, preset
-from pelagos.errors import ConfigError
-from pelagos.evals.step_bench import Call, measure_ceilings, seconds
+from pelagos.errors import ConfigError, KernelUnavailable
+from pelagos.evals.commit import commit
 from pelagos.kernels import (
     cache_write,
     decode_attention,
@@ -51,10 +49,12 @@ from pelagos.kernels.ref import sampling as sampling_ref
 from pelagos.kernels.ref import site as site_ref
 from pelagos.kernels.ref import skinny_gemm as gemm_ref
 
+ROUNDS = 9  # replays of which the median counts
 COLD_BYTES = 512 << 20  # operands of one round
 CONTEXTS = (8192, 131072, 1048576)
 CALLS = 16  # a round of attention
 PAGES = {0: 8, 4: 6000, 128: 200_000}  # of a pool, by ratio
+Call = Callable[[], Any]
 
 
 class Case(NamedTuple):
@@ -67,12 +67,90 @@ class Case(NamedTuple):
     peer: Mapping[str, Sequence[Call]] = {}
 
 
+class Ceilings(NamedTuple):
+    """What this device does at best, measured: bytes and FLOPs a second, and a launch inside a graph in seconds."""
+
+    copy: float
+    read: float
+    bf16: float
+    fp8: float
+    launch: float
+
+    def floor(self, moved: float, flops: float) -> float:
+        """Seconds that moving so many bytes or computing so many FP8 FLOPs takes at least."""
+        return max(moved / self.read, flops / self.fp8)
+
+    def figures(self, least: cost.KernelCost, took: float) -> dict[str, float]:
+        """What a row says of something that took so many seconds, beside its floor."""
+        floor = self.floor(least.moved, least.flops)
+        return {
+            "us": round(took * 1e6, 2), "gbps": round(least.moved / took / 1e9),
+            "tflops": round(least.flops / took / 1e12, 1), "floor_us": round(floor * 1e6, 2),
+            "floor_frac": round(floor / took, 3),
+        }  # fmt: skip
+
+
+def elapsed(call: Call) -> float:
+    """Return the seconds the device takes for a call on the current stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds(calls: Sequence[Call], rounds: int = ROUNDS) -> float:
+    """Return the seconds of one call: the median replay of a graph that holds all of them, over their number."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        times = [elapsed(graph.replay) for _ in range(rounds + 1)]
+    return statistics.median(times[1:]) / len(calls)
+
+
+def measure_ceilings(bench: str) -> tuple[Ceilings, dict[str, Any], dict[str, Any]]:
+    """Measure copy and read rates, BF16 and FP8 matrix rates on random data, and the gap of a launch in a graph.
+
+    Returns them, what every row of `bench` carries, and their own row. Raises KernelUnavailable without CUDA.
+    """
+    if not torch.cuda.is_available():
+        raise KernelUnavailable(f"bench {bench}: no CUDA device here; kernels and models are timed where they run")
+    operands = [torch.randn(1 << 29, device="cuda") for _ in range(2)]
+    copy = 2 * 4 * operands[0].numel() / seconds([lambda: torch.mul(operands[0], 2.0, out=operands[1])])
+    read = 4 * operands[0].numel() / seconds([lambda: operands[0].sum()])
+    operands.clear()
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    flops = 2 * size**3
+    bf16 = flops / seconds([lambda: a @ b] * 4)
+    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device="cuda")
+    kind = functional.ScalingType.TensorWise
+    fp8 = flops / seconds([lambda: functional.scaled_mm(a8, b8, one, kind, one, kind)] * 4)
+    small = torch.zeros(1, device="cuda")
+    found = Ceilings(copy, read, bf16, fp8, seconds([lambda: small.add_(1)] * 1000))
+    head = {"device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__}
+    row = {
+        "bench": "ceilings", "case": "measured", **head, "us": round(found.launch * 1e6, 3),
+        "copy_gbps": round(copy / 1e9), "gbps": round(read / 1e9), "bf16_tflops": round(bf16 / 1e12),
+        "tflops": round(fp8 / 1e12),
+    }  # fmt: skip
+    return found, head, row
+
+
 def kernel_rows(
     shape: str, benches: Sequence[str] | None = None, tokens: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield one row a figure for the preset `shape`; KernelUnavailable without CUDA, ConfigError for bad names."""
     if odd := set(benches or ()) - MAKERS.keys():
-        raise ConfigError(f"no kernel {min(odd)!r}; known: {', '.join(MAKERS)}")
+        raise ConfigError(f"bench kernels: no kernel {min(odd)!r}; known: {', '.join(MAKERS)}")
     ceilings, head, row = measure_ceilings("kernels")
     yield row
     config = preset(shape)
@@ -160,12 +238,14 @@ def _rows(call: attention_ref.Call, part: slice) -> Any:
     return rows._replace(**{name: getattr(rows, name)[part] for name in rows._fields if name != "table"})
 
 
+def _shape(config: ModelConfig) -> str:
+    """The preset's name."""
+    return {64: "flash", 128: "pro"}.get(config.num_attention_heads, "nano")
+
+
 def _call(config: ModelConfig, ratio: int, context: int, tokens: int) -> attention_ref.Call:
-    shape = "flash" if config.num_attention_heads == 64 else "pro" if config.num_attention_heads == 128 else "nano"
-    count = CALLS if tokens < 64 else 4
-    return attention_ref.make_call(
-        shape, ratio, ((context - 1, 1),) * (tokens * count), pages=PAGES[ratio], device="cuda"
-    )
+    spans = ((context - 1, 1),) * (tokens * (CALLS if tokens < 64 else 4))
+    return attention_ref.make_call(_shape(config), ratio, spans, pages=PAGES[ratio], device="cuda")
 
 
 def _decode_attention(config: ModelConfig, tokens: int) -> Iterator[Case]:
@@ -241,24 +321,13 @@ def _picks(config: ModelConfig, tokens: int) -> Iterator[Case]:
         yield Case(name, calls, cost.KernelCost(4 * tokens * config.vocab_size, 0), 4)
 
 
-def _cut(config: ModelConfig, ratio: int) -> CacheLayout:
-    """The layout of a model of two layers of one ratio."""
-    ratios = (ratio, 4) if ratio == 0 else (ratio, ratio)
-    cut = dataclasses.replace(config, num_hidden_layers=2, compress_ratios=ratios, num_nextn_predict_layers=0)
-    return CacheLayout(cut, "released")
-
-
 def _prompt(config: ModelConfig, ratio: int, context: int, tokens: int) -> tuple[CacheLayout, prefill_cache.Prompt]:
-    """The last tokens of a context as one call."""
-    layout = _cut(config, ratio)
+    """The last tokens of a context as one call, and the layout of a model of two layers of one ratio."""
+    ratios = (ratio, ratio or 4)
+    cut = dataclasses.replace(config, num_hidden_layers=2, compress_ratios=ratios, num_nextn_predict_layers=0)
+    layout = CacheLayout(cut, "released")
     span = Span(np.zeros(tokens, np.int64), context - tokens, 0, np.arange(layout.pages_for(context), dtype=np.int32))
     return layout, prefill_cache.prompt([span], layout, "cuda")
-
-
-def _pools(layout: CacheLayout, context: int) -> tuple[Tensor, Tensor]:
-    sizes = (layout.pages_for(context), layout.page_bytes), (1, layout.slot_bytes)
-    pages, slots = (torch.randint(0, 120, size, dtype=torch.uint8, device="cuda") for size in sizes)
-    return pages, slots
 
 
 def _prefill_attention(config: ModelConfig, tokens: int) -> Iterator[Case]:
@@ -308,13 +377,13 @@ def _prefill_writes(config: ModelConfig, tokens: int) -> Iterator[Case]:
     """What a chunk leaves in the cache and decodes to attend."""
     for ratio in (0, 4, 128):
         layout, call = _prompt(config, ratio, CONTEXTS[0], tokens)
-        pages, slots = _pools(layout, CONTEXTS[0])
-        shape = {64: "flash", 128: "pro"}.get(config.num_attention_heads, "nano")
-        made = attention_ref.make_call(shape, ratio, ((CONTEXTS[0] - tokens, tokens),), device="cuda")
+        sizes = (layout.pages_for(CONTEXTS[0]), layout.page_bytes), (1, layout.slot_bytes)
+        pools = [torch.randint(0, 120, size, dtype=torch.uint8, device="cuda") for size in sizes]
+        made = attention_ref.make_call(_shape(config), ratio, ((CONTEXTS[0] - tokens, tokens),), device="cuda")
         projected, weights, turn, entry_turn = attention_ref.make_projected(made)
         columns = config.q_lora_rank + config.head_dim
         first, wide = projected[:, :columns].bfloat16(), projected[:, columns:].contiguous()
-        inputs = (first, wide if ratio else None, call, layout, 0, pages, slots, weights, turn, entry_turn)
+        inputs = (first, wide if ratio else None, call, layout, 0, *pools, weights, turn, entry_turn)
         run = functools.partial(prefill_cache.cache_write, *inputs)
         entries = call.entries[ratio].total if ratio else 0
         moved = tokens * 4 * wide.shape[1] * bool(ratio) + 2 * config.head_dim * (3 * tokens + 2 * entries)
@@ -362,18 +431,3 @@ MAKERS: dict[str, tuple[Callable[[ModelConfig, int], Iterator[Case]], tuple[int,
     "prefill_cache": (_prefill_writes, (4096, 8192)), "prefill_experts": (_prefill_experts, (4096, 8192)),
     "prefill_products": (_prefill_products, (4096, 8192)),
 }  # fmt: skip
-
-
-def main() -> None:
-    """Print a JSON line a figure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="flash", choices=("flash", "pro", "nano"), help="preset of the sizes")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated kernels (default: all)")
-    parser.add_argument("--tokens", type=int, nargs="+", help="tokens a call (default: each kernel's own list)")
-    args = parser.parse_args()
-    for row in kernel_rows(args.shape, args.only, args.tokens):
-        print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()
