@@ -177,6 +177,7 @@ class Substrate(ABC):
 
     capabilities: Capabilities
     whole_disks = False  # whether it takes images of whole disks
+    proxies = False  # whether a list of names can be reached from inside
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
@@ -184,6 +185,8 @@ class Substrate(ABC):
         self.grouped = self._group is not None  # whether control groups limit memory
         if spec.base.startswith("disk:") and not self.whole_disks:
             raise SandboxError(f"{spec.substrate}: an image of a whole disk needs a machine; use substrate='fullvm'")
+        if spec.network and not self.proxies:
+            raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
 
     def begin(self) -> None:
         """Begin what takes time, for `start` to wait for; raises SandboxError for what is missing."""
@@ -265,7 +268,7 @@ class Container(Substrate):
     """One container."""
 
     root_bind = "--bind"  # how the overlay becomes the root
-    proxies = True  # whether a list of names can be reached from inside
+    proxies = True
     nested = False  # whether the first process makes namespaces of its own, and filters what runs in them
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
@@ -277,10 +280,8 @@ class Container(Substrate):
         self._place = box / "own" if self._own_disk else box  # of what the overlay writes
         if self._own_disk:
             self.capabilities = replace(self.capabilities, disk_limit="hard")
-        if spec.network and self.proxies:
+        if spec.network:
             self.capabilities = replace(self.capabilities, network="proxy")
-        elif spec.network:
-            raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
         self._ns: dict[str, int] = {}
         self._proxy = -1
         self._hold = self._said = self._info = self._first = self._upper = self._outer = self._pid = -1

@@ -50,7 +50,7 @@ class _Engine(http.client.HTTPConnection):
 def ask(
     method: str, path: str, body: dict[str, Any] | IO[bytes] | None = None, *, into: IO[bytes] | None = None
 ) -> Any:
-    """Return what the engine answers, None where there is no such thing; SandboxError with what it complains of."""
+    """Return what the engine answers (JSON, else bytes), None where there is no such thing; SandboxError else."""
     place = read_environment().docker_host
     try:
         with contextlib.closing(_Engine(place.removeprefix("unix://"))) as engine:
@@ -66,7 +66,10 @@ def ask(
                            "give the socket of one on this host") from None  # fmt: skip
     if answer.status >= 400 and answer.status != 404:
         raise SandboxError(f"docker: {method} {path}: {text[-600:].decode('utf-8', 'replace').strip()}")
-    return json.loads(text) if answer.status < 300 and text.startswith((b"{", b"[")) else None
+    if answer.status == 404:
+        return None
+    # What is loaded is told of in several documents: the first is enough.
+    return json.JSONDecoder().raw_decode(text.decode())[0] if text.startswith((b"{", b"[")) else text
 
 
 class Docker(Guest):
@@ -79,8 +82,6 @@ class Docker(Guest):
         self._url = f"/containers/pelagos-{hashlib.sha256(os.fsencode(box)).hexdigest()[:24]}"
         self._labels = {"pelagos.store": str(box.parents[1])}
         self._limited: Group | None = None
-        if spec.network:
-            raise SandboxError(f"docker: network={list(spec.network)}; only containers reach a list of names")
         if home is None:
             return
         if not (facts := ask("GET", "/info")):
@@ -111,8 +112,8 @@ class Docker(Guest):
                 ask("POST", f"{self._url}/start")
                 said = self._hand_up({}, server.detach())
             if said:
-                said += f": {self._last_words()}"
-                raise SandboxError(f"docker {self._spec.id} did not start: {said}")
+                last = ask("GET", f"{self._url}/logs?stdout=1&stderr=1&tail=10")[-600:].decode("utf-8", "replace")
+                raise SandboxError(f"docker {self._spec.id} did not start: {said}: {last}")
             with contextlib.suppress(OSError, KeyError):  # what is not told here is told nowhere
                 self._limited = Group.of(ask("GET", f"{self._url}/json")["State"]["Pid"])
         except BaseException:
@@ -157,12 +158,6 @@ class Docker(Guest):
         mux.until_up(b"R", START_S)
         return mux
 
-    def _last_words(self) -> str:
-        with tempfile.TemporaryFile() as file:
-            ask("GET", f"{self._url}/logs?stdout=1&stderr=1&tail=10", into=file)
-            file.seek(0)
-            return file.read()[-600:].decode("utf-8", "replace")
-
     def _limits(self) -> dict[str, int | None]:
         # The uid inside may be anybody's outside, whose processes would count: the engine's limit is the limit.
         grouped = self.capabilities.memory_limit == "cgroup"
@@ -189,8 +184,8 @@ class Docker(Guest):
                 ask("GET", f"/images/{made}/get", into=file)
             with layers.oci_files(saved) as read:
                 layers.unpack(read(layers.oci_layers(read, saved)[-1]), tree, oci=True)
-            fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-            inside.pack(out, upper=fd, most=most)
+            with os.fdopen(out, "wb", closefd=False) as pipe:
+                inside.pack_path(tree, pipe, most=most)
         finally:
             ask("DELETE", f"/images/{made}?noprune=1")
             layers.remove_tree(stage)

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 FILE_BYTES = 64 << 20  # one file through the control channel; more travels as an image
 WHITEOUT, OPAQUE = "PELAGOS.whiteout", "PELAGOS.opaque"
@@ -82,10 +82,23 @@ def _open_regular(path: str, flags: int, mode: int = 0) -> int:
     return fd
 
 
+def pack_path(path: str | os.PathLike[str], file: IO[bytes], **how: Any) -> None:
+    """`pack_tree` of a directory by its name."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        pack_tree(fd, file, **how)
+    finally:
+        os.close(fd)
+
+
 def pack_tree(
-    directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None
-) -> None:
-    """Write the directory of a descriptor as a canonical tar; raises ValueError beyond `most` bytes of content."""
+    directory: int, file: IO[bytes], *, at: str = "/", fixed_time: bool = False, most: int | None = None,
+    owner: int | None = None,
+) -> None:  # fmt: skip
+    """Write the directory of a descriptor as a canonical tar; raises ValueError beyond `most` bytes of content.
+
+    With an `owner`, as a layer of an OCI image: that user's, and whiteouts as such images have them.
+    """
     import tarfile  # a third of what this module would cost each fork
 
     total = 0
@@ -98,7 +111,7 @@ def pack_tree(
             tar.addfile(frame)
         for name, fd, entry in _walk(directory, "/".join(prefix)):
             info = tarfile.TarInfo(name)
-            info.mode = entry.st_mode & 0o1777
+            info.mode, info.uid, info.gid = entry.st_mode & 0o1777, owner or 0, owner or 0
             seconds, nanoseconds = divmod(entry.st_mtime_ns, 10**9)
             headers = {} if fixed_time else {"mtime": f"{seconds}.{nanoseconds:09d}"}
             source = None
@@ -110,6 +123,9 @@ def pack_tree(
                         headers[OPAQUE] = "1"
             elif kind == stat.S_IFCHR and entry.st_rdev == 0:
                 headers, info.mode = {WHITEOUT: "1"}, 0
+                if owner is not None:
+                    head, slash, tail = name.rpartition("/")
+                    headers, info.name = {}, f"{head}{slash}.wh.{tail}"
             elif kind == stat.S_IFLNK:
                 info.type, info.mode = tarfile.SYMTYPE, 0o777
                 info.linkname = os.readlink(name.rpartition("/")[2], dir_fd=fd)
@@ -128,6 +144,8 @@ def pack_tree(
             info.pax_headers = headers
             with source or contextlib.nullcontext():
                 tar.addfile(info, source)
+            if owner is not None and OPAQUE in headers:
+                tar.addfile(tarfile.TarInfo(f"{name}/.wh..wh..opq"))
 
 
 def _walk(directory: int, prefix: str) -> Iterator[tuple[str, int, os.stat_result]]:

@@ -25,7 +25,7 @@ from typing import IO, Any, Self
 from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
 from pelagos.sandbox.container import INSIDE_UID, host_ids, run_tool
-from pelagos.sandbox.inside import OPAQUE, OPAQUE_ATTRIBUTE, WHITEOUT, pack_tree
+from pelagos.sandbox.inside import OPAQUE, OPAQUE_ATTRIBUTE, WHITEOUT, pack_path
 
 # What programs of /usr need of /etc: links of alternatives, the loader's cache, names of services. No secrets.
 _HOST_ETC = (
@@ -50,7 +50,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
-        self.layers, self.boxes = self.root / "layers", self.root / "boxes"
+        self.layers, self.boxes, self.machines = (self.root / name for name in ("layers", "boxes", "vm"))
         for directory, mode in ((self.root, 0o700), (self.layers, 0o711), (self.boxes, 0o711)):
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
@@ -72,18 +72,14 @@ class Store:
 
     def add_disk(self, path: Path) -> str:
         """Store a copy of a disk image and return its digest."""
-        machines = self.root / "vm"
-        machines.mkdir(mode=0o711, exist_ok=True)
+        self.machines.mkdir(mode=0o711, exist_ok=True)
         with path.open("rb") as file:
             digest = _digest(file)
-        if not (machines / digest).exists():
-            draft = Path(tempfile.mkdtemp(prefix="draft-", dir=machines))
-            draft.chmod(0o711)
-            run_tool("cp", "--sparse=always", "--reflink=auto", str(path), str(draft / "disk"))
-            (draft / "disk").chmod(0o444)
-            with contextlib.suppress(OSError):  # another process was first
-                os.rename(draft, machines / digest)
-            remove_tree(draft)
+        if not (self.machines / digest).exists():
+            with self._draft(self.machines) as draft:
+                run_tool("cp", "--sparse=always", "--reflink=auto", str(path), str(draft / "disk"))
+                (draft / "disk").chmod(0o444)
+                self._place(draft, self.machines / digest)
         return digest
 
     def _frame(self, build: Callable[[Path], object]) -> str:
@@ -93,38 +89,30 @@ class Store:
 
     def add_directory(self, path: Path, *, at: str = "/", fixed_time: bool = False) -> str:
         """Store a copy of a directory as a layer and return its digest."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise SandboxError(f"{path}: {error.strerror}; expected a directory to make a layer of") from None
-        try:
-            with tempfile.TemporaryFile(dir=self.root) as file:
-                pack_tree(fd, file, at=at, fixed_time=fixed_time)
-                file.seek(0)
-                return self.add_canonical(file)
-        finally:
-            os.close(fd)
+        with tempfile.TemporaryFile(dir=self.root) as file:
+            try:
+                pack_path(path, file, at=at, fixed_time=fixed_time)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise SandboxError(f"{path}: {error.strerror}; expected a directory to make a layer of") from None
+            file.seek(0)
+            return self.add_canonical(file)
 
     def add_tar(self, file: IO[bytes], *, oci: bool = False) -> str:
         """Store any tar as a layer and return the digest of its canonical form; `oci` for that format's whiteouts."""
-        with self._draft() as draft:
+        with self._draft(self.layers) as draft:
             unpack(file, draft, oci=oci)
-            fd = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                with tempfile.TemporaryFile(dir=self.root) as canonical:
-                    pack_tree(fd, canonical)
-                    return self._place(draft, _digest(canonical))
-            finally:
-                os.close(fd)
+            with tempfile.TemporaryFile(dir=self.root) as canonical:
+                pack_path(draft, canonical)
+                return self._place(draft, self.layers / _digest(canonical))
 
     def add_canonical(self, file: IO[bytes]) -> str:
         """Store what `pack` wrote, unless it is there already, and return its digest."""
         digest = _digest(file)
         if not (self.layers / digest).is_dir():
-            with self._draft() as draft:
+            with self._draft(self.layers) as draft:
                 file.seek(0)
                 unpack(file, draft)
-                return self._place(draft, digest)
+                return self._place(draft, self.layers / digest)
         return digest
 
     def collect(self, *, older_s: float = 30 * 86400) -> dict[str, int]:
@@ -138,7 +126,7 @@ class Store:
             if not Path("/proc", path.name).exists():
                 remove_tree(path)  # of a spare keeper that was killed
         found = {"layers": 0, "snapshots": 0}
-        for kind, directory in (("layers", self.layers), ("snapshots", self.root / "vm")):
+        for kind, directory in (("layers", self.layers), ("snapshots", self.machines)):
             for path in directory.glob("*"):
                 old = path.is_dir() and time.time() - path.stat().st_mtime > older_s
                 if old and path.name not in used:
@@ -155,21 +143,21 @@ class Store:
         return self.boxes / name
 
     @contextlib.contextmanager
-    def _draft(self) -> Iterator[Path]:
-        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=self.layers))
+    def _draft(self, place: Path) -> Iterator[Path]:
+        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=place))
         try:
             draft.chmod(0o755)
             yield draft
         finally:
             remove_tree(draft)
 
-    def _place(self, draft: Path, digest: str) -> str:
+    def _place(self, draft: Path, place: Path) -> str:
         linux.sync_filesystem(draft)
-        with contextlib.suppress(FileExistsError, OSError):  # another process placed the same layer first
-            os.rename(draft, self.layers / digest)
-        if not (self.layers / digest).is_dir():
-            raise SandboxError(f"{self.layers / digest}: cannot place the layer; is the directory writable?")
-        return digest
+        with contextlib.suppress(FileExistsError, OSError):  # another process placed the same first
+            os.rename(draft, place)
+        if not place.is_dir():
+            raise SandboxError(f"{place}: cannot be put there; is the directory writable?")
+        return place.name
 
 
 @functools.cache
@@ -337,14 +325,10 @@ def write_archive(
             archive.addfile(info, data)
 
         for number, tree in enumerate((Path(below), *trees)):
-            fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-            with tempfile.TemporaryFile() as canonical, tempfile.TemporaryFile() as layer:
-                pack_tree(fd, canonical, fixed_time=number == 0)
-                canonical.seek(0)
-                _write_oci(canonical, layer)
+            with tempfile.TemporaryFile() as layer:
+                pack_path(tree, layer, fixed_time=not number, owner=INSIDE_UID)
                 add(f"{number}.tar", layer)
                 digests.append(f"sha256:{_digest(layer)}")
-            os.close(fd)
         rootfs = {"type": "layers", "diff_ids": digests}
         config = {"architecture": _MACHINES.get(os.uname().machine), "os": "linux", "config": {"Labels": labels},
                   "rootfs": rootfs}  # fmt: skip
@@ -352,21 +336,6 @@ def write_archive(
         told = {"Config": "config.json", "RepoTags": [name], "Layers": [f"{n}.tar" for n in range(len(digests))]}
         add("manifest.json", io.BytesIO(json.dumps([told]).encode()))
     file.seek(0)
-
-
-def _write_oci(canonical: IO[bytes], file: IO[bytes]) -> None:
-    with (
-        tarfile.open(fileobj=canonical) as ours,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for info in ours:
-            info.uid = info.gid = INSIDE_UID
-            head, slash, tail = info.name.rpartition("/")
-            if WHITEOUT in info.pax_headers:
-                info.name, info.pax_headers = f"{head}{slash}.wh.{tail}", {}
-            tar.addfile(info, ours.extractfile(info) if info.isreg() else None)
-            if OPAQUE in info.pax_headers:
-                tar.addfile(tarfile.TarInfo(f"{info.name}/.wh..wh..opq"))
 
 
 def unpack(file: IO[bytes], target: Path, *, oci: bool = False) -> None:

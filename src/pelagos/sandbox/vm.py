@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 import time
@@ -38,13 +37,15 @@ PACKAGES = (
     "python3-minimal sed tar util-linux"
 )
 _UNWANTED = re.compile(r"^/usr/share/(doc|man|locale|info|lintian|perl|i18n)/|/(__pycache__|tests?|idlelib|lib2to3)/")
+_DEPENDS = """apt-cache depends --recurse --installed --no-recommends --no-suggests --no-conflicts --no-breaks
+    --no-replaces --no-enhances"""
 MODULES = (
     "virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_mmio virtio_pci virtio_blk "
     "virtio_console overlay"
 )
 PROGRAMS = {
     "bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "linux.uml": "user-mode-linux",
-    "mke2fs": "e2fsprogs", "busybox": "busybox-static", "dpkg": "dpkg",
+    "mke2fs": "e2fsprogs", "busybox": "busybox-static", "apt-cache": "apt",
 }  # fmt: skip
 MACHINES = ("qemu-system-x86_64", "linux.uml")  # of which each needs its own
 UML_MODULES = Path("/usr/lib/uml/modules")
@@ -65,7 +66,6 @@ exec busybox chroot /b /usr/bin/python3 -I -S -c "$(busybox cat /agent)"
 # The same on a system of others: its kernel and its init have done the rest.
 _FOREIGN = """modprobe -a virtio_console overlay; mkdir -p /d; mount /dev/disk/by-id/virtio-pelagos /d &&
 python3 -I -S -c "$1"; systemctl poweroff -ff"""
-FOREIGN_BOOT_S = 600.0
 
 
 class VirtualMachine(Guest):
@@ -81,9 +81,7 @@ class VirtualMachine(Guest):
         self._art = box.parents[1] / "vm"
         self._art.mkdir(exist_ok=True)
         self._art.chmod(0o711)
-        self._state, self._pid, self._notes = Path(), -1, -1
-        if spec.network:
-            raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
+        self._state, self._pid, self._notes, self._how = Path(), -1, -1, "format=raw,readonly=on"
         self.capabilities = Capabilities(
             memory_limit="vm", process_limit="vm", cpu_limit="cgroup" if self._group else "vm", disk_limit="hard",
             pause="signals", files="overlay", host_user="separate" if os.geteuid() == 0 else "caller",
@@ -97,9 +95,9 @@ class VirtualMachine(Guest):
                          processes=self._spec.limits.processes + 256)  # fmt: skip
         if self._group:
             self._group.limit(replace(limits, cpu=os.cpu_count() or 1))  # to start is not the guest's own work
-        base, initrd = self._base(), self._initrd()
-        facts = [base.name, initrd.name, self.machine, self._spec.base, *self._spec.layers, self._spec.limits.memory_mb,
-                 self._spec.limits.disk_mb, self.capabilities.kernel]  # fmt: skip
+        given = self._given()
+        facts = [*(path.name for path in given.values()), self.machine, self._spec.base, *self._spec.layers,
+                 self._spec.limits.memory_mb, self._spec.limits.disk_mb, self.capabilities.kernel]  # fmt: skip
         self._state = self._art / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         own = self._box / "vm"
         fresh = not own.exists()
@@ -115,7 +113,7 @@ class VirtualMachine(Guest):
             uid, gid = host_ids()
             for path in (own, own / "disk"):
                 os.chown(path, uid, gid)
-            words = [*self._bubblewrap(base, initrd, restore), *self._command(restore)]
+            words = [*self._bubblewrap(given, restore), *self._command(restore)]
             ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore}
             if said := self._hand_up(ask):
                 self.stop()
@@ -137,13 +135,16 @@ class VirtualMachine(Guest):
             (draft / "state").chmod(0o444)
             os.rename(draft, self._state)
 
-    def _bubblewrap(self, base: Path, initrd: Path, restore: bool) -> list[str]:
+    def _given(self) -> dict[str, Path]:
+        """Return what the machine finds of ours by the names it knows."""
+        return {"/base": self._base(), "/initrd": self._initrd(), "/kernel": self._kernel()}
+
+    def _bubblewrap(self, given: dict[str, Path], restore: bool) -> list[str]:
         words = """--unshare-all --die-with-parent --new-session --cap-drop ALL --clearenv --ro-bind /usr /usr
             --setenv TMPDIR /vm --proc /proc --dev /dev --tmpfs /tmp --symlink usr/bin /bin --symlink usr/lib /lib
             --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin"""
-        given = {"/base": base, "/initrd": initrd}
-        places = [("--ro-bind", f"ART/{path.relative_to(self._art)}", name) for name, path in given.items()]
-        places += [("--ro-bind", str(self._kernel()), "/kernel"), ("--bind", "OWN", "/vm")]
+        lent = {name: str(path).replace(f"{self._art}/", "ART/") for name, path in given.items()}
+        places = [("--bind", "OWN", "/vm"), *(("--ro-bind", path, name) for name, path in lent.items())]
         if restore:
             places.append(("--ro-bind", f"ART/{self._state.name}/state", "/state"))
         if self.capabilities.kernel == "kvm":
@@ -156,7 +157,7 @@ class VirtualMachine(Guest):
         accel = "-accel kvm -cpu host" if self.capabilities.kernel == "kvm" else "-accel tcg,tb-size=96 -cpu max"
         words = f"""-M {self.machine} -m {int(limits.memory_mb)} -smp {max(1, int(limits.cpu))} -nodefaults
             -no-user-config -nographic -no-reboot -sandbox on,spawn=allow {accel}
-            -drive if=none,id=base,file=/base,{self._base_format()}
+            -drive if=none,id=base,file=/base,{self._how}
             -device virtio-blk-{bus},drive=base
             -drive if=none,id=data,file=/vm/disk,format=raw
             -device virtio-blk-{bus},drive=data,serial=pelagos
@@ -164,9 +165,6 @@ class VirtualMachine(Guest):
             -chardev socket,id=port,fd=@PORT -chardev socket,id=qmp,fd=@QMP
             -mon chardev=qmp,mode=control -serial file:/vm/console"""
         return [self.program, *words.split(), *self._boot(), *(["-incoming", "exec:cat /state"] if restore else [])]
-
-    def _base_format(self) -> str:
-        return "format=raw,readonly=on"
 
     def _boot(self) -> list[str]:
         # Translated code is too slow to measure the clock against a timer, and without it this machine has no tick.
@@ -230,14 +228,10 @@ class VirtualMachine(Guest):
         return os.pread(self._notes, 4096, 0).decode("utf-8", "replace") if self._notes >= 0 else ""
 
     def _layer_tar(self, digest: str) -> bytes:
-        fd = os.open(self._layers / digest, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with tempfile.TemporaryFile() as file:
-                inside.pack_tree(fd, file)
-                file.seek(0)
-                return file.read()
-        finally:
-            os.close(fd)
+        with tempfile.TemporaryFile() as file:
+            inside.pack_path(self._layers / digest, file)
+            file.seek(0)
+            return file.read()
 
     def _save(self, say: Callable[..., Any]) -> None:
         """Write the running guest's memory and a copy of its disk of the same moment."""
@@ -250,12 +244,6 @@ class VirtualMachine(Guest):
         say("cont")
         if status == "failed":
             raise SandboxError("QEMU could not write its state; is the disk full?")
-
-    def usage(self) -> dict[str, int]:
-        return {"memory": self._group.usage()["memory"]} if self._group else {}
-
-    def kills(self) -> int:
-        return 0  # what the guest's kernel kills is seen by its exit code alone
 
     def _base(self) -> Path:
         """Return the disk of the host's packages, made once."""
@@ -314,7 +302,7 @@ class VirtualMachine(Guest):
         if not os.access("/dev/kvm", os.R_OK | os.W_OK):
             return "/dev/kvm is missing or may not be opened"
         words = f"""-M microvm -accel kvm -cpu host -m 128 -nodefaults -no-user-config -nographic -no-reboot
-            -serial stdio -kernel {host_kernel()} -initrd {VirtualMachine._initrd(self)} -append"""
+            -serial stdio -kernel {host_kernel()} -initrd {self._initrd()} -append"""
         words = [self.program, *words.split(), "console=ttyS0 pelagos.probe reboot=t panic=-1"]
         try:
             done = subprocess.run(words, capture_output=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
@@ -331,54 +319,35 @@ class FullVM(VirtualMachine):
     disk is forgotten; commands run over an overlay as in any guest.
     """
 
-    machine, bus, restores, whole_disks = "q35", "pci", False, True
+    machine, bus, restores, whole_disks, boot_s = "q35", "pci", False, True, 600.0
 
-    def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
-        self._foreign = spec.base.partition(":")[2]  # the digest of a disk, or nothing
-        super().__init__(box, layers, spec, home)
-        if self._foreign:
-            self.boot_s = FOREIGN_BOOT_S
-
-    def _base(self) -> Path:
-        if not self._foreign:
-            return super()._base()
-        path = self._art / self._foreign / "disk"
-        if not re.fullmatch("[0-9a-f]{64}", self._foreign) or not path.exists():
-            raise SandboxError(f"disk {self._foreign[:12]} is not in {self._art}; make the image with this store")
+    def _given(self) -> dict[str, Path]:
+        digest = self._spec.base.partition(":")[2]
+        if not digest:
+            return super()._given()
+        path = self._art / digest / "disk"
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not path.exists():
+            raise SandboxError(f"disk {digest[:12]} is not in {self._art}; make the image with this store")
         os.utime(path.parent)  # `Store.collect` leaves what was used lately
-        return path
-
-    def _base_format(self) -> str:
-        if not self._foreign:
-            return super()._base_format()
-        with (self._art / self._foreign / "disk").open("rb") as file:
-            kind = "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
-        return f"format={kind},snapshot=on"
-
-    def _kernel(self) -> Path:
-        return Path(os.devnull) if self._foreign else super()._kernel()
-
-    def _initrd(self) -> Path:
-        """Return for a disk the directory of a NoCloud seed, which QEMU shows as a disk labelled so."""
-        if not self._foreign:
-            return super()._initrd()
-        words = ["systemd-run", "--no-block", "sh", "-c", _FOREIGN, "sh", _agent()]
-        told = "#cloud-config\n" + json.dumps({"bootcmd": [words], "ssh_genkeytypes": [], "locale": False})
-        path = self._art / f"seed-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-        path.mkdir(exist_ok=True)
-        path.chmod(0o755)
-        for name, text in {"user-data": told, "meta-data": json.dumps({"instance-id": path.name})}.items():
-            draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(text, encoding="ascii")
-            draft.chmod(0o444)
-            draft.rename(path / name)
-        return path
+        with path.open("rb") as file:
+            self._how = f"format={'qcow2' if file.read(3) == b'QFI' else 'raw'},snapshot=on"
+        return {"/base": path}
 
     def _boot(self) -> list[str]:
-        if not self._foreign:
+        if not self._spec.base.startswith("disk:"):
             return super()._boot()
-        seed = "-drive if=none,id=seed,driver=vvfat,dir=/initrd,label=cidata,readonly=on"
-        return f"{seed} -device virtio-blk-pci,drive=seed".split()
+        words = ["systemd-run", "--no-block", "sh", "-c", _FOREIGN, "sh", _agent()]
+        user = {"bootcmd": [words], "ssh_genkeytypes": [], "locale": False}
+        seed = self._box / "vm" / "seed"
+        seed.mkdir(exist_ok=True)
+        seed.chmod(0o755)
+        about = {"instance-id": self._spec.id}
+        told = {"user-data": f"#cloud-config\n{json.dumps(user)}", "meta-data": json.dumps(about)}
+        for name, text in told.items():
+            (seed / name).write_text(text, encoding="ascii")
+            (seed / name).chmod(0o644)
+        disk = "if=none,id=seed,driver=vvfat,dir=/vm/seed,label=cidata,readonly=on"
+        return ["-drive", disk, "-device", "virtio-blk-pci,drive=seed"]
 
 
 class UserMode(VirtualMachine):
@@ -458,31 +427,16 @@ def host_kernel() -> Path:
 
 
 def _package_files() -> list[str]:
-    """Return the files of `PACKAGES` and what they depend on, as dpkg lists them."""
-    known: dict[str, tuple[str, str]] = {}
-    form = "${db:Status-Abbrev}\t${binary:Package}\t${Package},${Provides}\t${Pre-Depends},${Depends}\n"
-    for line in container.run_tool("dpkg-query", "-W", "-f", form).splitlines():
-        state, package, names, needs = line.split("\t")
-        if state.startswith("ii"):
-            known |= {name: (package, needs) for name in _names(names.split(",")) if name not in known}
-    todo, seen = [name for name in PACKAGES.split() if name in known], set()
-    while todo:
-        package, needs = known[todo.pop()]
-        if package not in seen:
-            seen.add(package)
-            for choice in needs.split(","):
-                todo += [name for name in _names(choice.split("|")) if name in known][:1]
-    files = set(container.run_tool("dpkg-query", "-L", *sorted(seen)).splitlines())
-    wanted = [f for f in files if not _UNWANTED.search(f) and f.startswith(("/usr/", "/bin", "/sbin", "/lib"))]
-    return sorted(f for f in wanted if os.path.lexists(f))
-
-
-def _names(words: list[str]) -> list[str]:
-    return [re.split(r"[ (:]", word.strip())[0] for word in words]
+    """Return the files of `PACKAGES` and what they depend on that are installed, as apt and dpkg list them."""
+    depends = container.run_tool(*_DEPENDS.split(), *PACKAGES.split())
+    words = ["dpkg-query", "-L", *(line for line in depends.splitlines() if line[:1].isalnum())]
+    listed = subprocess.run(words, capture_output=True, text=True).stdout  # and complaints of what is not installed
+    wanted = {f for f in listed.splitlines() if f.startswith(("/usr/", "/bin", "/sbin", "/lib"))}
+    return sorted(f for f in wanted if not _UNWANTED.search(f) and os.path.lexists(f))
 
 
 def _stage(files: list[str], stage: Path) -> None:
-    """Copy the files under a directory, as links where that is possible, without setuid bits."""
+    """Copy the files under a directory, without setuid bits."""
     before = os.umask(0o022)
     stage.chmod(0o755)
     for name in ("b", "d", "dev", "mnt", "proc", "run", "sys", "tmp", "usr"):
@@ -490,19 +444,13 @@ def _stage(files: list[str], stage: Path) -> None:
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
         if Path("/", name).is_symlink():
             (stage / name).symlink_to(os.readlink(f"/{name}").lstrip("/"))
-    for file in files:
-        target = stage / os.path.realpath(os.path.dirname(file)).lstrip("/") / os.path.basename(file)
-        kind = os.lstat(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() or target.is_symlink():
-            continue
-        if stat.S_ISLNK(kind.st_mode):
-            target.symlink_to(os.readlink(file))
-        elif stat.S_ISDIR(kind.st_mode):
-            target.mkdir()
-        elif stat.S_ISREG(kind.st_mode) and os.access(file, os.R_OK):
-            target.write_bytes(Path(file).read_bytes())
-            target.chmod(kind.st_mode & 0o755)
+    places = {os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)) for f in files}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as names, tempfile.NamedTemporaryFile() as tar:
+        names.write("\n".join(sorted(places)))
+        names.flush()
+        container.run_tool("tar", "-C", "/", "-cf", tar.name, "--no-recursion", "--mode=u-s,g-s",
+                           "--ignore-failed-read", "-T", names.name)  # fmt: skip
+        container.run_tool("tar", "-C", str(stage), "-xf", tar.name)
     # What alternatives make is in no package's list.
     for link in ("awk", "python3"):
         if not (stage / "usr/bin" / link).is_symlink():
