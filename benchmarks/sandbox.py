@@ -1,15 +1,16 @@
 """What sandboxes cost and what they survive, beside the raw tools in the same run.
 
-python -m benchmarks.sandbox [speed alive row kill fork vm escape tasks] [--seconds 60] [--json FILE]
+python -m benchmarks.sandbox [speed alive row kill fork vm docker escape tasks] [--seconds 60] [--json FILE]
 
 `speed`: creation beside `bwrap ... true` and `runc run`, a command, a call. `alive`: so many containers at once, each
 running `sleep`, and the memory they take. `row`: so many created, used and closed one after another, and what is left
 of them (mounts, control groups, processes, files). `kill`: a script of 50 commands that must not run twice, while the
 client, the gateway, the edge or the keeper is killed (SIGKILL) at record boundaries; it goes on where an earlier run
 of the same seed ended, for `--seconds` at a time. `fork`: snapshot, eight forks that diverge, packed and compared byte
-by byte. `vm`: boot, restore and commands of a micro-VM beside QEMU alone on the same state. `escape`: the attempts of
-tests/sandbox/test_abuse.py, counted. `tasks`: 200 tasks solved and left alone, graded three times. Parts that ran are
-merged into FILE.
+by byte. `vm`: boot, restore and commands of a micro-VM beside QEMU alone on the same state, and how fast programs are
+there, in a container and in user-mode Linux. `docker`: a container of the engine at DOCKER_HOST. `escape`: the
+attempts of tests/sandbox/test_abuse.py, counted. `tasks`: 200 tasks solved and left alone, graded three times. Parts
+that ran are merged into FILE.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from pelagos.sandbox.container import SANDBOX_UID
 from pelagos.sandbox.layers import remove_tree
 
 RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-parent -- "
-PARTS = ["speed", "alive", "row", "kill", "fork", "vm", "escape", "tasks"]
+PARTS = ["speed", "alive", "row", "kill", "fork", "vm", "escape", "tasks"]  # and "docker", where there is an engine
 COMMANDS = 50
 SPARE_GROUPS = 12  # of keepers kept ready, in four hierarchies: they move while one counts
 VICTIMS = ("client", "gateway", "edge", "keeper")
@@ -448,6 +449,36 @@ def vm(store: Store, image: Image) -> dict[str, Any]:
             "min": round(min(taken), 1),
         }
     out["ratio_p50"] = round(statistics.median(ours) / statistics.median(theirs), 2)
+    for name in ("container", "microvm", "uml"):
+        made = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with Sandbox.create(**(size | {"substrate": name})) as box:
+                box.exec(["true"])
+                made.append((time.perf_counter() - began) * 1e3)
+                out[name] = {"exec_true": times_ms(lambda box=box: box.exec(["true"]), 10), **pace(box)}
+        out[name]["create_to_first_command_ms"] = round(statistics.median(made), 1)
+    return out
+
+
+def pace(box: Sandbox) -> dict[str, float]:
+    """How fast a sandbox's programs are: a loop in Python, 100 processes, Python itself."""
+    loop = "import time; t = time.perf_counter()\nfor i in range(5_000_000): pass\nprint(time.perf_counter() - t)"
+    return {
+        "loop_s": round(statistics.median(float(box.exec(["python3", "-c", loop]).text) for _ in range(3)), 3),
+        "hundred_processes_s": round(box.exec("for i in $(seq 100); do /bin/true; done").wall_ms / 1e3, 2),
+        "start_python_ms": round(times_ms(lambda: box.exec(["python3", "-c", "import json"]), 5)["p50"], 1),
+    }
+
+
+def docker(store: Store, image: Image) -> dict[str, Any]:
+    """A container of an engine: made, used and snapshot."""
+    size: dict[str, Any] = {"substrate": "docker", "image": image, "store": store, "memory_mb": 128, "disk_mb": 128}
+    out: dict[str, Any] = {}
+    with Sandbox.create(**size) as box:  # which gives the engine its image
+        out["exec_true"] = times_ms(lambda: box.exec(["true"]), 50)
+        out["pack_ms"] = times_ms(box.pack_diff, 5)
+    out["create"] = times_ms(lambda: Sandbox.create(**size).close(), 10)
     return out
 
 
@@ -600,8 +631,8 @@ def main() -> int:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "speed": lambda: speed(store, image), "alive": lambda: alive(store, image, args.alive),
             "row": lambda: row(store, image, args.row), "kill": killed, "fork": lambda: fork(store, image),
-            "vm": lambda: vm(store, image), "escape": lambda: escape(store, image),
-            "tasks": lambda: graded(store, image),
+            "vm": lambda: vm(store, image), "docker": lambda: docker(store, image),
+            "escape": lambda: escape(store, image), "tasks": lambda: graded(store, image),
         }  # fmt: skip
         for name in args.parts:
             load = round(os.getloadavg()[0], 1)

@@ -103,7 +103,7 @@ def test_version_2_limits_counts_freezes_and_sweeps(tmp_path: Path) -> None:
     machine = vm.VirtualMachine(store.boxes / "x", store.layers, Spec(id="x", substrate="microvm", base="host"), None)
     house = Path(logs.__file__).parents[1]
     texts = {f"pelagos.{name}": house.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
-             for name in ("errors", "sandbox.api", "sandbox.cgroups")}  # fmt: skip
+             for name in ("errors", "sandbox.linux", "sandbox.api", "sandbox.cgroups")}  # fmt: skip
     parts = {"init": (0o755, INIT.replace("MODULES", vm.MODULES).encode()),
              "agent": (0o644, f"TEXTS = {texts!r}{AGENT}".encode()),
              "bin/busybox": (0o755, Path("/bin/busybox").read_bytes())}  # fmt: skip

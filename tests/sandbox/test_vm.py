@@ -67,6 +67,10 @@ def test_microvm_runs_restores_and_forgets_nothing(make: Any, store: Store, tmp_
 @pytest.mark.slow
 def test_microvm_floods_fills_and_dies(make: Any) -> None:
     second = make(**SIZE)
+    boot = second.exec("cat /proc/sys/kernel/random/boot_id").text
+    second.exec("for i in $(seq 100); do /bin/true; done; python3 -c 'for i in range(5000000): pass'; ps ax")
+    assert second.exec("md5sum", stdin=b"y" * 4_000_000).exit_code == 0
+    assert second.exec("cat /proc/sys/kernel/random/boot_id").text == boot, "what QEMU translated outgrew its memory"
     assert second.exec("yes", timeout=1).truncated
     assert second.exec("head -c 200000000 /dev/zero > big; wc -c < big; rm big", timeout=60).text < "2"
     assert second.exec("echo x >> n; wc -l < n", request_id="once").text == "1\n"
