@@ -27,8 +27,9 @@ _MEMORY, _OWN_MEMORY, _GUESS_WEIGHT, _FIRST_GUESS, _BINS = 400, 150, 12.0, 0.6, 
 _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 # A new plan or a probe holds for three steps, one may catch up; an unchanged one twice as long each time, to a limit;
 # a probe out of a rest comes after eight steps of which we are told; after so many steps with drafts, more where there
-# is much to gain, a short rest renews what plain steps take: up to 19 steps, fewer where there is much to gain.
-_PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 16, 256, 64
+# is much to gain, a short rest renews what plain steps take: up to 19 steps, 51 at first, fewer where there is much
+# to gain.
+_PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _FIRST_LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 16, 48, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
 _GAIN = 1.1
 # The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
@@ -303,10 +304,14 @@ class _DraftSeconds:
 
 @dataclass(slots=True)
 class _Plain:
-    """The seconds of a step without drafts, the steps with drafts since, and after how many to look again."""
+    """The seconds of a step without drafts, the steps with drafts since, and after how many to look again.
+
+    `seen`: the seconds are a rest's, not a guess from before any.
+    """
 
     seconds: float
     drafted: int = 0
+    seen: bool = False
     look_after: int = _PLAN_STEPS
 
 
@@ -364,13 +369,15 @@ class AdaptiveDepth:
         return left > 1
 
     def _note_rest(self) -> None:
-        """Learn what a step takes in a rest."""
+        """Learn what a step takes in a rest: other work only ever makes it longer."""
         self._elapsed += sum(self._rested)
         if len(self._rested) > 1:
             late = self._rested[len(self._rested) // 2 :]  # drafts have left the processor's caches
             seconds = max(statistics.median(late), 1e-9)
             plain = self._plain.setdefault(self._resting_for, _Plain(seconds))
-            plain.seconds *= min(max(seconds / plain.seconds, 0.25), 4.0) ** 0.8
+            ratio = min(max(seconds / plain.seconds, 0.25), 4.0)
+            plain.seconds *= ratio ** (len(late) / (len(late) + _LOOK_STEPS) if plain.seen and ratio > 1 else 1.0)
+            plain.seen = True
         self._rested.clear()
 
     def _plain_s(self) -> float:
@@ -408,7 +415,8 @@ class AdaptiveDepth:
                 plain = self._plain[batch] = _Plain(max(self._plain_s(), 1e-9), look_after=_PLAN_STEPS // 2)
             plain.drafted = 0
             plain.look_after = min(2 * plain.look_after, int(_PLAIN_EVERY * (1 + 4 * self._gain)))
-            self._rest_for(int(_LOOK_STEPS / (1 + 8 * self._gain)) + _PROBE_STEPS)
+            look = _LOOK_STEPS if plain.seen else _FIRST_LOOK_STEPS
+            self._rest_for(int(look / (1 + 8 * self._gain)) + _PROBE_STEPS)
         elif (drafts or self._told >= _PLAN_STEPS) and (probes := self._probe()):
             self._probes, self._left = probes, _PROBE_STEPS
             self._hold = _PROBE_STEPS if drafts else before  # it leads back to the rest it came from
