@@ -221,9 +221,9 @@ class Docker(Guest):
         if ask("GET", f"/images/{name}/json"):
             return name
         with tempfile.TemporaryFile(dir=self._box) as file:
-            trees = [self._layers / digest for digest in self._spec.layers]
-            labels = self._labels | {"pelagos.layer": self._spec.layers[-1]}
-            layers.write_archive(name, trees, [OURS, f"{OURS}/usr"], labels, file)
+            below = layers.Store(self._box.parents[1]).empty_layer(OURS[1:], f"{OURS[1:]}/usr")
+            trees = [self._layers / digest for digest in (below, *self._spec.layers)]
+            layers.write_archive(name, trees, self._labels | {"pelagos.layer": self._spec.layers[-1]}, file)
             ask("POST", "/images/load?quiet=1", file)
         if not ask("GET", f"/images/{name}/json"):
             raise SandboxError(f"docker: the engine took {name} and does not have it; is its disk full?")

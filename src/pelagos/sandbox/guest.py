@@ -23,15 +23,8 @@ from pelagos.sandbox import inside, linux
 
 HEAD = struct.Struct("!IcI")  # command, kind, bytes that follow
 PIECE_BYTES = 1 << 15
-PLACES = {
-    "proc": "proc",
-    "dev": "devtmpfs",
-    "sys": "sysfs",
-    "dev/pts": "devpts",
-    "dev/shm": "tmpfs",
-    "tmp": "tmpfs",
-    "run": "tmpfs",
-}
+PLACES = {"proc": "proc", "dev": "devtmpfs", "sys": "sysfs", "dev/pts": "devpts"}
+PLACES |= dict.fromkeys(("dev/shm", "tmp", "run"), "tmpfs")
 ROOT, DATA = "/mnt", "/d"
 
 

@@ -65,10 +65,9 @@ class Store:
         """The layer under images that bring a system of their own: /workspace, home, names."""
         return self._frame(_build_frame)
 
-    @functools.cached_property
-    def disk_layer(self) -> str:
-        """The layer over a disk of another system: /workspace and home."""
-        return self._frame(lambda frame: [(frame / name).mkdir() for name in ("workspace", "home", "home/agent")])
+    def empty_layer(self, *names: str) -> str:
+        """Return the layer of these directories, each after the one it lies in."""
+        return self._frame(lambda frame: [(frame / name).mkdir() for name in names])
 
     def add_disk(self, path: Path) -> str:
         """Store a copy of a disk image and return its digest."""
@@ -188,7 +187,8 @@ class Image:
         """
         store = store or default_store()
         try:
-            return cls(f"disk:{store.add_disk(Path(path))}", (store.disk_layer,))
+            layer = store.empty_layer("workspace", "home", "home/agent")
+            return cls(f"disk:{store.add_disk(Path(path))}", (layer,))
         except OSError as error:
             raise SandboxError(f"{path}: {error.strerror}; expected a file that holds a disk") from None
 
@@ -306,17 +306,10 @@ def oci_layers(read: Callable[[str], IO[bytes]], path: Path) -> list[str]:
     raise SandboxError(f"{path}: an index of an index of an index; there is no image")
 
 
-def write_archive(
-    name: str, trees: Sequence[Path], empty: Sequence[str], labels: Mapping[str, str], file: IO[bytes]
-) -> None:
-    """Write layers as an archive that engines load (`docker load`), under a layer of empty directories; from its start.
-
-    Whiteouts are written as OCI has them, and everything is the inside's user's.
-    """
+def write_archive(name: str, trees: Sequence[Path], labels: Mapping[str, str], file: IO[bytes]) -> None:
+    """Write layers as an archive that engines load (`docker load`), all of it the inside's user's, and rewind it."""
     digests = []
-    with tarfile.open(fileobj=file, mode="w") as archive, tempfile.TemporaryDirectory() as below:
-        for path in empty:
-            Path(f"{below}{path}").mkdir()
+    with tarfile.open(fileobj=file, mode="w") as archive:
 
         def add(name: str, data: IO[bytes]) -> None:
             info = tarfile.TarInfo(name)
@@ -324,9 +317,9 @@ def write_archive(
             data.seek(0)
             archive.addfile(info, data)
 
-        for number, tree in enumerate((Path(below), *trees)):
+        for number, tree in enumerate(trees):
             with tempfile.TemporaryFile() as layer:
-                pack_path(tree, layer, fixed_time=not number, owner=INSIDE_UID)
+                pack_path(tree, layer, owner=INSIDE_UID)
                 add(f"{number}.tar", layer)
                 digests.append(f"sha256:{_digest(layer)}")
         rootfs = {"type": "layers", "diff_ids": digests}
