@@ -35,7 +35,7 @@ from pelagos import cost
 from pelagos.chat import Tokenizer, train_tokenizer
 from pelagos.chat.tokens import SPECIAL_TOKENS
 from pelagos.engine import LLM, SamplingParams, Step
-from pelagos.engine.build import MAX_DRAFT
+from pelagos.engine.api import MAX_DRAFT
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.speculation import Draft, FixedDepth
 from pelagos.evals.engine_bench import Timed, stamp, text_ids
@@ -333,7 +333,8 @@ def serve(
 def squeeze(bed: Bed, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
     """Slots for a quarter of the batch, and pages for its longest prompt or for a third of all, whichever is more.
 
-    A quarter of what the slots leave is for snapshots and swapped sequences: room for three and for two of them.
+    A quarter of what the slots leave, or of a tier of the host, is for snapshots: room for three of them, and in the
+    tier for two sequences that are swapped.
     """
     config, layout = bed.model.config, "float32" if bed.model.mode == "reference" else "released"
     slots, tokens = -(-case.batch // 4), cost.page_tokens(config)
@@ -342,7 +343,10 @@ def squeeze(bed: Bed, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
     pages = max(longest, -(-case.chunk // tokens), sum(lengths) // (3 * tokens))
     page = sum(cost.page_bytes(config, tokens=tokens, layout=layout).values())
     state = sum(cost.state_bytes(config, layout=layout, draft=True, rewind=MAX_DRAFT).values())
-    kept = 3 * (state + page) * (case.source != "cold") + 2 * (state + longest * page) * (case.pressure == "swap")
+    kept = 3 * (state + page) * (case.source != "cold")
+    if case.pressure == "swap":
+        host = 4 * max(kept, -(-(4 * state + 2 * (longest + 2) * page) // 3))
+        return {"max_requests": slots, "kv_bytes": slots * state + pages * page, "host_kv_bytes": host}
     return {"max_requests": slots, "kv_bytes": slots * state + 4 * max(-(-pages * page // 3), kept)}
 
 

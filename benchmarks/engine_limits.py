@@ -181,6 +181,23 @@ def check_million(args: argparse.Namespace) -> Figures:
     return alone(args, "million")
 
 
+def fill(engine: LocalEngine, prompt: list[int]) -> None:
+    """Put random content into the cache for a prompt, all but its last token; no request may be running."""
+    position, layout, prefix = len(prompt) - 1, engine._layout, engine._prefix
+    pages = engine._pool.alloc(position // layout.page_tokens)
+    assert pages is not None
+    chain, random = prefix.chain("", np.asarray(prompt)), np.random.default_rng(0)
+
+    def noise(size: int) -> np.ndarray:
+        return random.standard_normal(size // 4, np.float32).view(np.uint8)
+
+    for key, page in zip(chain.keys, pages, strict=False):
+        engine._pools.page_bytes[page] = noise(layout.page_bytes)
+        engine._pool.register(page, key)
+    prefix.add_state(chain, position, noise(layout.state_size(position)), anchor=True)
+    engine._pool.release(pages[::-1])
+
+
 def measure_million(args: argparse.Namespace) -> Figures:
     """Fill the cache of a prompt that ends shortly before the last position with noise, and decode up to there."""
     warm_libraries()
@@ -190,7 +207,7 @@ def measure_million(args: argparse.Namespace) -> Figures:
     engine = llm.engine
     assert isinstance(engine, LocalEngine)
     prompt = np.random.default_rng(0).integers(0, 256, MILLION - MILLION_STEPS).tolist()
-    engine.fill(prompt)
+    fill(engine, prompt)
     timed = Timed(engine, prompt, SamplingParams(max_tokens=MILLION_STEPS, temperature=0, ignore_eos=True))
     steps = timed.finish()
     gaps = [1e3 * (after - at) for at, after in itertools.pairwise(timed.times)]

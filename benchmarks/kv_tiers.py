@@ -159,7 +159,6 @@ def serve(engine: LocalEngine, ids: list[int], tokens: int, **changes: Any) -> S
 
 def settle(engine: LocalEngine) -> None:
     """Wait until what is to be copied or written is."""
-    assert engine._tiers is not None
     engine._tiers.drain()
     if engine._disk is not None:
         engine._disk.flush(60)
@@ -396,7 +395,6 @@ def bits_rows(name: str, device: str, folder: Path) -> Iterator[Row]:
                     cut = int(draw.integers(200, len(prompt)))
                     keys = engine._prefix.chain("", prompt[:cut]).keys
                     serve(engine, prompt[:cut], 1)
-                    assert engine._tiers is not None
                     settle(engine)
                     evict(engine._tiers, engine._pool, keys, source, folder)
             streams = [

@@ -271,7 +271,7 @@ def _publish(
 ) -> None:
     """What the engine does after computing start..len(chain)-1: name the completed pages, keep states."""
     for page in range(max(len(match.pages), start // layout.page_tokens), len(chain.keys)):
-        cache.add_page(chain.keys[page], held[page])
+        cache._pool.register(held[page], chain.keys[page])
     for cut in cache.cuts(match, start, len(chain), prompt=prompt, marks=[mark]):
         _keep(cache, layout, chain, cut.position, anchor=cut.anchor)
 

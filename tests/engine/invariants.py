@@ -22,8 +22,8 @@ def check_pool(pool: PagePool) -> None:
 def check_prefix(cache: PrefixCache) -> None:
     """Assert that the index, the states and the counters agree."""
     states = [*cache._anchors.values(), *cache._between.values()]
-    assert cache.stats.states == len(states) == len(cache._anchors.keys() | cache._between.keys())
-    assert cache.stats.state_bytes == sum(state.packed.nbytes for state in states) <= cache._state_bytes
+    assert cache.stats.states_cached == len(states) == len(cache._anchors.keys() | cache._between.keys())
+    assert cache.stats.state_bytes_cached == sum(state.packed.nbytes for state in states) <= cache._state_bytes
     assert cache._between_bytes == sum(state.packed.nbytes for state in cache._between.values())
     under = [(node, key) for node, keys in cache._under.items() for key in keys]
     held = (cache._anchors | cache._between).items()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pelagos.config import preset
-from pelagos.engine.build import MAX_DRAFT, EngineOptions
-from pelagos.engine.ranks import engine_over
+from pelagos.engine.api import MAX_DRAFT, EngineOptions
+from pelagos.engine.over_ranks import engine_over
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels.layout import CacheLayout

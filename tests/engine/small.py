@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from pelagos.config import tiny
+from pelagos.config import ModelConfig, tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, Stream, build_engine
+from pelagos.engine.memory import MemoryPlan, plan_memory
 from pelagos.kernels.native import build
 from pelagos.model import Transformer
 
@@ -35,6 +36,13 @@ def engine_of(**options: Any) -> LocalEngine:
     """An engine with small pools, unless told otherwise; without a thread the test calls `step`."""
     given = {"chunk_tokens": 128, "max_requests": 4, "kv_bytes": 8 << 20} | options
     return build_engine(tiny_model(), None, EngineOptions(**given))
+
+
+def plan_of(config: ModelConfig, *, swap: bool = True, chunk_tokens: int = 1024, **given: Any) -> MemoryPlan:
+    """`plan_memory` with options and what is known of the machine in one call."""
+    named = {each.name: given.pop(each.name) for each in dataclasses.fields(EngineOptions) if each.name in given}
+    options = EngineOptions(chunk_tokens=chunk_tokens, preemption="swap" if swap else "recompute", **named)
+    return plan_memory(config, options, **given)
 
 
 def prompt(length: int, seed: int) -> list[int]:

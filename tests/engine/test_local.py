@@ -179,6 +179,20 @@ def test_a_model_without_compressed_layers_has_empty_pages_and_the_same_bits() -
     assert all(result == results[0] for result in results)
 
 
+def test_rows_of_logits_of_scored_prompts_are_bounded_and_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, rows = engine_of(threaded=False, native=False, chunk_tokens=1024), []
+    forward = engine._forward.forward
+    monkeypatch.setattr(
+        engine._forward, "forward", lambda spans: (rows.append(sum(s.logits for s in spans)), forward(spans))[1]
+    )
+    streams = [engine.submit(each, params(2, prompt_logprobs=True)) for each in PROMPTS[:3]]
+    finish_all(engine, streams)
+    assert 100 < max(rows) <= 128 + 4
+    planned = engine.plan.scratch_bytes - engine._forward.scratch_bytes(1024 + 4 * (1 + engine._layout.rewind))
+    assert planned == (128 + 4) * VOCAB * 4
+    engine.close()
+
+
 def test_users_do_not_share_prefixes() -> None:
     engine = engine_of(threaded=False)
     for user, cached in (("a", 0), ("b", 0), ("a", 256)):
@@ -451,9 +465,8 @@ def test_swapped_out_right_after_rejected_drafts_opened_a_page() -> None:
 def test_put_aside_on_the_way_through_a_lost_window() -> None:
     engine = engine_of(threaded=False, chunk_tokens=16, speculation=False)
     expected = finish(engine, engine.submit(prompt(400, 2), params(12)))
-    room = engine.plan.state_bytes
-    assert engine._prefix.lend(room)  # no state is left
-    engine._prefix.take_back(room)
+    for key in [*engine._prefix._anchors, *engine._prefix._between]:
+        engine._prefix._drop(key)  # no state is left
     stream = engine.submit(prompt(400, 2), params(12))
     times = 0
     with torch.inference_mode():

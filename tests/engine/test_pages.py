@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tests.engine.invariants import check_pool
 
 from pelagos.engine.pages import PagePool
-from pelagos.errors import CapacityError
 
 
 def taken(pool: PagePool, count: int) -> list[int]:
@@ -123,8 +122,6 @@ def test_a_page_has_one_content() -> None:
         pool.register(page, b"b")
     with pytest.raises(AssertionError, match="not in use"):
         pool.register(1 - page, b"b")
-    with pytest.raises(CapacityError, match="at least 1"):
-        PagePool(0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -49,7 +49,7 @@ def publish(pool: PagePool, cache: PrefixCache, chain: KeyChain) -> list[int]:
     pages = pool.alloc(len(chain.keys))
     assert pages is not None
     for key, page in zip(chain.keys, pages, strict=True):
-        assert cache.add_page(key, page)
+        assert pool.register(page, key) == page
     pool.release(reversed(pages))
     return pages
 
@@ -190,7 +190,7 @@ def test_a_state_without_its_pages_waits_until_they_are_back() -> None:
     again = pool.alloc(4)
     assert again is not None
     for key, page in zip(chain.keys, again, strict=True):
-        cache.add_page(key, page)
+        pool.register(page, key)
     assert cache.match(chain, 4 * P + 4).resume == 4 * P + 1
 
 
@@ -200,7 +200,7 @@ def test_a_page_already_known_is_not_swapped() -> None:
     (first,) = publish(pool, cache, chain)
     mine = pool.alloc(1)
     assert mine is not None
-    assert not cache.add_page(chain.keys[0], mine[0])
+    assert pool.register(mine[0], chain.keys[0]) != mine[0]
     assert cache.match(chain, P - 1).pages == (first,)
 
 
@@ -229,9 +229,9 @@ def test_anchors_outlive_what_lies_between_and_use_makes_an_anchor() -> None:
     assert not cache.add_state(chain, 6, packed(), anchor=False), "no anchor goes for a state between"
     assert cache.add_state(chain, 6, packed(), anchor=True)
     assert [cache.has_state(chain, p) for p in (1, 2, 5, 6)] == [False, True, True, True]
-    assert (cache.stats.states, cache.stats.state_bytes, cache.stats.evicted_states) == (3, 4, 3)
+    assert (cache.stats.states_cached, cache.stats.state_bytes_cached, cache.stats.evicted_states) == (3, 4, 3)
     assert not cache.add_state(chain, 7, packed(5), anchor=True), "larger than all room"
-    assert cache.stats.states == 3
+    assert cache.stats.states_cached == 3
     check_prefix(cache)
 
 
@@ -240,7 +240,7 @@ def test_a_state_is_kept_once() -> None:
     chain = cache.chain("u", ids(9))
     for _ in range(3):
         assert cache.add_state(chain, 9, packed(), anchor=True)
-    assert (cache.stats.states, cache.stats.state_bytes) == (1, 1)
+    assert (cache.stats.states_cached, cache.stats.state_bytes_cached) == (1, 1)
 
 
 def test_where_states_are_kept() -> None:
@@ -455,7 +455,7 @@ class Storm:
         request.pages.extend(pages)
         for at in range(len(request.tokens) // P):
             self.content.setdefault(request.pages[at], (request.user, tuple(request.tokens[: (at + 1) * P])))
-            self.cache.add_page(request.chain.keys[at], request.pages[at])
+            self.pool.register(request.pages[at], request.chain.keys[at])
         return True
 
     def extend(self) -> None:
@@ -515,19 +515,3 @@ def test_a_storm_leaks_nothing_and_finds_the_best_and_nothing_wrong() -> None:
     assert storm.hits > 1000
     assert storm.pool.evictions > 1000
     assert storm.cache.stats.evicted_states > 1000
-
-
-def test_room_lent_to_a_swapped_sequence_is_taken_from_states_and_comes_back() -> None:
-    room = 1000
-    _, cache = make(state_bytes=room)
-    chain = cache.chain("", range(300))
-    assert cache.add_state(chain, 128, packed(room // 2), anchor=True)
-    assert cache.lend(room // 2)
-    assert cache.has_state(chain, 128)
-    assert cache.lend(room // 4)
-    assert not cache.has_state(chain, 128)
-    assert not cache.lend(room)
-    assert not cache.add_state(chain, 128, packed(room // 2), anchor=True)
-    cache.take_back(room // 2)
-    cache.take_back(room // 4)
-    assert cache.add_state(chain, 128, packed(room), anchor=True)

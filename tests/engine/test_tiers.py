@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.invariants import check_pool, check_prefix
-from tests.engine.small import engine_of, params, prompt
+from tests.engine.small import engine_of, params, plan_of, prompt
 
 from pelagos.config import preset, tiny
 from pelagos.engine import LocalEngine
-from pelagos.engine.memory import plan_memory
 from pelagos.engine.pages import PagePool
 from pelagos.engine.runner import Pools
 from pelagos.engine.tiers import Copy, Tiers, _runs
@@ -65,7 +64,6 @@ def finish(engine: LocalEngine, streams: list[Any]) -> None:
 
 
 def tiers_of(engine: LocalEngine) -> Tiers:
-    assert engine._tiers is not None
     return engine._tiers
 
 
@@ -94,9 +92,11 @@ def forget(engine: LocalEngine, *, host: bool = False) -> None:
 
 
 class Gate:
-    """Copies of one direction wait until it is opened; nothing is copied out ahead of time."""
+    """Copies of one direction wait until it is opened; nothing is copied out ahead of time, unless `cleans`."""
 
-    def __init__(self, engine: LocalEngine, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, engine: LocalEngine, lane: str, monkeypatch: pytest.MonkeyPatch, *, cleans: bool = False
+    ) -> None:
         tiers, self.open, self.waiting = tiers_of(engine), threading.Event(), threading.Event()
         move, own = tiers._move, getattr(tiers, lane)
 
@@ -107,7 +107,8 @@ class Gate:
             return move(lane, copy, pages, blocks)
 
         monkeypatch.setattr(tiers, "_move", slow)
-        monkeypatch.setattr(tiers, "clean", lambda *_: False)
+        if not cleans:
+            monkeypatch.setattr(tiers, "clean", lambda *_: False)
 
 
 def wait_for(gate: Gate, engine: LocalEngine) -> None:
@@ -201,9 +202,10 @@ def test_the_coldest_are_copied_first_and_stay_the_next_to_go() -> None:
         assert tiers.clean(pool, lambda: None)
         tiers.drain()
     assert tiers.index.coldest(9) == [(key, tiers.index.lookup(key)) for key in keys[::-1]]
-    restore = tiers.read("", keys[3:], None, taken[:3])
+    came: list[int] = []
+    tiers.read("", keys[3:], None, taken[:3], lambda count, _: came.append(count))
     tiers.drain()
-    assert list(restore.pages) == taken[:3]
+    assert came == [3]
     assert torch.equal(pools.pages[pages[0]], tiers._blocks[tiers.index.lookup(keys[0])])
     assert all(torch.equal(pools.pages[page], tiers._blocks[tiers.index.lookup(key)])
                for key, page in zip(keys[3:], taken, strict=False))  # fmt: skip
@@ -240,10 +242,13 @@ def test_an_abort_in_the_middle_of_a_copy_frees_everything(
     if what == "parked":
         gate = Gate(engine, lane, monkeypatch)
         streams = [engine.submit(each, params(110)) for each in (PROMPTS[1], PROMPTS[0])]
+    elif lane == "_out":  # what is cached is copied when the first request ends
+        gate = Gate(engine, lane, monkeypatch, cleans=True)
+        run(engine, PROMPTS[:1])
+        streams = [engine.submit(PROMPTS[0], params(40)) for _ in range(2)]
     else:
         run(engine, PROMPTS[:1])
-        if lane == "_in":
-            forget(engine)
+        forget(engine)
         gate = Gate(engine, lane, monkeypatch)
         streams = [engine.submit(PROMPTS[0], params(40)) for _ in range(2)]
     wait_for(gate, engine)
@@ -332,28 +337,29 @@ def test_copies_of_any_pages_and_blocks_go_where_they_belong(direct: int, monkey
 def test_the_tier_is_planned() -> None:
     flash = preset("flash")
     alike = {"mode": "released", "kv_bytes": 3 << 30, "max_requests": 4}
-    own = plan_memory(flash, **alike)
-    behind = plan_memory(flash, **alike, apart=True, host_available=64 << 30)
+    own = plan_of(flash, **alike)
+    behind = plan_of(flash, **alike, apart=True, host_available=64 << 30)
     assert own.host_pages == own.host_bytes == 0
     assert behind.pages > own.pages * 1.3  # snapshots no longer take the device's room
     assert behind.host_bytes == pytest.approx(3 << 29, abs=behind.page_bytes)
-    assert plan_memory(flash, **alike, apart=True, host_available=4 << 30).host_bytes <= 1 << 30
-    large = plan_memory(flash, **alike, host_kv_bytes=20 << 30)
+    assert plan_of(flash, **alike, apart=True, host_available=4 << 30).host_bytes <= 1 << 30
+    large = plan_of(flash, **alike, host_kv_bytes=20 << 30)
     assert 20 << 30 >= large.host_bytes > (20 << 30) - large.page_bytes
-    assert plan_memory(flash, **alike, apart=True, prefix_cache=False, swap=False).host_pages == 0
+    assert plan_of(flash, **alike, apart=True, prefix_cache=False, swap=False).host_pages == 0
     for wrong in ({"host_kv_bytes": 1 << 20}, {"host_kv_bytes": 9 << 30, "host_available": 8 << 30}):
         with pytest.raises(CapacityError, match=f"host_kv_bytes={wrong['host_kv_bytes']:,}"):
-            plan_memory(flash, **alike, **wrong)
+            plan_of(flash, **alike, **wrong)
 
 
-@pytest.mark.parametrize("case", ["clean", "park", "pack", "restore"])
+@pytest.mark.parametrize("case", ["clean", "park", "unpark", "pack", "restore"])
 def test_a_copy_that_fails_once_costs_time_alone(
     case: str, monkeypatch: pytest.MonkeyPatch, alone: list[Answer]
 ) -> None:
-    engine = tiered(speculation=False, kv_bytes=FIVE if case == "park" else 1 << 20)
+    parks = case in ("park", "unpark")
+    engine = tiered(speculation=False, kv_bytes=FIVE if parks else 1 << 20)
     tiers, failed = tiers_of(engine), threading.Event()
     where, name = (CacheLayout, "pack_state") if case == "pack" else (tiers, "_move")
-    real, lane = getattr(where, name), tiers._in if case == "restore" else tiers._out
+    real, lane = getattr(where, name), tiers._in if case in ("restore", "unpark") else tiers._out
 
     def once(*given: Any) -> Any:
         if not failed.is_set() and (case == "pack" or given[0] is lane):
@@ -362,13 +368,13 @@ def test_a_copy_that_fails_once_costs_time_alone(
         return real(*given)
 
     monkeypatch.setattr(where, name, once)
-    if case == "park":
+    if parks:
         monkeypatch.setattr(tiers, "clean", lambda *_: False)
         answers = run(engine, [PROMPTS[1], PROMPTS[0]], max_tokens=100)
         assert [each[:16] for each in answers] == [alone[1], alone[0]]
     for _ in range(3):
         assert run(engine, PROMPTS[:1]) == alone[:1]
-        if case != "park":
+        if not parks:
             forget(engine)
     assert engine.stats().host["failed"] == failed.is_set() == 1
     check_empty(engine)
@@ -384,14 +390,13 @@ def test_the_disk_gets_all_pages_through_few_blocks(tmp_path: Path) -> None:
         finish(engine, [stream])
         check_empty(engine)
         assert engine.stats().disk["dropped"] == 0
-        cached.append((engine.plan.host_pages < 19, stream.cached_tokens > 0))
+        cached.append((engine.plan.host_pages, stream.cached_tokens))
         engine.close()
         engine = engine_of(**(options | {"threaded": False, "native": False, "host_kv_bytes": 0}))
-        assert engine._below is not None
         chain = engine._prefix.chain("", long)
-        assert engine._below.known_pages("", chain.keys) == 19
+        assert tiers_of(engine).known_pages("", chain.keys) == 19
         engine.close()
-    assert cached[0] == (True, False)
+    assert cached == [(12, 0), (12, 19 * 128 - PLAIN.recompute_tokens)]
 
 
 def test_what_is_used_while_others_are_copied_out_is_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,3 +419,17 @@ def test_what_is_used_while_others_are_copied_out_is_the_last_to_go(monkeypatch:
     assert order[:4] == [1, 2, 3, 4]
     assert set(order[4:]) == {0, 5}
     tiers.close()
+
+
+def test_states_leave_while_pages_are_copied_out(alone: list[Answer]) -> None:
+    engine, opened = tiered(speculation=False, kv_bytes=2 << 20, max_requests=6), threading.Event()
+    tiers = tiers_of(engine)
+    tiers._start(tiers._out, lambda _: opened.wait(60), lambda _: None)
+    prompts = [prompt(17, seed) for seed in range(6)]  # their states leave at once, more than there are rows
+    answers = run(engine, [*prompts, PROMPTS[3]])
+    assert not opened.is_set()
+    assert answers[-1] == alone[3]
+    opened.set()
+    check_empty(engine)
+    assert engine.stats().states_cached == len(prompts)
+    engine.close()

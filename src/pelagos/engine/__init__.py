@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pelagos.engine.api import Engine as Engine
+    from pelagos.engine.api import EngineOptions as EngineOptions
     from pelagos.engine.api import EngineStats as EngineStats
     from pelagos.engine.api import Step as Step
     from pelagos.engine.api import Stream as Stream
-    from pelagos.engine.build import EngineOptions as EngineOptions
     from pelagos.engine.build import build_engine as build_engine
     from pelagos.engine.llm import LLM as LLM
     from pelagos.engine.llm import Completion as Completion
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pelagos.engine.turn import sampling_params as sampling_params
 
 _MODULES = {
-    "api": ("Engine", "EngineStats", "Step", "Stream"),
-    "build": ("EngineOptions", "build_engine"),
+    "api": ("Engine", "EngineOptions", "EngineStats", "Step", "Stream"),
+    "build": ("build_engine",),
     "llm": ("LLM", "Completion"),
     "local": ("LocalEngine",),
     "sampler": ("Sampler", "SamplingParams"),

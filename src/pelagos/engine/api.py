@@ -10,12 +10,65 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from pelagos.engine.sampler import SamplingParams
-from pelagos.errors import ContextLengthError
+from pelagos.errors import ConfigError, ContextLengthError
 
 CANCEL_POLL_SECONDS = 0.02
+PROMPT_LOGPROB_TOKENS = 128  # rows of logits held at once for prompt_logprobs, of all requests
+MAX_DRAFT = 4  # drafted tokens a step may verify; state slots have room to take as many back
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an engine serves; a value that means nothing raises ConfigError.
+
+    chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
+    the caches (None: a share of what is free); host_kv_bytes: of a tier in host memory behind them (None: where the
+    device has memory of its own, half as much). disk_dir: where prefixes outlive the process, with `disk_policy`
+    full, periodic(P), zero or turns, at most disk_bytes, and user_disk_bytes of one user. exact: bit-identical logits
+    whatever the batch (None: where the host's library can keep them, with a warning where not; True insists; on CUDA in
+    released mode they always are). speculation: draft with MTP as deep as pays, or always that deep. native: the
+    compiled helper (None: where it can run). preemption: swap or recompute. threaded: steps run on a thread of the
+    engine's own; without it the caller calls `step`.
+    """
+
+    chunk_tokens: int = 512
+    max_requests: int = 16
+    kv_bytes: int | None = None
+    host_kv_bytes: int | None = None
+    prefix_cache: bool = True
+    disk_dir: str | Path | None = None
+    disk_policy: str = "turns"
+    disk_bytes: int = 8 << 30
+    user_disk_bytes: int | None = None
+    speculation: bool | int = True
+    exact: bool | None = None
+    native: bool | None = None
+    preemption: str = "swap"
+    threaded: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_requests", 1), ("chunk_tokens", 1), ("kv_bytes", 0), ("host_kv_bytes", 0)):
+            value = getattr(self, name)
+            if (type(value) is not int or value < least) and (least or value is not None):
+                raise ConfigError(f"{name}={value!r}: expected a whole number >= {least}")
+        if self.preemption not in ("swap", "recompute"):
+            raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
+        if type(self.speculation) not in (bool, int) or not 0 <= self.speculation <= MAX_DRAFT:
+            raise ConfigError(f"speculation={self.speculation!r}: expected true, false or a depth to {MAX_DRAFT}")
+        for name, also in (("prefix_cache", False), ("exact", None), ("native", None)):
+            if type(value := getattr(self, name)) is not bool and value is not also:
+                raise ConfigError(f"{name}={value!r}: expected true or false")
+        if self.disk_dir is not None and not self.prefix_cache:
+            raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept of sequences that do not run."""
+        return self.prefix_cache or self.preemption == "swap"
 
 
 class Step(NamedTuple):

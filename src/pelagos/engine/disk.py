@@ -12,7 +12,6 @@ import collections
 import errno
 import hashlib
 import heapq
-import mmap
 import os
 import re
 import threading
@@ -74,34 +73,6 @@ def parse_policy(text: str, page_tokens: int) -> StatePolicy:
     return StatePolicy("periodic", period)
 
 
-class Ticket:
-    """One asynchronous read. Look at `pages` and `state` once `done()`; until then the buffers belong to the readers.
-
-    `pages`: the leading pages asked for that came back intact, memoryviews of page_bytes each (of `into`, if given).
-    `state`: the payload of the state, or None when it was not asked for, is gone or is damaged.
-    """
-
-    def __init__(self) -> None:
-        self.pages: list[memoryview] = []
-        self.state: memoryview | None = None
-        self._ended = threading.Event()
-        self._cancelled = False
-        self._parts: list[_Part] = []
-        self._parts_left = 0
-
-    def done(self) -> bool:
-        """Whether the read has ended, well or not; never waits."""
-        return self._ended.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the read has ended and return `done()`."""
-        return self._ended.wait(timeout)
-
-    def cancel(self) -> None:
-        """Give up what has not been read yet; `done()` follows soon, and only then may `into` be used again."""
-        self._cancelled = True
-
-
 @dataclass(slots=True, eq=False)
 class _File:
     """One file in the directory; those of other models and other format versions have no keys."""
@@ -121,8 +92,7 @@ class _File:
 @dataclass(slots=True)
 class _User:
     files: dict[str, _File] = field(default_factory=dict)
-    pages: dict[bytes, tuple[_File, int]] = field(default_factory=dict)  # key -> file, index in its table
-    states: dict[bytes, tuple[_File, int]] = field(default_factory=dict)
+    spots: dict[bytes, tuple[_File, int]] = field(default_factory=dict)  # key -> file, index in its table
     nodes: dict[bytes, dict[bytes, int]] = field(default_factory=dict)  # node -> state key -> remainder
     size: int = 0
 
@@ -144,9 +114,46 @@ class _Part:
 
     file: _File
     first: int
-    count: int = 0
-    buffers: list[memoryview] = field(default_factory=list)  # empty until read when memory is ours to get
+    buffers: list[memoryview]
     intact: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One asynchronous read. Look at `pages` and `state` once `done()`: until then the buffers are the readers'."""
+
+    _parts: list[_Part] = field(default_factory=list)
+    _parts_left: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _cancelled: bool = False
+
+    @property
+    def pages(self) -> list[memoryview]:
+        """The leading pages asked for that came back intact, of page_bytes each (of `into`, if given)."""
+        found: list[memoryview] = []
+        for part in (part for part in self._parts if part.file.kind == PAGES):
+            found += part.buffers[: part.intact]
+            if part.intact < len(part.buffers):
+                break
+        return found
+
+    @property
+    def state(self) -> memoryview | None:
+        """The payload of the state, or None when it was not asked for, is gone or is damaged."""
+        last = self._parts[-1] if self._parts else None
+        return last.buffers[0] if last and last.file.kind == STATE and last.intact else None
+
+    def done(self) -> bool:
+        """Whether the read has ended, well or not; never waits."""
+        return self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the read has ended and return `done()`."""
+        return self._ended.wait(timeout)
+
+    def cancel(self) -> None:
+        """Give up what has not been read yet; `done()` follows soon, and only then may `into` be used again."""
+        self._cancelled = True
 
 
 class DiskCache:
@@ -238,24 +245,23 @@ class DiskCache:
         most = max(1, min(_PART_RECORDS, _PART_BYTES // self._page_bytes))
         with self._wake:
             tag = self._directory.tag(user)
-            found = [] if self._closing else self._find(tag, page_keys)
-            parts = ticket._parts
-            for at, (file, index) in enumerate(found):
+            place, parts = self._users.get(tag, _User()), ticket._parts
+            for at, (file, index) in enumerate([] if self._closing else self._find(tag, page_keys)):
                 part = parts[-1] if parts else None
-                if part is None or part.file is not file or part.first + part.count != index or part.count == most:
-                    part = _Part(file, index)
-                    parts.append(part)
-                part.count += 1
-                part.buffers += into[at : at + 1] if into else ()
-            place = self._users.get(tag)
-            if state_key is not None and place and state_key in place.states and not self._closing:
-                parts.append(_Part(*place.states[state_key], 1))
+                follows = part is not None and part.file is file and part.first + len(part.buffers) == index
+                if part is None or not follows or len(part.buffers) == most:
+                    parts.append(part := _Part(file, index, []))
+                part.buffers.append(into[at] if into else memoryview(bytearray(file.length)))
+            if state_key in place.spots and not self._closing:
+                file, index = place.spots[state_key]
+                parts.append(_Part(file, index, [memoryview(bytearray(file.length))]))
             self._touch(part.file for part in parts)
-            self._counts["misses"] += len(page_keys) + (state_key is not None) - sum(part.count for part in parts)
+            asked = len(page_keys) + (state_key is not None)
+            self._counts["misses"] += asked - sum(len(part.buffers) for part in parts)
             ticket._parts_left = len(parts)
             for part in parts:
                 self._readers.submit(self._read_part, ticket, part)
-        if not ticket._parts_left:
+        if not parts:
             ticket._ended.set()
         return ticket
 
@@ -319,7 +325,7 @@ class DiskCache:
         place = self._users.get(tag, _User())
         found = []
         for key in keys:
-            spot = place.pages.get(key)
+            spot = place.spots.get(key)
             if spot is None:
                 self._unsure.add(tag)
                 break
@@ -342,7 +348,7 @@ class DiskCache:
         tag = self._directory.tag(user)
         with self._wake:
             place = self._users.get(tag, _User())
-            known = place.pages if kind == PAGES else place.states
+            known = place.spots
             self._touch(known[record.key][0] for record in records if record.key in known)
             new = [each for each in zip(records, payloads, strict=True) if each[0].key not in known]
             length = max(sizes, default=1)
@@ -364,16 +370,12 @@ class DiskCache:
         file = part.file
         try:
             if not (ticket._cancelled or self._closed):
-                if not part.buffers:
-                    fresh = memoryview(mmap.mmap(-1, part.count * file.length))
-                    part.buffers = [fresh[i * file.length : (i + 1) * file.length] for i in range(part.count)]
                 self._directory.read(file.tag, file.name, part.buffers, file.data + part.first * file.length)
                 for buffer, crc in zip(part.buffers, file.crcs[part.first :], strict=False):
                     if zlib.crc32(buffer) != crc:
+                        self._condemn(file)
                         break
                     part.intact += 1
-                if part.intact < part.count:
-                    self._condemn(file)
         except FileNotFoundError:  # evicted by another process: a miss
             self._forget(file)
         except OSError as error:
@@ -383,21 +385,10 @@ class DiskCache:
             with self._wake:
                 ticket._parts_left -= 1
                 if not ticket._parts_left:
-                    self._end(ticket)
-
-    def _end(self, ticket: Ticket) -> None:
-        chain = True
-        for part in ticket._parts:
-            if part.file.kind == STATE:
-                ticket.state = part.buffers[0] if part.intact else None
-            elif chain:
-                ticket.pages += part.buffers[: part.intact]
-                chain = part.intact == part.count
-        hits = len(ticket.pages) + (ticket.state is not None)
-        self._counts["hits"] += hits
-        self._counts["misses"] += sum(part.count for part in ticket._parts) - hits
-        ticket._parts.clear()
-        ticket._ended.set()
+                    hits = len(ticket.pages) + (ticket.state is not None)
+                    self._counts["hits"] += hits
+                    self._counts["misses"] += sum(len(each.buffers) for each in ticket._parts) - hits
+                    ticket._ended.set()
 
     def _condemn(self, file: _File) -> None:
         if self._forget(file):  # by the first reader that finds it so
@@ -457,8 +448,7 @@ class DiskCache:
             if not self._directory.was_alone:
                 self._refresh(sweep=True)
             place = self._users.get(job.tag, _User())
-            known = place.pages if job.kind == PAGES else place.states
-            new = [each for each in zip(job.records, job.payloads, strict=True) if each[0].key not in known]
+            new = [each for each in zip(job.records, job.payloads, strict=True) if each[0].key not in place.spots]
             if not new:
                 return True
             records, payloads = (list(each) for each in zip(*new, strict=True))
@@ -561,9 +551,8 @@ class DiskCache:
         file.data, file.length = table.data, table.length
         file.keys = tuple(record.key for record in table.records)
         file.crcs.extend(record.crc for record in table.records)
-        spots = place.pages if file.kind == PAGES else place.states
         for index, record in enumerate(table.records):
-            spots.setdefault(record.key, (file, index))
+            place.spots.setdefault(record.key, (file, index))
             if file.kind == STATE:
                 file.node = record.node
                 place.nodes.setdefault(record.node, {})[record.key] = record.remainder
@@ -583,10 +572,9 @@ class DiskCache:
         """Make a file one that is only counted."""
         with self._wake:
             place = self._users.get(file.tag, _User())
-            spots = place.pages if file.kind == PAGES else place.states
             for key in file.keys:
-                if key in spots and spots[key][0] is file:
-                    del spots[key]
+                if key in place.spots and place.spots[key][0] is file:
+                    del place.spots[key]
                     if file.kind == STATE:
                         del place.nodes[file.node][key]
             if file.kind == STATE and not place.nodes.get(file.node, True):

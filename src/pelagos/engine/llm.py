@@ -17,8 +17,8 @@ from pelagos.chat.tokenizer import Tokenizer
 from pelagos.chat.tokens import BOS, EOS
 from pelagos.checkpoint import resolve_model
 from pelagos.config import GENERATIONS, ModelConfig, read_environment
-from pelagos.engine.api import Engine, EngineStats, Step, StepReader, Stream
-from pelagos.engine.build import EngineOptions, aside, build_engine
+from pelagos.engine.api import Engine, EngineOptions, EngineStats, Step, StepReader, Stream
+from pelagos.engine.build import aside, build_engine
 from pelagos.engine.sampler import SamplingParams
 from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, RequestError
@@ -57,47 +57,26 @@ class LLM:
         mode: str = "reference",
         device: torch.device | str | None = None,
         generation: str | None = None,
-        chunk_tokens: int = 512,
-        max_requests: int = 16,
-        kv_bytes: int | None = None,
-        host_kv_bytes: int | None = None,
-        prefix_cache: bool = True,
-        disk_dir: str | Path | None = None,
-        disk_policy: str = "turns",
-        disk_bytes: int = 8 << 30,
-        speculation: bool | int = True,
-        exact: bool | None = None,
-        native: bool | None = None,
-        preemption: str = "swap",
         expert_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
-        chunk_tokens: tokens one step computes at most; max_requests: sequences in memory at once; kv_bytes: memory of
-        the caches (None: a share of what is free); host_kv_bytes: of a tier in host memory behind them (None: where the
-        device has memory of its own, half as much). disk_dir: where prefixes outlive the process, with `disk_policy`
-        full, periodic(P), zero or turns and at most disk_bytes. exact: bit-identical logits whatever the batch (None:
-        where the host's library can keep them, with a warning where not; True insists; on CUDA in released mode they
-        always are). speculation: draft with MTP as deep as pays, or always that deep. native: the compiled helper
-        (None: where it can run). preemption: swap or recompute. expert_bytes: memory for routed experts (None: all of
-        them); on a CPU the others are read when chosen, on CUDA in released mode they lie in host memory. Honours
-        PELAGOS_THREADS. Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or
-        MissingDependency without `tokenizers`.
+        `options` are those of `EngineOptions`. expert_bytes: memory for routed experts (None: all of them); on a CPU
+        the others are read when chosen, on CUDA in released mode they lie in host memory. Honours PELAGOS_THREADS.
+        Raises CheckpointError, ConfigError, CapacityError when the memory is not there, or MissingDependency without
+        `tokenizers`.
         """
+        serving = EngineOptions(**options)
         threads = read_environment().threads
         if threads is not None:
             torch.set_num_threads(threads)
-        options = EngineOptions(
-            chunk_tokens=chunk_tokens, max_requests=max_requests, kv_bytes=kv_bytes, host_kv_bytes=host_kv_bytes,
-            prefix_cache=prefix_cache, disk_dir=disk_dir, disk_policy=disk_policy, disk_bytes=disk_bytes,
-            speculation=speculation, exact=exact, native=native, preemption=preemption,
-        )  # fmt: skip
         path = resolve_model(path_or_name)
         model = aside(lambda: load_served(path, mode=mode, device=device, expert_bytes=expert_bytes))
         tokenizer = Tokenizer.load(path)
         self._hold(model.config, tokenizer, generation, model if isinstance(model, Transformer) else None)
         self._experts = store_of(model) if isinstance(model, Transformer) else model.blocks
-        self.engine: Engine = build_engine(model, tokenizer, options)
+        self.engine: Engine = build_engine(model, tokenizer, serving)
 
     @classmethod
     def from_parts(

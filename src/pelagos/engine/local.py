@@ -18,40 +18,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from pelagos.config import ModelConfig
-from pelagos.engine.api import EngineStats, Stream, check_context
-from pelagos.engine.disk import DiskCache, StatePolicy, Ticket
+from pelagos.engine.api import PROMPT_LOGPROB_TOKENS, EngineOptions, EngineStats, Stream, check_context
+from pelagos.engine.disk import StatePolicy
 from pelagos.engine.memory import MemoryPlan
 from pelagos.engine.output import Decoder, TextStream
 from pelagos.engine.pages import PagePool
-from pelagos.engine.prefix import Cut, DiskIndex, Match, PrefixCache
-from pelagos.engine.runner import Forward, Pools, Swapped
+from pelagos.engine.prefix import Cut, Match, PrefixCache
+from pelagos.engine.runner import Forward
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
-from pelagos.engine.speculation import AdaptiveDepth, DepthPolicy, Draft, Drafter, DraftRequest, Outcome
-from pelagos.engine.tiers import Copy, Over, Parked, Restore, Tiers
+from pelagos.engine.speculation import AdaptiveDepth, Draft, Drafter, DraftRequest, FixedDepth, MTPDrafter, Outcome
+from pelagos.engine.tiers import Copy, Over, Parked, Tiers
 from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 from pelagos.kernels.layout import Drawn, Output, Span
 
 FAR = 1 << 62  # a position no sequence reaches
 DISK_POLL_SECONDS = 0.001
 LINGER_SECONDS = 0.5
-PROMPT_LOGPROB_TOKENS = 128  # rows of logits held at once for prompt_logprobs
 WRITE_PAGES = 64  # completed pages that are written to disk together while a long prompt runs
 
 
-class _NoText:
-    """Stands in where there is no tokenizer: tokens without text."""
-
-    def push(self, index: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
+NO_TEXT = SimpleNamespace(push=lambda _: "", flush=str)  # stands in where there is no tokenizer
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -67,18 +60,11 @@ class Live(Request):
     published: int = 0  # pages the prefix cache knows
     written: int = 0  # pages queued for the disk
     table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    swapped: Swapped | Parked | None = None
+    parked: Parked | None = None
     load: Copy | None = None  # of its state, into its slot
-    ticket: Ticket | Restore | None = None
-    fetched: tuple[Match, list[int]] | None = None  # what is being read from below: after which match, into which pages
     asked_disk: bool = False
     counted: bool = False
     prompt_logprobs: list[float | None] | None = None
-
-    @property
-    def absent(self) -> bool:
-        """Whether it waits for a copy, or for what is being read for it."""
-        return self.moving or self.fetched is not None
 
 
 class LocalEngine:
@@ -87,58 +73,48 @@ class LocalEngine:
     def __init__(
         self,
         config: ModelConfig,
+        options: EngineOptions,
         *,
-        pools: Pools,
+        tiers: Tiers,
         forward: Forward,
         plan: MemoryPlan,
-        chunk_tokens: int,
         salt: bytes,
         decoder: Callable[[], Decoder] | None = None,
-        prefix_cache: bool = True,
-        disk: DiskCache | None = None,
         disk_policy: StatePolicy | None = None,
-        tiers: Tiers | None = None,
-        drafter: Drafter | None = None,
-        depth: DepthPolicy | None = None,
-        swap: bool = True,
-        threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Join the parts; `salt` is what cached content must never be shared across.
-
-        swap: a preempted sequence is copied out and back, else computed again (from what the prefix cache still has).
-        threaded: run steps on a thread of the engine's own; without it the caller calls `step`.
-        """
+        """Join the parts; `salt` is what cached content must never be shared across."""
         self.config, self.plan = config, plan
         self.numeric_path = forward.numeric_path
-        self._pools, self._forward, self._layout = pools, forward, pools.layout
-        self._decoder, self._clock, self._swap = decoder or _NoText, clock, swap
+        self._tiers, self._pools, self._disk = tiers, tiers.pools, tiers.disk
+        self._forward, self._layout = forward, self._pools.layout
+        self._decoder, self._clock, self._swap = decoder or (lambda: NO_TEXT), clock, options.preemption == "swap"
         self._pool = PagePool(plan.pages, plan.ranks)
-        interval = max(512, chunk_tokens)
-        self._prefix = PrefixCache(self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval)
-        self._caches = prefix_cache
-        self._disk, self._policy = disk, disk_policy or StatePolicy("zero")
-        self._tiers = tiers
-        self._below: DiskIndex | None = tiers or disk
+        interval, drafts = max(512, options.chunk_tokens), self._layout.rewind
+        self._counters = EngineStats()
+        self._prefix = PrefixCache(
+            self._pool, self._layout, salt=salt, state_bytes=plan.state_bytes, interval=interval, stats=self._counters
+        )
+        self._caches, self._policy = options.prefix_cache, disk_policy or StatePolicy("zero")
         self._packing: dict[bytes, int] = {}  # positions of states on their way to the prefix cache, by key
-        self._drafter = drafter
-        self._depth = depth or AdaptiveDepth(0 if drafter is None else drafter.max_depth)
+        window, draws = config.sliding_window, forward.draws
+        self._drafter = MTPDrafter(forward.draft, window=window, max_depth=drafts, draws=draws) if drafts else None
+        fixed = options.speculation is not True
+        self._depth = FixedDepth(int(options.speculation)) if fixed else AdaptiveDepth(drafts)
         self._drafting = False  # this step, or it rests
         self._rest_s: float | None = None  # what the last step took if it rested
         self._two_kinds = forward.two_kinds
         self._scheduler = Scheduler(
-            self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=chunk_tokens,
+            self._pool, slots=plan.slots, page_tokens=self._layout.page_tokens, chunk_tokens=options.chunk_tokens,
             match=self._match, next_stop=self._next_stop, save=self._set_aside, ranks=plan.ranks,
         )  # fmt: skip
-        self._counters = EngineStats()
         self._live: dict[str, Live] = {}
-        self._reading: list[Live] = []  # pages of theirs are being read into, though they may have ended
         self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
         self._ids, self._process = itertools.count(1), os.getpid()
         self._wake = threading.Condition()
         self._closed = False
-        self._threaded = threaded
+        self._threaded = options.threaded
         self._thread: threading.Thread | None = None  # there while there is work, and a little longer
 
     # What callers of any thread use.
@@ -200,29 +176,6 @@ class LocalEngine:
             list(parent.tokens), params, user_id=parent.user_id, priority=parent.priority, on_step=on_step
         )
 
-    def fill(self, prompt_ids: Sequence[int], *, seed: int = 0) -> None:
-        """Put random content into the cache for a prompt, all but its last token: for benches that need a long past.
-
-        Reference mode on a CPU only, with no request running; raises ConfigError, or CapacityError without room.
-        """
-        if self._layout.mode != "reference" or not self._pools.on_cpu or self._live or not self._caches:
-            raise ConfigError("fill needs the reference mode on a CPU, the prefix cache, and no request running")
-        position, tokens = len(prompt_ids) - 1, self._layout.page_tokens
-        chain = self._prefix.chain("", np.asarray(prompt_ids))
-        pages = self._pool.alloc(position // tokens)
-        if pages is None:
-            raise CapacityError(f"fill: {position // tokens} pages do not fit the {self._pool.count} there are")
-        random = np.random.default_rng(seed)
-
-        def noise(size: int) -> np.ndarray:
-            return random.standard_normal(size // 4, np.float32).view(np.uint8)
-
-        for key, page in zip(chain.keys, pages, strict=False):
-            self._pools.page(page)[:] = noise(self._layout.page_bytes)
-            self._prefix.add_page(key, page)
-        self._prefix.add_state(chain, position, noise(self._layout.state_size(position)), anchor=True)
-        self._pool.release(pages[::-1])
-
     def abort(self, request_id: str) -> None:
         """End a request at the next step; an unknown id is ignored."""
         with self._wake:
@@ -231,17 +184,14 @@ class LocalEngine:
 
     def stats(self) -> EngineStats:
         """Return a copy of the counters and of what is in use now."""
-        held, prefix, plan = self._scheduler, self._prefix.stats, self.plan
+        held = self._scheduler
         return dataclasses.replace(
             self._counters,
             requests_running=len(held.running), requests_waiting=len(held.waiting) + len(self._inbox),
-            hit_tokens=prefix.hit_tokens, cached_tokens=prefix.cached_tokens,
             pages_total=self._pool.count, pages_in_use=self._pool.in_use, pages_cached=self._pool.cached,
             slots_total=held.slots_total, slots_in_use=held.slots_in_use,
-            states_cached=prefix.states, state_bytes_cached=prefix.state_bytes,
-            evicted_pages=self._pool.evictions, evicted_states=prefix.evicted_states,
-            host={} if self._tiers is None else self._tiers.stats(),
-            disk={} if self._disk is None else self._disk.stats(), bytes_planned=plan.describe(),
+            evicted_pages=self._pool.evictions, host=self._tiers.stats() if self.plan.host_pages else {},
+            disk={} if self._disk is None else self._disk.stats(), bytes_planned=self.plan.describe(),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -257,8 +207,7 @@ class LocalEngine:
         if thread is not None:
             thread.join()
         self._end_all()
-        if self._tiers is not None:
-            self._tiers.close()
+        self._tiers.close()
         if self._disk is not None:
             self._disk.close(timeout=30)
 
@@ -299,7 +248,7 @@ class LocalEngine:
             return True
 
     def _is_busy(self) -> bool:
-        return bool(self._live or self._inbox or self._reading or (self._tiers is not None and self._tiers.busy))
+        return bool(self._live or self._inbox or self._tiers.busy)
 
     def step(self) -> bool:
         """Run one step; whether anything was computed. Errors end the requests they belong to, never the engine."""
@@ -330,7 +279,7 @@ class LocalEngine:
             self._rest_s = seconds
         if self._drafter is not None and self._drafting:
             self._draft(self._drafter, outcomes, None if len(outcomes) < len(works) else seconds)
-        if self._tiers is not None and self._tiers.clean(self._pool, self._cleaned):
+        if self._tiers.clean(self._pool, self._cleaned):
             self._scheduler.leaving += 1
         return True
 
@@ -338,11 +287,7 @@ class LocalEngine:
         self._scheduler.leaving -= 1
 
     def _take_notes(self) -> None:
-        if self._tiers is not None:
-            self._tiers.poll()
-        for request in [each for each in self._reading if each.ticket is not None and each.ticket.done()]:
-            self._reading.remove(request)
-            self._absorb(request)
+        self._tiers.poll()
         aborted = {self._aborts.popleft() for _ in range(len(self._aborts))}  # of requests that are in the inbox by now
         while self._inbox:
             request = self._inbox.popleft()
@@ -361,12 +306,13 @@ class LocalEngine:
         if not request.reads_cache:
             request.stops = self._stops(request, Match())
             return Match()
-        if request.fetched is not None:
+        if request.fetch is not None:
             return None
         limit = min(len(request.tokens), self._shared(request)) - 1
         if any(at <= limit and request.chain.state_key(at) == key for key, at in self._packing.items()):
             return None
-        match = self._prefix.match(request.chain, limit, None if request.asked_disk else self._below)
+        below = self._tiers if self._tiers.has_any and not request.asked_disk else None
+        match = self._prefix.match(request.chain, limit, below)
         if match.disk_resume:
             self._fetch(request, match)
             return None
@@ -378,28 +324,19 @@ class LocalEngine:
         request.asked_disk = True
         pages = sorted(self._pool.alloc(match.disk_pages) or [])
         keys = request.chain.keys[len(match.pages) : len(match.pages) + len(pages)]
-        if self._tiers is not None:
-            request.ticket = self._tiers.read(request.user_id, keys, match.disk_state, pages)
-        else:
-            assert self._disk is not None
-            into = [self._pools.page(page).data for page in pages]
-            request.ticket = self._disk.read(request.user_id, keys, match.disk_state, into=into)
-        request.fetched = (match, pages)
-        self._reading.append(request)
 
-    def _absorb(self, request: Live) -> None:
-        """Hand what came back to the prefix cache, and let go of the rest."""
-        if request.fetched is None:
-            return
-        (match, pages), ticket = request.fetched, request.ticket
-        request.fetched = request.ticket = None
-        if ticket is not None:
-            for at, page in enumerate(pages[: len(ticket.pages)], len(match.pages)):
-                self._prefix.add_page(request.chain.keys[at], page)
-            if ticket.state is not None and len(ticket.state) == self._layout.state_size(match.disk_resume):
-                packed = np.frombuffer(ticket.state, np.uint8)
+        def absorb(count: int, state: memoryview | None) -> None:
+            """Hand what came back to the prefix cache, and let go of the rest."""
+            request.fetch = None
+            for at, page in enumerate(pages[:count], len(match.pages)):
+                self._pool.register(page, request.chain.keys[at])
+            if state is not None and len(state) == self._layout.state_size(match.disk_resume):
+                packed = np.frombuffer(state, np.uint8)
                 self._prefix.add_state(request.chain, match.disk_resume, packed, anchor=True)
-        self._pool.release([*match.pages, *pages][::-1])
+            self._pool.release([*match.pages, *pages][::-1])
+            request.asked_disk = not 0 < count == len(fetch.blocks) < len(pages)  # the host had room for so many
+
+        request.fetch = fetch = self._tiers.read(request.user_id, keys, match.disk_state, pages, absorb)
 
     def _shared(self, request: Live) -> int:
         """How many of a request's positions leave behind what others may use: all, or those of its prompt."""
@@ -413,7 +350,8 @@ class LocalEngine:
         if request.computed < self._shared(request):
             stop = min(stop, self._shared(request))
         if request.prompt_logprobs is not None:
-            stop = min(stop, request.computed + PROMPT_LOGPROB_TOKENS)
+            scored = sum(each.prompt_logprobs is not None for each in self._live.values())
+            stop = min(stop, request.computed + max(1, PROMPT_LOGPROB_TOKENS // scored))
         return stop
 
     def _set_aside(self, preempted: Preempted) -> bool:
@@ -422,25 +360,23 @@ class LocalEngine:
         self._counters.preemptions += 1
         request.asked_disk = False
         pages = preempted.pages[: self._layout.pages_for(preempted.computed)]  # not those of rejected drafts alone
-        size = self._layout.slot_bytes + len(pages) * self._layout.page_bytes
         # Else it is computed again; so is one on its way through a lost window, whose entries lie ahead of it.
         if not self._swap or preempted.computed < request.frozen:
             return True
-        if self._tiers is not None:
 
-            def over(error: BaseException | None) -> None:
-                request.moving = False
-                if error is not None:
-                    self._drop_swapped(request)  # it is computed again
-                self._scheduler.give_back(preempted)
+        def over(error: BaseException | None) -> None:
+            request.moving = False
+            if error is not None:
+                self._drop_parked(request)  # it is computed again
+            self._scheduler.give_back(preempted)
 
-            request.swapped = self._tiers.park(preempted.slot, pages, over)
-            request.moving = request.swapped is not None
-        elif self._prefix.lend(size):
-            request.swapped = self._pools.save(preempted.slot, pages)
-        if request.swapped is not None:
+        request.parked = self._tiers.park(preempted.slot, pages, over)
+        request.moving = request.parked is not None
+        if request.moving:
             request.swapped_at = preempted.computed
             self._counters.swaps += 1
+        elif not self.plan.host_pages:  # what is still there of its pages is found again, and its state with it
+            self._keep(request, preempted.computed, "interior")
         return not request.moving
 
     def _start(self, admitted: Admitted) -> bool:
@@ -449,12 +385,11 @@ class LocalEngine:
         request.table = np.empty(0, np.int32)
         try:
             if match is None:
-                held = request.swapped, request.slot, request.pages
-                if isinstance(held[0], Swapped):
-                    self._pools.restore(held[0], *held[1:])
-                    self._drop_swapped(request)
-                elif self._tiers is not None and held[0] is not None:
-                    self._load(request, functools.partial(self._tiers.unpark, held[0], *held[1:]))
+                assert request.parked is not None
+                parked = request.parked, request.slot, request.pages
+                self._load(
+                    request, functools.partial(self._tiers.unpark, *parked), lambda _: self._scheduler.restart(request)
+                )
                 return True
             if match.state is None:
                 self._pools.clear(request.slot)
@@ -462,10 +397,8 @@ class LocalEngine:
                 page = match.resume // self._layout.page_tokens
                 opens = match.resume % self._layout.page_tokens and page >= len(match.pages)
                 state = match.state, request.slot, request.pages[page] if opens else None, match.resume
-                if self._tiers is None:
-                    self._pools.unpack(*state)
-                else:
-                    self._load(request, functools.partial(self._tiers.unpack, *state))
+                end = functools.partial(self._end, request, None)
+                self._load(request, functools.partial(self._tiers.unpack, *state), end)
         except PelagosError as error:
             self._end(request, None, error)
             return False
@@ -480,16 +413,20 @@ class LocalEngine:
             self._prefix.record(match)
         return True
 
-    def _load(self, request: Live, start: Callable[[Over], Copy]) -> None:
+    def _load(
+        self, request: Live, start: Callable[[Over], Copy | None], failed: Callable[[BaseException], None]
+    ) -> None:
         """Start copying a request's state into its slot; it has no part in steps until that is over."""
 
         def over(error: BaseException | None) -> None:
             request.moving, request.load = False, None
-            self._drop_swapped(request)
+            self._drop_parked(request)
             if error is not None:
-                self._end(request, None, error)
+                failed(error)
 
-        request.moving, request.load = True, start(over)
+        request.moving = True
+        load = start(over)
+        request.load = load if request.moving else None
 
     def _stops(self, request: Live, match: Match) -> list[Cut]:
         """Where state is kept on the way through the tokens known now, for RAM and for the disk's policy."""
@@ -624,7 +561,7 @@ class LocalEngine:
         computed = min(request.computed, self._shared(request))
         complete = min(computed // self._layout.page_tokens, len(request.chain.keys))
         for page in range(request.published, complete):
-            self._prefix.add_page(request.chain.keys[page], request.pages[page])
+            self._pool.register(request.pages[page], request.chain.keys[page])
         request.published = max(request.published, complete)
         if request.pending > 1 and complete - request.written >= WRITE_PAGES:  # a prompt that goes on
             self._write_pages(request)
@@ -633,11 +570,7 @@ class LocalEngine:
         if self._disk is None or request.published <= request.written:
             return
         items = [(request.chain.keys[at], request.pages[at]) for at in range(request.written, request.published)]
-        if self._tiers is not None:
-            self._tiers.write(self._pool, request.user_id, items, request.written)
-        else:
-            content = [(key, self._pools.page(page).data) for key, page in items]
-            self._disk.write_pages(request.user_id, content, first=request.written)
+        self._tiers.write(self._pool, request.user_id, items, request.written)
         request.written = request.published
 
     def _keep_states(self, request: Live, before: int) -> None:
@@ -674,14 +607,8 @@ class LocalEngine:
             if packed is not None:
                 self._prefix.add_state(chain, position, packed, anchor=anchor)
 
-        held = request.slot, request.pages[page] if inside else None, position
-        if self._tiers is not None:
-            self._tiers.pack(*held, write, add)
-            self._packing[key] = position
-        else:
-            packed = self._pools.pack(*held)
-            add(packed)
-            write(packed)
+        self._packing[key] = position
+        self._tiers.pack(request.slot, request.pages[page] if inside else None, position, write, add)
 
     def _end(self, request: Live, reason: str | None, error: BaseException | None = None) -> None:
         """Take a request out, free all it holds, and close its stream."""
@@ -689,26 +616,24 @@ class LocalEngine:
             return
         if request.slot >= 0 and error is None:
             self._write_pages(request)
-        if request.ticket is not None:
-            request.ticket.cancel()  # what is read into is freed when the reader has let go of it
+        if request.fetch is not None:
+            request.fetch.cancel()  # what is read into is freed when the reader has let go of it
         if request.load is not None:
             request.load.stop()
         self._scheduler.remove(request)
         if self._caches:
             self._prefix.finish(request.chain, request.cuts[-1] if request.cuts else request.prompt_tokens)
-        self._drop_swapped(request)
+        self._drop_parked(request)
         self._counters.requests_done += 1
         if self._drafter is not None:
             self._drafter.forget(request.request_id)
             self._depth.forget(request.request_id)
         request.stream.close(reason, error)
 
-    def _drop_swapped(self, request: Live) -> None:
-        if isinstance(request.swapped, Swapped):
-            self._prefix.take_back(request.swapped.size)
-        elif request.swapped is not None and self._tiers is not None:
-            self._tiers.drop(request.swapped)
-        request.swapped, request.swapped_at = None, 0
+    def _drop_parked(self, request: Live) -> None:
+        if request.parked is not None:
+            self._tiers.drop(request.parked)
+        request.parked, request.swapped_at = None, 0
 
     def _end_all(self) -> None:
         while self._inbox:
@@ -716,11 +641,7 @@ class LocalEngine:
             self._live[request.request_id] = request
         for request in list(self._live.values()):
             self._end(request, "cancelled")
-        for request in self._reading:
-            if isinstance(request.ticket, Ticket):
-                request.ticket.wait()
-        if self._tiers is not None:
-            self._tiers.drain()
+        self._tiers.drain()
         self._take_notes()
 
 

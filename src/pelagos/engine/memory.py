@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pelagos import cost
 from pelagos.config import ModelConfig
+from pelagos.engine.api import EngineOptions
 from pelagos.errors import CapacityError, ConfigError
 
 EMPTY_BLOCK = 1 << 20  # bytes of a host block where pages are empty
@@ -80,18 +81,13 @@ class MemoryPlan:
 
 def plan_memory(
     config: ModelConfig,
+    options: EngineOptions,
     *,
     mode: str = "reference",
-    kv_bytes: int | None = None,
-    max_requests: int = 16,
-    chunk_tokens: int = 1024,
     rewind: int = 0,
-    prefix_cache: bool = True,
-    swap: bool = True,
     weight_bytes: int = 0,
     scratch_bytes: int = 0,
     available: int | None = None,
-    host_kv_bytes: int | None = None,
     host_available: int | None = None,
     apart: bool = False,
 ) -> MemoryPlan:
@@ -101,18 +97,10 @@ def plan_memory(
     none, but where the device's memory is `apart` from the host's, half as much as kv_bytes or a quarter of
     `host_available`, whichever is less. Without kv_bytes: enough for max_requests of min(the model's positions, 32,768)
     tokens, or half of what `available` bytes leave after weights and scratch, whichever is less. Raises CapacityError
-    when not one request of chunk_tokens fits, or more than `available` is asked for, and ConfigError for values that
-    mean nothing.
+    when not one request of chunk_tokens fits, or more than `available` is asked for, ConfigError for another mode.
     """
-    for name, value, least in (
-        ("max_requests", max_requests, 1),
-        ("chunk_tokens", chunk_tokens, 1),
-        ("rewind", rewind, 0),
-        ("kv_bytes", 0 if kv_bytes is None else kv_bytes, 0),
-        ("host_kv_bytes", 0 if host_kv_bytes is None else host_kv_bytes, 0),
-    ):
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name}={value!r}: expected a whole number >= {least}")
+    kv_bytes, host_kv_bytes = options.kv_bytes, options.host_kv_bytes
+    max_requests, chunk_tokens = options.max_requests, options.chunk_tokens
     if mode not in _LAYOUTS:
         raise ConfigError(f"mode={mode!r}: expected {' or '.join(_LAYOUTS)}")
     layout, tokens = _LAYOUTS[mode], cost.page_tokens(config)
@@ -121,10 +109,10 @@ def plan_memory(
     slots = max_requests * slot
     least = slots + -(-chunk_tokens // tokens) * page
     room = None if available is None else available - weight_bytes - scratch_bytes
-    tiered = (prefix_cache or swap) and (apart or bool(host_kv_bytes))
+    tiered = options.keeps and (apart or bool(host_kv_bytes))
     if kv_bytes is None:
         pages = max_requests * -(-min(config.max_position_embeddings, USUAL_CONTEXT) // tokens)
-        kv_bytes = slots + pages * page * (4 if (prefix_cache or swap) and not tiered else 3) // 3
+        kv_bytes = slots + pages * page * (4 if options.keeps and not tiered else 3) // 3
         kv_bytes = kv_bytes if room is None else min(kv_bytes, max(room // 2, min(least, room)))
     elif room is not None and kv_bytes > room:
         raise CapacityError(
@@ -147,7 +135,7 @@ def plan_memory(
                 f"host_kv_bytes={host:,}: expected at least {3 * (slot + page) + (page or EMPTY_BLOCK):,} and at most "
                 f"the {'free' if host_available is None else f'{host_available:,}'} bytes of the host"
             )
-    elif prefix_cache or swap:
+    elif options.keeps:
         states = min((kv_bytes - slots) // 4, kv_bytes - least)
     every = max_requests * -(-config.max_position_embeddings // tokens)  # pages without compressed layers are empty
     pages = (kv_bytes - slots - (0 if tiered else states)) // page if page else every

@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from pelagos.errors import CapacityError
-
 
 class PagePool:
     """`count` page ids; every operation costs O(1) a page. Page p is of rank p % `ranks`.
@@ -21,9 +19,7 @@ class PagePool:
     """
 
     def __init__(self, count: int, ranks: int = 1) -> None:
-        """All `count` pages are free. Raises CapacityError below 1."""
-        if count < 1:
-            raise CapacityError(f"page pool of {count} pages: expected at least 1")
+        """All `count` pages are free; `MemoryPlan` sees to it that there are enough."""
         self.count = count
         self.evictions = 0
         self.uses = [0] * count  # how often each page was given or shared

@@ -12,13 +12,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pelagos.engine.api import EngineStats
 from pelagos.engine.pages import PagePool
 from pelagos.errors import RequestError
 from pelagos.kernels.layout import CacheLayout
+
+if TYPE_CHECKING:
+    from pelagos.engine.tiers import Tiers
 
 KEY_BYTES = 16
 STATE_INTERVAL = 512  # positions between states taken inside a prompt
@@ -70,18 +74,6 @@ def _hash(content: bytes) -> bytes:
     return blake2b(content, digest_size=KEY_BYTES).digest()
 
 
-class DiskIndex(Protocol):
-    """What the disk tier knows without reading a file."""
-
-    def known_pages(self, user: str, keys: Sequence[bytes]) -> int:
-        """How many of the keys, from the first on without a gap, are on disk."""
-        ...
-
-    def known_states(self, user: str, node_key: bytes) -> Sequence[tuple[int, bytes]]:
-        """(tokens after the node, state key) of every state on disk whose last completed page has that key."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Match:
     """What a prompt can start from.
@@ -118,17 +110,6 @@ class Cut(NamedTuple):
     anchor: bool
 
 
-@dataclass(slots=True)
-class PrefixStats:
-    """Counters since the start, and the states held now."""
-
-    hit_tokens: int = 0
-    cached_tokens: int = 0
-    states: int = 0
-    state_bytes: int = 0
-    evicted_states: int = 0
-
-
 class _State(NamedTuple):
     node: bytes  # key of the last completed page
     packed: np.ndarray
@@ -138,16 +119,20 @@ class PrefixCache:
     """The index over a page pool and a store of packed states bounded by `state_bytes`."""
 
     def __init__(
-        self, pool: PagePool, layout: CacheLayout, *, salt: bytes, state_bytes: int, interval: int = STATE_INTERVAL
-    ) -> None:
-        """`salt` names model, number mode and numeric path; `interval` is rounded up to whole pages."""
-        self.stats = PrefixStats()
+        self, pool: PagePool, layout: CacheLayout, *, salt: bytes, state_bytes: int, interval: int = STATE_INTERVAL,
+        stats: EngineStats | None = None,
+    ) -> None:  # fmt: skip
+        """`salt` names model, number mode and numeric path; `interval` is rounded up to whole pages.
+
+        Of `stats` it counts the tokens that were hit, and the states.
+        """
+        self.stats = stats or EngineStats()
         self.interval = layout.pages_for(max(1, interval)) * layout.page_tokens
         self._pool = pool
         self._salt = salt
         self._page_tokens = layout.page_tokens
         self._recompute = layout.recompute_tokens
-        self._state_bytes = state_bytes  # less what is lent
+        self._state_bytes = state_bytes
         self._anchors: OrderedDict[bytes, _State] = OrderedDict()  # by state key, in order of last use, oldest first
         self._between: OrderedDict[bytes, _State] = OrderedDict()
         self._between_bytes = 0
@@ -161,7 +146,7 @@ class PrefixCache:
         chain.push(tokens)
         return chain
 
-    def match(self, chain: KeyChain, limit: int, disk: DiskIndex | None = None) -> Match:
+    def match(self, chain: KeyChain, limit: int, disk: Tiers | None = None) -> Match:
         """Find where the chain's sequence can resume, at `limit` at most (prompt length - 1), computing the least.
 
         The deepest state over the pages that are there, or, where that is deeper, as many tokens before the end of
@@ -212,7 +197,7 @@ class PrefixCache:
         return end, max(0, end - self._recompute)
 
     def _states_on(
-        self, chain: KeyChain, pages: int, least: int, limit: int, disk: DiskIndex | None
+        self, chain: KeyChain, pages: int, least: int, limit: int, disk: Tiers | None
     ) -> Iterator[tuple[int, bytes]]:
         """(position, key) of the states from `least` to `limit` that need at most `pages` pages, deepest first."""
         for page in range(min(pages, limit // self._page_tokens), -1, -1):
@@ -230,13 +215,6 @@ class PrefixCache:
         """Count a match that was used (a request may be matched many times before it is admitted)."""
         self.stats.hit_tokens += match.hit_tokens
         self.stats.cached_tokens += match.resume
-
-    def add_page(self, key: bytes, page: int) -> bool:
-        """Publish a completed page of a running sequence under chain.keys[i]; whether the key now finds this page.
-
-        False: another page has that content. The caller goes on with its own; nothing is swapped.
-        """
-        return self._pool.register(page, key) == page
 
     def finish(self, chain: KeyChain, mark: int) -> None:
         """Say that a request ended whose prompt a later one is likely to leave at `mark`, its last cut or its length.
@@ -271,32 +249,19 @@ class PrefixCache:
         if self._find(key) is not None:
             self._use(key)
             return True
-        kept = 0 if anchor else self.stats.state_bytes - self._between_bytes
+        kept = 0 if anchor else self.stats.state_bytes_cached - self._between_bytes
         if packed.nbytes > self._state_bytes - kept:
             return False
-        while self.stats.state_bytes + packed.nbytes > self._state_bytes:
+        while self.stats.state_bytes_cached + packed.nbytes > self._state_bytes:
             self._drop(next(iter(self._between or self._anchors)))
         page, remainder = divmod(position, self._page_tokens)
         state = _State(chain.node_key(page), packed)
         (self._anchors if anchor else self._between)[key] = state
         self._between_bytes += 0 if anchor else packed.nbytes
         self._under.setdefault(state.node, {})[key] = remainder
-        self.stats.states += 1
-        self.stats.state_bytes += packed.nbytes
+        self.stats.states_cached += 1
+        self.stats.state_bytes_cached += packed.nbytes
         return True
-
-    def lend(self, size: int) -> bool:
-        """Give up room of that many bytes to a sequence that is swapped out, dropping states; False without as much."""
-        if size > self._state_bytes:
-            return False
-        self._state_bytes -= size
-        while self.stats.state_bytes > self._state_bytes:
-            self._drop(next(iter(self._between or self._anchors)))
-        return True
-
-    def take_back(self, size: int) -> None:
-        """Have the room again that was lent."""
-        self._state_bytes += size
 
     def cuts(self, match: Match, start: int, stop: int, *, prompt: int, marks: Sequence[int] = ()) -> list[Cut]:
         """Positions in (start, stop] at which the engine keeps the state, ascending: end chunks there.
@@ -335,6 +300,6 @@ class PrefixCache:
         del siblings[key]
         if not siblings:
             del self._under[state.node]
-        self.stats.states -= 1
-        self.stats.state_bytes -= state.packed.nbytes
+        self.stats.states_cached -= 1
+        self.stats.state_bytes_cached -= state.packed.nbytes
         self.stats.evicted_states += 1

@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, MissingDependency
-from pelagos.kernels.layout import Bytes, CacheLayout, Output, Span
+from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.kernels.native import NativeForward
 from pelagos.model import Transformer
 from pelagos.model.cuda_forward import CudaForward
@@ -71,21 +70,8 @@ class Forward(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Swapped:
-    """What a preempted sequence held, byte for byte."""
-
-    slot: Bytes
-    pages: Bytes  # (count, page_bytes)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the copy."""
-        return self.slot.nbytes + self.pages.nbytes
-
-
 class Pools:
-    """The bytes of all pages and slots; on a CPU copies in and out of them too, which are `tiers.Tiers`' elsewhere."""
+    """The bytes of all pages and slots."""
 
     def __init__(self, layout: CacheLayout, *, pages: int, slots: int, device: torch.device | str = "cpu") -> None:
         """Allocate both pools, zeroed; the system backs them as they are first touched."""
@@ -99,31 +85,9 @@ class Pools:
             self.pages = torch.zeros((pages, layout.page_bytes), dtype=torch.uint8, device=device)
             self.slots = torch.zeros((slots, layout.slot_bytes), dtype=torch.uint8, device=device)
 
-    def page(self, page: int) -> Bytes:
-        """The bytes of a page, in place."""
-        return self.page_bytes[page]
-
     def clear(self, slot: int) -> None:
         """Zero a slot, wherever it is."""
         self.slots[slot].zero_()
-
-    def pack(self, slot: int, page: int | None, position: int) -> Bytes:
-        """Copy out the state of the sequence in `slot` at `position`, its open page included."""
-        return self.layout.pack_state(self.slot_bytes[slot], None if page is None else self.page(page), position)
-
-    def unpack(self, packed: Bytes, slot: int, page: int | None, position: int) -> None:
-        """Put a packed state back, its open page only into `page`; raises CacheError when it is of another size."""
-        open_page = np.empty(self.layout.page_bytes, np.uint8) if page is None else self.page_bytes[page]
-        self.layout.unpack_state(packed, self.slot_bytes[slot], open_page, position)
-
-    def save(self, slot: int, pages: Sequence[int]) -> Swapped:
-        """Copy a whole sequence out."""
-        return Swapped(self.slot_bytes[slot].copy(), self.page_bytes[list(pages)])
-
-    def restore(self, swapped: Swapped, slot: int, pages: Sequence[int]) -> None:
-        """Copy a whole sequence back, into any slot and pages."""
-        self.slot_bytes[slot] = swapped.slot
-        self.page_bytes[list(pages)[: len(swapped.pages)]] = swapped.pages
 
 
 def device_of(model: Transformer | Weights) -> torch.device:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pelagos.engine.pages import PagePool
 from pelagos.engine.prefix import KeyChain, Match
+
+if TYPE_CHECKING:
+    from pelagos.engine.tiers import Restore
 
 
 @dataclass(eq=False, slots=True)
@@ -40,11 +43,12 @@ class Request:
     drafts: list[int] = field(default_factory=list)
     swapped_at: int = 0  # computed tokens whose state lies swapped out, 0 when none does
     moving: bool = False  # its state is being copied out or back: it takes no part in a step
+    fetch: Restore | None = None  # of what lies below its pages
 
     @property
     def absent(self) -> bool:
         """Whether it waits for a copy, and could not start if there were room."""
-        return self.moving
+        return self.moving or self.fetch is not None
 
     @property
     def pending(self) -> int:
@@ -204,6 +208,15 @@ class Scheduler:
         else:
             self.leaving += 1
             request.pages, request.slot = [], -1
+        self._wait(request)
+
+    def restart(self, request: Request) -> None:
+        """Have a request whose state is lost wait for its turn to be computed again, if it runs."""
+        if request in self.running:
+            self.remove(request)
+            self._wait(request)
+
+    def _wait(self, request: Request) -> None:
         request.computed = 0  # frozen stays: what is swapped back still has those entries
         request.drafts.clear()
         self.add(request)

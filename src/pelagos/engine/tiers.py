@@ -1,9 +1,10 @@
 """Host memory behind the pools: pages before they are evicted, sequences that gave way, and what the disk reads into.
 
-Copies run on a thread and streams of their own in each direction. A step waits for none, but where it keeps a state
-while `ROWS` are on their way out: then for a copy out. Until a copy is over what it reads and writes is held: pages by
-references, host blocks likewise; then `poll` says so to whoever started it, and what went wrong. On a CPU (tests) the
-same calls copy in memory.
+Copies run on a thread and streams of their own in each direction, states apart from pages. A step waits for none, but
+where it keeps a state while `ROWS` are on their way out: then for one of those. Until a copy is over what it reads and
+writes is held: pages by references, host blocks likewise; then `poll` says so to whoever started it, and what went
+wrong. On a CPU the pools are host memory already: without blocks (tests have some) states are packed and the disk reads
+and writes in place, at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def pinned(rows: int, width: int, device: torch.device) -> Tensor:
     """
     taken = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(taken, dtype=torch.uint8)[: rows * width].view(rows, width)
-    if device.type == "cuda":
+    if device.type == "cuda" and memory.numel():
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
         weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
@@ -83,38 +85,24 @@ class Parked(NamedTuple):
 
 @dataclass(eq=False)
 class Restore:
-    """Pages and a state on their way up from host blocks or the disk; used as `disk.Ticket`."""
+    """Pages and a state on their way up from host blocks or the disk."""
 
     keys: Sequence[bytes]
-    asked: Sequence[int]  # pages
+    pages: Sequence[int]
     blocks: list[int]
-    new: list[int]  # places of the blocks that the disk fills
+    new: Sequence[int]  # places of those that the disk fills
+    then: Callable[[int, memoryview | None], None]
     ticket: Ticket | None = None
     copy: Copy | None = None
     cancelled: bool = False
 
-    @property
-    def pages(self) -> Sequence[int]:
-        """The leading pages that have come."""
-        return () if self.copy is None or self.copy.error else self.asked[: self.copy.future.result()]
-
-    @property
-    def state(self) -> memoryview | None:
-        """The state, where it was asked for and is whole."""
-        return None if self.ticket is None else self.ticket.state
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self.copy is not None and self.copy.future.done()
-
     def cancel(self) -> None:
-        """Give up what has not come yet; `done()` follows soon."""
+        """Give up what has not come yet; `then` is called soon."""
         self.cancelled = True
-        for each in (self.ticket, self.copy):
-            if isinstance(each, Ticket):
-                each.cancel()
-            elif each is not None:
-                each.cancelled = True
+        if self.ticket is not None:
+            self.ticket.cancel()
+        if self.copy is not None:
+            self.copy.cancelled = True
 
 
 class Lane:
@@ -172,14 +160,16 @@ class Tiers:
     def __init__(self, pools: Pools, blocks: int) -> None:
         layout = pools.layout
         self.index = PagePool(blocks)
+        self._in_place = pools.on_cpu and not blocks
         self.copied_in = self.copied_out = 0  # pages
-        self._pools, self._layout = pools, layout
+        self.pools, self._layout = pools, layout
         self._blocks = pinned(blocks, layout.page_bytes or EMPTY_BLOCK, pools.pages.device)
-        self._content, most = self._blocks.numpy(), _at_once(layout.page_bytes)
+        self._content, most = self._blocks.numpy(), _at_once(layout.page_bytes) if blocks else 0
         self._out, self._in = (Lane(name, pools.pages, most) for name in ("tier-out", "tier-in"))
-        rows = layout.slot_bytes + layout.page_bytes
-        self._rows, self._spare = pools.pages.new_empty((ROWS, rows)), list(range(ROWS))
-        self._states = pinned(2, rows, pools.pages.device)  # one on its way out, one on its way in
+        self._states_out = Lane("states-out", pools.pages, 0)
+        rows, self._spare = layout.slot_bytes + layout.page_bytes, list(range(ROWS if blocks else 0))
+        self._rows = pools.pages.new_empty((len(self._spare), rows))
+        self._states = pinned(2 if blocks else 0, rows, pools.pages.device)  # one on its way out, one on its way in
         self._under_way: list[tuple[Copy, Over]] = []
         self._restores: list[Restore] = []
         self._clean: tuple[int, ...] | None = None  # what the pools looked like when nothing was left to clean
@@ -211,17 +201,22 @@ class Tiers:
     def close(self) -> None:
         """Wait, then end the threads."""
         self.drain()
-        self._out.close()
-        self._in.close()
+        for lane in (self._out, self._in, self._states_out):
+            lane.close()
 
     def stats(self) -> dict[str, int]:
         """Host blocks there are, in use, cached and evicted, pages copied in and out, and copies that failed."""
         index = self.index
         return {"blocks": index.count, "in_use": index.in_use, "cached": index.cached, "evicted": index.evictions,
                 "copied_in": self.copied_in, "copied_out": self.copied_out,
-                "failed": self._in.failed + self._out.failed}  # fmt: skip
+                "failed": self._in.failed + self._out.failed + self._states_out.failed}  # fmt: skip
 
-    # What a prompt can start from; see `prefix.DiskIndex`.
+    # What a prompt can start from, by the index of the tiers alone.
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a tier below the pools."""
+        return self.index.count > 0 or self.disk is not None
 
     def known_pages(self, user: str, keys: Sequence[bytes]) -> int:
         """How many of the keys, from the first on without a gap, are in host blocks or on disk."""
@@ -276,6 +271,9 @@ class Tiers:
         """
         disk = self.disk
         assert disk is not None
+        if self._in_place:
+            content = [(key, memoryview(self.pools.page_bytes[page])) for key, page in items]
+            return disk.write_pages(user, content, first=first)
         blocks, _ = self._take([key for key, _ in items])
         if not blocks:
             disk.drop(len(items))
@@ -298,29 +296,46 @@ class Tiers:
         pool.share(held)
         self._copy_out(pool, keys, pages, blocks, over, behind)
 
-    def read(self, user: str, keys: Sequence[bytes], state_key: bytes | None, pages: Sequence[int]) -> Restore:
-        """Start bringing leading pages of a chain into `pages`, and a state of the disk."""
-        restore = Restore(keys, pages, *self._take(keys))
+    def read(
+        self, user: str, keys: Sequence[bytes], state_key: bytes | None, pages: Sequence[int],
+        then: Callable[[int, memoryview | None], None],
+    ) -> Restore:  # fmt: skip
+        """Start bringing leading pages of a chain into `pages`, and a state of the disk.
+
+        `then` gets how many pages have come, and the state where it was asked for and is whole.
+        """
+        taken = ([], range(len(keys))) if self._in_place else self._take(keys)
+        restore = Restore(keys, pages, *taken, then)
         if self.disk is not None and (restore.new or state_key is not None):
-            into = [memoryview(self._content[restore.blocks[at]]) for at in restore.new]
+            into = [memoryview(self._row(restore, at)) for at in restore.new]
             restore.ticket = self.disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
-        self._restores.append(restore)
-        self.poll()
+        if restore.ticket is None and not self._in_place:
+            self._copy_restored(restore)
+        else:
+            self._restores.append(restore)
         return restore
+
+    def _row(self, restore: Restore, at: int) -> Bytes:
+        """Where the disk puts a page."""
+        return self.pools.page_bytes[restore.pages[at]] if self._in_place else self._content[restore.blocks[at]]
 
     def _copy_restored(self, restore: Restore) -> None:
         """Copy what is in host blocks now up into the pages."""
         ticket, blocks = restore.ticket, restore.blocks
-        read = 0 if ticket is None else len(ticket.pages)
+        read, state = (0, None) if ticket is None else (len(ticket.pages), ticket.state)
+        if self._in_place:
+            return restore.then(read, state)
         count = 0 if restore.cancelled else [*restore.new, len(blocks)][read]
 
-        def over(_: BaseException | None) -> None:
-            self.copied_in += len(restore.pages)
+        def over(error: BaseException | None) -> None:
+            came = 0 if error or restore.copy is None else restore.copy.future.result()
+            self.copied_in += came
             for at in restore.new[:read]:
                 self.index.register(blocks[at], restore.keys[at])
             self.index.release(blocks[::-1])
+            restore.then(came, state)
 
-        pages = restore.asked[:count]
+        pages = restore.pages[:count]
         restore.copy = self._start(self._in, lambda copy: self._move(self._in, copy, pages, blocks[:count]), over)
 
     def _take(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
@@ -365,7 +380,7 @@ class Tiers:
 
     def _move(self, lane: Lane, copy: Copy, pages: Sequence[int], blocks: Sequence[int]) -> int:
         """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
-        pool, size, out = self._pools.pages, self._layout.page_bytes, lane is self._out
+        pool, size, out = self.pools.pages, self._layout.page_bytes, lane is self._out
         with lane.turn():
             index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
         for turn, at in enumerate(range(0, len(pages), lane.most)):
@@ -422,7 +437,7 @@ class Tiers:
         self._under_way.append((parked.copy, lambda _: self.index.release([*parked.pages, *parked.slot])))
 
     def _slot_parts(self, blocks: Sequence[int], slot: int) -> Iterator[tuple[Tensor, Tensor]]:
-        row, width = self._pools.slots[slot], self._blocks.shape[1]
+        row, width = self.pools.slots[slot], self._blocks.shape[1]
         for place, count in _runs(blocks):
             part = row[place * width : (place + count) * width]
             yield self._blocks[blocks[place] : blocks[place] + count].view(-1)[: len(part)], part
@@ -440,19 +455,27 @@ class Tiers:
 
         `then` gets None where that failed.
         """
+        if self._in_place:
+            open_page = None if page is None else self.pools.page_bytes[page]
+            packed = None
+            try:
+                packed = self._layout.pack_state(self.pools.slot_bytes[slot], open_page, position)
+            finally:
+                then(packed)
+            return behind(packed)
         while not self._spare:
             wait([copy.future for copy, _ in self._under_way], return_when="FIRST_COMPLETED")
             self.poll()
-        at, size = self._spare.pop(), self._layout.slot_bytes
+        at, size, lane = self._spare.pop(), self._layout.slot_bytes, self._states_out
         row = self._rows[at]
-        row[:size].copy_(self._pools.slots[slot])
+        row[:size].copy_(self.pools.slots[slot])
         if page is not None:
-            row[size:].copy_(self._pools.pages[page])
+            row[size:].copy_(self.pools.pages[page])
 
         def job(_: Copy) -> Bytes:
-            with self._out.turn():
+            with lane.turn():
                 self._states[0].copy_(row, non_blocking=True)
-            self._out.wait()
+            lane.wait()
             host = self._states[0].numpy()
             packed = self._layout.pack_state(host[:size], None if page is None else host[size:], position)
             behind(packed)
@@ -462,18 +485,23 @@ class Tiers:
             self._spare.append(at)
             then(None if error else copy.future.result())
 
-        copy = self._start(self._out, job, over)
+        copy = self._start(lane, job, over)
 
-    def unpack(self, packed: Bytes, slot: int, page: int | None, position: int, then: Over) -> Copy:
-        """Start putting a packed state into a slot, its open page only into `page`."""
+    def unpack(self, packed: Bytes, slot: int, page: int | None, position: int, then: Over) -> Copy | None:
+        """Start putting a packed state into a slot, its open page only into `page`; None when that is done."""
+        layout, pools = self._layout, self.pools
+        if self._in_place:
+            open_page = np.empty(layout.page_bytes, np.uint8) if page is None else pools.page_bytes[page]
+            layout.unpack_state(packed, pools.slot_bytes[slot], open_page, position)
+            return then(None)
 
         def job(_: Copy) -> None:
-            host, size = self._states[1], self._layout.slot_bytes
-            self._layout.unpack_state(packed, host[:size].numpy(), host[size:].numpy(), position)
+            host, size = self._states[1], layout.slot_bytes
+            layout.unpack_state(packed, host[:size].numpy(), host[size:].numpy(), position)
             with self._in.turn():
-                self._pools.slots[slot].copy_(host[:size], non_blocking=True)
-                if page is not None and position % self._layout.page_tokens:
-                    self._pools.pages[page].copy_(host[size:], non_blocking=True)
+                pools.slots[slot].copy_(host[:size], non_blocking=True)
+                if page is not None and position % layout.page_tokens:
+                    pools.pages[page].copy_(host[size:], non_blocking=True)
 
         return self._start(self._in, job, then)
 

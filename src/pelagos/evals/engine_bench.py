@@ -22,8 +22,7 @@ from pelagos import cost
 from pelagos.chat import Tokenizer
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
-from pelagos.engine.api import Engine, Step, Stream
-from pelagos.engine.build import MAX_DRAFT
+from pelagos.engine.api import MAX_DRAFT, Engine, Step, Stream
 from pelagos.engine.llm import LLM
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import ConfigError

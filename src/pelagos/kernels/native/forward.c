@@ -36,8 +36,8 @@ typedef struct {
     int64_t *part_count;
     Segment *segment_of;
     Group *group;
-    const float **head_from;
-    float **head_to, **streams_to; /* streams_to: by token, NULL where nobody asked */
+    int64_t *head; /* tokens that want logits */
+    float *logits, **streams_to; /* streams_to: by token, NULL where nobody asked */
     Local *local;
     const float *streams_in; /* of the block's first token; NULL for the backbone */
     int draft;
@@ -84,8 +84,7 @@ static int64_t lay_out(Work *w, const Model *m, uint8_t *base, int64_t tokens, i
     CARVE(w->order, slots);
     CARVE(w->fill, m->experts + 1);
     CARVE(w->group, m->experts + slots / ROWS + tokens / ROWS + 2);
-    CARVE(w->head_from, tokens);
-    CARVE(w->head_to, tokens);
+    CARVE(w->head, tokens);
     CARVE(w->streams_to, tokens);
     CARVE(w->table[0], tokens * m->rope);
     CARVE(w->table[1], tokens * m->rope);
@@ -675,23 +674,17 @@ static void finish(const Work *w, Stage *stage) {
     }
     END;
     EACH(i, w->head_rows) {
-        int64_t t = (w->head_from[i] - w->x) / m->dim;
-        const float *streams = w->streams + t * size;
+        const float *streams = w->streams + w->head[i] * size;
         float mix[MIXES], *out = mix;
         mix_logits(&c->fn, &streams, 1, m->dim, &out);
         float inverse = inverse_rms(streams, size, (float)m->eps);
         for (int j = 0; j < STREAMS; j++) mix[j] = mix[j] * inverse * c->scale[0] + c->base[j];
         for (int j = STREAMS; j < LANES; j++) mix[j] = 0.0f;
         store(mix, sigmoid(load(mix)) + (float)m->hc_eps);
-        collapse(streams, mix, c->norm, m->dim, (float)m->eps, w->x + t * m->dim);
+        collapse(streams, mix, c->norm, m->dim, (float)m->eps, w->x + i * m->dim);
     }
     END;
-    int64_t panels = panel_count(&m->head), blocks = (w->head_rows + ROWS - 1) / ROWS;
-    EACH(i, panels * blocks) {
-        int64_t first = i % blocks * ROWS, left = w->head_rows - first;
-        product_panel(&m->head, 0, i / blocks, w->head_from + first, w->head_to + first, (int)(left < ROWS ? left : ROWS), 0);
-    }
-    END;
+    linear(stage, &m->head, 1, w->x, m->dim, 0, w->logits, m->vocab, 0, w->head_rows);
 }
 
 static void walk(void *argument, Stage *stage) {
@@ -708,7 +701,7 @@ static void walk(void *argument, Stage *stage) {
 void native_forward(const Model *m, Pool *pool, const SpanRow *spans, int64_t count, const int64_t *tokens,
                     const int32_t *pages, int64_t block, uint8_t *scratch, const float *streams_in, float *logits,
                     float *streams_out) {
-    Work w = {.model = m, .draft = streams_in != NULL, .streams_in = streams_in};
+    Work w = {.model = m, .draft = streams_in != NULL, .streams_in = streams_in, .logits = logits};
     int64_t size = STREAMS * m->dim;
     lay_out(&w, m, scratch, block, pool_threads(pool));
     for (int64_t s = 0, done = 0; s < count;) {
@@ -723,10 +716,7 @@ void native_forward(const Model *m, Pool *pool, const SpanRow *spans, int64_t co
                 w.segment[w.tokens] = (int32_t)w.segments;
                 w.streams_to[w.tokens] = NULL;
                 if (i >= span->length - span->streams) { w.streams_to[w.tokens] = streams_out; streams_out += size; }
-                if (i < span->length - span->logits) continue;
-                w.head_from[w.head_rows] = w.x + w.tokens * m->dim;
-                w.head_to[w.head_rows++] = logits;
-                logits += m->vocab;
+                if (i >= span->length - span->logits) w.head[w.head_rows++] = w.tokens;
             }
             if (span->start + done + length - 1 > w.furthest) w.furthest = span->start + done + length - 1;
             w.segments++;
@@ -734,6 +724,7 @@ void native_forward(const Model *m, Pool *pool, const SpanRow *spans, int64_t co
             if (done == span->length) { s++; done = 0; }
         }
         pool_run(pool, walk, &w, sizeof w);
+        w.logits += w.head_rows * m->vocab;
         if (w.streams_in) w.streams_in += w.tokens * size;
     }
 }

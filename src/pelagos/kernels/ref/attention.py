@@ -50,47 +50,26 @@ def sparse_attention(
     float32; for a float64 q in float64, between logits and weights rounded to float32 as products of the
     carrier are. The weights are (B, S, H, M or K) float32, None without entries.
     """
-    batch, length, heads, width = q.shape
-    if length > window:
-        return _blocked(q, rows, row_mask, entries, entry_mask, sink, window)
-    scale = width**-0.5
-    flat = q.flatten(1, 2)  # (B, S*H, C)
-    near = _logits(torch.matmul(flat, rows.transpose(1, 2))).unflatten(1, (length, heads)) * scale
-    near = near.masked_fill(~row_mask.unsqueeze(2), -torch.inf)
+    length, heads, width = q.shape[1:]
+    scale, pad = width**-0.5, -length % window if length > window else 0
+    if length > window:  # queries in blocks of `window`, each against its own and the previous block of rows
+        tiles = functional.pad(rows, (0, 0, 0, pad)).unflatten(1, (-1, window))
+        keys = torch.cat((tiles[:, :-1], tiles[:, 1:]), 2)  # (B, N, 2W, C)
+    else:
+        keys, row_mask = rows.unsqueeze(1), row_mask.unsqueeze(1)
+    blocks = (keys.shape[1], -1)
+
+    def tiled(each: Tensor) -> Tensor:
+        return functional.pad(each, (0, 0, 0, 0, 0, pad)).unflatten(1, blocks).flatten(2, 3)  # (B, N, W*H, ...)
+
+    near = _logits(torch.matmul(tiled(q), keys.transpose(2, 3))).unflatten(2, (-1, heads)) * scale
+    near = near.masked_fill(~row_mask.unsqueeze(3), -torch.inf).flatten(1, 2)[:, :length]
     far = _entry_logits(q, entries, entry_mask, scale)
     p_near, p_far = _softmax_with_sink(near, far, sink)
-    out = torch.matmul(p_near.to(q.dtype).flatten(1, 2), rows).unflatten(1, (length, heads))
+    out = torch.matmul(tiled(p_near.to(q.dtype)), keys).unflatten(2, (-1, heads)).flatten(1, 2)[:, :length]
     if entries is not None and p_far is not None:
         out = out + _mix_entries(p_far.to(q.dtype), entries)
-    return out.view(batch, length, heads, width), p_far
-
-
-def _blocked(
-    q: Tensor,
-    rows: Tensor,
-    row_mask: Tensor,
-    entries: Tensor | None,
-    entry_mask: Tensor | None,
-    sink: Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for S > window: queries in blocks of `window`, each against its own and the previous block of rows."""
-    batch, length, heads, width = q.shape
-    scale = width**-0.5
-    pad = -length % window
-    blocks = (length + pad) // window
-    tiles = functional.pad(rows, (0, 0, 0, pad)).unflatten(1, (blocks + 1, window))
-    keys = torch.cat((tiles[:, :-1], tiles[:, 1:]), 2)  # (B, N, 2W, C)
-    tiled = functional.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))  # (B, N, W, H, C)
-    near = _logits(torch.matmul(tiled.flatten(2, 3), keys.transpose(2, 3))).unflatten(2, (window, heads)) * scale
-    near = near.masked_fill(~row_mask.unsqueeze(3), -torch.inf).flatten(1, 2)[:, :length]  # (B, S, H, 2W)
-    far = _entry_logits(q, entries, entry_mask, scale)
-    p_near, p_far = _softmax_with_sink(near, far, sink)
-    p_tiled = functional.pad(p_near.to(q.dtype), (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))
-    out = torch.matmul(p_tiled.flatten(2, 3), keys).unflatten(2, (window, heads)).flatten(1, 2)[:, :length]
-    if entries is not None and p_far is not None:
-        out = out + _mix_entries(p_far.to(q.dtype), entries)
-    return out.reshape(batch, length, heads, width), p_far
+    return out.reshape(q.shape), p_far
 
 
 def _logits(product: Tensor) -> Tensor:

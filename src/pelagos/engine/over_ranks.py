@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pelagos.chat.tokenizer import Tokenizer
-from pelagos.engine.build import MAX_DRAFT, EngineOptions
+from pelagos.engine.api import MAX_DRAFT, EngineOptions
 from pelagos.engine.local import LocalEngine
 from pelagos.engine.memory import plan_memory
 from pelagos.engine.runner import Pools, available_bytes
-from pelagos.engine.speculation import FixedDepth, MTPDrafter
+from pelagos.engine.tiers import Tiers
 from pelagos.errors import ConfigError, PelagosError
 from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.model.cuda_group import GroupForward, group_bytes
@@ -31,7 +31,7 @@ class _RankPools(Pools):
     """The pools of all ranks, of which an engine without caches only clears slots."""
 
     def __init__(self, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
-        self.layout, self.on_cpu, self._slots = layout, False, slots
+        self.layout, self.on_cpu, self.pages, self._slots = layout, False, pages[0], slots
 
     def clear(self, slot: int) -> None:
         self._slots[slot % len(self._slots)][slot // len(self._slots)].zero_()
@@ -69,10 +69,9 @@ def engine_over(
     drafts = MAX_DRAFT if options.speculation and config.num_nextn_predict_layers else 0
     layout, free = CacheLayout(config, weights.mode, drafts), available_bytes(device)
     plan = plan_memory(
-        config, mode=weights.mode, kv_bytes=options.kv_bytes, max_requests=-(-options.max_requests // ranks),
-        chunk_tokens=options.chunk_tokens, rewind=drafts, prefix_cache=False, swap=False, weight_bytes=weights.bytes,
+        config, dataclasses.replace(options, max_requests=-(-options.max_requests // ranks)), mode=weights.mode,
+        rewind=drafts, weight_bytes=weights.bytes, available=None if free is None else free + weights.bytes,
         scratch_bytes=group_bytes(layout, ranks, config.max_position_embeddings),
-        available=None if free is None else free + weights.bytes,
     )  # fmt: skip
     plan = min(group.gather(plan), key=lambda each: each.pages)
     pages, slots = (group.memory(size, torch.uint8) for size in ((plan.pages, layout.page_bytes),
@@ -90,13 +89,9 @@ def engine_over(
                 getattr(forward, order[0])(*order[1:])
         yield None
         return
-    lead, window = _Lead(forward, group), config.sliding_window
-    drafter = MTPDrafter(lead.draft, window=window, max_depth=drafts, draws=lead.draws) if drafts else None
     engine = LocalEngine(
-        config, pools=_RankPools(layout, pages, slots), forward=lead, plan=plan, chunk_tokens=options.chunk_tokens,
-        salt=b"", decoder=None if tokenizer is None else tokenizer.stream_decoder, prefix_cache=False, drafter=drafter,
-        depth=FixedDepth(int(options.speculation)) if options.speculation is not True else None, swap=False,
-        threaded=options.threaded,
+        config, options, tiers=Tiers(_RankPools(layout, pages, slots), 0), forward=_Lead(forward, group), plan=plan,
+        salt=b"", decoder=None if tokenizer is None else tokenizer.stream_decoder,
     )  # fmt: skip
     try:
         yield engine
