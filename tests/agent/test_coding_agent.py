@@ -59,7 +59,7 @@ def serve() -> Iterator[Callable[..., tuple[Model, list[Any]]]]:
 
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return Model(url=f"http://127.0.0.1:{servers[-1].server_port}/v1", timeout_s=5), asked
+        return Model(url=f"http://127.0.0.1:{servers[-1].server_port}/v1", timeout_s=60), asked
 
     yield start
     for server in servers:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -20,16 +23,60 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
 
 
+# Imports once what all scripts need and forks for each: a line of JSON in, a line of JSON out.
+NURSERY = """
+import json, os, signal, sys, tempfile, traceback
+import numpy, torch, triton, triton.language
+import pelagos.config, triton_cases
+for line in sys.stdin:
+    files = [tempfile.TemporaryFile() for _ in range(2)]
+    child = os.fork()
+    if not child:
+        signal.alarm(300)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        status = 0
+        try:
+            exec(compile(json.loads(line), "script", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    status, said = os.waitpid(child, 0)[1], []
+    for file in files:
+        file.seek(0)
+        said.append(file.read().decode())
+        file.close()
+    print(json.dumps([os.waitstatus_to_exitcode(status), *said]), flush=True)
+"""
+
+
+@functools.cache
+def nursery(interpret: bool) -> subprocess.Popen[str]:
+    """A process that runs scripts; it ends with this one."""
+    environment = {**os.environ, "PYTHONPATH": f"{SRC}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    made = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env=environment)  # fmt: skip
+    atexit.register(made.communicate)
+    return made
+
+
 def run(script: str, *, interpret: bool) -> str:
     """Run a script in a process of its own, the interpreter having to be chosen before triton is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
-    environment = {**os.environ, "PYTHONPATH": f"{SRC}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    made = nursery(interpret)
+    assert made.stdin is not None
+    assert made.stdout is not None
+    print(json.dumps(script), file=made.stdin, flush=True)
+    status, out, err = json.loads(made.stdout.readline())
+    assert status == 0, err[-3000:]
+    return out
 
 
 def hazards(ptx: str) -> list[str]:

@@ -35,15 +35,15 @@ def port() -> Iterator[int]:
     server.server_close()
 
 
-FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
+FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=30).read().decode())"
 TUNNEL = """
 import http.client, sys
-c = http.client.HTTPConnection('127.0.0.1', 3128, timeout=5)
+c = http.client.HTTPConnection('127.0.0.1', 3128, timeout=30)
 c.set_tunnel('127.0.0.1', int(sys.argv[1])); c.request('GET', '/tunnel'); print(c.getresponse().read().decode())
 """
 RAW = """
 import socket, sys
-s = socket.create_connection(('127.0.0.1', 3128), 5)
+s = socket.create_connection(('127.0.0.1', 3128), 30)
 s.sendall(sys.argv[1].encode().decode('unicode_escape').encode('latin-1'))
 s.shutdown(1); print(s.recv(99))
 """

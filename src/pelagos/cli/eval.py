@@ -25,19 +25,12 @@ def main(argv: Sequence[str]) -> int:
     bpb.add_argument("--sample", type=int, metavar="N", help="score N documents of each file (default: all)")
     bpb.add_argument("--seed", type=int, default=0, help="which documents --sample draws")
     args = parser.parse_args(argv)
-    report = _bits_per_byte(args)
-    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else _table(report))
-    return 0
-
-
-def _bits_per_byte(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from pelagos.config import read_environment
     from pelagos.evals.bpb import bits_per_byte
 
-    threads = read_environment().threads
-    if threads is not None:
+    if (threads := read_environment().threads) is not None:
         torch.set_num_threads(threads)
     said = time.monotonic()
 
@@ -48,7 +41,9 @@ def _bits_per_byte(args: argparse.Namespace) -> dict[str, Any]:
             print(line, file=sys.stderr, flush=True)
 
     chosen = {name: getattr(args, name) for name in ("mode", "context", "sample", "seed", "device")}
-    return bits_per_byte(args.model, args.files, **chosen, progress=progress)
+    report = bits_per_byte(args.model, args.files, **chosen, progress=progress)
+    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else _table(report))
+    return 0
 
 
 def _table(report: dict[str, Any]) -> str:

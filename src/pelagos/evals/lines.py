@@ -2,15 +2,12 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pelagos.engine.llm import LLM
 from pelagos.engine.turn import sampling_params
-from pelagos.errors import CapacityError, PelagosError, RequestError
-
-Finish = Callable[[], dict[str, Any]]
+from pelagos.errors import CapacityError, RequestError
 
 
 def complete_lines(
@@ -22,37 +19,37 @@ def complete_lines(
     sampling keys (see `sampling_params`) go before `defaults`. A result holds `line` (from 1), the line's `id` if it
     has one, and `text`, `token_ids`, `finish_reason`, or `message`, `finish_reason`, or `error`.
     """
-    begun: deque[tuple[dict[str, Any], Finish]] = deque()
+    begun: deque[tuple[dict[str, Any], Iterator[dict[str, Any]]]] = deque()
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        result: dict[str, Any] = {"line": number}
-        begun.append((result, _begin(llm, line, result, defaults)))
+        if line.strip():
+            work = _complete(llm, number, line, defaults)
+            begun.append((next(work), work))
         while len(begun) >= ahead:
-            yield _finish(*begun.popleft())
-    while begun:
-        yield _finish(*begun.popleft())
+            done, work = begun.popleft()
+            yield done or next(work)
+    for done, work in begun:
+        yield done or next(work)
 
 
-def _begin(llm: LLM, line: str | bytes, result: dict[str, Any], defaults: Mapping[str, Any]) -> Finish:
+def _complete(llm: LLM, number: int, line: str | bytes, defaults: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield nothing once a line has been submitted, then its result."""
+    result: dict[str, Any] = {"line": number}
     try:
         record = _parse(line)
-        if "id" in record:
-            result["id"] = record["id"]
-        return _submit(llm, {**defaults, **record})
-    except PelagosError as error:
-        return partial(_raise, error)
-
-
-def _finish(result: dict[str, Any], finish: Finish) -> dict[str, Any]:
-    try:
-        return result | finish()
+        result |= {"id": record["id"]} if "id" in record else {}
+        if "messages" in record:
+            turn = llm.chat({**defaults, **record})
+            yield {}
+            result |= {"message": turn.run(), "finish_reason": turn.finish_reason}
+        else:
+            stream = llm.submit(record["prompt"], sampling_params({**defaults, **record}))
+            yield {}
+            steps = list(stream)
+            result |= {"text": "".join(step.text for step in steps), "token_ids": [step.token_id for step in steps]}
+            result["finish_reason"] = stream.finish_reason
     except (RequestError, CapacityError) as error:
-        return result | {"error": str(error)}
-
-
-def _raise(error: PelagosError) -> dict[str, Any]:
-    raise error
+        result["error"] = str(error)
+    yield result
 
 
 def _parse(line: str | bytes) -> dict[str, Any]:
@@ -63,21 +60,6 @@ def _parse(line: str | bytes) -> dict[str, Any]:
         raise RequestError(f"not valid JSON text ({error})") from None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise RequestError('expected an object with either "prompt" or "messages"')
+    if not isinstance(record.get("prompt", ""), str | list):
+        raise RequestError(f"prompt is a {type(record['prompt']).__name__}: expected text or a list of token ids")
     return record
-
-
-def _submit(llm: LLM, record: dict[str, Any]) -> Finish:
-    if "messages" in record:
-        turn = llm.chat(record)
-        return lambda: {"message": turn.run(), "finish_reason": turn.finish_reason}
-    prompt = record["prompt"]
-    if not isinstance(prompt, (str, list)):
-        raise RequestError(f"prompt is a {type(prompt).__name__}: expected text or a list of token ids")
-    stream = llm.submit(prompt, sampling_params(record))
-
-    def finish() -> dict[str, Any]:
-        steps = list(stream)
-        text = "".join(step.text for step in steps)
-        return {"text": text, "token_ids": [step.token_id for step in steps], "finish_reason": stream.finish_reason}
-
-    return finish
