@@ -63,7 +63,7 @@ class Alone:
         return x.chunk(2, 1)[0].contiguous()
 
     def gather(self, thing: Any) -> list[Any]:
-        return [thing]
+        return [thing] * self.size
 
     def finish(self) -> None: ...
 

@@ -59,7 +59,8 @@ def test_parameters_by_part(
 ) -> None:
     parts = cost.parameters_by_part(model)
     assert f"{cost.active_parameters(model) / 1e9:.3f}" == active
-    assert f"{cost.active_parameters(model, embedding=True) / 1e9:.3f}" == with_embedding
+    figures = cost.report(model, context=1).to_dict()
+    assert f"{figures['active_parameters_with_embedding'] / 1e9:.3f}" == with_embedding
     assert f"{parts['routed_experts'] / 1e9:.3f}" == routed
     mixing = sum(parts[part] for part in ("attention", "compressor", "indexer", "index_compressor"))
     assert f"{mixing / 1e9:.3f}" == attention

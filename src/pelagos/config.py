@@ -34,6 +34,10 @@ _WRITTEN_CONSTANTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "torch_dtype": "bfloat16",
 }
+_MAY_BE_ZERO = frozenset(
+    "qk_rope_head_dim num_hash_layers n_shared_experts num_nextn_predict_layers bos_token_id eos_token_id "
+    "hc_eps".split()
+)
 # Keys that Hugging Face tooling writes and that change nothing in the forward.
 _INERT_KEYS = frozenset(
     "architectures attention_bias attention_dropout auto_map dtype hidden_act initializer_range mlp_bias "
@@ -103,45 +107,33 @@ class ModelConfig:
                 raise ConfigError(f"{f.name}={value!r}: expected a non-negative integer")
             if f.type == "float" and (not isinstance(value, (int, float)) or isinstance(value, bool)):
                 raise ConfigError(f"{f.name}={value!r}: expected a number")
-        positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups o_lora_rank "
-            "sliding_window index_n_heads index_head_dim index_topk n_routed_experts num_experts_per_tok "
-            "moe_intermediate_size hc_mult hc_sinkhorn_iters rms_norm_eps max_position_embeddings rope_theta "
-            "compress_rope_theta routed_scaling_factor swiglu_limit"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a value > 0")
-        if len(self.compress_ratios) < self.num_hidden_layers:
-            raise ConfigError(
-                f"compress_ratios has {len(self.compress_ratios)} entries, expected at least "
-                f"num_hidden_layers={self.num_hidden_layers} (one per layer; draft layers may follow)"
-            )
-        if any(type(m) is not int or m < 0 or m == 1 for m in self.compress_ratios):
-            raise ConfigError(f"compress_ratios={list(self.compress_ratios)}: expected 0 or integers >= 2")
-        for name, size in (("head_dim", self.head_dim), ("index_head_dim", self.index_head_dim)):
-            if self.qk_rope_head_dim > size or self.qk_rope_head_dim % 2:
-                raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim}: expected an even number <= {name}={size}")
-        if self.num_attention_heads % self.o_groups:
-            raise ConfigError(
-                f"o_groups={self.o_groups} does not divide num_attention_heads={self.num_attention_heads}"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than n_routed_experts={self.n_routed_experts}"
-            )
-        if self.n_shared_experts != 1:
-            raise ConfigError(f"n_shared_experts={self.n_shared_experts}: V4 has exactly 1")
-        if self.scoring_func != "sqrtsoftplus":
-            raise ConfigError(f"scoring_func={self.scoring_func!r}: V4 uses 'sqrtsoftplus'")
-        if self.norm_topk_prob is not True or self.tie_word_embeddings is not False:
-            raise ConfigError("V4 has norm_topk_prob=true and tie_word_embeddings=false; this config.json differs")
-        if self.expert_dtype not in ("fp4", "fp8"):
-            raise ConfigError(f"expert_dtype={self.expert_dtype!r}: expected 'fp4' or 'fp8'")
-        if self.num_nextn_predict_layers > 1:
-            raise ConfigError(f"num_nextn_predict_layers={self.num_nextn_predict_layers}: expected 0 or 1")
-        if self.generation not in GENERATIONS:
-            raise ConfigError(f"generation={self.generation!r}: expected one of {', '.join(GENERATIONS)}")
+            if f.type in ("int", "float") and f.name not in _MAY_BE_ZERO and not value > 0:
+                raise ConfigError(f"{f.name}={value!r}: expected a value > 0")
+        ratios, layers, heads, rope = (
+            list(self.compress_ratios), self.num_hidden_layers, self.num_attention_heads, self.qk_rope_head_dim
+        )  # fmt: skip
+        for wrong, said in (
+            (len(ratios) < layers, f"compress_ratios has {len(ratios)} entries, expected at least num_hidden_layers="
+                                   f"{layers} (one per layer; draft layers may follow)"),
+            (any(type(m) is not int or m < 0 or m == 1 for m in ratios),
+             f"compress_ratios={ratios}: expected 0 or integers >= 2"),
+            *((rope > size or rope % 2, f"qk_rope_head_dim={rope}: expected an even number <= {name}={size}")
+              for name, size in (("head_dim", self.head_dim), ("index_head_dim", self.index_head_dim))),
+            (heads % self.o_groups, f"o_groups={self.o_groups} does not divide num_attention_heads={heads}"),
+            (self.num_experts_per_tok > self.n_routed_experts, f"num_experts_per_tok={self.num_experts_per_tok} is "
+                                                               f"more than n_routed_experts={self.n_routed_experts}"),
+            (self.n_shared_experts != 1, f"n_shared_experts={self.n_shared_experts}: V4 has exactly 1"),
+            (self.scoring_func != "sqrtsoftplus", f"scoring_func={self.scoring_func!r}: V4 uses 'sqrtsoftplus'"),
+            (self.norm_topk_prob is not True or self.tie_word_embeddings is not False,
+             "V4 has norm_topk_prob=true and tie_word_embeddings=false; this config.json differs"),
+            (self.expert_dtype not in ("fp4", "fp8"), f"expert_dtype={self.expert_dtype!r}: expected 'fp4' or 'fp8'"),
+            (self.num_nextn_predict_layers > 1,
+             f"num_nextn_predict_layers={self.num_nextn_predict_layers}: expected 0 or 1"),
+            (self.generation not in GENERATIONS,
+             f"generation={self.generation!r}: expected one of {', '.join(GENERATIONS)}"),
+        ):  # fmt: skip
+            if wrong:
+                raise ConfigError(said)
 
     @property
     def layer_ratios(self) -> tuple[int, ...]:
@@ -172,7 +164,10 @@ class ModelConfig:
         data = dict(raw)
         if data.pop("model_type", "deepseek_v4") != "deepseek_v4":
             raise ConfigError(f"{source}: model_type={raw['model_type']!r}, expected 'deepseek_v4'")
-        _check_constants(data, source)
+        for key in ("hidden_act", "attention_bias", "mlp_bias", "num_key_value_heads"):
+            expected = _WRITTEN_CONSTANTS.get(key, False)
+            if data.get(key, expected) != expected:  # would change the arithmetic if it were honoured
+                raise ConfigError(f"{source}: {key}={data[key]!r}, DeepSeek-V4 has {expected!r}")
         data = {k: v for k, v in data.items() if k not in _WRITTEN_CONSTANTS or v != _WRITTEN_CONSTANTS[k]}
         _fold_transformers_spelling(data, source)
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
@@ -184,7 +179,9 @@ class ModelConfig:
         ]
         if missing:
             raise ConfigError(f"{source}: missing key {', '.join(missing)}; is this a DeepSeek-V4 config.json?")
-        known["compress_ratios"] = _int_tuple(known["compress_ratios"], "compress_ratios", source)
+        if not isinstance(ratios := known["compress_ratios"], (list, tuple)):
+            raise ConfigError(f"{source}: compress_ratios={ratios!r}, expected a list of integers")
+        known["compress_ratios"] = tuple(ratios)
         known["rope_scaling"] = _rope_scaling(known.get("rope_scaling", {}), source)
         unknown = [k for k in data if k not in _INERT_KEYS and not k.startswith("dspark_") and k != "generation"]
         for key in unknown:
@@ -210,20 +207,6 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise ConfigError(f"{file}: expected a JSON object, got {type(raw).__name__}")
         return cls.from_dict(raw, source=str(file))
-
-
-def _check_constants(data: dict[str, Any], source: str) -> None:
-    """Refuse values of inert keys that would change the arithmetic if they were honoured."""
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "num_key_value_heads": 1}
-    for key, value in expected.items():
-        if data.get(key, value) != value:
-            raise ConfigError(f"{source}: {key}={data[key]!r}, DeepSeek-V4 has {value!r}")
-
-
-def _int_tuple(value: Any, key: str, source: str) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{source}: {key}={value!r}, expected a list of integers")
-    return tuple(value)
 
 
 def _rope_scaling(value: Any, source: str) -> RopeScaling | None:

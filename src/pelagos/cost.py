@@ -122,9 +122,18 @@ class TensorGroup:
 
 def inventory(model: Model, *, draft: bool = False) -> list[TensorGroup]:
     """List every tensor of the backbone under its released name; `draft` appends the MTP block."""
-    groups = list(_v32_tensors(model) if isinstance(model, V32Spec) else _backbone_tensors(model))
-    if draft and isinstance(model, ModelConfig) and has_mtp(model):
-        groups.extend(_mtp_tensors(model))
+    if isinstance(model, V32Spec):
+        return list(_v32_tensors(model))
+    table, d = (model.vocab_size, model.hidden_size), model.hidden_size
+    groups = [TensorGroup("embedding", "embed.weight", "bf16", table, active=0)]
+    for i, ratio in enumerate(model.layer_ratios):
+        groups += _layer_tensors(model, f"layers.{i}.", ratio, hashed=i < model.num_hash_layers)
+    groups += [*_head_tensors(model, ""), TensorGroup("head", "head.weight", "bf16", table)]
+    if draft and has_mtp(model):
+        mtp = [*_layer_tensors(model, "mtp.0.", 0, hashed=False), *_head_tensors(model, "mtp.0.")]
+        mtp += [TensorGroup("mtp", f"mtp.0.{name}.weight", "fp8", (d, d)) for name in ("e_proj", "h_proj")]
+        mtp += [TensorGroup("mtp", f"mtp.0.{name}.weight", "bf16", (d,)) for name in ("enorm", "hnorm")]
+        groups += [dataclasses.replace(group, part="mtp") for group in mtp]
     return groups
 
 
@@ -133,36 +142,18 @@ def has_mtp(config: ModelConfig) -> bool:
     return config.num_nextn_predict_layers > 0 and "dspark_block_size" not in config.extra
 
 
-def _backbone_tensors(c: ModelConfig) -> Iterator[TensorGroup]:
-    yield TensorGroup("embedding", "embed.weight", "bf16", (c.vocab_size, c.hidden_size), active=0)
-    for i, ratio in enumerate(c.layer_ratios):
-        yield from _layer_tensors(c, f"layers.{i}.", ratio, hashed=i < c.num_hash_layers)
-    yield from _hc_head_tensors(c, "")
-    yield TensorGroup("norms", "norm.weight", "bf16", (c.hidden_size,))
-    yield TensorGroup("head", "head.weight", "bf16", (c.vocab_size, c.hidden_size))
-
-
-def _mtp_tensors(c: ModelConfig) -> Iterator[TensorGroup]:
-    d = c.hidden_size
-    groups = [*_layer_tensors(c, "mtp.0.", 0, hashed=False), *_hc_head_tensors(c, "mtp.0.")]
-    groups += [TensorGroup("mtp", f"mtp.0.{name}.weight", "fp8", (d, d)) for name in ("e_proj", "h_proj")]
-    groups += [TensorGroup("mtp", f"mtp.0.{name}.weight", "bf16", (d,)) for name in ("enorm", "hnorm", "norm")]
-    for group in groups:
-        yield dataclasses.replace(group, part="mtp")
-
-
-def _hc_head_tensors(c: ModelConfig, prefix: str) -> Iterator[TensorGroup]:
+def _head_tensors(c: ModelConfig, prefix: str) -> Iterator[TensorGroup]:
     n = c.hc_mult
     for name, shape in (("fn", (n, n * c.hidden_size)), ("base", (n,)), ("scale", (1,))):
         yield TensorGroup("hyper_connections", f"{prefix}hc_head_{name}", "f32", shape)
+    yield TensorGroup("norms", f"{prefix}norm.weight", "bf16", (c.hidden_size,))
 
 
 def _layer_tensors(c: ModelConfig, prefix: str, ratio: int, *, hashed: bool) -> Iterator[TensorGroup]:
     d, n, q = c.hidden_size, c.hc_mult, c.q_lora_rank
     q_dim, o_dim = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
-    yield TensorGroup("norms", f"{prefix}attn_norm.weight", "bf16", (d,))
-    yield TensorGroup("norms", f"{prefix}ffn_norm.weight", "bf16", (d,))
     for site in ("attn", "ffn"):
+        yield TensorGroup("norms", f"{prefix}{site}_norm.weight", "bf16", (d,))
         for name, shape in (("fn", (n * (n + 2), n * d)), ("base", (n * (n + 2),)), ("scale", (3,))):
             yield TensorGroup("hyper_connections", f"{prefix}hc_{site}_{name}", "f32", shape)
     yield TensorGroup("attention", f"{prefix}attn.attn_sink", "f32", (c.num_attention_heads,))
@@ -249,12 +240,9 @@ def parameters_by_part(model: Model, *, draft: bool = False) -> dict[str, int]:
     return dict(parts)
 
 
-def active_parameters(model: Model, *, embedding: bool = False) -> int:
-    """Count the backbone parameters one token passes through; `embedding` counts the whole embedding table too."""
-    return sum(
-        group.parameters if embedding and group.part == "embedding" else group.active_parameters
-        for group in inventory(model)
-    )
+def active_parameters(model: Model) -> int:
+    """Count the backbone parameters one token passes through, the embedding table not counted."""
+    return sum(group.active_parameters for group in inventory(model))
 
 
 def checkpoint_bytes(config: ModelConfig, *, draft: bool = True) -> dict[str, tuple[int, int]]:
@@ -583,10 +571,9 @@ def price_row(model: str, prices: str = "current") -> PriceRow:
     if not rows:
         known = ", ".join(dict.fromkeys(row.model for row in PRICES))
         raise ConfigError(f"no prices for model {model!r}; the table has {known}")
-    if prices in ("launch", "current"):
-        return rows[0] if prices == "launch" else rows[-1]
+    moments = {"launch": rows[0].start, "current": rows[-1].start}
     try:
-        moment = datetime.datetime.fromisoformat(prices)
+        moment = datetime.datetime.fromisoformat(moments.get(prices, prices))
     except ValueError:
         raise ConfigError(f"prices {prices!r}: expected launch, current or a date such as 2026-06-01") from None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
@@ -632,19 +619,11 @@ class Report:
     layout: str
     task: TaskPrice | None = None
 
-    def versus(self) -> dict[str, dict[str, float]]:
-        """Return this model's cache bytes and weighted FLOPs as ratios of V3.2's, and its cache of GQA-8's."""
-        kv, n = kv_bytes(self.model, self.context, self.layout), self.context
-        weighted = [weighted_flops(model, n, self.weighting) for model in (self.model, V32)]
-        return {
-            "v3.2": {"kv": kv / kv_bytes(V32, n, self.layout), "flops": weighted[0] / weighted[1]},
-            "gqa8": {"kv": kv / (GQA8_ROW_BYTES * self.model.num_hidden_layers * n)},
-        }
-
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain values; bytes, parameters and FLOPs are exact, `versus` holds ratios."""
         model, context, layout = self.model, self.context, self.layout
-        by_part = parameters_by_part(model)
+        by_part, kv = parameters_by_part(model), kv_bytes(model, context, layout)
+        weighted, weighted_v32 = (weighted_flops(each, context, self.weighting) for each in (model, V32))
         main, index = row_bytes(model, layout)
         figures: dict[str, Any] = {
             "model": self.name,
@@ -652,17 +631,20 @@ class Report:
             "parameters": sum(by_part.values()),
             "parameters_by_part": by_part,
             "active_parameters": active_parameters(model),
-            "active_parameters_with_embedding": active_parameters(model, embedding=True),
+            "active_parameters_with_embedding": active_parameters(model) + by_part["embedding"],
             "layout": {"name": layout, "meaning": LAYOUTS[layout].meaning, "row_bytes": main, "index_key_bytes": index},
             "kv_bytes_per_token": kv_bytes_per_token(model, layout),
-            "kv_bytes": kv_bytes(model, context, layout),
+            "kv_bytes": kv,
             "kv_bytes_by_kind": kv_bytes_by_kind(model, context, layout),
             "kv_read_bytes_per_token": kv_read_bytes(model, context, layout),
             "flops_per_token": sum(flops(model, context).values()),
             "flops_by_part": flops(model, context),
             "weighting": {"name": self.weighting, "meaning": WEIGHTINGS[self.weighting].meaning},
-            "weighted_flops_per_token": weighted_flops(model, context, self.weighting),
-            "versus": self.versus(),
+            "weighted_flops_per_token": weighted,
+            "versus": {
+                "v3.2": {"kv": kv / kv_bytes(V32, context, layout), "flops": weighted / weighted_v32},
+                "gqa8": {"kv": kv / (GQA8_ROW_BYTES * model.num_hidden_layers * context)},
+            },
         }
         if isinstance(model, ModelConfig):
             stored = checkpoint_bytes(model)
@@ -685,7 +667,8 @@ class Report:
 
     def table(self) -> str:
         """Return the figures as aligned lines of text for a terminal."""
-        f, versus, weights = self.to_dict(), self.versus(), part_weights(self.model, self.weighting)
+        f, weights = self.to_dict(), part_weights(self.model, self.weighting)
+        versus = f["versus"]
         row = "  {:<26}{:>21}  {}".format
         lines = [
             f"{self.name} at a context of {self.context:,} tokens",

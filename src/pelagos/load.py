@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pelagos.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_model, write_checkpoint
 from pelagos.checkpoint.write import SHARD_BYTES
+from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.model import Transformer
 from pelagos.model.cuda_group import cut_tensors, cut_width
 from pelagos.model.cuda_weights import Weights
-from pelagos.model.expert_blocks import ExpertBlocks
-from pelagos.model.streaming import ExpertStore, StreamedExperts
+from pelagos.model.streaming import ExpertBlocks, ExpertStore, StreamedExperts
 from pelagos.model.transformer import Block
 
 _LISTED = 5  # names an error lists before it only counts
@@ -46,12 +46,8 @@ def load_model(
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ConfigError(f"dtype={dtype}: expected float32, bfloat16, float16 or float64")
     target = usable_device("cpu" if device is None else device)
-    checkpoint = open_checkpoint(resolve_model(path_or_name))
-    left_out = _left_out(checkpoint)
-    drafts = int(checkpoint.draft == "mtp")
-    config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=drafts)
+    checkpoint, config, found = _opened(path_or_name)
     model = Transformer(config, mode=mode, dtype=dtype, device="meta")
-    found = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
     _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
     if expert_bytes is not None:
         if dtype != torch.float32 or target.type != "cpu":
@@ -61,9 +57,8 @@ def load_model(
         _stream_experts(model, checkpoint, expert_bytes)
     model.to_empty(device=target)
     targets = {name: tensor for name, tensor, _ in model.released_tensors(streamed=False)}
-    found = {name: found[name] for name in targets}
     with torch.no_grad():
-        for name, values, stored in checkpoint.stream(found):
+        for name, values, stored in checkpoint.stream(targets):
             targets[name].copy_(values)
             model.set_format(name, stored)
     return model.eval()
@@ -122,11 +117,8 @@ def load_weights(
     for values that the released formats do not hold.
     """
     target = usable_device(device)
-    checkpoint = open_checkpoint(resolve_model(path_or_name))
-    left_out = _left_out(checkpoint)
-    config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=int(checkpoint.draft == "mtp"))
+    checkpoint, config, names = _opened(path_or_name)
     config = cut_width(config, ranks) if ranks > 1 else config
-    names = [name for name in checkpoint.tensors if name not in left_out]
     blocks = None if expert_bytes is None else ExpertBlocks(config, target, expert_bytes)
     tensors = ((name, values) for name, values, _ in checkpoint.stream(names))
     return Weights(config, target, blocks).fill(cut_tensors(tensors, rank, ranks))
@@ -138,7 +130,11 @@ def save_model(model: Transformer, path: str | Path, *, shard_bytes: int = SHARD
     With `exact` every float tensor is stored in float32 instead of the release's FP8, FP4 and BF16.
     Raises CheckpointError when a value does not fit its format or the disk fails; an old checkpoint then stays.
     """
-    write_checkpoint(path, _formatted(model.released_tensors(), exact), model.config, shard_bytes=shard_bytes)
+    tensors = (
+        (name, tensor, "f32" if exact and tensor.is_floating_point() else release)
+        for name, tensor, release in model.released_tensors()
+    )
+    write_checkpoint(path, tensors, model.config, shard_bytes=shard_bytes)
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -152,25 +148,21 @@ def usable_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _formatted(tensors: Iterable[tuple[str, Tensor, str]], exact: bool) -> Iterator[tuple[str, Tensor, str]]:
-    for name, tensor, release in tensors:
-        yield name, tensor, "f32" if exact and tensor.is_floating_point() else release
-
-
-def _left_out(checkpoint: Checkpoint) -> set[str]:
-    """Return the draft tensors this build has no block for, and say so; also say when the announced block is absent."""
+def _opened(path_or_name: str | Path) -> tuple[Checkpoint, ModelConfig, dict[str, TensorInfo]]:
+    """Open a checkpoint; return config and tensors of what this build has, and say which draft is left out."""
+    checkpoint = open_checkpoint(resolve_model(path_or_name))
+    found = dict(checkpoint.tensors)
     if checkpoint.draft == "dspark":
-        names = {name for name in checkpoint.tensors if name.startswith("mtp.")}
-        stages = len({name.split(".")[1] for name in names})
-        size = sum(checkpoint.tensors[name].num_bytes for name in names)
+        left = {name: found.pop(name) for name in checkpoint.tensors if name.startswith("mtp.")}
+        stages, size = len({name.split(".")[1] for name in left}), sum(info.num_bytes for info in left.values())
         _log.warning(
             "%s: backbone loaded, DSpark draft left out (%d stages mtp.*, %d tensors, %d bytes)",
-            checkpoint.path, stages, len(names), size,
+            checkpoint.path, stages, len(left), size,
         )  # fmt: skip
-        return names
-    if checkpoint.draft is None and checkpoint.config.num_nextn_predict_layers:
+    elif checkpoint.draft is None and checkpoint.config.num_nextn_predict_layers:
         _log.warning("%s: config.json announces an MTP draft, the files hold none; loaded without", checkpoint.path)
-    return set()
+    drafts = int(checkpoint.draft == "mtp")
+    return checkpoint, dataclasses.replace(checkpoint.config, num_nextn_predict_layers=drafts), found
 
 
 def _compare(path: Path, wanted: dict[str, Tensor], found: dict[str, TensorInfo]) -> None:

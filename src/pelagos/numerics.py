@@ -88,18 +88,14 @@ def decode_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _e2m1_codes(x: Tensor) -> Tensor:
-    """Round float32 x to the nearest e2m1 value, ties to the even code; uint8 nibbles with the sign in bit 3."""
-    magnitude = x.abs()
-    code = torch.zeros_like(x, dtype=torch.uint8)
-    # A tie goes to the even code, so a midpoint above an even code is exclusive and one above an odd code inclusive.
-    for lower in range(len(E2M1_VALUES) - 1):
-        midpoint = (E2M1_VALUES[lower] + E2M1_VALUES[lower + 1]) / 2
-        code += (magnitude > midpoint) if lower % 2 == 0 else (magnitude >= midpoint)
+    """Round float32 |x| <= 6 to e2m1; uint8 nibbles with the sign in bit 3."""
+    magnitude = _round_e2m1(x).abs()
+    code = torch.bucketize(magnitude, torch.tensor(E2M1_VALUES, device=x.device), out_int32=True).to(torch.uint8)
     return code | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """Round float32 |x| <= 6 to e2m1 values; equals decoding `_e2m1_codes`, in elementwise arithmetic only."""
+    """Round float32 x to the nearest e2m1 value, at most 6, ties to the even code."""
     magnitude = x.abs().clamp_max(E2M1_MAX)
     # Steps are 0.5 below 2, 1 below 4, 2 above; torch.round ties to even multiples, which are the even codes.
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
@@ -132,6 +128,16 @@ def decode_fp4(packed: Tensor, scale: Tensor) -> Tensor:
     byte = packed.view(torch.uint8)
     codes = torch.stack((byte & 0xF, byte >> 4), -1).flatten(-2)
     return table[codes.int()] * scale.float().repeat_interleave(FP4_GROUP, -1)
+
+
+def encode_weight(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Quantise a weight as released in `fp8` or `fp4`."""
+    return encode_fp8(x, FP8_BLOCK) if format == "fp8" else encode_fp4(x)
+
+
+def decode_weight(codes: Tensor, scale: Tensor, format: str) -> Tensor:
+    """Return the float32 values of a weight stored in `fp8` or `fp4`; raises CheckpointError for a wrong scale."""
+    return decode_fp8(codes, scale, FP8_BLOCK) if format == "fp8" else decode_fp4(codes, scale)
 
 
 def _check_group(columns: int) -> None:
@@ -173,31 +179,6 @@ def fake_quant_fp4(x: Tensor) -> Tensor:
     return _with_gradient(x, (_round_e2m1(plain / scale) * scale).flatten(-2).to(x.dtype))
 
 
-def fp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Recast FP4 weights (O, I/2) with (O, I/32) scales as FP8 with one scale per 128x128 block, without loss.
-
-    The block scale is the largest group scale over 2^6. Raises CheckpointError when the group scales of a block
-    span more than 14 binades, the condition under which no value is lost. Source: technical report 5.2.1.
-    """
-    exponent = scale.float().log2().round().to(torch.int32)
-    blocks = (FP8_BLOCK[0], FP8_BLOCK[1] // FP4_GROUP)
-    rows, cols = exponent.shape
-    padded = torch.nn.functional.pad(exponent, (0, -cols % blocks[1], 0, -rows % blocks[0]), value=-(10**6))
-    tiles = padded.unflatten(-1, (-1, blocks[1])).unflatten(0, (-1, blocks[0]))
-    high = tiles.amax((1, 3))
-    low = torch.where(tiles == -(10**6), 10**6, tiles).amin((1, 3))
-    span = int((high - low).amax())
-    if span > LOSSLESS_BINADES:
-        raise CheckpointError(
-            f"FP4 -> FP8: group scales span {span} binades in one 128x128 block, expected at most {LOSSLESS_BINADES}; "
-            "keep this tensor in FP4"
-        )
-    block_scale = torch.ldexp(torch.ones(high.shape), high - 6)
-    values = decode_fp4(packed, scale)
-    codes = _to_e4m3(values / _spread(block_scale, values.shape, FP8_BLOCK))
-    return codes, block_scale.to(torch.float8_e8m0fnu)
-
-
 def hadamard(x: Tensor) -> Tensor:
     """Multiply the last dimension (a power of two, n) by the Sylvester-Hadamard matrix times n^-0.5; keeps the dtype.
 
@@ -206,12 +187,7 @@ def hadamard(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n & (n - 1):
         raise CheckpointError(f"Hadamard needs a power of two, got {n}")
-    return x @ _hadamard_matrix(n, x.device).to(x.dtype)
-
-
-def _hadamard_matrix(n: int, device: torch.device) -> Tensor:
-    index = torch.arange(n, device=device)
-    parity = index[:, None] & index[None, :]
-    for shift in (16, 8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    return (1.0 - 2.0 * (parity & 1).float()) * n**-0.5
+    matrix = torch.ones(1, 1, device=x.device)
+    while len(matrix) < n:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return x @ (matrix * n**-0.5).to(x.dtype)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pelagos.checkpoint import resolve, resolve_model
+from pelagos.checkpoint import read, resolve_model
 from pelagos.config import tiny
 from pelagos.errors import CheckpointError
 
@@ -13,7 +13,7 @@ from pelagos.errors import CheckpointError
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(resolve, "bundled_model_dir", lambda name: tmp_path / "models" / name)
+    monkeypatch.setattr(read, "bundled_model_dir", lambda name: tmp_path / "models" / name)
     monkeypatch.chdir(tmp_path)
     add(tmp_path / "models" / "nano")
     return tmp_path

@@ -18,7 +18,7 @@ from pelagos.errors import CapacityError
 from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model import cuda_weights
-from pelagos.model.cuda_forward import CudaForward
+from pelagos.model.cuda_forward import CudaForward, _Step
 from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
@@ -50,8 +50,9 @@ def sites(forward: CudaForward, whole: CudaForward, rank: int) -> float:
             mine = slice(each * rank, each * rank + each)
             if isinstance(forward, GroupForward):
                 forward._everyone[: 2 * each] = ids
-            got = forward._mixture(at, own, rows[mine], *quantise(rows[mine]), ids[mine], [])
-            want = whole._mixture(at, layer, rows[mine], *quantise(rows[mine]), ids[mine], [])
+            step = _Step(None, ids[mine], (), True, [])  # pyright: ignore[reportArgumentType]
+            got, want = (each._mixture(parts, step, rows[mine], *quantise(rows[mine]))
+                         for each, parts in ((forward, own), (whole, layer)))  # fmt: skip
             worst = max(worst, float((got.float() - want.float()).norm() / want.float().norm()))
     return worst
 

@@ -14,8 +14,8 @@ import torch
 from pelagos.config import preset
 from pelagos.errors import ConfigError
 from pelagos.kernels.layout import Span
+from pelagos.kernels.ragged import turns
 from pelagos.model.cuda_group import cut_width
-from pelagos.model.cuda_group_prefill import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,16 +41,18 @@ def test_two_gpus_are_one() -> None:
     start("cuda")
 
 
-def test_rows_of_spans_are_theirs() -> None:
+def test_turns_of_spans_are_their_rows() -> None:
     spans = [Span(np.arange(5), 10, 0, np.zeros(1, np.int32), logits=3, streams=1),
              Span(np.arange(4), 0, 2, np.zeros(1, np.int32), logits=0)]  # fmt: skip
-    for cut in range(10):
-        first, second = rows_of(spans, 0, cut), rows_of(spans, cut, 9)
-        assert np.array_equal(np.concatenate([each.tokens for each in first + second]), [0, 1, 2, 3, 4, 0, 1, 2, 3])
-        assert sum(each.logits for each in first + second) == 3
-        assert sum(each.streams for each in first + second) == 1
-        assert [each.start for each in second if each.slot == 0] == ([10 + cut] if cut < 5 else [])
-    assert [each.logits for each in rows_of(spans, 1, 4)] == [2]
+    for share in range(1, 10):
+        ranks = list(turns(spans, share))
+        assert [sum(len(each.tokens) for each in own) for own in ranks[:-1]] == [share] * (len(ranks) - 1)
+        every = [each for own in ranks for each in own]
+        assert np.array_equal(np.concatenate([each.tokens for each in every]), [0, 1, 2, 3, 4, 0, 1, 2, 3])
+        assert (sum(each.logits for each in every), sum(each.streams for each in every)) == (3, 1)
+        starts = [each.start + len(each.tokens) for each in every if each.slot == 0]
+        assert [each.start for each in every if each.slot == 0] == [10, *starts[:-1]]
+    assert [each.logits for each in next(turns(spans, 4))] == [2]
 
 
 def test_widths_that_cannot_be_cut_are_refused() -> None:

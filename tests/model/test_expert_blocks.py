@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from benchmarks.stream_decode import draw_routes
 
 from pelagos.config import preset
 from pelagos.errors import ConfigError
 from pelagos.kernels.prefill_experts import base_bytes
-from pelagos.model.expert_blocks import AT_ONCE, ExpertBlocks
-from pelagos.model.expert_cache import draw_routes
+from pelagos.model.streaming import AT_ONCE, ExpertBlocks
 
 CONFIG = dataclasses.replace(preset("nano"), num_nextn_predict_layers=0, moe_intermediate_size=128, hidden_size=128)
 COUNT = CONFIG.num_hidden_layers * CONFIG.n_routed_experts

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from benchmarks.stream_decode import draw_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pelagos.errors import CapacityError, ConfigError
-from pelagos.model.expert_cache import ExpertCache, draw_routes
+from pelagos.model.streaming import ExpertCache
 
 LAYERS, EXPERTS, PICKS = 4, 64, 6
 

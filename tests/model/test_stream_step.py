@@ -14,7 +14,7 @@ from pelagos.engine.sampler import SamplingParams
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward
 from pelagos.model.cuda_weights import Weights
-from pelagos.model.expert_blocks import ExpertBlocks
+from pelagos.model.streaming import ExpertBlocks
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Read a checkpoint: which tensors it holds and in which formats, then their values, one tensor in memory at a time.
+"""Find and read a checkpoint: which tensors it holds in which formats, then their values, one in memory at a time.
 
 The format of a tensor is what its dtype says, never what `config.json` promises. Source: architecture of the
 released checkpoint (names, dtypes, scales) and the Base builds (float32 scales, FP8 experts).
@@ -7,6 +7,7 @@ released checkpoint (names, dtypes, scales) and the Base builds (float32 scales,
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from itertools import groupby
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 
 from pelagos.checkpoint.names import released_name, stacked_parts
-from pelagos.checkpoint.shard import DTYPES, Stored, read_header, read_tensor
-from pelagos.config import ModelConfig
+from pelagos.checkpoint.shard import DTYPES, Stored, read_header, read_tensor, reading
+from pelagos.config import HUB_ID, ModelConfig, bundled_model_dir, hub_snapshot
 from pelagos.errors import CheckpointError
-from pelagos.numerics import FP4_GROUP, FP8_BLOCK, decode_fp4, decode_fp8
+from pelagos.numerics import FP4_GROUP, FP8_BLOCK, decode_weight
 
 INDEX_NAME = "model.safetensors.index.json"
 _FORMATS = {
     "F8_E4M3": "fp8", "I8": "fp4", "BF16": "bf16", "F16": "f16", "F32": "f32", "I64": "i64", "I32": "i64",
 }  # fmt: skip
 _QUANTISED = ("fp8", "fp4")
+_BUNDLED_NAME = re.compile(r"\w[\w-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,9 @@ class Checkpoint:
     def _values(self, stream: BufferedReader, info: TensorInfo) -> Tensor:
         values = read_tensor(stream, info.stored)
         if info.scale is not None:
-            if info.scale.file == info.stored.file:
-                scale = read_tensor(stream, info.scale)
-            else:
-                with _open(info.scale.file) as other:
-                    scale = read_tensor(other, info.scale)
-            values = decode_fp8(values, scale, FP8_BLOCK) if info.format == "fp8" else decode_fp4(values, scale)
+            same = info.scale.file == info.stored.file
+            with nullcontext(stream) if same else _open(info.scale.file) as other:
+                values = decode_weight(values, read_tensor(other, info.scale), info.format)
         if info.format == "i64":
             values = values.to(torch.int64)
             if info.name.endswith(".tid2eid") and values.numel():
@@ -96,6 +95,39 @@ class Checkpoint:
             count = f"{int(values.isnan().sum())} of {values.numel()}"
             raise CheckpointError(f"{info.stored.place}: {count} values are NaN (weight or scale), expected none")
         return values
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """Return the checkpoint directory of a bundled name, a directory or a hub id, looked up in that order.
+
+    A hub id `org/name` is found in the local hub cache at the revision of `refs/main`; nothing is downloaded.
+    Raises CheckpointError listing what was tried and the bundled names.
+    """
+    text = str(name_or_path)
+    tried: list[str] = []
+    try:
+        for place, told in _places(text):
+            if isinstance(place, Path) and (place / "config.json").is_file():
+                return place
+            tried.append(told)
+    except (OSError, ValueError, RuntimeError) as error:  # a path the system refuses: too long, no such home
+        tried.append(f"path ({error})"[:200])
+    names = sorted(file.parent.name for file in bundled_model_dir("any").parent.glob("*/config.json"))
+    raise CheckpointError(
+        f"model {text[:200]!r}: not found; tried {'; '.join(tried)}. Bundled models: {', '.join(names) or 'none'}"
+    )
+
+
+def _places(text: str) -> Iterator[tuple[Path | str, str]]:
+    """Yield each place to look at, and what to tell of it where there is no model."""
+    if _BUNDLED_NAME.fullmatch(text):
+        yield bundled_model_dir(text), f"bundled model {bundled_model_dir(text)}"
+    directory = Path(text).expanduser()
+    reason = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "not there"
+    yield directory, f"directory {directory} ({reason})"
+    if HUB_ID.fullmatch(text):
+        snapshot = hub_snapshot(text)
+        yield snapshot, f"hub cache {snapshot}"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -126,10 +158,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open(file: Path) -> BufferedReader:
-    try:
+    with reading(file):
         return file.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
 
 
 def _entries(path: Path) -> Iterator[Stored]:
@@ -211,24 +241,24 @@ def _released(entry: Stored) -> Iterator[tuple[str, Stored]]:
 
 def _pair_scales(stored: dict[str, Stored]) -> dict[str, TensorInfo]:
     """Join quantised weights with their `.scale`; a `.scale` without a quantised partner stays a tensor."""
-    paired: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     scales: set[str] = set()
     for name, entry in stored.items():
-        if _FORMATS.get(entry.dtype) in _QUANTISED:
-            scale_name = name.removesuffix("weight") + "scale"
-            scale = stored.get(scale_name)
-            if not name.endswith(".weight") or scale is None:
-                raise CheckpointError(f"{entry.place}: {entry.dtype} needs its scale {scale_name!r}, which is missing")
-            paired[name] = _quantised(name, entry, scale)
-            scales.add(scale_name)
-    tensors: dict[str, TensorInfo] = {}
-    for name, entry in stored.items():
-        if name in scales:
+        if _FORMATS.get(entry.dtype) not in _QUANTISED:
             continue
-        if name not in paired and entry.dtype == "F8_E8M0":
+        scale_name = name.removesuffix("weight") + "scale"
+        scale = stored.get(scale_name)
+        if not name.endswith(".weight") or scale is None:
+            raise CheckpointError(f"{entry.place}: {entry.dtype} needs its scale {scale_name!r}, which is missing")
+        tensors[name] = _quantised(name, entry, scale)
+        scales.add(scale_name)
+    for name, entry in stored.items():
+        if name in tensors or name in scales:
+            continue
+        if entry.dtype == "F8_E8M0":
             raise CheckpointError(f"{entry.place}: F8_E8M0 is for scales, but there is no FP8 or FP4 weight beside it")
-        tensors[name] = paired.get(name) or TensorInfo(name, entry.shape, _FORMATS[entry.dtype], entry)
-    return tensors
+        tensors[name] = TensorInfo(name, entry.shape, _FORMATS[entry.dtype], entry)
+    return {name: tensors[name] for name in stored if name in tensors}
 
 
 def _quantised(name: str, entry: Stored, scale: Stored) -> TensorInfo:

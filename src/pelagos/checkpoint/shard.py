@@ -7,7 +7,8 @@ and because a plain read never holds more than one tensor. Source: the safetenso
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -19,15 +20,9 @@ from torch import Tensor
 from pelagos.errors import CheckpointError
 
 DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a larger number is a damaged length
 _LFS_POINTER = b"version "
 
@@ -49,25 +44,31 @@ class Stored:
         return f"tensor {self.key!r} in {self.file}"
 
 
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Say of a system's error what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: cannot be read ({error.strerror or error})") from None
+
+
 def read_header(file: Path) -> list[Stored]:
     """Return the tensors of a safetensors file in the order of their bytes, after checking every entry.
 
     Raises CheckpointError for a truncated file, a damaged header, or a dtype the released format does not use.
     """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            if prefix == _LFS_POINTER:
-                raise CheckpointError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
-            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{file}: header of {length} bytes expected, file has {size} bytes; truncated or not safetensors"
-                )
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with reading(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if prefix == _LFS_POINTER:
+            raise CheckpointError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: header of {length} bytes expected, file has {size} bytes; truncated or not safetensors"
+            )
+        raw = stream.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -119,11 +120,9 @@ def _is_sizes(value: object) -> TypeGuard[list[int]]:
 def read_tensor(stream: BufferedReader, stored: Stored) -> Tensor:
     """Return one tensor in its stored dtype and shape, in memory of its own; raises CheckpointError when cut short."""
     data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-    try:
+    with reading(stored.place):
         stream.seek(stored.begin)
         got = stream.readinto(data.numpy().data)
-    except OSError as error:
-        raise CheckpointError(f"{stored.place}: cannot be read ({error.strerror or error})") from None
     if got != data.numel():
         raise CheckpointError(f"{stored.place}: {got} bytes, expected {data.numel()}; the file changed while open")
     return data.view(DTYPES[stored.dtype]).reshape(stored.shape)
@@ -137,12 +136,8 @@ def write_shard(file: Path, tensors: Sequence[tuple[str, Tensor]]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for key, tensor in ordered:
-        header[key] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
+        begin, position = position, position + tensor.nbytes
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, position]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:

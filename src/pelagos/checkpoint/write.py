@@ -24,18 +24,15 @@ from pelagos.checkpoint.read import INDEX_NAME
 from pelagos.checkpoint.shard import write_shard
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError
-from pelagos.numerics import FP8_BLOCK, encode_fp4, encode_fp8
+from pelagos.numerics import FP8_BLOCK, encode_weight
 
 SHARD_BYTES = 4 * 2**30
 _PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "i64": torch.int64}
 FORMATS = ("fp8", "fp4", *_PLAIN)
 _QUANTIZATION = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": list(FP8_BLOCK),
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(FP8_BLOCK),
     "scale_fmt": "ue8m0",
-}
+}  # fmt: skip
 _SHARD_NAME = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _ENTRY_BYTES = 128  # bound on a header entry besides its name, so that shard_bytes bounds the whole file
 _AT_FDCWD = -100
@@ -126,7 +123,7 @@ def _encode(name: str, values: Tensor, format: str) -> list[tuple[str, Tensor]]:
     if values.ndim != 2 or not name.endswith(".weight"):
         raise CheckpointError(f"tensor {name!r} {list(values.shape)}: {format} is for matrices named *.weight")
     try:
-        codes, scale = encode_fp8(values, FP8_BLOCK) if format == "fp8" else encode_fp4(values)
+        codes, scale = encode_weight(values, format)
     except CheckpointError as error:
         raise CheckpointError(f"tensor {name!r} {list(values.shape)}: {error}") from None
     return [(name, codes.cpu()), (name.removesuffix("weight") + "scale", scale.cpu())]

@@ -24,8 +24,7 @@ from pelagos.engine.turn import ChatTurn
 from pelagos.errors import ConfigError, RequestError
 from pelagos.load import load_served
 from pelagos.model import Transformer
-from pelagos.model.expert_blocks import ExpertBlocks
-from pelagos.model.streaming import ExpertStore, store_of
+from pelagos.model.streaming import ExpertBlocks, ExpertStore, store_of
 
 Prompt = str | Sequence[int]
 

@@ -107,9 +107,10 @@ def frequencies(config: ModelConfig, compressed: bool, device: torch.device | No
     )  # fmt: skip
 
 
-def last_channels(table: Table, width: int) -> Table:
-    """Cut a rotary table to its last `width` channels."""
-    return table[0][..., -width:], table[1][..., -width:]
+def last_channels(table: Table, width: int, *, heads: bool = False) -> Table:
+    """Cut a rotary table to its last `width` channels, for rows with `heads` before them or without."""
+    cos, sin = table[0][..., -width:], table[1][..., -width:]
+    return (cos.unsqueeze(-2), sin.unsqueeze(-2)) if heads else (cos, sin)
 
 
 class Compressor(nn.Module):
@@ -140,14 +141,15 @@ class Compressor(nn.Module):
         first = keep + begin * self.ratio - step.start
         if self.overlap:
             layout = {"dim": self.width, "first": first, "count": count, "ratio": self.ratio}
-            values = compress.overlap_slots(kv, **layout)
-            scores = compress.overlap_slots(score, **layout)
+            values, scores = (compress.overlap_slots(rows, **layout) for rows in (kv, score))
             samples = step.entry_segments(self.ratio, begin, count)
-            if samples is not None:
-                scores = self._hide_other_samples(scores, samples)
+            if samples is not None:  # a window that opens a packed sample has no previous window
+                opens = samples[:, 1:] != samples[:, :-1]  # (B, N)
+                previous = torch.arange(2 * self.ratio, device=scores.device) < self.ratio
+                scores = scores.masked_fill((opens.unsqueeze(-1) & previous).unsqueeze(-1), -torch.inf)
         else:
-            values = kv[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
-            scores = score[:, first : first + count * self.ratio].unflatten(1, (count, self.ratio))
+            span = slice(first, first + count * self.ratio)
+            values, scores = (rows[:, span].unflatten(1, (count, self.ratio)) for rows in (kv, score))
         return self.pool(values, scores, step.entry_table(self.ratio, begin, count), x.dtype)
 
     def _pool_rows(self, x: Tensor, step: Step, count: int) -> Tensor:
@@ -167,12 +169,6 @@ class Compressor(nn.Module):
         """Return the entries (B, N, width) in `dtype` of values and scores (B, N, slots, width), normed and rotated."""
         pooled = compress.pool_windows(values, scores).to(dtype)
         return apply_rope(self.norm(pooled), last_channels(table, self.width))
-
-    def _hide_other_samples(self, scores: Tensor, samples: Tensor) -> Tensor:
-        """A window that opens a packed sample has no previous window."""
-        opens = samples[:, 1:] != samples[:, :-1]  # (B, N)
-        previous = torch.arange(2 * self.ratio, device=scores.device) < self.ratio
-        return scores.masked_fill((opens.unsqueeze(-1) & previous).unsqueeze(-1), -torch.inf)
 
 
 class Indexer(nn.Module):
@@ -203,21 +199,19 @@ class Indexer(nn.Module):
         q, weights = self.queries(x, latent, step)
         visible = step.visible(CSA_RATIO, keys.shape[1])
         chunk = max(1, SCORE_ELEMENTS // (q.shape[0] * self.heads * keys.shape[1]))
-        parts = [
-            compress.index_topk(
-                compress.index_scores(q[:, i : i + chunk], keys, weights[:, i : i + chunk]),
-                visible[:, i : i + chunk],
-                self.topk,
-            )
-            for i in range(0, step.length, chunk)
-        ]
-        return torch.cat(parts, 1)
+        chunks = zip(*(each.split(chunk, 1) for each in (q, weights, visible)), strict=True)
+        return torch.cat(
+            [
+                compress.index_topk(compress.index_scores(part, keys, own), seen, self.topk)
+                for part, own, seen in chunks
+            ],
+            1,
+        )
 
     def queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Return index queries (B, S, heads, width) and the scaled weights of the heads (B, S, heads)."""
         q = self.wq_b(latent.detach()).unflatten(-1, (self.heads, self.width))
-        cos, sin = last_channels(step.table(True), self.width)
-        q = self.prepare(apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2))))
+        q = self.prepare(apply_rope(q, last_channels(step.table(True), self.width, heads=True)))
         return q, self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -260,9 +254,9 @@ class Attention(nn.Module):
         """Return the query latent (B, S, q_lora), queries (B, S, H, C) and window rows (B, S, C) of x (B, S, D)."""
         latent = self.q_norm(self.wq_a(x))
         q = rms_norm(self.wq_b(latent).unflatten(-1, (self.heads, self.width)), None, self.eps)
-        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
-        q = apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2)))
-        return latent, q, apply_rope(self.kv_norm(self.wkv(x)), (cos, sin))
+        table = step.table(self.ratio > 0)
+        q = apply_rope(q, last_channels(table, self.width, heads=True))
+        return latent, q, apply_rope(self.kv_norm(self.wkv(x)), last_channels(table, self.width))
 
     def _store(self, kv: Tensor) -> Tensor:
         """In released mode the nope channels of whatever is cached pass through FP8, blocks of 64."""
@@ -311,8 +305,7 @@ class Attention(nn.Module):
 
     def output(self, out: Tensor, step: Step) -> Tensor:
         """Turn attended values (B, S, H, C) back; project heads in consecutive groups by slices of wo_a, then wo_b."""
-        cos, sin = last_channels(step.table(self.ratio > 0), self.width)
-        out = apply_rope(out, (cos.unsqueeze(2), sin.unsqueeze(2)), inverse=True)
+        out = apply_rope(out, last_channels(step.table(self.ratio > 0), self.width, heads=True), inverse=True)
         grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # (B, S, G, H*C/G)
         weight = self.wo_a.effective_weight(out.dtype).unflatten(0, (self.groups, -1))  # (G, R, H*C/G)
         return self.wo_b(grouped_projection(grouped, weight, ordered=self.simulate).flatten(2))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +39,20 @@ _FIELDS = 6  # ids, positions, slots, first, owner, frozen
 _HEAD = (_FIELDS + 2 * sampling.FIELDS) * BUCKETS[-1]  # with the draws, all words of 32 bits
 
 
-class _State(NamedTuple):
-    """What one site hands to the next: its output, and how that enters the streams."""
+# What one site hands to the next: its output, the streams, and how the one enters the others.
+_State = tuple[Tensor | Parts | None, Tensor, Tensor | None, Tensor | None]
+_Part = list[tuple[int, int, int]]  # what a call computes: which span, and its rows from begin to end
+_Found = tuple[list[Any], list[Any], list[Drawn]]  # what a span gets: rows of logits and of streams, and picks
 
-    y: Tensor | Parts | None
-    streams: Tensor
-    post: Tensor | None
-    comb: Tensor | None
+
+class _Step(NamedTuple):
+    """What all layers of one call share."""
+
+    rows: Rows
+    ids: Tensor
+    turns: Sequence[Tensor]
+    dense: bool  # every visible entry is attended
+    chosen: list[Tensor]  # each layer's experts
 
 
 @dataclass(slots=True)
@@ -65,12 +72,12 @@ class _Call:
 
 
 class Staged(NamedTuple):
-    """A call under way, and the (span, row) that were asked for: of logits, of picks and of streams."""
+    """A call under way, and the (span, row) that were asked for: of logits, of streams and of picks."""
 
     call: _Call
     wanted: list[tuple[int, int]]
-    drawn: list[tuple[int, int]]
     kept: list[tuple[int, int]]
+    drawn: list[tuple[int, int]]
 
 
 class CudaForward:
@@ -83,6 +90,7 @@ class CudaForward:
     draws = two_kinds = True  # prompts have kernels of their own
     ranks = 1  # that share the rows of a call
     left = True  # sums go to the launches that read them
+    _owner: int | None = None  # the only one of several ranks that has rows in a call
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
         if layout.mode != "released" or layout.config != weights.config:
@@ -101,13 +109,13 @@ class CudaForward:
         self._counts = torch.zeros((most, indexer.COUNTS), dtype=torch.int32, device=device)
         # Angles of rows with plain frequencies, with those of compressed layers, and of the entries of every ratio.
         ratios = sorted({ratio for ratio in config.layer_ratios if ratio})
-        self._turns = {0: 0, -1: 1} | {ratio: 2 + at for at, ratio in enumerate(ratios)}
-        freqs = [frequencies(config, compressed, device) for compressed in (False, True, *(True,) * len(ratios))]
+        self._turns = {kind: at for at, kind in enumerate((0, -1, *ratios))}
+        freqs = [frequencies(config, kind != 0, device) for kind in self._turns]
         self._freqs = torch.stack(freqs).unsqueeze(1)  # (N, 1, rope / 2)
-        back = [0, 0, *(ratio - 1 for ratio in ratios)]
-        self._back = torch.tensor(back, dtype=torch.int32, device=device).unsqueeze(1)
+        back = [[max(0, kind - 1)] for kind in self._turns]
+        self._back = torch.tensor(back, dtype=torch.int32, device=device)
         self.prefill = Prefill(weights, layout, pages, slots)
-        self._calls: dict[tuple[int, bool, bool], _Call] = {}
+        self._calls: dict[tuple[int, bool, bool, int | None], _Call] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         # What the last call chose: its first layer, its rows, and where it is copied to.
         self._routes = torch.empty(
@@ -154,74 +162,65 @@ class CudaForward:
         """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
         begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
         streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
+        own = [self._own(which, span) for which, span in enumerate(spans)]
         for part in self._parts(spans):
-            yield self._launch(spans, part, streams, begins)
+            yield self._launch(own, *self._divided(spans, part), streams, begins)
 
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
-        c, (logits, kept, picks) = self.weights.config, self._found(spans, past)
+        c, found = self.weights.config, self._found(spans, past)
 
-        def flat(found: list[list[np.ndarray]], *shape: int) -> np.ndarray:
-            rows = [row for each in found for row in each]
+        def flat(at: int, *shape: int) -> np.ndarray:
+            rows = [row for each in found for row in each[at]]
             return np.stack(rows) if rows else np.empty((0, *shape), np.float32)
 
-        return Output(flat(logits, c.vocab_size), flat(kept, c.hc_mult, c.hidden_size), picks)
+        picks = {which: each[2] for which, each in enumerate(found) if each[2]}
+        return Output(flat(0, c.vocab_size), flat(1, c.hc_mult, c.hidden_size), picks)
 
-    def _found(
-        self, spans: Sequence[Span], past: np.ndarray | None
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]], dict[int, list[Drawn]]]:
-        """Run all spans; return each one's logits and streams, and what was picked."""
-        logits: list[list[np.ndarray]] = [[] for _ in spans]
-        kept: list[list[np.ndarray]] = [[] for _ in spans]
-        picks: dict[int, list[Drawn]] = {}
+    def _found(self, spans: Sequence[Span], past: np.ndarray | None) -> list[_Found]:
+        """Run all spans; return what each one gets."""
+        found: list[_Found] = [([], [], []) for _ in spans]
         if past is None:
-            self._prompts(spans, logits, kept, picks)
+            self._prompts(spans, found)
         decoding = [which for which, span in enumerate(spans) if span.decode or past is not None]
-        for staged in self.launch([spans[which] for which in decoding], past):
-            call = staged.call
-            for found, rows, results in ((logits, staged.wanted, call.logits), (kept, staged.kept, call.streams)):
+        for call, *asked, drawn in self.launch([spans[which] for which in decoding], past):
+            for at, (rows, results) in enumerate(zip(asked, (call.logits, call.streams), strict=True)):
                 if rows:
                     index = torch.tensor([row for _, row in rows], device=self._device)
                     values = results.index_select(0, index).float().cpu().numpy()
                     for (which, _), value in zip(rows, values, strict=True):
-                        found[decoding[which]].append(value)
-            if staged.drawn:
+                        found[decoding[which]][at].append(value)
+            if drawn:
                 values = call.picks.tolist()
-                for which, row in staged.drawn:
-                    picks.setdefault(decoding[which], []).append(_drawn(values[row]))
-        return logits, kept, picks
+                for which, row in drawn:
+                    found[decoding[which]][2].append(Drawn(int(values[row][0]), values[row][1]))
+        return found
 
-    def _prompts(
-        self,
-        spans: Sequence[Span],
-        logits: list[list[np.ndarray]],
-        kept: list[list[np.ndarray]],
-        picks: dict[int, list[Drawn]],
-    ) -> None:
+    def _prompts(self, spans: Sequence[Span], found: list[_Found]) -> None:
         """Run what was given through the prompt kernels, and hand each span its rows, or what is picked from them."""
-        given = [which for which, span in enumerate(spans) if not span.decode]
-        for which in given:
-            span = self._own(which, spans[which])
-            self._check(which, span, span.start + len(span.tokens), paged=True)
-        most = PROMPT_TOKENS * self.ranks
-        parts = [self.prefill.run(part) for part in turns([spans[which] for which in given], most)]
-        streams = [row for _, part in parts for row in part.float().cpu().numpy()]
-        rows, at = torch.cat([part for part, _ in parts]) if parts else None, 0
-        for which in given:
-            span = spans[which]
-            kept[which], streams = streams[: span.streams], streams[span.streams :]
-            assert rows is not None
-            found, at = rows[at : at + span.logits].float(), at + span.logits
+        given = [(which, span) for which, span in enumerate(spans) if not span.decode]
+        for which, span in given:
+            self._check(which, self._own(which, span), span.start + len(span.tokens), paged=True)
+        parts = [
+            (logits, streams.float().cpu())
+            for logits, streams in map(self.prefill.run, turns([span for _, span in given], PROMPT_TOKENS * self.ranks))
+        ]
+        if not parts:
+            return
+        logits, streams = (torch.cat(each) for each in zip(*parts, strict=True))
+        cuts = [span.logits for _, span in given], [span.streams for _, span in given]
+        for (which, span), own, kept in zip(given, logits.split(cuts[0]), streams.split(cuts[1]), strict=True):
+            found[which][1].extend(kept.numpy())
             if span.logits and span.draws:
                 draws = torch.from_numpy(sampling.packed(span.draws)).to(self._device)
-                picks[which] = [_drawn(each) for each in sampling.pick(found, draws).tolist()]
+                found[which][2].extend(Drawn(int(token), p) for token, p in sampling.pick(own.float(), draws).tolist())
             else:
-                logits[which] = list(found.cpu().numpy())
+                found[which][0].extend(own.float().cpu().numpy())
 
-    def _parts(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int, int]]]:
+    def _parts(self, spans: Sequence[Span]) -> Iterator[_Part]:
         """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
         longest, done = self.layout.rewind + 1, [0] * len(spans)
         while True:
-            part: list[tuple[int, int, int]] = []
+            part: _Part = []
             room = [BUCKETS[-1]] * self.ranks
             for which, span in enumerate(spans):
                 owner = span.slot % self.ranks
@@ -233,25 +232,24 @@ class CudaForward:
                 return
             yield part
 
+    def _divided(self, spans: Sequence[Span], part: _Part) -> tuple[_Part, int, int]:
+        """Return a rank's rows of a call, and the least bucket and last position that all ranks agree on."""
+        return part, 1, 0
+
     def _launch(
-        self, spans: Sequence[Span], part: list[tuple[int, int, int]], past: Tensor | None, begins: list[int],
-        agreed: tuple[int, int] = (1, 0),
-    ) -> Staged:  # fmt: skip
-        """Tell one graph its rows and run it; several ranks have agreed on a least bucket and last position."""
+        self, spans: Sequence[Span], part: _Part, bucket: int, last: int, past: Tensor | None, begins: list[int]
+    ) -> Staged:
+        """Tell one graph its rows and run it."""
         if self._cuda:
             torch.cuda.current_stream().synchronize()  # the pinned buffer may still be on its way
         self._learn()
-        bucket = max(agreed[0], bucket_of(sum(end - begin for _, begin, end in part)))
-        host = self._host.numpy()
-        head = host[: _FIELDS * BUCKETS[-1]].reshape(_FIELDS, -1)
-        draws = host[_FIELDS * BUCKETS[-1] : _HEAD].view(np.int64).reshape(-1, sampling.FIELDS)
-        head[:], draws[:] = 0, 0
-        head[1] = -1
-        tables = host[_HEAD:].reshape(-1, self._width)  # unused places keep old pages
+        bucket = max(bucket, bucket_of(sum(end - begin for _, begin, end in part)))
+        head, draws, tables = (each.numpy() for each in self._sections(self._host))
+        head[:], head[1], draws[:] = 0, -1, 0  # unused places of tables keep old pages
         wanted: list[tuple[int, int]] = []
         drawn: list[tuple[int, int]] = []
         kept: list[tuple[int, int]] = []
-        at, last = 0, agreed[1]
+        at = 0
         for owner, (which, begin, end) in enumerate(part):
             span = spans[which]
             total, start, count = len(span.tokens), span.start + begin, end - begin
@@ -266,11 +264,9 @@ class CudaForward:
                 self._past[rows] = past[first : first + count].to(self._device, torch.bfloat16)
             asked = range(max(begin, total - span.logits), end)
             (drawn if span.draws else wanted).extend((which, at + i - begin) for i in asked)
-            if span.draws and asked:
-                first = asked.start - total
-                draws[at + asked.start - begin : at + end - begin] = sampling.packed(
-                    span.draws[first : first + len(asked) or None]
-                )
+            if span.draws:
+                first = len(span.draws) + asked.start - total
+                draws[rows][asked.start - begin :] = sampling.packed(span.draws[first : first + len(asked)])
             kept += [(which, at + i - begin) for i in range(max(begin, total - span.streams), end)]
             at, last = at + count, max(last, start + count)
         dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
@@ -279,7 +275,12 @@ class CudaForward:
             into = self._routes[: call.chosen.numel()].view_as(call.chosen)
             into.copy_(call.chosen, non_blocking=True)
             self._routed = 0 if past is None else len(self.weights.layers), at, into
-        return Staged(call, wanted, drawn, kept)
+        return Staged(call, wanted, kept, drawn)
+
+    def _sections(self, words: Tensor) -> tuple[Tensor, ...]:
+        """Views of a buffer: rows' fields (6, 64), their draws (64, FIELDS) int64, page tables (64, P)."""
+        head, draws, tables = words.split((_FIELDS * BUCKETS[-1], _HEAD - _FIELDS * BUCKETS[-1], len(words) - _HEAD))
+        return head.view(_FIELDS, -1), draws.view(torch.int64).view(-1, sampling.FIELDS), tables.view(-1, self._width)
 
     def _learn(self) -> None:
         """Between two calls tell the blocks of experts what the last one chose, and let them change places."""
@@ -306,12 +307,12 @@ class CudaForward:
 
     def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
         """Run the graph of a bucket on what the host buffer holds, captured at its first use."""
-        key, size = (bucket, dense, drafts), _HEAD + self._width * bucket
+        key, size = (bucket, dense, drafts, self._owner), _HEAD + self._width * bucket
         if self._cuda and key not in self._calls:
-            self._calls[key] = self._capture(*key)
+            self._calls[key] = self._capture(bucket, dense, drafts)
         self._rows[:size].copy_(self._host[:size], non_blocking=True)
         if not self._cuda:
-            return _Call(None, *self._step(*key))
+            return _Call(None, *self._step(bucket, dense, drafts))
         self._calls[key].run()
         return self._calls[key]
 
@@ -330,11 +331,9 @@ class CudaForward:
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Compute logits (T, V) float32, streams (T, n, D) and picks (T, 2) of the static buffer's rows, and routes."""
-        sizes = (_FIELDS * BUCKETS[-1], _HEAD - _FIELDS * BUCKETS[-1], self._width * BUCKETS[-1])
-        head, draws, table = self._rows.split(sizes)
-        ids, positions, slots, first, owner, frozen = head.view(_FIELDS, -1)[:, :bucket].unbind(0)
-        table = table.view(-1, self._width)[:bucket]
-        rows = Rows(positions, slots, first, owner, table, frozen)
+        head, draws, tables = self._sections(self._rows)
+        ids, positions, slots, first, owner, frozen = head[:, :bucket].unbind(0)
+        rows = Rows(positions, slots, first, owner, tables[:bucket], frozen)
         turns = query.angles(positions - self._back, self._freqs).unbind(0)
         weights, config = self.weights, self.weights.config
         embedded = weights.embed.index_select(0, ids)
@@ -345,55 +344,41 @@ class CudaForward:
         else:
             streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)
             layers, head_site = list(enumerate(weights.layers)), weights.head_site
-        state = _State(None, streams, None, None)
-        chosen: list[Tensor] = []
+        state, step = (None, streams, None, None), _Step(rows, ids, turns, dense, [])
         for index, layer in layers:
-            state = self._layer(state, index, layer, rows, ids, turns, dense, chosen)
+            state = self._layer(state, index, layer, step)
         streams, _, _, normed, _, _ = self._site(state, head_site)
         logits = skinny_gemm.merged(None, None, normed, None, None, weights.head, self._arrived)
-        picks = sampling.pick(logits, draws.view(torch.int64).view(-1, sampling.FIELDS)[:bucket])
-        return logits, streams, picks, None if weights.blocks is None else torch.stack(chosen)
+        picks = sampling.pick(logits, draws[:bucket])
+        return logits, streams, picks, None if weights.blocks is None else torch.stack(step.chosen)
 
     def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config
         options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
         return site(*state, *weights, **options)
 
-    def _layer(
-        self,
-        state: _State,
-        index: int,
-        layer: LayerWeights,
-        rows: Rows,
-        ids: Tensor,
-        turns: Sequence[Tensor],
-        dense: bool,
-        chosen: list[Tensor],
-    ) -> _State:
-        streams, post, comb, normed, codes, scales = self._site(state, layer.attn_site)
-        y = self._output(index, layer, self._attend(index, layer, rows, turns, dense, normed, codes, scales))
-        streams, post, comb, normed, codes, scales = self._site(_State(y, streams, post, comb), layer.ffn_site)
-        return _State(self._mixture(index, layer, normed, codes, scales, ids, chosen), streams, post, comb)
+    def _layer(self, state: _State, index: int, layer: LayerWeights, step: _Step) -> _State:
+        streams, post, comb, *x = self._site(state, layer.attn_site)
+        y = self._output(index, layer, self._attend(index, layer, step, *x))
+        streams, post, comb, *x = self._site((y, streams, post, comb), layer.ffn_site)
+        return self._mixture(layer, step, *x), streams, post, comb
 
     def _attend(
-        self, index: int, layer: LayerWeights, rows: Rows, turns: Sequence[Tensor], dense: bool,
-        normed: Tensor, codes: Tensor, scales: Tensor,
-    ) -> Tensor | Halves:  # fmt: skip
+        self, index: int, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor
+    ) -> Tensor | Halves:
         """Write what the rows leave in the cache; return what they attend (T, H * C) bfloat16."""
         c, layout, arrived = self.weights.config, self.layout, self._arrived
-        turn = turns[self._turns[-1 if layer.ratio else 0]]
-        entry_turn = turns[self._turns[layer.ratio]] if layer.ratio else None
+        rows, turn = step.rows, step.turns[self._turns[-1 if layer.ratio else 0]]
+        entry_turn = step.turns[self._turns[layer.ratio]] if layer.ratio else None
         projected = skinny_gemm.merged(codes, scales, normed, *layer.first, layer.first_wide, arrived)
         pools = (layout, index, self.pages, self.slots)
-        codes, scales, head_weights = cache_write.cache_write(
-            projected, rows, *pools, layer.cache, turn, entry_turn,
-        )  # fmt: skip
+        codes, scales, head_weights = cache_write.cache_write(projected, rows, *pools, layer.cache, turn, entry_turn)
         product = skinny_gemm.product(codes, scales, *layer.second, arrived)
         index_shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
         q, index_q = query.query(product, turn, c.num_attention_heads, c.head_dim, *index_shape, eps=c.rms_norm_eps)
         picks, most = None, self.positions // layer.ratio if layer.ratio else 0
         if layer.ratio == CSA_RATIO:
-            if dense:
+            if step.dense:
                 most = min(most, c.index_topk)
             else:
                 assert index_q is not None
@@ -409,16 +394,19 @@ class CudaForward:
         return product(*own, *layer.wo_b, self._arrived)
 
     def _mixture(
-        self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,
-        chosen: list[Tensor],
-    ) -> Tensor | Parts:  # fmt: skip
-        """Return the expert site's output (T, D) bfloat16."""
-        c = self.weights.config
-        routed = router.route(
-            normed, codes, scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, self._arrived,
-            experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
-        )  # fmt: skip
-        chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
+        self, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor
+    ) -> Tensor | Parts:
+        """Return the expert site's output (T, D) bfloat16; the router takes 64 rows at once."""
+        c, inputs = self.weights.config, (normed, codes, scales, step.ids)
+        parts = [
+            router.route(
+                x, own_codes, own_scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, self._arrived,
+                experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
+            )
+            for x, own_codes, own_scales, ids in zip(*(x.split(skinny_gemm.MAX_ROWS) for x in inputs), strict=True)
+        ]  # fmt: skip
+        routed = parts[0] if len(parts) == 1 else router.joined(parts, c.n_routed_experts)
+        step.chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
         return fp4_experts.site(
             codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place, self.left
         )
@@ -452,10 +440,6 @@ def _build() -> str:
 def bucket_of(rows: int) -> int:
     """Return the least bucket that holds so many rows."""
     return next(bucket for bucket in BUCKETS if bucket >= rows)
-
-
-def _drawn(pick: list[float]) -> Drawn:
-    return Drawn(int(pick[0]), pick[1])
 
 
 def step_bytes(layout: CacheLayout, rows: int, positions: int) -> int:

@@ -1,36 +1,47 @@
-"""The captured step over several GPUs: sequences are divided, experts cut by width.
+"""The captured step and prompts over several GPUs: sequences are divided, experts cut by width.
 
 A sequence's cache is on one rank, that of its slot, and nowhere else. Every expert, routed or shared, is on all ranks,
-with a part of its width on each. Where several ranks have rows in a call, each attends its own, with weights of its
+with a part of its width on each. Where several ranks have rows in a step, each attends its own, with weights of its
 own; rows are brought together before the expert site and its partial results summed after it. Where one rank has them
 all, the others follow: all carry the streams, the owner attends, and the two products behind the attention are cut by
-heads. Prompts: `model.cuda_group_prefill`. Meaning: docs/log/0009-placement.md.
+heads.
+
+Of a prompt a rank computes consecutive rows. Pools are memory of all ranks: what a row leaves goes straight into the
+owner's, and a rank decodes what its rows attend from there, layer by layer behind the ranks that have earlier rows. For
+the experts codes of all rows are brought together, beside the router, and partial results sent back, beside the shared
+expert, of which every rank has the whole. A row's bits do not depend on who computes it. Meaning:
+docs/log/0009-placement.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pelagos.config import ModelConfig
-from pelagos.errors import ConfigError
-from pelagos.kernels import fp4_experts, router, skinny_gemm
-from pelagos.kernels.batch_rows import Halves, Parts, Rows
-from pelagos.kernels.layout import CacheLayout, Drawn, Span
-from pelagos.kernels.prefill_products import quantise
-from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Staged, _Call, bucket_of, step_bytes
-from pelagos.model.cuda_group_prefill import GroupPrefill, own_span
-from pelagos.model.cuda_prefill import prompt_bytes
+from pelagos.errors import CapacityError, ConfigError
+from pelagos.kernels import prefill_cache, prefill_experts, skinny_gemm
+from pelagos.kernels.batch_rows import Halves, Parts
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.prefill_products import BLOCK, quantise
+from pelagos.kernels.ragged import turns
+from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, _Found, _Part, _Step, bucket_of, step_bytes
+from pelagos.model.cuda_prefill import Prefill, prompt_bytes, scaled
 from pelagos.model.cuda_weights import Fp8, LayerWeights, Weights
-from pelagos.model.exchanges import Exchanges
 from pelagos.parallel import Group
 
-BLOCK = 128
+ALIGN = 128  # rows of a rank come in multiples of it, the last one's apart
+_KEYS, _ROWS, _PARTS, _CALL = range(4)  # channels
 _EXPERT = re.compile(r"\.ffn\.(experts\.\d+|shared_experts)\.(w[123])\.weight$")
 
 
@@ -47,6 +58,224 @@ def cut_tensors(tensors: Iterable[tuple[str, Tensor]], rank: int, ranks: int) ->
     for name, values in tensors:
         found = _EXPERT.search(name)
         yield name, values.chunk(ranks, int(found[2] == "w2"))[rank] if found else values
+
+
+def own_span(which: int, span: Span, ranks: int) -> Span:
+    """Return a span as its rank numbers slot and pages; CapacityError where its pages are on another."""
+    if (span.pages % ranks != span.slot % ranks).any():
+        raise CapacityError(f"span {which}: slot {span.slot} is of rank {span.slot % ranks}, a page of it is not")
+    return span._replace(slot=span.slot // ranks, pages=span.pages // ranks)
+
+
+class GroupPrefill(Prefill):
+    """`Prefill` on all ranks together, each called with the same spans; `tokens` are the most of a call.
+
+    pages and slots are the pools of all ranks, by rank (`Group.memory`).
+    """
+
+    def __init__(
+        self, alone: Prefill, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, tokens: int
+    ) -> None:
+        self.weights, self.layout, self._freqs = alone.weights, alone.layout, alone._freqs
+        config, self._pools, self._group = self.weights.config, list(zip(pages, slots, strict=True)), group
+        d, k, each = config.hidden_size, config.num_experts_per_tok, -(-tokens // (group.size * ALIGN)) * ALIGN
+        # All rows' codes and scales, chosen experts and their weights: of each what every rank has.
+        self._codes = [group.memory((tokens, size), torch.uint8) for size in (d, d // BLOCK)]
+        self._chosen = [group.memory((tokens, k), dtype) for dtype in (torch.int32, torch.float32)]
+        self._parts = group.memory((group.size, each, d), torch.bfloat16)  # of this rank's rows, by who computed them
+        cuda = self.weights.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.weights.device) if cuda else None
+        self._bounds: list[tuple[int, int]] = []
+        self._layers = [self._whole(*each) for each in zip(alone.weights.layers, alone._layers, strict=True)]
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Append the spans' tokens; return logits and streams as `Prefill.run` does, the same on every rank."""
+        ranks, device = self._group.size, self.weights.device
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for owner in sorted({span.slot % ranks for span in spans}):
+            own = [which for which, span in enumerate(spans) if span.slot % ranks == owner]
+            self.pages, self.slots = self._pools[owner]
+            asked = [spans[which] for which in own]
+            logits, streams = self._divided([own_span(*each, ranks) for each in zip(own, asked, strict=True)])
+            rows = logits.split([span.logits for span in asked]), streams.split([span.streams for span in asked])
+            found |= dict(zip(own, zip(*rows, strict=True), strict=True))
+        logits, streams = (torch.cat([found[which][at] for which in range(len(spans))]).to(device) for at in (0, 1))
+        return logits, streams
+
+    def _divided(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Compute spans of one owner; return what they ask for, on the host."""
+        group, config, total = self._group, self.weights.config, sum(len(span.tokens) for span in spans)
+        share = -(-total // (group.size * ALIGN)) * ALIGN
+        self._bounds = [(min(total, r * share), min(total, (r + 1) * share)) for r in range(group.size)]
+        group.meet(_CALL)
+        own = next(itertools.islice(turns(spans, share), group.rank, None), [])
+        found = (torch.empty(0, config.vocab_size),
+                 torch.empty(0, config.hc_mult, config.hidden_size, dtype=torch.bfloat16))  # fmt: skip
+        if own:
+            found = super().run(own)
+        else:
+            for layer in self._layers:
+                self._experts(layer, None)
+        if not any(span.logits or span.streams for span in spans):
+            return found[0].cpu()[:0], found[1].cpu()[:0]
+        logits, streams = zip(*group.gather([each.cpu() for each in found]), strict=True)
+        return torch.cat(logits), torch.cat(streams)
+
+    def _keys(self, *inputs: object) -> prefill_cache.Keys:
+        """Write behind the ranks with earlier rows, for what a row attends may be theirs."""
+        rank = self._group.rank
+        if rank:
+            self._group.wait(rank - 1, _KEYS)
+        keys = super()._keys(*inputs)
+        if rank + 1 < self._group.size and self._bounds[rank + 1][0] < self._bounds[rank + 1][1]:
+            self._group.signal(rank + 1, _KEYS)
+        return keys
+
+    def _feed(self, state: list[Tensor | None], layer: LayerWeights, ids: Tensor) -> None:
+        normed, codes, scales = self._site(state, layer.ffn_site)
+        self._spread(self._codes, (codes, scales))
+        self._spread(self._chosen, self._choose(layer, normed, ids), last=True)
+        self._join()
+        del normed
+        state[0] = self._experts(layer, (codes, scales))
+
+    def _spread(self, memories: list[list[Tensor]], values: tuple[Tensor, Tensor], *, last: bool = False) -> None:
+        """Give every rank this one's rows, beside what is computed next; tell the others of the `last`."""
+        rows = slice(*self._bounds[self._group.rank])
+        with self._beside():
+            for rank in range(self._group.size):
+                for memory, each in zip(memories, values, strict=True):
+                    memory[rank][rows].copy_(each)
+            for other in self._others() if last else ():
+                self._group.signal(other, _ROWS)
+
+    def _experts(self, layer: LayerWeights, own: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Compute this rank's part of the experts of all rows, send it; return the sum of this rank's rows."""
+        group, total = self._group, self._bounds[-1][1]
+        filled = [rank for rank, (begin, end) in enumerate(self._bounds) if begin < end]
+        for rank in filled:
+            if rank != group.rank:
+                group.wait(rank, _ROWS)
+        assert layer.bases is not None
+        limit = float(self.weights.config.swiglu_limit)
+        codes, scales, chosen, weights = (each[group.rank][:total] for each in (*self._codes, *self._chosen))
+        part = prefill_experts.mixture(codes, scales, chosen, weights, *layer.w13, *layer.w2, layer.bases, limit)
+        with self._beside():
+            for rank in filled:
+                begin, end = self._bounds[rank]
+                self._parts[rank][group.rank, : end - begin].copy_(part[begin:end])
+                if rank != group.rank:
+                    group.signal(rank, _PARTS)
+        y = None
+        if own is not None:
+            shared = self._shared(layer, *own)
+            for rank in self._others():
+                group.wait(rank, _PARTS)
+            self._join()
+            begin, end = self._bounds[group.rank]
+            y, *others = self._parts[group.rank][:, : end - begin].unbind(0)
+            for each in [*others, shared]:
+                y = y + each
+        self._join()
+        return y
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._group.size) if rank != self._group.rank]
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Copy on a stream of its own, behind what was launched so far; `_join` ends it."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _whole(self, layer: LayerWeights, alone: LayerWeights) -> LayerWeights:
+        """A rank's layer of prompts with its shared expert uncut."""
+        tall, wide = ([self._group.gather(each.cpu()) for each in weight] for weight in (layer.shared13, layer.shared2))
+        halves = [zip(*(part.chunk(2) for part in parts), strict=True) for parts in tall]  # of all w1, then of all w3
+        shared = [torch.cat([*itertools.chain(*each)]) for each in halves], [torch.cat(parts, 1) for parts in wide]
+        first, second = (Fp8(*(part.to(layer.sink.device) for part in weight)) for weight in shared)
+        return scaled(dataclasses.replace(alone, shared13=first, shared2=second), "shared13", "shared2")
+
+
+class Exchanges:
+    """What a step exchanges, at most `most_bytes` from one rank to another; all take part, in the same order.
+
+    On CUDA one launch each (`kernels.triton.exchange`), which a graph may hold; on CPUs over gloo.
+    """
+
+    def __init__(self, group: Group, most_bytes: int) -> None:
+        self._rank, self._ranks, self._cuda, self._index = group.rank, group.size, group.device.type == "cuda", 0
+        if self._cuda:
+            from pelagos.kernels.triton.exchange import PLACES
+
+            self._room = -(-most_bytes // 64) * 16
+            boxes = group.memory((PLACES, group.size, self._room), torch.int64)
+            boxes[group.rank].zero_()
+            self._boxes = torch.tensor([each.data_ptr() for each in boxes], device=group.device)
+            self._number = torch.ones(1, dtype=torch.int32, device=group.device)
+            torch.cuda.synchronize()
+            group.gather(None)
+
+    def every_row(self, x: Tensor) -> Tensor:
+        """Return the rows (T, D) bfloat16 of all ranks, (R * T, D) in the order of ranks."""
+        out = x.new_empty((self._ranks * len(x), x.shape[1]))
+        return self._exchange(x, out, total=x.numel() // 2, out_rank=x.numel() // 2)
+
+    def own_sum(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks of this rank's part of the rows (R * T, D) bfloat16 that each brings: (T, D)."""
+        out = x.new_empty((len(x) // self._ranks, x.shape[1]))
+        return self._exchange(x, out, total=out.numel() // 2, send_rank=out.numel() // 2, add=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks of x (T, D) bfloat16, added in float32 in their order: the same bits on each."""
+        return self._exchange(x, torch.empty_like(x), total=x.numel() // 2, add=True)
+
+    def columns(self, x: Tensor, source: int) -> Tensor:
+        """Return this rank's part (T, W / R) of the columns of x (T, W) bfloat16 as rank `source` has it."""
+        out = x.new_empty((x.shape[0], x.shape[1] // self._ranks))
+        width = out.shape[1] // 2
+        return self._exchange(x, out, total=out.numel() // 2, width=width, send_rank=width, send_row=x.shape[1] // 2,
+                              source=source)  # fmt: skip
+
+    def finish(self) -> None:
+        """End what a graph holds: its next run exchanges under numbers of its own."""
+        if self._cuda:
+            self._number.add_(self._index)
+        self._index = 0
+
+    def _exchange(self, x: Tensor, out: Tensor, *, total: int, **given: Any) -> Tensor:
+        """Fill `out` as `kernels.triton.exchange` does, sizes in words of 32 bits."""
+        sizes: dict[str, Any] = {"width": total, "send_rank": 0, "send_row": 0} | given
+        if not self._cuda:
+            every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self._ranks)]
+            dist.all_gather(every, x.contiguous())
+            width, part, row = (2 * sizes[name] for name in ("width", "send_rank", "send_row"))
+            sent = [
+                each.view(-1).as_strided((2 * total // width, width), (row, 1), self._rank * part) for each in every
+            ]
+            if given.get("source") is not None:
+                sent = [sent[given["source"]]]
+            whole = (
+                functools.reduce(torch.add, (each.float() for each in sent)) if given.get("add") else torch.cat(sent)
+            )
+            return out.copy_(whole.view(out.shape))
+        from pelagos.kernels.triton.exchange import exchange
+
+        if total > self._room:
+            raise ConfigError(f"exchange: {4 * total:,} bytes between two ranks, planned for {4 * self._room:,}")
+        words, into = (each.view(-1).view(torch.int32) for each in (x, out))
+        exchange(words, into, self._boxes, self._number, self._index, self._rank, self._room, total=total, **sizes)
+        self._index += 1
+        return out
 
 
 class GroupForward(CudaForward):
@@ -75,55 +304,37 @@ class GroupForward(CudaForward):
         )
         layers = [*weights.layers, *([] if weights.draft is None else [weights.draft.layer])]
         self._halves = [self._cut(layer) for layer in layers] if self._follow else []
-        self._owner: int | None = None  # the only rank with rows in the call
-        self._by_owner: dict[int | None, dict[tuple[int, bool, bool], _Call]] = {}
         self._apart = False  # whether a call left results on one rank only
 
     def scratch_bytes(self, tokens: int) -> int:
         return group_bytes(self.layout, self.ranks, self.positions)
 
-    def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[Staged]:
-        """Start one call after another as the base does; each rank its own rows, all ranks in step."""
-        ranks, rank = self.ranks, self._group.rank
-        local = [self._own(which, span) for which, span in enumerate(spans)]
-        begins = np.cumsum([0, *(len(span.tokens) for span in spans)]).tolist()
-        streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
-        for part in self._parts(spans):
-            rows = [[each for each in part if spans[each[0]].slot % ranks == r] for r in range(ranks)]
-            holders = [r for r in range(ranks) if rows[r]]
-            self._owner = holders[0] if self._follow and len(holders) == 1 else None
-            counts = [sum(end - begin for _, begin, end in own) for own in rows]
-            bucket = bucket_of(max(counts))
-            ids = np.zeros((ranks, bucket), np.int32)
-            for r, own in enumerate(rows):
-                if own:
-                    ids[r, : counts[r]] = np.concatenate([spans[which].tokens[begin:end] for which, begin, end in own])
-            if self._owner is None:
-                self._apart = True
-                self._everyone[: ids.size].copy_(torch.from_numpy(ids.ravel()))
-            last = max(spans[which].start + end for which, _, end in part)
-            mine = rows[rank if self._owner is None else self._owner]
-            yield self._launch(local, mine, streams, begins, (bucket, last))
+    def _divided(self, spans: Sequence[Span], part: _Part) -> tuple[_Part, int, int]:
+        """Choose who attends, each rank its own rows or one all, and tell every rank the ids of all rows."""
+        rows = [[each for each in part if spans[each[0]].slot % self.ranks == rank] for rank in range(self.ranks)]
+        holders = [rank for rank, own in enumerate(rows) if own]
+        self._owner = holders[0] if self._follow and len(holders) == 1 else None
+        bucket = bucket_of(max(sum(end - begin for _, begin, end in own) for own in rows))
+        if self._owner is None:
+            self._apart = True
+            ids = np.zeros((self.ranks, bucket), np.int32)
+            for own, each in zip(rows, ids, strict=True):
+                found = [token for which, begin, end in own for token in spans[which].tokens[begin:end]]
+                each[: len(found)] = found
+            self._everyone[: ids.size].copy_(torch.from_numpy(ids.ravel()))
+        mine = rows[self._group.rank if self._owner is None else self._owner]
+        return mine, bucket, max(spans[which].start + end for which, _, end in part)
 
-    def _found(
-        self, spans: Sequence[Span], past: np.ndarray | None
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]], dict[int, list[Drawn]]]:
+    def _found(self, spans: Sequence[Span], past: np.ndarray | None) -> list[_Found]:
         self._apart = False
         found = super()._found(spans, past)
         if not self._apart:
             return found
         every = self._group.gather(found)
-        owners = [span.slot % self._group.size for span in spans]
-        logits, kept = ([every[owner][at][which] for which, owner in enumerate(owners)] for at in (0, 1))
-        picks = {which: every[owner][2][which] for which, owner in enumerate(owners) if which in every[owner][2]}
-        return logits, kept, picks
+        return [every[span.slot % self.ranks][which] for which, span in enumerate(spans)]
 
     def _own(self, which: int, span: Span) -> Span:
         return own_span(which, span, self.ranks)
-
-    def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
-        self._calls = self._by_owner.setdefault(self._owner, {})
-        return super()._replay(bucket, dense, drafts)
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         found = super()._step(bucket, dense, drafts)
@@ -131,11 +342,10 @@ class GroupForward(CudaForward):
         return found
 
     def _attend(
-        self, index: int, layer: LayerWeights, rows: Rows, turns: Sequence[Tensor], dense: bool,
-        normed: Tensor, codes: Tensor, scales: Tensor,
-    ) -> Tensor | Halves:  # fmt: skip
+        self, index: int, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor
+    ) -> Tensor | Halves:
         if self._owner in (None, self._group.rank):
-            return super()._attend(index, layer, rows, turns, dense, normed, codes, scales)
+            return super()._attend(index, layer, step, normed, codes, scales)
         c = self.weights.config
         return normed.new_empty((len(normed), c.num_attention_heads * c.head_dim))
 
@@ -148,36 +358,15 @@ class GroupForward(CudaForward):
         own = skinny_gemm.quantised_product(own, None, *wo_a, self._arrived, groups=groups)
         return self.exchanges.sum(skinny_gemm.product(*own, *wo_b, self._arrived))
 
-    def _mixture(
-        self, index: int, layer: LayerWeights, normed: Tensor, codes: Tensor, scales: Tensor, ids: Tensor,
-        chosen: list[Tensor],
-    ) -> Tensor:  # fmt: skip
+    def _mixture(self, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         """Add the parts of the experts' widths; rows that are apart are first brought together."""
-        if self._owner is not None:
-            y = super()._mixture(index, layer, normed, codes, scales, ids, chosen)
-            assert isinstance(y, Tensor)
-            return self.exchanges.sum(y)
-        normed = self.exchanges.every_row(normed)
-        codes, scales = quantise(normed)
-        ids = self._everyone[: len(normed)]
-        if len(normed) <= skinny_gemm.MAX_ROWS:
-            y = super()._mixture(index, layer, normed, codes, scales, ids, chosen)
-            assert isinstance(y, Tensor)
-            return self.exchanges.own_sum(y)
-        c = self.weights.config
-        parts = [
-            router.route(
-                x, own_codes, own_scales, layer.gate, layer.bias, layer.table, own_ids, *layer.shared13, self._arrived,
-                experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
-            )
-            for x, own_codes, own_scales, own_ids in zip(
-                *(each.split(skinny_gemm.MAX_ROWS) for each in (normed, codes, scales, ids)), strict=True
-            )
-        ]  # fmt: skip
-        routed = router.joined(parts, c.n_routed_experts)
-        y = fp4_experts.site(codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit))
+        if self._owner is None:
+            normed = self.exchanges.every_row(normed)
+            codes, scales = quantise(normed)
+            step = step._replace(ids=self._everyone[: len(normed)])
+        y = super()._mixture(layer, step, normed, codes, scales)
         assert isinstance(y, Tensor)
-        return self.exchanges.own_sum(y)
+        return self.exchanges.own_sum(y) if self._owner is None else self.exchanges.sum(y)
 
     def _cut(self, layer: LayerWeights) -> tuple[Fp8, Fp8]:
         """This rank's groups of wo_a and the columns of wo_b that read them."""

@@ -6,43 +6,31 @@ bits do not depend on the chunk it comes in. On a CPU (tests) the same calls run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pelagos.kernels import prefill_attention, prefill_cache, prefill_experts, prefill_indexer, query
+from pelagos.kernels import prefill_products as products
 from pelagos.kernels.cache_write import widths
 from pelagos.kernels.layout import CacheLayout, Span
-from pelagos.kernels.prefill_products import (
-    CALL_ROWS,
-    SCALED_DEPTH,
-    factors,
-    product,
-    quantise,
-    steady_rows,
-    swiglu,
-    wide_product,
-)
 from pelagos.kernels.site import site
 from pelagos.kernels.skinny_gemm import TALL
 from pelagos.model.attention import CSA_RATIO, frequencies
-from pelagos.model.cuda_weights import LayerWeights, SiteWeights, Weights
+from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
 
 SITE_ROWS = 129  # least rows of a site's call: with fewer it adds in another order
 
 
-class _Layer(NamedTuple):
-    """What prompts read of a layer besides its weights: float32 scales of products, base bytes of the experts."""
-
-    first: Tensor
-    second: Tensor
-    wo_a: Tensor
-    wo_b: Tensor
-    shared13: Tensor
-    shared2: Tensor
-    bases: tuple[Tensor, Tensor]
+def scaled(layer: LayerWeights, *names: str) -> LayerWeights:
+    """Return a layer in which the named products have float32 scales, as the library takes them."""
+    weights = {name: getattr(layer, name) for name in names}
+    return dataclasses.replace(
+        layer, **{name: Fp8(codes, products.factors(scales)) for name, (codes, scales) in weights.items()}
+    )
 
 
 class Prefill:
@@ -53,13 +41,9 @@ class Prefill:
         config = weights.config
         self._freqs = [frequencies(config, compressed, weights.device) for compressed in (False, True)]
         self._layers = [
-            _Layer(
-                first=factors(layer.first.scales), second=factors(layer.second.scales), wo_a=factors(layer.wo_a.scales),
-                wo_b=factors(layer.wo_b.scales), shared13=factors(layer.shared13.scales),
-                shared2=factors(layer.shared2.scales),
-                bases=bases,
-            ) for layer, bases in zip(weights.layers, weights.bases(), strict=True)
-        ]  # fmt: skip
+            dataclasses.replace(scaled(layer, "first", "second", "wo_a", "wo_b", "shared13", "shared2"), bases=bases)
+            for layer, bases in zip(weights.layers, weights.bases(), strict=True)
+        ]
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
@@ -73,10 +57,10 @@ class Prefill:
         entry_turns = {ratio: query.angles(positions - ratio + 1, self._freqs[1]) for ratio in call.entries}
         # What one site hands to the next, replaced in place: output, streams, and how the one enters the others.
         state = [None, weights.embed.index_select(0, ids).unsqueeze(1).repeat(1, config.hc_mult, 1), None, None]
-        for index, (layer, extra) in enumerate(zip(weights.layers, self._layers, strict=True)):
+        for index, layer in enumerate(self._layers):
             turn = turns[1 if layer.ratio else 0]
-            self._attend(state, index, layer, extra, call, turn, entry_turns.get(layer.ratio))
-            self._feed(state, layer, extra, ids)
+            self._attend(state, index, layer, call, turn, entry_turns.get(layer.ratio))
+            self._feed(state, layer, ids)
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0).tolist()
         wanted, kept = (
             torch.cat([torch.arange(end - getattr(span, name), end) for end, span in zip(ends, spans, strict=True)])
@@ -86,7 +70,7 @@ class Prefill:
         state = [None if each is None else each[rows] for each in state]
         normed, _, _ = self._site(state, weights.head_site)
         assert state[1] is not None
-        return wide_product(normed[: len(wanted)], weights.head, 64), state[1][len(wanted) :]
+        return products.wide_product(normed[: len(wanted)], weights.head, 64), state[1][len(wanted) :]
 
     def _site(self, state: list[Tensor | None], weights: SiteWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Take the last output into the streams; return this site's normed input, its codes and scales."""
@@ -105,20 +89,19 @@ class Prefill:
         return found[3], found[4], found[5]
 
     def _attend(
-        self, state: list[Tensor | None], index: int, layer: LayerWeights, extra: _Layer,
+        self, state: list[Tensor | None], index: int, layer: LayerWeights,
         call: prefill_cache.Prompt, turn: Tensor, entry_turn: Tensor | None,
     ) -> None:  # fmt: skip
         c, layout = self.weights.config, self.layout
         normed, codes, scales = self._site(state, layer.attn_site)
-        first = product(codes, scales, layer.first.codes, extra.first)
-        wide = wide_product(normed, layer.first_wide) if layer.ratio else None
+        first = products.product(codes, scales, *layer.first)
+        wide = products.wide_product(normed, layer.first_wide) if layer.ratio else None
         keys = self._keys(first, wide, call, layout, index, self.pages, self.slots, layer.cache, turn, entry_turn)
-        latent = quantise(first[:, : c.q_lora_rank], layer.cache.q_norm, eps=c.rms_norm_eps)
+        latent = products.quantise(first[:, : c.q_lora_rank], layer.cache.q_norm, eps=c.rms_norm_eps)
         shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
-        q, index_q = query.query(
-            product(*latent, layer.second.codes, extra.second), turn, c.num_attention_heads, c.head_dim, *shape,
-            eps=c.rms_norm_eps,
-        )  # fmt: skip
+        second = products.product(*latent, *layer.second)
+        q, index_q = query.query(second, turn, c.num_attention_heads, c.head_dim, *shape, eps=c.rms_norm_eps)
+        del second
         picks = None
         if index_q is not None and call.entries[CSA_RATIO].most > c.index_topk:
             assert wide is not None
@@ -128,26 +111,32 @@ class Prefill:
             picks = prefill_indexer.pick(index_q, head_weights, call, keys, c.index_topk)
         out = prefill_attention.attend(q, call, keys, layout, index, layer.sink, picks, turn)
         del q, index_q, wide, keys, picks, normed  # what follows wants their room
-        codes, scales = quantise(product(out, None, layer.wo_a.codes, extra.wo_a, groups=c.o_groups))
-        state[0] = product(codes, scales, layer.wo_b.codes, extra.wo_b)
+        codes, scales = products.quantise(products.product(out, None, *layer.wo_a, groups=c.o_groups))
+        state[0] = products.product(codes, scales, *layer.wo_b)
 
     def _keys(self, *inputs: Any) -> prefill_cache.Keys:
         return prefill_cache.cache_write(*inputs)
 
-    def _feed(self, state: list[Tensor | None], layer: LayerWeights, extra: _Layer, ids: Tensor) -> None:
+    def _feed(self, state: list[Tensor | None], layer: LayerWeights, ids: Tensor) -> None:
         c = self.weights.config
         normed, codes, scales = self._site(state, layer.ffn_site)
-        up = product(codes, scales, layer.shared13.codes, extra.shared13)
-        shared = product(*swiglu(up, float(c.swiglu_limit)), layer.shared2.codes, extra.shared2)
-        chosen, weights = prefill_experts.choose(
-            wide_product(normed, layer.gate), layer.bias, layer.table, ids, c.n_routed_experts, c.num_experts_per_tok,
-            c.routed_scaling_factor,
-        )  # fmt: skip
-        del normed, up
+        shared = self._shared(layer, codes, scales)
+        chosen, weights = self._choose(layer, normed, ids)
+        del normed
+        assert layer.bases is not None
         state[0] = prefill_experts.mixture(
-            codes, scales, chosen, weights, *layer.w13, *layer.w2, extra.bases, float(c.swiglu_limit), shared=shared,
+            codes, scales, chosen, weights, *layer.w13, *layer.w2, layer.bases, float(c.swiglu_limit), shared=shared,
             place=layer.place,
         )  # fmt: skip
+
+    def _shared(self, layer: LayerWeights, codes: Tensor, scales: Tensor) -> Tensor:
+        up = products.product(codes, scales, *layer.shared13)
+        return products.product(*products.swiglu(up, float(self.weights.config.swiglu_limit)), *layer.shared2)
+
+    def _choose(self, layer: LayerWeights, normed: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.weights.config
+        scores, count, picks = products.wide_product(normed, layer.gate), c.n_routed_experts, c.num_experts_per_tok
+        return prefill_experts.choose(scores, layer.bias, layer.table, ids, count, picks, c.routed_scaling_factor)
 
 
 def prompt_bytes(layout: CacheLayout, tokens: int, positions: int) -> int:
@@ -155,7 +144,7 @@ def prompt_bytes(layout: CacheLayout, tokens: int, positions: int) -> int:
     c = layout.config
     ratios = {ratio for ratio in c.layer_ratios if ratio}
     heads, index, d = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim, c.hidden_size
-    called = tokens + -tokens % CALL_ROWS
+    called = tokens + -tokens % products.CALL_ROWS
     streams, latent, inner = 2 * c.hc_mult * d, c.q_lora_rank + c.head_dim, c.moe_intermediate_size
     site = max(tokens, SITE_ROWS) * (streams + 5 * d + 768) + 768 * d
     # Before attention: keys, the normed input and its codes, first products.
@@ -164,11 +153,11 @@ def prompt_bytes(layout: CacheLayout, tokens: int, positions: int) -> int:
     keys += max((positions // ratio * size for ratio, size in entry.items()), default=0)
     wide = max((sum(widths(c, ratio)[2:]) for ratio in ratios), default=0)
     before = keys + tokens * (3 * d + 2 * latent + c.q_lora_rank) + 4 * called * (wide + -wide % TALL)
-    second = 2 * (heads + index) * (called if c.q_lora_rank % SCALED_DEPTH else tokens)
+    second = 2 * (heads + index) * (called if c.q_lora_rank % products.SCALED_DEPTH else tokens)
     scored = min(prefill_indexer.CHUNK, 1 << (max(128, positions // CSA_RATIO) - 1).bit_length())
     chosen = tokens * (4 * scored + 16 * c.index_topk + index)
     query_ = before + tokens * 2 * (heads + index) + max(second, chosen, tokens * 2 * heads)
-    rows = steady_rows(tokens, c.o_lora_rank, heads // c.o_groups)
+    rows = products.steady_rows(tokens, c.o_lora_rank, heads // c.o_groups)
     output = 2 * heads * (tokens + c.o_lora_rank) + 2 * (tokens + -tokens % rows) * c.o_groups * c.o_lora_rank
     picks = c.num_experts_per_tok * tokens
     room = picks + prefill_experts.SPARE * min(c.n_routed_experts, picks)

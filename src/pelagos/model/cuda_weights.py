@@ -6,7 +6,9 @@ Source: released checkpoint names and formats; docs/log/0006-captured-step.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -14,18 +16,18 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pelagos import numerics
+from pelagos import cost, numerics
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.kernels.cache_write import CacheWeights
 from pelagos.kernels.fp4_experts import MAX_SCALE_BYTE
 from pelagos.kernels.prefill_experts import base_bytes
 from pelagos.kernels.skinny_gemm import BLOCK, TALL
-from pelagos.model.attention import CSA_RATIO
-from pelagos.model.expert_blocks import ExpertBlocks
+from pelagos.model.streaming import ExpertBlocks, expert_shapes
 
 _SITE_ROWS, _STREAMS = 24, 4
 _FP8_SPREAD, _FP4_SPREAD = 16.0, 2.93  # root mean square of random codes
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _RANDOM_BLOCK = 1 << 28  # bytes of random codes that are repeated from tensor to tensor
 
 
@@ -66,6 +68,7 @@ class LayerWeights:
     shared2: Fp8
     w13: Fp8  # (E, 2F, D/2) packed E2M1 and (E, 2F, D/32); of blocks the first, (1, ...)
     w2: Fp8
+    bases: tuple[Tensor, Tensor] | None = None  # base bytes of w13 and w2, for prompts
     place: Tensor | None = None  # (E,) int64 offsets of the experts' blocks, where they are in blocks
 
 
@@ -102,29 +105,30 @@ class Weights:
     device: torch.device
     blocks: ExpertBlocks | None = None
     places: dict[str, Place] = field(default_factory=dict)
-    layers: list[LayerWeights] = field(default_factory=list)
+    layers: list[LayerWeights] = field(init=False)
     draft: DraftWeights | None = None
     embed: Tensor = field(init=False)
     head: Tensor = field(init=False)
     head_site: SiteWeights = field(init=False)
     mode: ClassVar[str] = "released"
     carrier: ClassVar[torch.dtype] = torch.bfloat16
+    _released: dict[str, cost.TensorGroup] = field(init=False)
     _whole: list[tuple[str, Tensor, Tensor | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config
         check_shape(config)
-        d, vocab = config.hidden_size, config.vocab_size
-        self.embed = self._plain("bf16", {"embed.weight": (vocab, d)})
-        self.head = self._plain("bf16", {"head.weight": (vocab, d)})
-        for index, ratio in enumerate(config.layer_ratios):
-            self.layers.append(self._layer(f"layers.{index}.", index, ratio, hashed=index < config.num_hash_layers))
-        self.head_site = self._head_site("")
+        released = cost.inventory(dataclasses.replace(config, extra={}), draft=True)
+        self._released = {group.name: group for group in released}
+        self.embed, self.head = self._plain("embed.weight"), self._plain("head.weight")
+        self.layers = [self._layer(f"layers.{index}.", index, ratio) for index, ratio in enumerate(config.layer_ratios)]
+        self.head_site = self._site("hc_head", "norm.weight")
         if config.num_nextn_predict_layers:
-            layer = self._layer("mtp.0.", config.num_hidden_layers, 0, hashed=False)
-            e_proj, h_proj = (self._fp8({f"mtp.0.{name}.weight": d}, d) for name in ("e_proj", "h_proj"))
-            enorm, hnorm = (self._plain("bf16", {f"mtp.0.{name}.weight": (d,)}) for name in ("enorm", "hnorm"))
-            self.draft = DraftWeights(layer, self._head_site("mtp.0."), e_proj, h_proj, enorm, hnorm)
+            layer = self._layer("mtp.0.", config.num_hidden_layers, 0)
+            e_proj, h_proj = (self._fp8(f"mtp.0.{name}.weight") for name in ("e_proj", "h_proj"))
+            enorm, hnorm = (self._plain(f"mtp.0.{name}.weight") for name in ("enorm", "hnorm"))
+            head_site = self._site("mtp.0.hc_head", "mtp.0.norm.weight")
+            self.draft = DraftWeights(layer, head_site, e_proj, h_proj, enorm, hnorm)
 
     @property
     def bytes(self) -> int:
@@ -169,10 +173,8 @@ class Weights:
             depth = values.shape[-1] * (2 if kind == "fp4" else 1)
             if scales is not None:
                 block, spread = (anything, _FP4_SPREAD) if kind == "fp4" else (normal, _FP8_SPREAD)
-                flat = values.view(-1)
-                for begin in range(0, flat.numel(), block.numel()):
-                    part = flat[begin : begin + block.numel()]
-                    part.copy_(block[: part.numel()])
+                for part in values.view(-1).split(len(block)):
+                    part.copy_(block[: len(part)])
                 scales.fill_(127 + round(math.log2(depth**-0.5 / spread)))
             elif kind == "i64":
                 values.random_(0, self.config.n_routed_experts, generator=generator)
@@ -186,137 +188,99 @@ class Weights:
 
     def _put(self, name: str, place: Place, values: Tensor) -> None:
         place.filled = True
-        if place.scales is None:
-            shape = tuple(place.values.shape)
-        else:
-            shape = (*place.values.shape[:-1], place.values.shape[-1] * (2 if place.format == "fp4" else 1))
+        shape = self._released[_EXPERT.sub(".experts.*.", name)].shape
         if tuple(values.shape) != shape:
             raise CheckpointError(f"{name}: shape {tuple(values.shape)}, expected {shape}")
         if place.scales is None:
             place.values.copy_(values)
             back = place.values
-        elif place.format == "fp8":
-            codes, scales = numerics.encode_fp8(values, numerics.FP8_BLOCK)
-            place.values.copy_(codes.view(torch.uint8))
-            place.scales.copy_(scales.view(torch.uint8))
-            back = numerics.decode_fp8(codes, scales, numerics.FP8_BLOCK)
         else:
-            codes, scales = numerics.encode_fp4(values)
+            codes, scales = numerics.encode_weight(values, place.format)
             place.values.copy_(codes.view(torch.uint8))
             place.scales.copy_(scales.view(torch.uint8))
-            back = numerics.decode_fp4(codes, scales)
-            if int(place.scales.min()) < 1 or int(place.scales.max()) > MAX_SCALE_BYTE:
+            back = numerics.decode_weight(codes, scales, place.format)
+            if place.format == "fp4" and not 1 <= int(place.scales.min()) <= int(place.scales.max()) <= MAX_SCALE_BYTE:
                 raise CheckpointError(f"{name}: scales beyond 2, which the kernels of FP4 experts do not take")
         if not torch.equal(back.to(values.dtype), values):
             raise CheckpointError(
                 f"{name}: {place.format} does not hold its values; the captured step runs released ones"
             )
 
-    def _new(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        values = torch.zeros(shape, dtype=dtype, device=self.device)
-        self._whole.append((kind, values, None))
-        return values
-
-    def _plain(self, format: str, rows: dict[str, tuple[int, ...]], pad: int = 1) -> Tensor:
+    def _plain(self, *names: str, pad: int = 1) -> Tensor:
         """One tensor of the named ones below each other, its rows padded with zeros to a multiple."""
+        groups = [self._released[name] for name in names]
+        counts, format = [group.shape[0] for group in groups], groups[0].format
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i64": torch.int64}[format]
-        first = next(iter(rows.values()))
-        total = sum(shape[0] for shape in rows.values())
-        kind = "norm" if "norm" in next(iter(rows)) else format
-        whole, at = self._new(kind, (total + -total % pad, *first[1:]), dtype), 0
-        for name, shape in rows.items():
-            self.places[name] = Place(format, whole[at : at + shape[0]])
-            at += shape[0]
+        rows = sum(counts) + -sum(counts) % pad
+        whole = torch.zeros((rows, *groups[0].shape[1:]), dtype=dtype, device=self.device)
+        self._whole.append(("norm" if "norm" in names[0] else format, whole, None))
+        for name, part in zip(names, whole[: sum(counts)].split(counts), strict=True):
+            self.places[name] = Place(format, part)
         return whole
 
-    def _fp8(self, rows: dict[str, int], depth: int) -> Fp8:
-        total = sum(rows.values())
-        codes, scales = (
-            torch.zeros((total // n, depth // n), dtype=torch.uint8, device=self.device) for n in (1, BLOCK)
-        )
-        weight = Fp8(codes, scales)
-        self._whole.append(("fp8", codes, scales))
-        at = 0
-        for name, count in rows.items():
-            blocks = weight.scales[at // BLOCK : (at + count) // BLOCK]
-            self.places[name] = Place("fp8", weight.codes[at : at + count], blocks)
-            at += count
+    def _found(self, *names: str) -> list[str]:
+        """Those of the names that this model has."""
+        return [name for name in names if name in self._released]
+
+    def _fp8(self, *names: str) -> Fp8:
+        """One weight of the named ones below each other."""
+        counts, depth = [self._released[name].shape[0] for name in names], self._released[names[0]].shape[1]
+        weight = Fp8(*(torch.zeros((sum(counts) // n, depth // n), dtype=torch.uint8, device=self.device)
+                       for n in (1, BLOCK)))  # fmt: skip
+        self._whole.append(("fp8", weight.codes, weight.scales))
+        parts = weight.codes.split(counts), weight.scales.split([count // BLOCK for count in counts])
+        self.places |= {name: Place("fp8", *part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
         return weight
 
     def _routed(self, prefix: str, layer: int) -> tuple[Fp8, Fp8]:
         """The routed experts' w13 and w2: stacked tensors, or blocks."""
-        c, d, inner = self.config, self.config.hidden_size, self.config.moe_intermediate_size
+        c = self.config
         if self.blocks is None:
-            shapes = [(2 * inner, d // 2), (2 * inner, d // numerics.FP4_GROUP),
-                      (d, inner // 2), (d, inner // numerics.FP4_GROUP)]  # fmt: skip
-            whole = [
-                torch.zeros((c.n_routed_experts, *shape), dtype=torch.uint8, device=self.device) for shape in shapes
-            ]
+            whole = [torch.zeros((c.n_routed_experts, *shape), dtype=torch.uint8, device=self.device)
+                     for shape in expert_shapes(c)]  # fmt: skip
             self._whole += [("fp4", whole[0], whole[1]), ("fp4", whole[2], whole[3])]
             each = list(zip(*(part.unbind(0) for part in whole), strict=True))
         else:
             whole = self.blocks.first()
             each = [self.blocks.parts(layer, expert) for expert in range(c.n_routed_experts)]
             self._whole += [("fp4", part[at], part[at + 1]) for part in each for at in (0, 2)]
-        for expert, (codes, scales, codes2, scales2) in enumerate(each):
-            own = f"{prefix}{expert}."
-            for name, values, scale in zip(("w1", "w3"), codes.split(inner), scales.split(inner), strict=True):
-                self.places[f"{own}{name}.weight"] = Place("fp4", values, scale)
-            self.places[f"{own}w2.weight"] = Place("fp4", codes2, scales2)
+        for expert, (codes, scales, *second) in enumerate(each):
+            parts = zip(("w1", "w3", "w2"), (*codes.chunk(2), second[0]), (*scales.chunk(2), second[1]), strict=True)
+            for name, values, scale in parts:
+                self.places[f"{prefix}{expert}.{name}.weight"] = Place("fp4", values, scale)
         return Fp8(*whole[:2]), Fp8(*whole[2:])
 
     def _site(self, prefix: str, norm: str) -> SiteWeights:
-        width = _STREAMS * self.config.hidden_size
-        shapes = {"fn": (_SITE_ROWS, width), "base": (_SITE_ROWS,), "scale": (3,)}
-        fn, base, scale = (self._plain("f32", {f"{prefix}_{name}": shape}) for name, shape in shapes.items())
-        return SiteWeights(fn, base, scale, self._plain("bf16", {norm: (self.config.hidden_size,)}))
+        """A site, or the collapse before the vocabulary head as one of which only the weights of the streams count."""
+        fn, base, scale = (self._plain(f"{prefix}_{name}", pad=pad)
+                           for name, pad in (("fn", _SITE_ROWS), ("base", _SITE_ROWS), ("scale", 3)))  # fmt: skip
+        return SiteWeights(fn, base, scale, self._plain(norm))
 
-    def _head_site(self, prefix: str) -> SiteWeights:
-        """The collapse before the vocabulary head, as a site of which only the four weights of the streams count."""
-        width, n = _STREAMS * self.config.hidden_size, _STREAMS
-        padded = [(n, (_SITE_ROWS, width)), (n, (_SITE_ROWS,)), (1, (3,))]
-        fn, base, scale = whole = [self._new("f32", shape, torch.float32) for _, shape in padded]
-        for name, (rows, _), values in zip(("fn", "base", "scale"), padded, whole, strict=True):
-            self.places[f"{prefix}hc_head_{name}"] = Place("f32", values[:rows])
-        return SiteWeights(fn, base, scale, self._plain("bf16", {f"{prefix}norm.weight": (self.config.hidden_size,)}))
-
-    def _layer(self, prefix: str, index: int, ratio: int, *, hashed: bool) -> LayerWeights:
-        c, d, attn, ffn = self.config, self.config.hidden_size, f"{prefix}attn.", f"{prefix}ffn."
-        width, inner, heads = c.head_dim, c.moe_intermediate_size, c.num_attention_heads
-        wide: dict[str, tuple[int, int]] = {}
-        cache: dict[str, Tensor | None] = {}
-        second = {f"{attn}wq_b.weight": heads * width}
-        for name, path, size in (("", "compressor.", width), ("index_", "indexer.compressor.", c.index_head_dim)):
-            if ratio and (not name or ratio == CSA_RATIO):
-                span = size * (1 + (ratio == CSA_RATIO))
-                wide |= {f"{attn}{path}{part}.weight": (span, d) for part in ("wkv", "wgate")}
-                cache[f"{name}ape"] = self._plain("f32", {f"{attn}{path}ape": (ratio, span)})
-                cache[f"{name}norm"] = self._plain("bf16", {f"{attn}{path}norm.weight": (size,)})
-        if ratio == CSA_RATIO:
-            wide[f"{attn}indexer.weights_proj.weight"] = (c.index_n_heads, d)
-            second[f"{attn}indexer.wq_b.weight"] = c.index_n_heads * c.index_head_dim
-        shared = f"{ffn}shared_experts."
-        gate_pad = -c.n_routed_experts % TALL
+    def _layer(self, prefix: str, index: int, ratio: int) -> LayerWeights:
+        attn, ffn, indexer = f"{prefix}attn.", f"{prefix}ffn.", f"{prefix}attn.indexer."
+        pools = {"": f"{attn}compressor.", "index_": f"{indexer}compressor."}
+        cache = {f"{name}{part}": self._plain(f"{path}{part}{end}")
+                 for name, path in pools.items() if self._found(f"{path}ape")
+                 for part, end in (("ape", ""), ("norm", ".weight"))}  # fmt: skip
+        wide = self._found(*(f"{path}{name}.weight" for path in pools.values() for name in ("wkv", "wgate")),
+                           f"{indexer}weights_proj.weight")  # fmt: skip
         w13, w2 = self._routed(f"{ffn}experts.", index)
         return LayerWeights(
             ratio=ratio,
             attn_site=self._site(f"{prefix}hc_attn", f"{prefix}attn_norm.weight"),
             ffn_site=self._site(f"{prefix}hc_ffn", f"{prefix}ffn_norm.weight"),
-            first=self._fp8({f"{attn}wq_a.weight": c.q_lora_rank, f"{attn}wkv.weight": width}, d),
-            first_wide=self._plain("bf16", wide, TALL) if wide else self.embed[:0],
-            cache=CacheWeights(
-                self._plain("bf16", {f"{attn}q_norm.weight": (c.q_lora_rank,)}),
-                self._plain("bf16", {f"{attn}kv_norm.weight": (width,)}), **cache,
-            ),
-            second=self._fp8(second, c.q_lora_rank),
-            sink=self._plain("f32", {f"{attn}attn_sink": (heads,)}),
-            wo_a=self._fp8({f"{attn}wo_a.weight": c.o_groups * c.o_lora_rank}, heads * width // c.o_groups),
-            wo_b=self._fp8({f"{attn}wo_b.weight": d}, c.o_groups * c.o_lora_rank),
-            gate=self._plain("bf16", {f"{ffn}gate.weight": (c.n_routed_experts, d)}, c.n_routed_experts + gate_pad),
-            bias=None if hashed else self._plain("f32", {f"{ffn}gate.bias": (c.n_routed_experts,)}),
-            table=self._plain("i64", {f"{ffn}gate.tid2eid": (c.vocab_size, c.num_experts_per_tok)}) if hashed else None,
-            shared13=self._fp8({f"{shared}w1.weight": inner, f"{shared}w3.weight": inner}, d),
-            shared2=self._fp8({f"{shared}w2.weight": d}, inner),
+            first=self._fp8(f"{attn}wq_a.weight", f"{attn}wkv.weight"),
+            first_wide=self._plain(*wide, pad=TALL) if wide else self.embed[:0],
+            cache=CacheWeights(self._plain(f"{attn}q_norm.weight"), self._plain(f"{attn}kv_norm.weight"), **cache),
+            second=self._fp8(f"{attn}wq_b.weight", *self._found(f"{indexer}wq_b.weight")),
+            sink=self._plain(f"{attn}attn_sink"),
+            wo_a=self._fp8(f"{attn}wo_a.weight"),
+            wo_b=self._fp8(f"{attn}wo_b.weight"),
+            gate=self._plain(f"{ffn}gate.weight", pad=TALL),
+            bias=self._plain(*name) if (name := self._found(f"{ffn}gate.bias")) else None,
+            table=self._plain(*name) if (name := self._found(f"{ffn}gate.tid2eid")) else None,
+            shared13=self._fp8(f"{ffn}shared_experts.w1.weight", f"{ffn}shared_experts.w3.weight"),
+            shared2=self._fp8(f"{ffn}shared_experts.w2.weight"),
             w13=w13, w2=w2, place=None if self.blocks is None else self.blocks.table[index],
         )  # fmt: skip
 

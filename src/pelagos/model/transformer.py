@@ -107,17 +107,6 @@ class MTPBlock(Block, Collapse):
         return self.e_proj(self.enorm(embedded)).unsqueeze(2) + self.h_proj(self.hnorm(streams))
 
 
-class Embedding(nn.Module):
-    """Token embedding under its released name `embed.weight`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, self.weight)
-
-
 class Transformer(Collapse):
     """A DeepSeek-V4 model in one of two number modes.
 
@@ -137,7 +126,8 @@ class Transformer(Collapse):
         super().__init__()
         self.config = config
         with torch.device(device or "cpu"):
-            self.embed = Embedding(config)
+            table = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
             self.layers = nn.ModuleList(
                 Block(config, ratio, index < config.num_hash_layers) for index, ratio in enumerate(config.layer_ratios)
             )
