@@ -79,6 +79,9 @@ def test_commands_files_and_stored_results(boxed: Sandbox) -> None:
     slow = boxed.exec("sleep 30", timeout=0.3)
     assert (slow.timed_out, slow.exit_code) == (True, -signal.SIGKILL)
     assert boxed.exec("no-such-program").exit_code == 127
+    mounts = boxed.exec("grep -E ' /.pelagos| /usr' /proc/self/mountinfo").text.splitlines()
+    assert len(mounts) >= 2
+    assert all(line.split()[5].startswith("ro") for line in mounts)
     boxed.exec("rm -r sub n")
     assert logs.verify(boxed.directory)[0] > 10
 

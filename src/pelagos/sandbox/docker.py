@@ -97,7 +97,7 @@ class Docker(Guest):
     def start(self) -> None:
         ask("POST", f"{self._url}/stop?t=0")  # of a keeper that was killed
         place = self._box / "port"
-        place.mkdir(exist_ok=True)
+        (place / "usr").mkdir(parents=True, exist_ok=True)
         place.chmod(0o711)
         (place / "s").unlink(missing_ok=True)
         if not ask("GET", f"{self._url}/json"):
@@ -130,8 +130,9 @@ class Docker(Guest):
         loader = "" if host else os.path.realpath("/lib64/ld-linux-x86-64.so.2").replace("/usr", usr, 1)
         libraries = ":".join(f"{usr}/{name}" for name in ("lib/x86_64-linux-gnu", "lib64", "lib"))
         words = [] if host else [loader, "--library-path", libraries]
-        mounts = [(str(place), OURS, False), *((f"/{name}", f"/{name}", True) for name in container.host_parts(host))]
-        mounts += [] if host else [("/usr", usr, True)]
+        # All read-only: the uid inside may be its owner's here, and a socket takes calls all the same.
+        mounts = {OURS: str(place), **{f"/{name}": f"/{name}" for name in container.host_parts(host)}}
+        mounts |= {} if host else {usr: "/usr"}
         return {
             "Image": image, "Entrypoint": [], "Cmd": [*words, f"{usr}/bin/python3", "-I", "-S", "-c", _BOOT],
             "User": "0:0", "WorkingDir": "/", "Hostname": "sandbox", "Env": [f"PATH={PATH}"], "NetworkDisabled": True,
@@ -142,7 +143,7 @@ class Docker(Guest):
                 "MemorySwap": int(limits.memory_mb * megabyte), "NanoCpus": int(limits.cpu * 1e9),
                 "PidsLimit": limits.processes + 1, "ShmSize": int(limits.memory_mb * megabyte) // 2,
                 "MaskedPaths": ["/sys", *(f"/proc/{name}" for name in _MASKED)],
-                "Mounts": [{"Type": "bind", "Source": s, "Target": t, "ReadOnly": ro} for s, t, ro in mounts],
+                "Mounts": [{"Type": "bind", "Source": s, "Target": t, "ReadOnly": True} for t, s in mounts.items()],
             },
         }  # fmt: skip
 
@@ -221,7 +222,7 @@ class Docker(Guest):
         if ask("GET", f"/images/{name}/json"):
             return name
         with tempfile.TemporaryFile(dir=self._box) as file:
-            below = layers.Store(self._box.parents[1]).empty_layer(OURS[1:], f"{OURS[1:]}/usr")
+            below = layers.Store(self._box.parents[1]).empty_layer(OURS[1:])
             trees = [self._layers / digest for digest in (below, *self._spec.layers)]
             layers.write_archive(name, trees, self._labels | {"pelagos.layer": self._spec.layers[-1]}, file)
             ask("POST", "/images/load?quiet=1", file)
