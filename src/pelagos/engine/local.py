@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,7 @@ FAR = 1 << 62  # a position no sequence reaches
 DISK_POLL_SECONDS = 0.001
 LINGER_SECONDS = 0.5
 WRITE_PAGES = 64  # completed pages that are written to disk together while a long prompt runs
-
-
-NO_TEXT = SimpleNamespace(push=lambda _: "", flush=str)  # stands in where there is no tokenizer
+NO_TEXT: Any = SimpleNamespace(push=lambda _: "", flush=str)  # stands in where there is no tokenizer
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

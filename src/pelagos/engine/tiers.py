@@ -272,8 +272,7 @@ class Tiers:
         disk = self.disk
         assert disk is not None
         if self._in_place:
-            content = [(key, memoryview(self.pools.page_bytes[page])) for key, page in items]
-            return disk.write_pages(user, content, first=first)
+            return disk.write_pages(user, [(key, self.pools.page_bytes[page].data) for key, page in items], first=first)
         blocks, _ = self._take([key for key, _ in items])
         if not blocks:
             disk.drop(len(items))
@@ -283,7 +282,7 @@ class Tiers:
         held = [page for _, page in rest]
 
         def behind() -> None:
-            content = [(key, memoryview(self._content[block])) for key, block in zip(keys, blocks, strict=True)]
+            content = [(key, self._content[block].data) for key, block in zip(keys, blocks, strict=True)]
             disk.write_pages(user, content, first=first)
 
         def over(error: BaseException | None) -> None:
@@ -307,7 +306,7 @@ class Tiers:
         taken = ([], range(len(keys))) if self._in_place else self._take(keys)
         restore = Restore(keys, pages, *taken, then)
         if self.disk is not None and (restore.new or state_key is not None):
-            into = [memoryview(self._row(restore, at)) for at in restore.new]
+            into = [self._row(restore, at).data for at in restore.new]
             restore.ticket = self.disk.read(user, [keys[at] for at in restore.new], state_key, into=into)
         if restore.ticket is None and not self._in_place:
             self._copy_restored(restore)
@@ -457,11 +456,12 @@ class Tiers:
         """
         if self._in_place:
             open_page = None if page is None else self.pools.page_bytes[page]
-            packed = None
             try:
                 packed = self._layout.pack_state(self.pools.slot_bytes[slot], open_page, position)
-            finally:
-                then(packed)
+            except Exception:
+                then(None)
+                raise
+            then(packed)
             return behind(packed)
         while not self._spare:
             wait([copy.future for copy, _ in self._under_way], return_when="FIRST_COMPLETED")
