@@ -151,8 +151,14 @@ def test_killed_keepers_and_containers_come_back_with_their_files(make: Any) -> 
     assert docker.ask("GET", f"{url}/json") is None
 
 
-def test_a_container_of_a_sandbox_that_is_gone_is_swept(make: Any) -> None:
+def test_what_is_left_of_sandboxes_that_are_gone_is_swept(make: Any, tmp_path: Path) -> None:
+    with Sandbox.create(**SIZE, store=Store(tmp_path / "other")) as there:
+        assert there.exec("echo here").text == "here\n"
+    shutil.rmtree(tmp_path / "other")
     box = make(**SIZE)
+    stores = [image["Labels"]["pelagos.store"] for image in docker.ask("GET", "/images/json") if image["Labels"]]
+    assert str(box.directory.parents[1]) in stores
+    assert str(tmp_path / "other") not in stores
     os.kill(box.info()["pid"], signal.SIGKILL)
     url = _container(box)
     shutil.rmtree(box.directory)

@@ -207,18 +207,21 @@ class Docker(Guest):
             ask("DELETE", f"{self._url}?force=1")
 
     def _sweep(self) -> None:
-        """Delete containers of sandboxes that are gone, whose keeper was killed, and images of layers that are gone."""
-        ours = urllib.parse.quote(json.dumps({"label": [f"pelagos.store={self._labels['pelagos.store']}"]}))
-        for found in ask("GET", f"/containers/json?all=1&filters={ours}"):
+        """Delete containers of this store whose sandboxes are gone, and images of any whose layers are."""
+        mine = urllib.parse.quote(json.dumps({"label": [f"pelagos.store={self._labels['pelagos.store']}"]}))
+        for found in ask("GET", f"/containers/json?all=1&filters={mine}"):
             if not (self._box.parent / found["Labels"]["pelagos.box"]).exists():
                 ask("DELETE", f"/containers/{found['Id']}?force=1")
-        for found in ask("GET", f"/images/json?filters={ours}"):
-            if not (self._layers / found["Labels"]["pelagos.layer"]).exists():
-                ask("DELETE", f"/images/{found['Id']}?force=1")
+        for found in ask("GET", "/images/json?filters=" + urllib.parse.quote('{"label": ["pelagos.layer"]}')):
+            labels = found["Labels"]
+            with contextlib.suppress(PermissionError, SandboxError):  # somebody else's, or one that a container has
+                if not Path(labels["pelagos.store"], "layers", labels["pelagos.layer"]).exists():
+                    ask("DELETE", f"/images/{found['Id']}")
 
     def _image(self) -> str:
         """Return the name of the image with this sandbox's layers, which the engine is given once."""
-        name = f"pelagos:{hashlib.sha256(json.dumps(self._spec.layers).encode()).hexdigest()[:32]}"
+        facts = json.dumps([self._labels, *self._spec.layers])
+        name = f"pelagos:{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
         if ask("GET", f"/images/{name}/json"):
             return name
         with tempfile.TemporaryFile(dir=self._box) as file:
