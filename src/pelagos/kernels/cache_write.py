@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Rows
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout
-from pelagos.kernels.ref import cache_write as ref
 from pelagos.kernels.ref.cache_write import CacheWeights, widths
 
 __all__ = ["BLOCK", "CacheWeights", "cache_write", "check_pools", "widths"]
@@ -51,19 +51,14 @@ def cache_write(
         raise ConfigError(
             f"cache_write: projected is {got}, expected rows ({tokens}, >= {needed}), an even number apart"
         )
-    for name, table in (("turn", turn), *((("entry_turn", entry_turn),) if place.ratio else ())):
-        if table is None or tuple(table.shape) != (tokens, 2, half) or not table.is_contiguous():
-            raise ConfigError(f"cache_write: {name} is {table if table is None else tuple(table.shape)}, "
-                              f"expected contiguous {(tokens, 2, half)}")  # fmt: skip
+    contract("cache_write", {"turn": (turn, (tokens, 2, half)), "entry_turn": (entry_turn, (tokens, 2, half))})
+    if place.ratio and entry_turn is None:
+        raise ConfigError("cache_write: entry_turn is None, expected one for a layer with a compressor")
     if (place.ratio and weights.ape is None) or (place.index is not None and weights.index_ape is None):
         raise ConfigError(f"cache_write: weights of layer {layer} (ratio {place.ratio}) lack those of its compressors")
     check_pools(rows, layout, pages, slots)
     inputs = (projected, rows, layout, layer, pages, slots, weights, turn, entry_turn)
-    if not projected.is_cuda:
-        return ref.forward(*inputs)
-    from pelagos.kernels.triton import cache_write as kernel
-
-    return kernel.forward(*inputs)
+    return select("cache_write", projected).forward(*inputs)
 
 
 def check_pools(rows: Rows, layout: CacheLayout, pages: Tensor, slots: Tensor) -> None:

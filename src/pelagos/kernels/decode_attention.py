@@ -11,8 +11,8 @@ from torch import Tensor
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.cache_write import check_pools
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout
-from pelagos.kernels.ref import decode_attention as ref
 
 WIDTHS = (128, 512)  # of a head
 
@@ -32,31 +32,20 @@ def attend(
     """
     config, place = layout.config, layout.layers[layer]
     tokens, heads, width = q.shape
-    if q.dtype != torch.bfloat16 or width != config.head_dim or not q.is_contiguous() or layout.mode != "released":
+    if width not in WIDTHS or config.qk_rope_head_dim != 64 or layout.mode != "released":
         raise ConfigError(
-            f"decode_attention: q is {q.dtype} {tuple(q.shape)}, layout of mode {layout.mode!r}: "
-            f"expected contiguous bfloat16 (T, H, {config.head_dim}) and released"
+            f"decode_attention: width {width}, rope {config.qk_rope_head_dim}, layout of mode {layout.mode!r}: "
+            f"expected one of {WIDTHS}, 64 and released"
         )
-    if width not in WIDTHS or config.qk_rope_head_dim != 64:
-        raise ConfigError(
-            f"decode_attention: width {width} and rope {config.qk_rope_head_dim}: expected one of {WIDTHS} and 64"
-        )
-    expected = {"sink": (sink, (heads,)), "turn": (turn, (tokens, 2, 32)), "positions": (rows.positions, (tokens,))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ConfigError(f"decode_attention: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
-    if picks is not None and (picks.dim() != 2 or picks.shape[0] != tokens or picks.dtype != torch.int32):
-        raise ConfigError(
-            f"decode_attention: picks is {picks.dtype} {tuple(picks.shape)}, expected int32 ({tokens}, K)"
-        )
+    contract("decode_attention", {
+        "q": (q, (tokens, heads, config.head_dim), torch.bfloat16), "sink": (sink, (heads,)),
+        "turn": (turn, (tokens, 2, 32)), "positions": (rows.positions, (tokens,)),
+        "picks": (picks, (tokens, 0 if picks is None else picks.shape[-1]), torch.int32),
+    })  # fmt: skip
     if place.main is not None and not 0 <= most <= rows.table.shape[1] * place.main.rows:
         raise ConfigError(
             f"decode_attention: most={most}, expected 0..{rows.table.shape[1] * place.main.rows}, what the table holds"
         )
     check_pools(rows, layout, pages, slots)
-    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most)
-    if not q.is_cuda:
-        return ref.forward(*inputs)
-    from pelagos.kernels.triton import decode_attention as kernel
-
-    return kernel.forward(*inputs, whole)
+    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole)
+    return select("decode_attention", q).forward(*inputs)

@@ -21,7 +21,7 @@ def contract(op: str, expected: Mapping[str, tuple[Any, ...]]) -> None:
             continue
         if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.dtype not in (kind or (tensor.dtype,)):
             wanted = " ".join(map(str, ("contiguous", *kind, shape)))
-            raise ConfigError(f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}")
+            raise ConfigError(f"{op}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {wanted}")
 
 
 def select(op: str, operand: Tensor) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Parts, Routed
+from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.ref import fp4_experts as ref
 
 BLOCK = 128  # both widths are multiples of it: an activation scale belongs to so many columns
@@ -30,24 +31,14 @@ def mixture(
     """
     tokens, width = codes.shape
     inner = w2.shape[2] * 2
-    expected = {
-        "scales": (scales, (tokens, width // BLOCK)),
-        "weights": (weights, (tokens, chosen.shape[1])),
-        "w13": (w13, (w2.shape[0], 2 * inner, width // 2)),
-        "s13": (s13, (w2.shape[0], 2 * inner, width // 32)),
-        "w2": (w2, (w2.shape[0], width, inner // 2)),
-        "s2": (s2, (w2.shape[0], width, inner // 32)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected contiguous {shape}")
+    contract("fp4_experts", {
+        "scales": (scales, (tokens, width // BLOCK)), "weights": (weights, (tokens, chosen.shape[1])),
+        "w13": (w13, (len(w2), 2 * inner, width // 2)), "s13": (s13, (len(w2), 2 * inner, width // 32)),
+        "w2": (w2, (len(w2), width, inner // 2)), "s2": (s2, (len(w2), width, inner // 32)),
+    })  # fmt: skip
     if width % BLOCK or inner % BLOCK:
         raise ConfigError(f"fp4_experts: widths {width} and {inner}: expected multiples of {BLOCK}")
-    if not codes.is_cuda:
-        return ref.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
-    from pelagos.kernels.triton import fp4_experts as kernel
-
-    return kernel.forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
+    return select("fp4_experts", codes).forward(codes, scales, chosen, weights, w13, s13, w2, s2, limit)
 
 
 def site(
@@ -62,11 +53,10 @@ def site(
     parts on CUDA, for a site to add up. Raises ConfigError for other shapes.
     """
     width, inner = codes.shape[1], w2.shape[2] * 2
-    expected = {"shared": (routed.shared, (codes.shape[0], 2 * inner)), "shared2": (shared2, (width, inner)),
-                "shared2_scales": (shared2_scales, (width // BLOCK, inner // BLOCK))}  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"fp4_experts: {name} is {tuple(tensor.shape)}, expected {shape}")
+    contract("fp4_experts", {
+        "shared": (routed.shared, (codes.shape[0], 2 * inner)), "shared2": (shared2, (width, inner)),
+        "shared2_scales": (shared2_scales, (width // BLOCK, inner // BLOCK)),
+    })  # fmt: skip
     if routed.planes is None:
         if place is not None:
             w13, s13, w2, s2 = (ref.placed(each, place) for each in (w13, s13, w2, s2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Rows
 from pelagos.kernels.cache_write import check_pools
+from pelagos.kernels.dispatch import contract
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.ref import indexer as ref
 
@@ -33,10 +34,9 @@ def pick(
     shape = (rows.positions.shape[0], config.index_n_heads, config.index_head_dim)
     if place.index is None or layout.mode != "released":
         raise ConfigError(f"indexer: layer {layer} (ratio {place.ratio}, mode {layout.mode!r}) has no FP4 index keys")
-    if tuple(index_q.shape) != shape or index_q.dtype != torch.bfloat16 or not index_q.is_contiguous():
-        raise ConfigError(f"indexer: index_q is {index_q.dtype} {tuple(index_q.shape)}, expected bfloat16 {shape}")
-    if tuple(head_weights.shape) != shape[:2] or head_weights.dtype != torch.float32:
-        raise ConfigError(f"indexer: head_weights is {tuple(head_weights.shape)}, expected float32 {shape[:2]}")
+    contract("indexer", {
+        "index_q": (index_q, shape, torch.bfloat16), "head_weights": (head_weights, shape[:2], torch.float32)
+    })  # fmt: skip
     if counts.shape[0] < shape[0] or counts.shape[1:] != (COUNTS,) or counts.dtype != torch.int32:
         raise ConfigError(f"indexer: counts is {tuple(counts.shape)}, expected int32 (>= {shape[0]}, {COUNTS})")
     if not 0 < most <= rows.table.shape[1] * place.index.rows:

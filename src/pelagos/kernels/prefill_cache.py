@@ -94,15 +94,15 @@ def cache_write(
     config, place, tokens = layout.config, layout.layers[layer], len(call.rows.positions)
     latent, width, *rest = widths(config, place.ratio)
     half = config.qk_rope_head_dim // 2
-    if layout.mode != "released" or first.dtype != torch.bfloat16 or tuple(first.shape) != (tokens, latent + width):
-        raise ConfigError(f"prefill_cache: layout of mode {layout.mode!r}, first {first.dtype} {tuple(first.shape)}: "
-                          f"expected released, bfloat16 {(tokens, latent + width)}")  # fmt: skip
+    if layout.mode != "released":
+        raise ConfigError(f"prefill_cache: layout of mode {layout.mode!r}, expected released")
     if rest and (wide is None or wide.dtype != torch.float32 or len(wide) != tokens or wide.shape[1] < sum(rest)):
         raise ConfigError(f"prefill_cache: wide is {wide if wide is None else tuple(wide.shape)}, expected float32 "
                           f"({tokens}, >= {sum(rest)})")  # fmt: skip
     if place.ratio and entry_turn is None:
-        raise ConfigError("prefill_cache: entry_turn is missing for a layer with a compressor")
-    contract("prefill_cache", {"turn": (turn, (tokens, 2, half)), "entry_turn": (entry_turn, (tokens, 2, half))})
+        raise ConfigError("prefill_cache: entry_turn is None, expected one for a layer with a compressor")
+    turns = {"turn": (turn, (tokens, 2, half)), "entry_turn": (entry_turn, (tokens, 2, half))}
+    contract("prefill_cache", {"first": (first, (tokens, latent + width), torch.bfloat16), **turns})
     check_pools(call.rows, layout, pages, slots)
     inputs = (first, wide, call, layout, layer, pages, slots, weights, turn, entry_turn)
     return Keys(*select("prefill_cache", first).cache_write(*inputs))

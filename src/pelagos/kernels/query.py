@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.ref import query as ref
+from pelagos.kernels.dispatch import select
 
 
 def angles(positions: Tensor, freqs: Tensor) -> Tensor:
@@ -42,9 +42,4 @@ def query(
         raise ConfigError(f"query: turn is {tuple(turn.shape)}, expected ({tokens}, 2, at most {width // 2})")
     if not (product.is_contiguous() and turn.is_contiguous()) or index_width & (index_width - 1) or index_width % 32:
         raise ConfigError(f"query: operands have to be contiguous, index_width={index_width} 0 or 32, 64, 128, ...")
-    inputs = (product, turn, heads, width, index_heads, index_width)
-    if not product.is_cuda:
-        return ref.forward(*inputs, eps=eps)
-    from pelagos.kernels.triton import query as kernel
-
-    return kernel.forward(*inputs, eps=eps)
+    return select("query", product).forward(product, turn, heads, width, index_heads, index_width, eps=eps)

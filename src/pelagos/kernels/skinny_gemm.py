@@ -11,6 +11,7 @@ from torch import Tensor
 from pelagos import numerics
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Halves, Parts
+from pelagos.kernels.dispatch import contract
 from pelagos.kernels.ref import skinny_gemm as ref
 
 BLOCK = 128
@@ -79,11 +80,10 @@ def _check(
             f"skinny_gemm: x {tuple(codes.shape)}, weight {tuple(weight.shape)}, groups={groups}: "
             f"expected columns of x = groups * columns of weight, multiples of {BLOCK}"
         )
-    expected = {"weight_scales": (weight_scales, (outputs // BLOCK, depth // BLOCK))}
-    expected |= {} if scales is None else {"scales": (scales, (rows, columns // BLOCK))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"skinny_gemm: {name} is {tuple(tensor.shape)}, expected {shape}")
+    contract("skinny_gemm", {
+        "weight_scales": (weight_scales, (outputs // BLOCK, depth // BLOCK)),
+        "scales": (scales, (rows, columns // BLOCK)),
+    })  # fmt: skip
 
 
 def merged(

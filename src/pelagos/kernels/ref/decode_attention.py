@@ -121,9 +121,9 @@ def make_projected(call: Call, *, seed: int = 0) -> tuple[Tensor, CacheWeights, 
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int,
+    picks: Tensor | None, turn: Tensor, most: int, _: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Return the attended values (T, H * C) bfloat16, turned back; see `kernels.decode_attention.attend`."""
+    """Return the attended values (T, H * C) bfloat16, whole and turned back; see `kernels.decode_attention.attend`."""
     kept, ratio = pools.LayerRows(layout, layer, pages, slots), layout.layers[layer].ratio
     positions = rows.positions.long().unsqueeze(1)
     window = layout.config.sliding_window

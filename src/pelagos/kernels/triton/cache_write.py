@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.batch_rows import Rows
-from pelagos.kernels.layout import CacheLayout, Tail
+from pelagos.kernels.layout import CacheLayout, Section, Tail
 from pelagos.kernels.ref.cache_write import CacheWeights, widths
 from pelagos.kernels.triton import formats
 from pelagos.kernels.triton.query import fp4, normed, rotated, rotation, turned
@@ -162,6 +162,11 @@ def _kernel(
                     _store_index(x, index + page + inner * (INDEX // 2), scale)
 
 
+def _bytes(pool: Tensor, section: Section | None) -> tuple[Tensor, int]:
+    """Return a section's bytes from its row 0 in unit 0 on, and where its scales begin."""
+    return (pool, 0) if section is None else (pool.view(-1)[section.offset :], section.part(1) - section.offset)
+
+
 def _rings(slots: Tensor, tail: Tail | None) -> tuple[Tensor, Tensor]:
     """Return the float32 rows of a tail's kv and scores in slot 0."""
     found = slots.view(-1).view(torch.float32)
@@ -174,29 +179,23 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Write what rows leave and return (codes, scales, head_weights) as `kernels.cache_write.cache_write` does."""
     config, place = layout.config, layout.layers[layer]
-    tokens, latent, width, index = len(rows.positions), config.q_lora_rank, config.head_dim, 0
+    tokens, latent, width, ends = len(rows.positions), config.q_lora_rank, config.head_dim, place.main_tail
     new, made_for, none, heads = projected.new_empty, formats.target(), turn, config.index_n_heads
     codes, scales = (new((tokens, latent // size), dtype=torch.uint8) for size in (1, 128))
-    head_weights, main, span = none, (pages, 0), 0
-    index_part, tail = main, 1
-    if place.main is not None and place.main_tail is not None:
-        main = pages.view(-1)[place.main.offset :], place.main.part(1) - place.main.offset
-        span, tail = place.main_tail.kv.width, place.main_tail.kv.rows
-    if place.index is not None:
-        index_part = pages.view(-1)[place.index.offset :], place.index.part(1) - place.index.offset
-        index, head_weights = config.index_head_dim, new((tokens, heads))
+    span, tail = (0, 1) if ends is None else (ends.kv.width, ends.kv.rows)
+    index, head_weights = (0, None) if place.index is None else (config.index_head_dim, new((tokens, heads)))
     extra = [none if each is None else each for each in weights[2:]]
     _kernel[(len(widths(config, place.ratio)) // 2 + 1, tokens)](
         projected, projected.stride(0), rows.positions, rows.slots, rows.first, rows.owner, rows.table, rows.frozen,
         rows.table.shape[1], weights.q_norm, weights.kv_norm, turn, codes, scales,
-        slots.view(-1)[place.window.offset :], place.window.part(1) - place.window.offset, layout.slot_bytes,
-        *extra[:2], *_rings(slots, place.main_tail), *main, *extra[2:], *_rings(slots, place.index_tail), *index_part,
-        layout.page_bytes, none if entry_turn is None else entry_turn, head_weights,
-        config.index_head_dim**-0.5 * heads**-0.5, rotation(max(index, 1))["factor"], config.rms_norm_eps,
+        *_bytes(slots, place.window), layout.slot_bytes, *extra[:2], *_rings(slots, ends), *_bytes(pages, place.main),
+        *extra[2:], *_rings(slots, place.index_tail), *_bytes(pages, place.index), layout.page_bytes,
+        none if entry_turn is None else entry_turn, none if head_weights is None else head_weights,
+        config.index_head_dim**-0.5 * heads**-0.5, eps=config.rms_norm_eps, **rotation(max(index, 1)),
         LATENT=latent, PADDED=triton.next_power_of_2(latent), WIDTH=width, ROPE=config.qk_rope_head_dim,
         RING=place.window.rows, SCALES=place.window.parts[1], RATIO=place.ratio, SPAN=span, TAIL=tail,
         PAGE=layout.page_tokens, SLOTS=SLOTS, INDEX=index, HEADS=heads,
-        HEADS_PADDED=triton.next_power_of_2(heads), ROUNDS=rotation(max(index, 1))["ROUNDS"], TARGET=made_for,
+        HEADS_PADDED=triton.next_power_of_2(heads), TARGET=made_for,
         **formats.launch(made_for, num_warps=8, enable_fp_fusion=False),
     )  # fmt: skip
-    return codes, scales, None if place.index is None else head_weights
+    return codes, scales, head_weights

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.layout import CacheLayout, Section
+from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.ref.cache_write import CacheWeights
 from pelagos.kernels.triton import formats
-from pelagos.kernels.triton.cache_write import SLOTS, _append, _pooled, _rings, _store_index, _store_main
+from pelagos.kernels.triton.cache_write import SLOTS, _append, _bytes, _pooled, _rings, _store_index, _store_main
 from pelagos.kernels.triton.query import normed, rotated, rotation, turned
 
 if TYPE_CHECKING:
@@ -149,11 +149,6 @@ def _index_kernel(
     place = (tl.load(base + owner) + index).to(tl.int64)
     tl.store(codes + place[:, None] * WIDTH + lane[None, :], code, mask=live[:, None])
     tl.store(scales + place, formats.power_of_two(top), mask=live)
-
-
-def _bytes(pool: Tensor, section: Section | None) -> tuple[Tensor, int]:
-    """Return a section's bytes from its row 0 in unit 0 on, and where its scales begin."""
-    return (pool, 0) if section is None else (pool.view(-1)[section.offset :], section.part(1) - section.offset)
 
 
 def cache_write(
