@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
-from pelagos.engine import LLM
+from pelagos.engine import LLM, EngineOptions
 from pelagos.errors import ConfigError
 from pelagos.serve.settings import Settings, read_config, read_settings
 
@@ -105,4 +105,5 @@ def test_the_example_files_are_valid(tmp_path: Path) -> None:
 
 
 def test_engine_options_are_those_of_the_model() -> None:
-    assert set(Settings().engine_options) <= set(inspect.signature(LLM.__init__).parameters)
+    known = {*inspect.signature(LLM.__init__).parameters, *(each.name for each in dataclasses.fields(EngineOptions))}
+    assert set(Settings().engine_options) <= known
