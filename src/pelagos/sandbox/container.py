@@ -103,7 +103,7 @@ class Home:
         def launch() -> None:
             linux.close_all_but([asks.fileno()])
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-            linux.populate()  # a program takes this memory's place
+            rehearse()
             told, fds, _, _ = socket.recv_fds(asks, ASK_BYTES, 3)
             if told:
                 box, spec, first = json.loads(told)
@@ -340,6 +340,17 @@ class Container(Substrate):
             self._become_first(info, said, hold, first)
         except (OSError, SandboxError) as error:
             os.write(said, f"{error}".encode())
+
+    def rehearse(self) -> None:
+        """Do once what `launch` does as far as nothing comes of it, in a sandbox that is nowhere."""
+        words = ["/nowhere", *self._arguments(0, 0)]
+        tries: list[Callable[[], object]] = [
+            lambda: linux.mount(words[0], words[0], "none", 0, " "), (self._place / "upper").mkdir,
+            lambda: linux.write(words[0], b""), lambda: os.execve(words[0], words, {"PATH": PATH}),
+        ]  # fmt: skip
+        for attempt in tries:
+            with contextlib.suppress(OSError):
+                attempt()
 
     def _mount(self, report: socket.socket) -> None:
         """Mount the layers and what is written over them at /tmp, as the user that runs it."""

@@ -26,7 +26,7 @@ from typing import Any
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import cgroups, function, linux  # noqa: F401  `function` is loaded once for all keepers
 from pelagos.sandbox.api import Command, Spec
-from pelagos.sandbox.container import ASK_BYTES, Home, Substrate, bubblewrap, take_notes
+from pelagos.sandbox.container import ASK_BYTES, Container, Home, Substrate, bubblewrap, take_notes
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
 from pelagos.sandbox.loop import Connection, Loop, Promise
@@ -39,7 +39,7 @@ REST_S = 0.02
 REST_MOST_S = 16.0
 KILL_S = 5.0  # what does not end when it is told to takes the sandbox with it
 OURS = 3  # processes in a container's control group that are not its commands: forker, bubblewrap, the first inside
-SPARES = 2  # keepers kept ready; each is about 3 MB, and 14 in what will launch its sandbox
+SPARES = 2  # keepers kept ready; each is about 3 MB
 DRAIN_BYTES = 1 << 16
 STATUS_BYTES = 8 << 20  # JSON of JSON of 1 MiB may be this long
 # Change nothing that stays, as nothing stateless does: no intent, may be asked again.
@@ -79,6 +79,8 @@ def _rehearse() -> None:
     place, facts = json.loads(json.dumps(["/a/b/c", spec]))
     made = _make(Path(place), Spec.from_dict(facts), None)
     made.capabilities.check({})
+    if isinstance(made, Container):
+        made.rehearse()
     json.dumps([place, dataclasses.asdict(made.capabilities)])
     Promise(Loop()).settle()
     one, two = linux.link()

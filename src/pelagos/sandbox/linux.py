@@ -49,7 +49,6 @@ _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), 435, (41, 198), (16, 29)
 _FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock and others are not bound to the network namespace
 _IOCTLS = (0x5412, 0x541C, 0xC028660F, 0xC0C0586D)  # TIOCSTI, TIOCLINUX, ext4 and xfs extent swaps
 _CLOSE_RANGE = 436
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # of madvise(2)
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 
 _MAKE_MODULES = """
@@ -264,16 +263,6 @@ def modules_as_program(*names: str) -> str:
         # Where Python is the same, what it compiles to: to compile takes 9 ms.
         found[name] = (text, marshal.dumps(compile(text, name, "exec")))
     return f"MAGIC, MODULES = {MAGIC_NUMBER!r}, {found!r}\n{_MAKE_MODULES}\n"
-
-
-def populate() -> None:
-    """Have every page of this process in memory, its own copy where it may write one, as if each was touched."""
-    with open("/proc/self/maps", "rb") as file:
-        spans = [line.split()[:2] for line in file.readlines()]
-    for span, rights in spans:
-        begin, end = (int(address, 16) for address in span.split(b"-"))
-        advice = _POPULATE_WRITE if rights[1:2] == b"w" else _POPULATE_READ
-        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)  # what cannot be had is left
 
 
 def sync_filesystem(path: os.PathLike[str]) -> None:
