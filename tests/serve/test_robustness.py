@@ -32,7 +32,7 @@ FAST = settings(max_examples=20, deadline=None, phases=[Phase.generate], suppres
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     llm = scripted_llm(lambda prompt: Reply("word " * 200, token_s=0.01) if "long" in prompt else Reply("Hello"))
-    with serve(llm, settings=Settings(head_s=0.5, body_s=0.5, write_s=1.0, max_queued=1000)) as served:
+    with serve(llm, settings=Settings(head_s=1.0, body_s=1.0, write_s=1.0, max_queued=1000)) as served:
         yield served
 
 

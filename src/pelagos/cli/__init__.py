@@ -5,6 +5,8 @@ code or None. A PelagosError becomes one red line and exit code 1; anything else
 """
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -40,9 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pelagos: no such command {name!r}; `pelagos --help` lists them", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"pelagos.cli.{name}").main(args) or 0
+        code = importlib.import_module(f"pelagos.cli.{name}").main(args) or 0
+        sys.stdout.flush()
+        return code
     except PelagosError as error:
         tell(f"pelagos: {' '.join(str(error).split())}", "31")
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -95,14 +95,13 @@ class Server(uvicorn.Server):
         self._drain_until = time.monotonic() + self._settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's own chores ten times a second; once a second, clients that keep us waiting too long are dropped."""
+        """uvicorn's own chores ten times a second, and dropping the clients that keep us waiting too long."""
         if self._drain_until is not None and not self.should_exit:
             late = time.monotonic() >= self._drain_until
             if late:
                 self._app.cancel_answers()
             self.should_exit = late or not self._app.traffic.in_flight
-        if counter % 10 == 0:
-            self._drop_late(time.monotonic())
+        self._drop_late(time.monotonic())
         return await super().on_tick(counter)
 
     def _drop_late(self, now: float) -> None:
