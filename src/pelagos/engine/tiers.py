@@ -239,8 +239,10 @@ class Tiers:
 
     def clean(self, pool: PagePool, then: Callable[[], None]) -> bool:
         """Start copying out some of the cached pages that are evicted next; whether there are any."""
+        if self._cleaning or not self.index.count:
+            return False
         looks = (pool.evictions, pool.cached, self.index.evictions, self.index.cached)
-        if self._cleaning or looks == self._clean:
+        if looks == self._clean:
             return False
         scan, most = min(CLEAN_SCAN, self.index.count // 2), CLEAN_BYTES // self._blocks.shape[1]
         coldest = pool.coldest(scan)

@@ -372,11 +372,12 @@ class NativeForward:
             if not self._close.alive:
                 raise RequestError("native forward: closed; make a new one")
             rows, tokens, pages = self._lay_out(spans, paged=streams is None)
-            total, (logits, kept) = len(tokens), rows[:, -2:].sum(0)
+            total, logits = len(tokens), sum(span.logits for span in spans)
             if total and _block(total) > self._block:
                 self._block = _block(total)
                 self._scratch = np.empty(self.scratch_bytes(self._block), np.uint8)
             out = np.empty((logits, config.vocab_size), np.float32)
+            kept = sum(span.streams for span in spans)
             out_streams = np.empty((kept, _STREAMS, config.hidden_size), np.float32)
             if total:
                 if self._places is not None and streams is None:
