@@ -28,9 +28,8 @@ from pelagos.errors import PelagosError
 from pelagos.numerics import encode_fp4
 from pelagos.train.context import Context
 from pelagos.train.objective import LossWeights, losses
-from pelagos.train.owners import Owners
 from pelagos.train.ranks import Ranks
-from pelagos.train.state import whole
+from pelagos.train.state import released
 from pelagos.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,9 +105,9 @@ def live(spec: dict[str, Any]) -> dict[str, Any]:
             trainer._update()
             trainer.step += 1
         trainer.save()
-        if trainer.ranks is not None and trainer.ranks.rank == victim:
+        if spec["distributed"] and trainer.ranks.rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-    if attempt < spec.get("kills", 0) and trainer.ranks is not None and trainer.ranks.rank == victim:
+    if attempt < spec.get("kills", 0) and spec["distributed"] and trainer.ranks.rank == victim:
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
@@ -148,14 +147,11 @@ def border(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, Any]:
-    """Return masters and FP4 codes of the whole model."""
+    """Return masters and FP4 codes of the whole model, on the first rank."""
     if trainer.stored is not None:
-        trainer.stored.unround()
-    model = trainer.model
-    if isinstance(trainer.optimizer, Owners) and trainer.ranks is not None:
-        model = whole(model, trainer.optimizer, trainer.ranks)
-    masters = {n: p.detach() for n, p in model.named_parameters()}
-    codes = {n: encode_fp4(p.flatten(0, 1))[0] for n, p in masters.items() if ".experts." in n}
+        trainer.stored.__enter__()
+    masters = {n: p.detach().clone() for n, p, _ in released(trainer.model, trainer.ranks)}
+    codes = {n: encode_fp4(p)[0] for n, p in masters.items() if ".experts." in n}
     return {"masters": masters, "codes": codes}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,13 +34,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     expert_bytes: int | None = None,
+    part: Callable[[Transformer], object] | None = None,
 ) -> Transformer:
     """Load a bundled name, a directory or a cached hub id into a Transformer in evaluation state.
 
     `dtype` (None = float32) is the parameters' and the carrier's. With `expert_bytes` routed experts are read when they
-    are chosen and so many bytes of them kept. Of a GA build the backbone is loaded and a logged notice says which draft
-    was left out. Raises CheckpointError naming tensor, file, expected and got; ConfigError
-    for a bad `config.json`, mode, dtype or device. Peak memory is the model plus one tensor.
+    are chosen and so many bytes of them kept. `part` may cut the model, before it has memory: what is left is read. Of
+    a GA build the backbone is loaded and a logged notice says which draft was left out. Raises CheckpointError naming
+    tensor, file, expected and got; ConfigError for a bad `config.json`, mode, dtype or device. Peak memory is the model
+    plus one tensor.
     """
     dtype = torch.float32 if dtype is None else dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -49,6 +51,8 @@ def load_model(
     checkpoint, config, found = _opened(path_or_name)
     model = Transformer(config, mode=mode, dtype=dtype, device="meta")
     _compare(checkpoint.path, {name: tensor for name, tensor, _ in model.released_tensors()}, found)
+    if part is not None:
+        part(model)
     if expert_bytes is not None:
         if dtype != torch.float32 or target.type != "cpu":
             raise ConfigError(

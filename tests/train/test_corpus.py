@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pelagos.errors import DataError
-from pelagos.train.corpus import TEXT_KINDS, Document, is_held_out, minhash, near_duplicates, read_corpus, split
+from pelagos.train.corpus import TEXT_KINDS, is_held_out, minhash, near_duplicates, read_corpus, split
+from pelagos.train.sources import Document
 
 WORDS = [f"w{i}" for i in range(2000)]
 HELD = [name for name in (f"s{i}" for i in range(400)) if is_held_out(name)]

@@ -15,8 +15,8 @@ from tests.train.small import run_config, small_model, write_shards
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.load import load_model
 from pelagos.model.experts import Experts
-from pelagos.train.optim import OptimConfig
-from pelagos.train.owners import EXPERTS, knapsack, pieces_of
+from pelagos.train.optim import EXPERTS, OptimConfig, Optimizer, cut, trained
+from pelagos.train.owners import ORDER, Owners, knapsack
 from pelagos.train.ranks import Ranks, data_ranks, stochastic_bf16
 from pelagos.train.waves import Waves
 
@@ -33,17 +33,21 @@ def test_a_knapsack_deals_every_piece_and_evenly(sizes: list[int], owners: int) 
 
 def test_every_weight_has_one_owner_and_no_matrix_is_cut() -> None:
     model = small_model()
-    dense, experts = pieces_of(model, OptimConfig())
-    for piece in (*dense, *experts):
-        piece.value.add_(1)
+    whole = {one.name: one for one in trained(model, OptimConfig())}
+    pieces = {k: (one, part) for one in whole.values() for k, part in cut(one, one.value.detach(), model).items()}
+    for _, part in pieces.values():
+        part.add_(1)
     fresh = small_model()
     for (name, parameter), (_, before) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(parameter, before + 1), name
-    assert len({piece.key for piece in (*dense, *experts)}) == len(dense) + len(experts)
-    leaves = [piece.key.rpartition(".")[2] for piece in experts]
-    assert leaves == sorted(leaves, key=["w2", "w3", "w1"].index)  # all down, then up, then gate
-    assert {piece.value.shape for piece in experts} == {torch.Size((64, 32)), torch.Size((32, 64))}
-    assert all(EXPERTS in piece.name for piece in experts)
+    assert len(pieces) == sum(len(cut(one, one.value, model)) for one in whole.values())
+    owners = Owners(model, OptimConfig(), Ranks(run_config(), torch.device("cpu"), alone=True), run_config())
+    leaves = [key.rpartition(".")[2] for key in owners.own if EXPERTS in key]
+    assert leaves == sorted(leaves, key=ORDER.index)  # all down, then up, then gate
+    assert owners.own.keys() == pieces.keys()
+    assert owners.tensors().keys() == Optimizer(model).tensors().keys()
+    shapes = {part.shape for one, part in pieces.values() if EXPERTS in one.name}
+    assert shapes == {torch.Size((64, 32)), torch.Size((32, 64))}
 
 
 @pytest.mark.parametrize("value", [1.0 + 3 / 512, -(1.0 + 1 / 512), 3.7e-12, 1.0 + 2**-20, -0.75])

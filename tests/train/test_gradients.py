@@ -18,7 +18,7 @@ from pelagos.model import FullSequence, Transformer
 from pelagos.train import forward as forward_module
 from pelagos.train.forward import Forward, Marks
 from pelagos.train.init import initialise
-from pelagos.train.objective import LossWeights, losses, prepare_step
+from pelagos.train.objective import LossWeights, losses, prepare
 from pelagos.train.optim import Optimizer
 from pelagos.train.precision import set_precision
 
@@ -60,7 +60,8 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, seed: int) -> None:
     ids = torch.randint(config.vocab_size, (1, 150), generator=torch.Generator().manual_seed(seed))
     targets = ids[:, 1:].flatten()
     functional.cross_entropy(oracle(ids, use_cache=False).logits[0, :-1], targets).backward()
-    step = prepare_step(model, ids, torch.arange(150)[None], torch.zeros(1, 150, dtype=torch.int32), dense=False)
+    place, segments = torch.arange(150)[None], torch.zeros(1, 150, dtype=torch.int32)
+    step = prepare(model, ids, place, segments, ids, dense=False).step
     streams = Forward(model).run(step, FullSequence(config.sliding_window), [])
     functional.cross_entropy(model.logits(model.collapse(streams, config))[0, :-1], targets).backward()
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_training_forward_is_the_models_bitwise() -> None:
     results = []
     for which in ("model", "joined", "recomputed"):
         model.zero_grad()
-        step = prepare_step(model, ids, positions, segments, dense=False)
+        step = prepare(model, ids, positions, segments, ids, dense=False).step
         cache = FullSequence(model.config.sliding_window)
         forward = Forward(model, recompute=which == "recomputed")
         streams = model.run(step, cache, []) if which == "model" else forward.run(step, cache, [])

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pelagos.train.corpus import Document
 from pelagos.train.pairs import MODES, conversations, pairs_of, small_talk
+from pelagos.train.sources import Document
 
 TLDR = """# tar
 

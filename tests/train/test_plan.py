@@ -7,7 +7,7 @@ import pytest
 from pelagos import cli, cost
 from pelagos.config import preset
 from pelagos.errors import ConfigError
-from pelagos.train.plan import layout, layouts, report
+from pelagos.train.dry_run import layout, layouts, simulated
 
 OPTIONS = {"tokens": 1 << 22, "row": 4096}
 
@@ -48,4 +48,4 @@ def test_the_command_says_that_it_simulates(capsys) -> None:
     assert "taken: 256 GPUs" in said
     assert "layout of Megatron-Bridge" in said
     assert "why: the quickest of" in said
-    assert "none fits" in report("pro", preset("pro"), 8)
+    assert "none fits" in simulated("pro", preset("pro"), 8)

@@ -15,10 +15,11 @@ from pelagos import cli
 from pelagos.chat import Tokenizer
 from pelagos.config import bundled_model_dir, nano
 from pelagos.errors import DataError, MissingDependency
-from pelagos.train.corpus import Document
+from pelagos.train.corpus import Duplicates
 from pelagos.train.data import PackedBatches, ShardWriter, read_shard, write_meta
+from pelagos.train.prepare import tokenise
 from pelagos.train.recipe import TrainConfig
-from pelagos.train.sources import Duplicates, paths_of, read_documents, tokenise
+from pelagos.train.sources import Document, paths_of, read_documents
 from pelagos.train.trainer import Trainer
 
 NANO = bundled_model_dir("nano")

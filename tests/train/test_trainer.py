@@ -20,8 +20,9 @@ from pelagos.load import load_model
 from pelagos.model import FullSequence
 from pelagos.model.paged import PagedForward
 from pelagos.numerics import FP8_BLOCK, fake_quant_fp4, fake_quant_fp8
-from pelagos.train.objective import prepare_step
+from pelagos.train.objective import prepare
 from pelagos.train.recipe import TrainConfig
+from pelagos.train.state import newest
 from pelagos.train.trainer import Trainer
 
 
@@ -177,7 +178,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(data, tmp_path
         return dataclasses.replace(terms, total=terms.total * math.nan) if trainer.step == 2 else terms
 
     monkeypatch.setattr(trainer, "_losses", poisoned)
-    with pytest.raises(TrainingError, match=r"step 3: .*not finite.*state\.pt keeps the last good state.*lower lr"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: .*not finite.*state-00000002 keeps the last good state.*lower lr"
+    ):
         trainer.run()
     after = trainer_of(data, tmp_path, save_every=2, log_every=50)
     assert after.resume()
@@ -191,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(data, tmp_path
 
 
 def test_resuming_another_run_is_refused(data, tmp_path, finished):
-    shutil.copy(finished.out / "state.pt", tmp_path / "state.pt")
+    path = shutil.copytree(newest(finished.out), tmp_path / "state-00000006")
     with pytest.raises(CheckpointError, match=r"setting steps was 6, now 7.*fractions"):
         trainer_of(data, tmp_path, steps=7).resume()
     with pytest.raises(CheckpointError, match=r"setting lr was 0.003, now 0.001"):
@@ -202,11 +205,17 @@ def test_resuming_another_run_is_refused(data, tmp_path, finished):
     more = write_shards(tmp_path / "more", samples=30)
     with pytest.raises(CheckpointError, match=r"shard train\.tokens was"):
         trainer_of(more, tmp_path).resume()
-    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="not a readable run state"):
+    for name in ("__0_0.distcp", ".metadata", "run.pt"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:5000] if name != "run.pt" else whole[:500])
+        with pytest.raises(CheckpointError, match="not a readable run state"):
+            trainer_of(data, tmp_path).resume()
+        (path / name).write_bytes(whole)
+    torch.save({"format": 2}, path / "run.pt")
+    with pytest.raises(CheckpointError, match="format 4"):
         trainer_of(data, tmp_path).resume()
-    torch.save({"format": 2}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="format 3"):
+    (tmp_path / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="older format"):
         trainer_of(data, tmp_path).resume()
 
 
@@ -235,17 +244,20 @@ def test_what_cannot_work_is_refused_at_the_start(data, tmp_path):
 
 
 def test_a_state_that_cannot_be_written_leaves_the_old_one(data, tmp_path, finished, monkeypatch):
-    before = (finished.out / "state.pt").read_bytes()
+    before = {path: path.read_bytes() for path in newest(finished.out).iterdir()}
+    save = torch.save
 
-    def full_disk(state, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("No space left on device")
+    def full_disk(tensor, file, *rest, **options):
+        if isinstance(tensor, torch.Tensor):
+            file.write(b"half")
+            raise RuntimeError("No space left on device")
+        save(tensor, file, *rest, **options)
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match="state of step 6 not written"):
+    monkeypatch.setattr(finished, "step", 7)
+    with pytest.raises(CheckpointError, match=r"state of step 7 not written.*No space left"):
         finished.save()
-    assert (finished.out / "state.pt").read_bytes() == before
-    assert not (finished.out / "state.pt.partial").exists()
+    assert {path: path.read_bytes() for path in finished.out.glob("state-*/*")} == before
 
 
 def test_overfitting_through_all_stages(data, tmp_path):
@@ -271,23 +283,24 @@ def test_overfitting_through_all_stages(data, tmp_path):
 
 def training_logits(model, batch):
     """The forward as training runs it: packed, with notes, sparse."""
-    ids, positions, segments, _ = batch
-    step = prepare_step(model, ids, positions, segments, dense=False)
+    step = prepare(model, *batch, dense=False).step
     with torch.no_grad():
         return model.logits(
             model.collapse(model.run(step, FullSequence(model.config.sliding_window), []), model.config)
         )
 
 
-def test_trainer_is_server(finished, tmp_path):
+def test_trainer_is_server(data, tmp_path):
     """Bitwise: the engine's forward over pages, on the exported checkpoint, gives the logits of the training forward.
 
     What the release stores in BF16 the quantised stage rounds as well, its masters kept beside: weights, and the
     rotated channels of what is cached.
     """
+    trainer = trainer_of(data, tmp_path / "run", seed=1)
+    assert trainer.run()
     batch = packed([[128], [90]], 128)
-    trained = training_logits(finished.model, batch)
-    finished.export(tmp_path / "model")
+    trained = training_logits(trainer.model, batch)
+    trainer.export(tmp_path / "model")
     server = load_model(tmp_path / "model", mode="released")
     layout = CacheLayout(server.config, "released", 4)
     pages, slots = (torch.zeros(2, size, dtype=torch.uint8) for size in (layout.page_bytes, layout.slot_bytes))

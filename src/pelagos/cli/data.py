@@ -11,7 +11,7 @@ from pelagos.errors import ConfigError
 
 def main(argv: Sequence[str]) -> None:
     """Split a corpus, tokenise it and make chat samples: everything `pelagos train` reads."""
-    from pelagos.train import prepare, sources
+    from pelagos.train import prepare
 
     parser = argparse.ArgumentParser(prog="pelagos data", description=main.__doc__)
     about = "CORPUS: directory with docs, code and books .jsonl.gz (none with --source); OUT: for the shards"
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("expected CORPUS OUT, or OUT with --source KIND=PATH; see `pelagos data --help`")
     if pairs:
         named = [(kind, path) for kind, _, path in pairs]
-        meta = sources.tokenise(named, out, args.tokenizer, near_duplicates=args.near_duplicates, fim=args.fim)
+        meta = prepare.tokenise(named, out, args.tokenizer, near_duplicates=args.near_duplicates, fim=args.fim)
     else:
         how = {"tokenizer_dir": args.tokenizer, "heldout_text": args.heldout_text, "archive": args.archive}
         learnt = args.vocab_size if args.learn_tokenizer else None

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     SIGINT and SIGTERM save after the present step and return 128 + the signal's number; a second one ends at once.
     """
     from pelagos.train.ablate import ablate, table
-    from pelagos.train.dry_run import check_memory, measure, report
+    from pelagos.train.dry_run import check_memory, measure, report, simulated
     from pelagos.train.meter import plot
     from pelagos.train.recipe import TrainConfig
     from pelagos.train.trainer import Trainer
@@ -46,9 +46,7 @@ def main(argv: Sequence[str]) -> int:
     device = args.device or _default_device()
     place: dict[str, Any] = {"data": args.data, "out": args.out, "device": device, "tokenizer": tokenizer}
     if args.gpus:
-        from pelagos.train.plan import report as plan
-
-        print(plan(args.model, model, args.gpus, config.row_tokens))
+        print(simulated(args.model, model, args.gpus, config.row_tokens))
         return 0
     if study:
         print(table(ablate(args.study, model, config, **place)), end="")
@@ -140,7 +138,7 @@ def _parser(config: type[TrainConfig], *, study: bool = False, needed: bool = Tr
     )
     parser.add_argument("--model", default="nano", help=f"preset: {', '.join(PRESETS)} (default: nano)")
     parser.add_argument("--data", type=Path, required=needed, metavar="DIR", help="shards written by `pelagos data`")
-    parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help="run directory: state.pt, log.jsonl")
+    parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help="run directory: state-STEP, log.jsonl")
     about = "optimizer steps of the whole run"
     parser.add_argument("--steps", type=int, required=needed, default=1, metavar="N", help=about)
     parser.add_argument("--from", dest="start", metavar="MODEL", help="fine-tune this checkpoint (name, directory)")

@@ -38,6 +38,7 @@ class Step:
     positions: Tensor  # (B or 1, S) int64, restarting with each packed sample
     segments: Tensor | None = None  # (B, S) int, packed sample of each token
     dense: bool = False  # training before sparsity: every visible entry is attended
+    whole: tuple[Tensor, Tensor] | None = None  # positions and segments of the rows that packed samples are a part of
     _tables: dict[bool, Table] = field(default_factory=dict)
     _visible: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _entry_tables: dict[tuple[int, int, int], Table] = field(default_factory=dict)
@@ -47,6 +48,11 @@ class Step:
     def length(self) -> int:
         """Tokens a sequence in this forward."""
         return self.ids.shape[1]
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """Positions and segments of whole rows."""
+        return self.whole or (self.positions, self.segments)
 
     def table(self, compressed: bool) -> Table:
         """Rotary table (B or 1, S, width) of this forward's positions; layers with a compressor have their own."""
@@ -59,7 +65,7 @@ class Step:
         key = (ratio, begin, count)
         if key not in self._entry_tables:
             if self.segments is not None:
-                positions = self.positions[:, : count * ratio : ratio]
+                positions = self.rows[0][:, begin * ratio : (begin + count) * ratio : ratio]
             else:
                 positions = torch.arange(begin, begin + count, device=self.ids.device).unsqueeze(0) * ratio
             self._entry_tables[key] = self.table_at(positions, True)
@@ -72,15 +78,17 @@ class Step:
 
     def entry_segments(self, ratio: int, begin: int, count: int) -> Tensor | None:
         """(B, count + 1): the packed sample of the entry before `begin` (-2: none) and of `count` from there on."""
-        if self.segments is None:
+        segments = self.rows[1]
+        if segments is None:
             return None
-        return functional.pad(self.segments[:, : (begin + count) * ratio : ratio], (1, 0), value=-2)[:, begin:]
+        return functional.pad(segments[:, : (begin + count) * ratio : ratio], (1, 0), value=-2)[:, begin:]
 
     def window_mask(self) -> Tensor:
         """The sliding-window mask, shared by all layers."""
         if self._window is None:
-            size = self.config.sliding_window
-            self._window = window_mask(self.start, self.length, size, self.segments, self.ids.device)
+            size, segments = self.config.sliding_window, self.rows[1]
+            near = None if segments is None else segments[:, max(0, self.start - size) : self.start + self.length]
+            self._window = window_mask(self.start, self.length, size, near, self.ids.device)
         return self._window
 
     def visible(self, ratio: int, entries: int) -> Tensor:
@@ -88,9 +96,9 @@ class Step:
         key = (ratio, entries)
         if key not in self._visible:
             mask = compress.visible_entries(self.start, self.length, ratio, entries, self.ids.device).unsqueeze(0)
-            if self.segments is not None:
-                own = self.segments[:, : entries * ratio : ratio]
-                mask = mask & (own.unsqueeze(1) == self.segments.unsqueeze(2))
+            segments = self.rows[1]
+            if segments is not None and self.segments is not None:
+                mask = mask & (segments[:, : entries * ratio : ratio].unsqueeze(1) == self.segments.unsqueeze(2))
             self._visible[key] = mask
         return self._visible[key]
 

@@ -59,6 +59,7 @@ class Experts(nn.Module):
         count, width, dim = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(count, 2 * width, dim))
         self.w2 = nn.Parameter(torch.empty(count, dim, width))
+        self.first = 0  # number of the first expert here, where this is a part of them
         self.limit = float(config.swiglu_limit)
         self.release = "fp8" if config.expert_dtype == "fp8" else "fp4"
         self.stored = self.release
@@ -85,7 +86,7 @@ class Experts(nn.Module):
         for expert in range(self.w2.shape[0]):
             views = {"w1": self.w13[expert, :width], "w2": self.w2[expert], "w3": self.w13[expert, width:]}
             for name, view in views.items():
-                yield f"{dot}{expert}.{name}.weight", view, self.release
+                yield f"{dot}{self.first + expert}.{name}.weight", view, self.release
 
 
 class SharedExpert(nn.Module):

@@ -1,14 +1,12 @@
 """Context parallelism: each rank has a part of every row, and what lies before it comes from its neighbour.
 
 Ranks exchange the borders of window rows and of uncompressed rows, then gather the entries they made, of which some
-hold one more than others: padded to be gathered, selected behind. Source: technical report 3.4.3.
+hold one more than others: each sends what it has, so nothing is padded. Source: technical report 3.4.3.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,48 +14,8 @@ from torch.nn import functional
 
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
-from pelagos.kernels.ref import compress
-from pelagos.kernels.ref.attention import window_mask
-from pelagos.model.attention import CSA_RATIO, Step, Table
-from pelagos.train.ranks import Line
-
-
-@dataclass
-class PartStep(Step):
-    """A `Step` over a part of rows: `whole` are (positions, segments) of the rows, both (B, cp * S)."""
-
-    whole: tuple[Tensor, Tensor] | None = None
-
-    def entry_table(self, ratio: int, begin: int, count: int) -> Table:
-        key = (ratio, begin, count)
-        if key not in self._entry_tables:
-            assert self.whole is not None
-            positions = self.whole[0][:, begin * ratio : (begin + count) * ratio : ratio]
-            self._entry_tables[key] = self.table_at(positions, True)
-        return self._entry_tables[key]
-
-    def entry_segments(self, ratio: int, begin: int, count: int) -> Tensor:
-        assert self.whole is not None
-        own = self.whole[1][:, : (begin + count) * ratio : ratio]
-        return functional.pad(own, (1, 0), value=-2)[:, begin:]
-
-    def window_mask(self) -> Tensor:
-        if self._window is None:
-            assert self.whole is not None
-            size = self.config.sliding_window
-            near = self.whole[1][:, max(0, self.start - size) : self.start + self.length]
-            self._window = window_mask(self.start, self.length, size, near, self.ids.device)
-        return self._window
-
-    def visible(self, ratio: int, entries: int) -> Tensor:
-        key = (ratio, entries)
-        if key not in self._visible:
-            assert self.whole is not None
-            assert self.segments is not None
-            mask = compress.visible_entries(self.start, self.length, ratio, entries, self.ids.device)
-            own = self.whole[1][:, : entries * ratio : ratio]
-            self._visible[key] = mask.unsqueeze(0) & (own.unsqueeze(1) == self.segments.unsqueeze(2))
-        return self._visible[key]
+from pelagos.model.attention import CSA_RATIO, Step
+from pelagos.train.ranks import Line, Trip
 
 
 class Context:
@@ -76,7 +34,7 @@ class Context:
         """Return this rank's part of rows (B, S)."""
         return rows.chunk(self.line.size, 1)[self.line.rank].contiguous()
 
-    def step(self, ids: Tensor, positions: Tensor, segments: Tensor) -> PartStep:
+    def step(self, ids: Tensor, positions: Tensor, segments: Tensor) -> Step:
         """Describe this rank's part of packed rows, all (B, S); raises ConfigError for parts shorter than a border."""
         least = max(self.config.sliding_window, *(m * (1 + (m == CSA_RATIO)) for m in self.config.layer_ratios))
         size, rest = divmod(ids.shape[1], self.line.size)
@@ -86,7 +44,7 @@ class Context:
             )
         self.size = size
         own, samples, begin = self.cut(positions), self.cut(segments), size * self.line.rank
-        return PartStep(self.config, self.cut(ids), begin, own, samples, whole=(positions, segments))
+        return Step(self.config, self.cut(ids), begin, own, samples, whole=(positions, segments))
 
     def layer(self, index: int) -> ContextLayer:
         """Return the memory of a layer."""
@@ -116,7 +74,7 @@ class ContextLayer:
 
     def window(self, kv: Tensor) -> Tensor:
         """Return kv (B, S, C) behind the window of rows before it."""
-        return torch.cat((_Border.apply(self._context.line, kv[:, -self._context.config.sliding_window :]), kv), 1)
+        return torch.cat((_before(self._context.line, kv[:, -self._context.config.sliding_window :]), kv), 1)
 
     def tail(self, name: str, kv: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Return compressor rows behind the `keep` rows before them, of which only those that count travel."""
@@ -127,7 +85,7 @@ class ContextLayer:
         pad = functional.pad
         if needed == 0:
             return pad(kv, (0, 0, keep, 0)), pad(score, (0, 0, keep, 0), value=-torch.inf)
-        got = _Border.apply(line, torch.cat((kv, score), 2)[:, -needed:])
+        got = _before(line, torch.cat((kv, score), 2)[:, -needed:])
         before, scores = got.split(width, 2)
         scores = scores if line.rank else torch.full_like(scores, -torch.inf)
         rest = (0, 0, keep - needed, 0)
@@ -135,45 +93,16 @@ class ContextLayer:
 
     def entries(self, name: str, new: Tensor) -> Tensor:
         """Return the entries of all ranks (B, M, D) in the order of the rows, from this rank's new (B, N, D)."""
-        ends = [rank * self._context.size // self._ratio for rank in range(self._context.line.size + 1)]
-        return _Gathered.apply(self._context.line, new, [b - a for a, b in itertools.pairwise(ends)])
+        line, size, ratio = self._context.line, self._context.size, self._ratio
+        ends = [rank * size // ratio for rank in range(line.size + 1)]
+        trip = Trip(line, [new.shape[1]] * line.size, [b - a for a, b in itertools.pairwise(ends)])
+        sent = new.transpose(0, 1)  # (N, B, D), to everybody
+        return trip.arrive(trip.leave(sent.repeat(line.size, 1, 1))).transpose(0, 1)
 
 
-class _Border(torch.autograd.Function):
-    """Rows (B, N, C) to the next rank, those of the rank before returned, zeros on the first; gradients go back."""
-
-    @staticmethod
-    def forward(ctx: Any, line: Line, rows: Tensor) -> Tensor:
-        ctx.line = line
-        return _shift(line, rows, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, _shift(ctx.line, grad, -1)
-
-
-def _shift(line: Line, rows: Tensor, by: int) -> Tensor:
-    to, of = line.rank + by, line.rank - by
-    sent, got = ([len(rows) * (other == rank) for other in range(line.size)] for rank in (to, of))
-    arrived, work = line.send(rows[: sum(sent)].contiguous(), sent, got)
-    line.wait(work)
-    return arrived if sum(got) else torch.zeros_like(rows)
-
-
-class _Gathered(torch.autograd.Function):
-    """All ranks' entries, one rank's after another's; each entry's gradient is added in the order of ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, line: Line, new: Tensor, counts: list[int]) -> Tensor:
-        ctx.line, ctx.counts = line, counts
-        padded = functional.pad(new, (0, 0, 0, max(counts) - new.shape[1]))
-        return torch.cat([part[:, :count] for part, count in zip(line.gather(padded), counts, strict=True)], 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        line, counts = ctx.line, ctx.counts
-        parts = [functional.pad(p, (0, 0, 0, max(counts) - p.shape[1])) for p in grad.split(counts, 1)]
-        total, *rest = line.swap(torch.stack(parts)).unbind(0)
-        for part in rest:
-            total = total + part
-        return None, total[:, : counts[line.rank]], None
+def _before(line: Line, rows: Tensor) -> Tensor:
+    """Return the rows (B, N, C) of the rank before, zeros on the first, and send these to the next."""
+    to, of = ([len(rows) * (other == rank) for other in range(line.size)] for rank in (line.rank + 1, line.rank - 1))
+    trip = Trip(line, to, of)
+    got = trip.arrive(trip.leave(rows[: sum(to)]))
+    return torch.cat((got, rows.new_zeros((len(rows) - len(got), *rows.shape[1:]))))

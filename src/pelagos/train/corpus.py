@@ -4,9 +4,7 @@ A document is held out when sha256(source) % 20 == 0; of each book the last twen
 that nearly repeats a training document moves to training, so held-out figures measure no recall. Only numpy.
 """
 
-import gzip
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -16,23 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from pelagos.errors import DataError
+from pelagos.train.sources import Document, read_documents
 
 TEXT_KINDS = ("docs", "code", "books")
 HELD_OUT_ONE_IN = 20
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128
 NEAR_DUPLICATE = 0.7  # estimated Jaccard similarity of two documents' word shingles
+BANDS = 16  # of 8 values: two documents of similarity 0.7 share one with probability 0.61, of 0.85 with 0.99
 _WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text with where it came from and under what licence; `kind` is one of TEXT_KINDS."""
-
-    kind: str
-    source: str
-    licence: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +36,11 @@ class Split:
 
 def read_corpus(directory: Path) -> list[Document]:
     """Read `docs`, `code` and `books` `.jsonl.gz` of a directory; raises DataError naming file and line."""
-    documents = []
-    for kind in TEXT_KINDS:
-        path = directory / f"{kind}.jsonl.gz"
+    paths = {kind: directory / f"{kind}.jsonl.gz" for kind in TEXT_KINDS}
+    for path in paths.values():
         if not path.is_file():
             raise DataError(f"{path}: not found; expected {', '.join(f'{k}.jsonl.gz' for k in TEXT_KINDS)}")
-        before = len(documents)
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                for row in map(json.loads, lines):
-                    documents.append(Document(kind, row["source"], row["licence"], row["text"]))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-            line = len(documents) - before + 1
-            raise DataError(f"{path}: line {line}: expected {{source, licence, text}}, got {error!r}") from None
-    return documents
+    return [document for kind, path in paths.items() for document in read_documents(kind, str(path))]
 
 
 def is_held_out(source: str) -> bool:
@@ -128,6 +109,38 @@ def near_duplicates(signatures: np.ndarray, held: np.ndarray) -> np.ndarray:
             fresh[row] = ((against == signatures[row]).mean(axis=1) > NEAR_DUPLICATE).any()
         moves |= fresh
     return moves
+
+
+class Duplicates:
+    """What has been seen: `exact` and `near` count the documents that `fresh` turned away."""
+
+    def __init__(self, *, near: bool) -> None:
+        self.exact = self.near = 0
+        self._hashes: set[bytes] = set()
+        self._bands: set[bytes] | None = set() if near else None
+
+    def fresh(self, documents: Sequence[Document]) -> list[Document]:
+        """Return the documents that repeat none before them."""
+        kept = []
+        for document in documents:
+            key = hashlib.blake2b(document.text.strip().encode(), digest_size=12).digest()
+            if key in self._hashes:
+                self.exact += 1
+            else:
+                self._hashes.add(key)
+                kept.append(document)
+        if self._bands is None or not kept:
+            return kept
+        signatures = minhash([d.text for d in kept]).reshape(len(kept), BANDS, NUM_PERMUTATIONS // BANDS)
+        unlike = []
+        for document, bands in zip(kept, signatures, strict=True):
+            keys = [hashlib.blake2b(bytes((i,)) + b.tobytes(), digest_size=12).digest() for i, b in enumerate(bands)]
+            if self._bands.isdisjoint(keys):
+                unlike.append(document)
+            else:
+                self.near += 1
+            self._bands.update(keys)
+        return unlike
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

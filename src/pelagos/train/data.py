@@ -37,9 +37,13 @@ class Shard:
     text_bytes: np.ndarray
     meta: Mapping[str, Any]
 
+    def of_kind(self, kind: str) -> np.ndarray:
+        """Return which samples are of a kind, (N,) bool."""
+        return self.kinds == self.meta["kinds"].index(kind)
+
     def bytes_of(self, kind: str) -> int:
         """Return the UTF-8 bytes of text behind all samples of a kind (0 for chat and fim)."""
-        return int(self.text_bytes[self.kinds == self.meta["kinds"].index(kind)].sum(dtype=np.int64))
+        return int(self.text_bytes[self.of_kind(kind)].sum(dtype=np.int64))
 
     @property
     def no_loss(self) -> int:
@@ -109,14 +113,13 @@ class ShardWriter:
         kind_ids = np.array(self._kind_ids, dtype=np.uint8)
         index = {"offsets": np.append(0, np.cumsum(lengths)), "kinds": kind_ids, "text_bytes": sizes.astype(np.int32)}
         np.savez_compressed(directory / f"{split}.index.npz", **index)
-        summary = {}
-        for number, kind in enumerate(self._kinds):
-            mine = kind_ids == number
-            counts = {"tokens": int(lengths[mine].sum()), "bytes": int(sizes[mine].sum())}
-            summary[kind] = {"samples": int(mine.sum()), **counts}
-        files = {}
-        for name in (f"{split}.tokens", f"{split}.index.npz"):
-            files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
+        columns = {"samples": np.ones_like(sizes), "tokens": lengths, "bytes": sizes}
+        summary = {
+            kind: {name: int(column[kind_ids == number].sum()) for name, column in columns.items()}
+            for number, kind in enumerate(self._kinds)
+        }
+        paths = (directory / f"{split}.tokens", directory / f"{split}.index.npz")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
         return {"samples": len(lengths), "tokens": int(lengths.sum()), "kinds": summary, "files": files}
 
     def _flush(self) -> None:

@@ -1,19 +1,36 @@
-"""What a run would take: memory by arithmetic before anything is built, then two steps of every stage, measured."""
+"""What a run would take: memory by arithmetic before anything is built, then two steps of every stage, measured.
 
+On many GPUs it is simulated: layouts compared by bytes as this trainer holds them, the cost model's FLOPs at an assumed
+share of an H200's peak, links as measured between two H200 in a node and assumed between nodes. What context ranks
+exchange is left out: of entries it is under a hundredth of what experts do.
+"""
+
+import contextlib
 import itertools
+import math
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pelagos import cost
 from pelagos.config import ModelConfig
-from pelagos.errors import CapacityError
+from pelagos.errors import CapacityError, ConfigError
+from pelagos.train.meter import PEAKS, training_flops
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
 
 BYTES_A_PARAMETER = 16  # float32 master, gradient, momentum, and the second moment or an update in flight
+MEMORY, RESERVED = 150_754_820_096, 8 << 30  # bytes of an H200, and what driver and scratch take of them
+UTILISED = 0.35  # share of the BF16 peak that compute alone is assumed to reach
+NODE, LINK, FAR_LINK = 8, 394e9, 50e9  # bytes a second of a GPU within a node (measured) and beyond (assumed)
+WAVES = 4
+BATCH = {"flash": 75_497_472, "pro": 94_371_840}  # tokens a step of the technical report, 4.2.2
+# (who, GPUs, pp, ep) as peers published them for their own trainers.
+PUBLISHED = {"flash": [("Megatron-Bridge, Blackwell", 128, 4, 8)], "pro": [("NeMo AutoModel, H100", 512, 8, 64)]}
 
 
 def check_memory(model: ModelConfig, device: str) -> tuple[int, int]:
@@ -35,13 +52,11 @@ def measure(trainer: Trainer) -> list[dict[str, Any]]:
     A stage that does not fit has seconds None. The first step of a stage pays for compilation and is not counted.
     """
     rows: list[dict[str, Any]] = []
-    config = trainer.config
+    config, cuda = trainer.config, trainer.device.type == "cuda"
     for key, group in itertools.groupby(range(config.steps), lambda step: _stage(config, step)):
-        steps = list(group)
-        first, count = steps[0], len(steps)
+        first, *more = group
         row: dict[str, Any] = dict(zip(("row_tokens", "rows", "attention", "numbers"), key, strict=True))
-        row |= {"from": first, "steps": count}
-        cuda = trainer.device.type == "cuda"
+        row |= {"from": first, "steps": 1 + len(more)}
         try:
             for _ in range(2):
                 trainer.step = first
@@ -81,5 +96,113 @@ def report(rows: list[dict[str, Any]], needed: int, free: int) -> str:
 
 def _stage(config: TrainConfig, step: int) -> tuple[int, int, str, str]:
     attention = "indexer" if config.indexer_only(step) else "dense" if config.dense(step) else "sparse"
-    size = config.lengths[config.length_stage(step)][1]
-    return size, sum(config.rows_at(step)), attention, "released" if config.quantised(step) else config.precision
+    numbers = "released" if config.quantised(step) else config.precision
+    return config.length_at(step), sum(config.rows_at(step)), attention, numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One layout; bytes are of the fullest device, seconds those of a step, all simulated."""
+
+    gpus: int
+    pp: int
+    ep: int
+    cp: int
+    micro_batches: int  # of a data rank
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    compute_s: float
+    experts_s: float  # exchange of the experts, and what waves leave of it in sight
+    seen_s: float
+    stages_s: float
+    sync_s: float
+    bubble: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the fullest device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether an H200 holds that."""
+        return self.bytes <= MEMORY - RESERVED
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return (self.compute_s + self.seen_s + self.stages_s) / (1 - self.bubble) + self.sync_s
+
+
+def layout(config: ModelConfig, gpus: int, pp: int, ep: int, cp: int, *, tokens: int, row: int) -> Layout:
+    """Simulate one layout for steps of `tokens` in rows of `row`, a row a micro-batch; raises ConfigError."""
+    layers, data = config.num_hidden_layers + config.num_nextn_predict_layers, gpus // pp
+    micro = tokens * cp // row // data
+    if gpus % pp or data % ep or data % cp or config.n_routed_experts % ep or layers < 2 * pp or micro < pp:
+        raise ConfigError(f"{gpus} GPUs as pp={pp}, ep={ep}, cp={cp} with {tokens // row} rows a step do not divide")
+    parts = cost.parameters_by_part(config, draft=True)
+    routed = sum(g.parameters for g in cost.inventory(config, draft=True) if ".experts." in g.name)
+    ends = max(parts["embedding"], parts["head"])  # on the first and the last stage
+    stage = -(-layers // pp) / layers
+    dense = int((sum(parts.values()) - routed - parts["embedding"] - parts["head"]) * stage) + ends
+    experts, replicas = int(routed * stage / ep), data // ep
+    d, n, k, f = config.hidden_size, config.hc_mult, config.num_experts_per_tok, config.moe_intermediate_size
+    # BF16 a token and layer: streams of both sites, a dozen vectors beside, and each pick's rows and three widths.
+    kept = 2 * (2 * n * d + 12 * d + k * (2 * d + 3 * f))
+    flops = training_flops(config, row) * tokens / gpus
+    compute = flops / (UTILISED * PEAKS["H200"])
+    own = tokens / data * layers / pp  # tokens times layers of a device
+    link = LINK if ep <= NODE else FAR_LINK
+    sent = 8 * d * k * (ep - 1) / ep * own  # BF16 there and back, forward and backward
+    # What waves hide: the experts' products of the other waves.
+    hidden = 18.0 * d * f * k * own / (UTILISED * PEAKS["H200"]) * (1 - 1 / WAVES)
+    return Layout(
+        gpus=gpus, pp=pp, ep=ep, cp=cp, micro_batches=micro, weights=4 * (dense + experts),
+        gradients=8 * dense + 4 * experts * (2 if replicas > 1 else 1),  # autograd's, and those on their way
+        optimizer=12 * -(-dense // data) + 8 * -(-experts // replicas),  # sums, momentum; AdamW's second moments
+        activations=int(min(pp, micro) * row // cp * kept * layers / pp) + row // cp * config.vocab_size,
+        compute_s=compute, experts_s=sent / link, seen_s=max(0.0, sent / link - hidden),
+        stages_s=0.0 if pp == 1 else 4 * (n + 1) * d * tokens / data / FAR_LINK,
+        sync_s=8 * dense / (FAR_LINK if data > NODE else LINK) + (2 * experts / FAR_LINK if replicas > 1 else 0.0),
+        bubble=(pp - 1) / (micro + pp - 1),
+    )  # fmt: skip
+
+
+def layouts(config: ModelConfig, gpus: int, *, tokens: int, row: int) -> Iterator[Layout]:
+    """Yield every layout of powers of two that divides."""
+    powers = [1 << i for i in range(gpus.bit_length())]
+    for pp, ep, cp in itertools.product(powers, powers, powers[:4]):
+        with contextlib.suppress(ConfigError):
+            yield layout(config, gpus, pp, ep, cp, tokens=tokens, row=row)
+
+
+def simulated(name: str, config: ModelConfig, gpus: int, row: int = 4096) -> str:
+    """Return the layout that would be taken, why, the next best and published ones, as text."""
+    tokens = BATCH.get(name, 1 << 22)
+    every = layouts(config, gpus, tokens=tokens, row=row)
+    # What is quicker by less than a hundredth is not: then the one that cuts rows least.
+    found = sorted(
+        every, key=lambda one: (not one.fits, int(100 * math.log(one.step_s if one.fits else one.bytes)), one.cp)
+    )
+    if not found:
+        raise ConfigError(f"--gpus {gpus}: no layout of powers of two divides {name}; expected 1, 2, 4 ... GPUs")
+    lines = [f"simulated, nothing here was run: {name} on {gpus} H200, {tokens:,} tokens a step in rows of {row:,}"]
+    rows = [("taken" if found[0].fits else "none fits, nearest", found[0]), *(("next", one) for one in found[1:4])]
+    for who, count, pp, ep in PUBLISHED.get(name, []):
+        rows.append((f"layout of {who}", layout(config, count, pp, ep, 1, tokens=tokens, row=row)))
+    for title, one in rows:
+        lines.append(
+            f"{title}: {one.gpus} GPUs, pp={one.pp} ep={one.ep} cp={one.cp} dp={one.gpus // one.pp // one.cp}, "
+            f"{one.micro_batches} micro-batches: {one.bytes / 1e9:.1f} GB a GPU"
+            f"{'' if one.fits else ' (does not fit)'} = weights {one.weights / 1e9:.1f} + gradients "
+            f"{one.gradients / 1e9:.1f} + optimizer {one.optimizer / 1e9:.1f} + activations "
+            f"{one.activations / 1e9:.1f}\n    step {one.step_s:.1f} s ({tokens / one.step_s:,.0f} tok/s): compute "
+            f"{one.compute_s:.1f}, experts' exchange {one.experts_s:.1f} of which {one.seen_s:.1f} in sight, stages "
+            f"{one.stages_s:.2f}, gradients {one.sync_s:.2f}, bubble {one.bubble:.1%}"
+        )
+    near = "stays in a node" if found[0].ep <= NODE else "crosses nodes: smaller groups do not fit or take longer"
+    count = sum(one.fits for one in found)
+    lines.append(f"why: the quickest of {count} that fit, of {len(found)} layouts; its experts' exchange {near}")
+    return "\n".join(lines)

@@ -144,7 +144,7 @@ class Marks(saved_tensors_hooks):
 
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
-        self._made: dict[int, _Made] = {}
+        self._made: dict[int, list[Any]] = {}  # function, its input, and its result while somebody may need that
 
     def keep(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return `function` with its result marked; it must be pure, cheap, and give a tensor of its own."""
@@ -152,7 +152,7 @@ class Marks(saved_tensors_hooks):
         def marked(x: Tensor) -> Tensor:
             out = checkpoint(function, x, use_reentrant=False)
             assert isinstance(out, Tensor)
-            self._made[out.untyped_storage().data_ptr()] = _Made(function, x.detach(), out.detach())
+            self._made[out.untyped_storage().data_ptr()] = [function, x.detach(), out.detach()]
             return out
 
         return marked
@@ -160,7 +160,7 @@ class Marks(saved_tensors_hooks):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for made in self._made.values():
-            made.out = None  # from here on only those who packed it can ask, and they make it again
+            made[2] = None  # from here on only those who packed it can ask, and they make it again
         self._made.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[Any, ...]:
@@ -171,18 +171,8 @@ class Marks(saved_tensors_hooks):
         if isinstance(packed, Tensor):
             return packed
         made, *view = packed
-        return made.again().as_strided(*view)
-
-
-class _Made:
-    """One marked result: how to make it, and what it is while somebody may still need it."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
-        self.function, self.x = function, x
-        self.out: Tensor | None = out
-
-    def again(self) -> Tensor:
-        if self.out is None:
+        function, x, out = made
+        if out is None:
             with torch.enable_grad():  # by the kernels of the forward
-                self.out = self.function(self.x).detach()
-        return self.out
+                made[2] = out = function(x).detach()
+        return out.as_strided(*view)

@@ -1,5 +1,6 @@
 """Random initialisation of a V4-architecture model for training from zero."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,46 +12,34 @@ STREAM_BIAS = 4.0  # comb starts near the identity: softmax of (4, 0, 0, 0) keep
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill every parameter and routing table in place, the same for a seed on every device.
+    """Fill every parameter and routing table in place, the same for a seed on every device, and in a part of a model.
 
-    Projections get N(0, 1/fan_in), those that write to the streams a third of that; streams start nearly
-    separate; hash tables hold distinct experts a token.
+    Each tensor is drawn by its released name, each expert apart. Projections get N(0, 1/fan_in), those that write to
+    the streams a third of that; streams start nearly separate; hash tables hold distinct experts a token.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(_values(name, parameter, model, generator))
-    for name, buffer in model.named_buffers():
-        if name.endswith("tid2eid"):
-            scores = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator)
-            buffer.copy_(scores.topk(buffer.shape[1], -1).indices)
-        elif name.endswith("gate.bias"):
-            buffer.zero_()
+    for name, tensor, _ in model.released_tensors():
+        draw = np.random.default_rng((seed, *name.encode()))
+        tensor.copy_(_values(name, tensor.shape, model.config.hc_mult, model.config.n_routed_experts, draw))
 
 
-def _values(name: str, parameter: Tensor, model: Transformer, generator: torch.Generator) -> Tensor:
-    shape, leaf, n = parameter.shape, name.rsplit(".", 1)[-1], model.config.hc_mult
-    normal = torch.randn(shape, generator=generator)
-    if leaf.endswith("_fn"):
-        return normal * shape[-1] ** -0.5
+def _values(name: str, shape: torch.Size, n: int, experts: int, draw: np.random.Generator) -> Tensor:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "tid2eid":
+        return torch.from_numpy(draw.random((shape[0], experts), np.float32)).topk(shape[1], -1).indices
     if leaf.endswith("_scale"):
         return torch.full(shape, 0.1)
-    if leaf == "hc_head_base":
+    if leaf in ("hc_head_base", "attn_sink", "ape", "bias"):
         return torch.zeros(shape)
     if leaf.endswith("_base"):
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         comb = STREAM_BIAS * torch.eye(n).flatten()
-        return torch.cat((torch.linspace(-1, 1, n).roll(_layer(name)), torch.zeros(n), comb))
+        return torch.cat((torch.linspace(-1, 1, n).roll(layer), torch.zeros(n), comb))
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    if leaf in ("attn_sink", "ape"):
-        return torch.zeros(shape)
     if name == "embed.weight":
-        return normal * EMBED_STD
-    if name == "head.weight":
-        return normal * 0.02
-    writes = ".wo_b." in name or leaf == "w2" or ".w2." in name
-    return normal * shape[-1] ** -0.5 / (3.0 if writes else 1.0)
-
-
-def _layer(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "layers" else 0
+        std = EMBED_STD
+    elif name == "head.weight":
+        std = 0.02
+    else:
+        std = shape[-1] ** -0.5 / (3.0 if ".wo_b." in name or ".w2." in name else 1.0)
+    return torch.from_numpy(draw.standard_normal(shape, np.float32)) * std

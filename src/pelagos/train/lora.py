@@ -35,14 +35,3 @@ def attach(model: Transformer, rank: int, seed: int) -> None:
     model.requires_grad_(False)
     for module in [m for n, m in model.named_modules() if isinstance(m, Linear) and n.endswith(DENSE)]:
         parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
-
-
-@torch.no_grad()
-def merged(model: Transformer) -> Transformer:
-    """Return a model of its own whose weights hold the adapters of an adapted one, under the released names."""
-    plain = Transformer(model.config, device=next(model.parameters()).device)
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-        module, _, leaf = name.rpartition(".")
-        tensor.copy_(own[name] if name in own else getattr(model.get_submodule(module), leaf))
-    return plain

@@ -159,8 +159,17 @@ def prepare(
     model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor, *, dense: bool,
     context: Context | None = None,
 ) -> Prepared:  # fmt: skip
-    """Describe a packed batch, or the part of it that `context` cuts."""
-    step = prepare_step(model, ids, positions, segments, dense=dense, context=context)
+    """Describe a packed batch, or the part of it that `context` cuts, and compute what its layers share once."""
+    step = (
+        context.step(ids, positions, segments) if context else model.step(ids, positions=positions, segments=segments)
+    )
+    step.dense = dense
+    step.window_mask()
+    for ratio in {r for r in model.config.layer_ratios if r}:
+        step.table(True)
+        step.visible(ratio, ids.shape[1] // ratio)
+        step.entry_table(ratio, 0, ids.shape[1] // ratio)
+    step.table(False)
     cut = context.cut if context else _here
     next_ids, after = map(cut, next_of(ids, targets, segments))
     cache = context or FullSequence(model.config.sliding_window)
@@ -227,24 +236,6 @@ def _attended(note: dict[str, Tensor], step: Step, topk: int, real: Tensor) -> T
     picks = index_topk(scores, visible, topk)
     mask = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
     return mask.scatter(2, picks.where(picks >= 0, scores.shape[2]), True)[..., :-1]
-
-
-def prepare_step(
-    model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, *, dense: bool, context: Context | None = None
-) -> Step:
-    """Describe a packed batch, or the part of it that `context` cuts, and compute what its layers share once."""
-    if context:
-        step = context.step(ids, positions, segments)
-    else:
-        step = model.step(ids, positions=positions, segments=segments)
-    step.dense = dense
-    step.window_mask()
-    for ratio in {r for r in model.config.layer_ratios if r}:
-        step.table(True)
-        step.visible(ratio, ids.shape[1] // ratio)
-        step.entry_table(ratio, 0, ids.shape[1] // ratio)
-    step.table(False)
-    return step
 
 
 @torch.no_grad()

@@ -5,14 +5,17 @@ Source: technical report 2.4, Algorithm 1, 4.2.2.
 # torch.optim itself updates lists of tensors by the foreach functions, which torch names with an underscore.
 # pyright: reportPrivateImportUsage=false
 
+from __future__ import annotations
+
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pelagos.model import Transformer
+from pelagos.model.experts import Experts
 
 Coefficients = tuple[tuple[float, float, float], ...]
 FAST, LANDING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
@@ -27,6 +30,10 @@ POLAR_EXPRESS = (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR), 
 SCHEDULES: dict[str, Coefficients] = {
     "deepseek_v4": (FAST,) * 8 + (LANDING,) * 2, "polar_express": POLAR_EXPRESS, "quintic5": (FAST,) * 5,
 }  # fmt: skip
+
+
+EXPERTS = ".ffn.experts."
+PART_ELEMENTS = 1 << 22  # AdamW's tensors are cut in parts of this size, the same in every world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,26 +102,74 @@ def decays(name: str, parameter: Tensor) -> bool:
     return name.startswith(("embed.", "head.")) or name.endswith("norm.weight")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A whole parameter (`key` is its name), or what `cut` makes of it; `value` is a view of it."""
+
+    key: str
+    name: str
+    value: Tensor
+    muon: bool
+    decayed: bool
+
+
+def trained(model: Transformer, config: OptimConfig) -> Iterator[Piece]:
+    """Yield the parameters that learn, whole."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = is_muon(name, parameter)
+            yield Piece(name, name, parameter, config.muon and matrix, matrix or decays(name, parameter))
+
+
+def cut(one: Piece, tensor: Tensor, model: Transformer) -> dict[str, Tensor]:
+    """Cut a tensor that is like a parameter into what may have an owner each: views by keys, the same in every world.
+
+    These are matrices, of which none is cut, and parts of what AdamW updates.
+    """
+    if EXPERTS in one.name:
+        prefix, first = one.name.rpartition(".")[0], first_expert(model, one.name)
+        leaves = ("w1", "w3") if one.name.endswith("w13") else ("w2",)
+        stacks = zip(leaves, logical_matrices(one.name, tensor, model), strict=True)
+        return {f"{prefix}.{first + place}.{leaf}": m for leaf, stack in stacks for place, m in enumerate(stack)}
+    if not one.muon:
+        return {f"{one.name}.{i * PART_ELEMENTS}": x for i, x in enumerate(tensor.flatten().split(PART_ELEMENTS))}
+    stacks = [m.reshape(-1, *m.shape[-2:]) for m in logical_matrices(one.name, tensor, model)]
+    return {f"{one.name}.{index}.{place}": m for index, stack in enumerate(stacks) for place, m in enumerate(stack)}
+
+
+def first_expert(model: Transformer, name: str) -> int:
+    """Return the number of the first expert in a parameter of experts."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(module, Experts)
+    return module.first
+
+
 class Optimizer:
-    """Muon and AdamW over one model. `step(lr)` applies one update; `state_dict` resumes it bitwise."""
+    """Muon and AdamW over one model. `step(lr)` applies one update; what `tensors` returns resumes it bitwise."""
 
     def __init__(self, model: Transformer, config: OptimConfig | None = None) -> None:
-        self.config = config or OptimConfig()
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.config, self._model = config or OptimConfig(), model
+        self._hold(trained(model, self.config))
+
+    def _hold(self, pieces: Iterable[Piece]) -> None:
+        """Keep momentum and moments of these."""
+        self.own = {piece.key: piece for piece in pieces}
+        self._buffers = {key: torch.zeros_like(piece.value) for key, piece in self.own.items() if piece.muon}
         self._groups: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
-        self._model, self._muon = model, [n for n, p in named.items() if self.config.muon and is_muon(n, p)]
-        self._buffers = {n: torch.zeros_like(named[n]) for n in self._muon}
-        for name in self._muon:
-            for index, view in enumerate(logical_matrices(name, named[name].detach(), model)):
-                self._groups[tuple(view.shape[-2:])].append((name, index))
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for name, p in named.items():
-            if name not in self._buffers:
-                (decayed if decays(name, p) or is_muon(name, p) else plain).append(p)
-        adam = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        fused = next(model.parameters()).is_cuda
-        self._adam = torch.optim.AdamW(adam, lr=0.0, betas=self.config.betas, eps=self.config.eps, fused=fused)
+        for key in self._buffers:
+            for index, view in enumerate(self._matrices(key, self.own[key].value.detach())):
+                self._groups[tuple(view.shape[-2:])].append((key, index))
+        adam = [piece for piece in self.own.values() if not piece.muon]
+        groups = [
+            {"params": [p.value for p in adam if p.decayed is decayed], "weight_decay": decay}
+            for decayed, decay in ((True, self.config.weight_decay), (False, 0.0))
+        ]
+        fused = next(self._model.parameters()).is_cuda
+        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=self.config.betas, eps=self.config.eps, fused=fused)
+
+    def _matrices(self, key: str, tensor: Tensor) -> list[Tensor]:
+        piece = self.own[key]
+        return logical_matrices(key, tensor, self._model) if key == piece.name else [tensor]
 
     def collect(self) -> None:
         """Take note of the gradients of one more micro-batch: they are where autograd adds them."""
@@ -134,34 +189,41 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
-        named = dict(self._model.named_parameters())
-        live = {n: g for n in self._muon if (g := named[n].grad) is not None}
+        live = {key: g for key in self._buffers if (g := self.own[key].value.grad) is not None}
         if not live:
             return
-        names = list(live)
-        buffers, gradients = [self._buffers[n] for n in names], [live[n] for n in names]
+        buffers, gradients = [self._buffers[key] for key in live], list(live.values())
         torch._foreach_mul_(buffers, self.config.momentum)
         torch._foreach_add_(buffers, gradients)
         nesterov = torch._foreach_add(gradients, buffers, alpha=self.config.momentum)
-        torch._foreach_mul_([named[n] for n in names], 1 - lr * self.config.weight_decay)
-        update = dict(zip(names, nesterov, strict=True))
+        torch._foreach_mul_([self.own[key].value for key in live], 1 - lr * self.config.weight_decay)
+        update = dict(zip(live, nesterov, strict=True))
         for shape, members in self._groups.items():
-            present = [(n, i) for n, i in members if n in update]
+            present = [(key, index) for key, index in members if key in update]
             if not present:
                 continue
-            views = [logical_matrices(n, update[n], self._model)[i].reshape(-1, *shape) for n, i in present]
+            views = [self._matrices(key, update[key])[index].reshape(-1, *shape) for key, index in present]
             orthogonal = orthogonalise(torch.cat(views), self.config)
             scale = -lr * self.config.update_rms * max(shape) ** 0.5
-            for (name, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
-                target = logical_matrices(name, named[name], self._model)[index]
+            for (key, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
+                target = self._matrices(key, self.own[key].value)[index]
                 target.add_(part.view(target.shape), alpha=scale)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return momentum buffers and AdamW's state."""
-        return {"muon": self._buffers, "adam": self._adam.state_dict()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return this rank's momentum and moments by names that are the same in every world: to save, or to fill."""
+        found: dict[str, Tensor] = {}
+        for one in self.own.values():
+            for leaf, held in ({"muon": self._buffers[one.key]} if one.muon else self._moments(one.value)).items():
+                if one.key != one.name:
+                    found[f"{leaf}/{one.key}"] = held
+                else:  # of every part the number of steps is the same
+                    parts = cut(one, one.value.detach() if leaf == "step" else held, self._model)
+                    found |= {f"{leaf}/{key}": held if leaf == "step" else part for key, part in parts.items()}
+        return found
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned for the same model."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(state["muon"][name])
-        self._adam.load_state_dict(state["adam"])
+    def _moments(self, value: Tensor) -> dict[str, Tensor]:
+        state = self._adam.state[value]
+        if not state:  # as torch.optim begins it
+            zero = torch.zeros_like(value)
+            state |= {"step": zero.new_zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+        return {leaf: state[leaf] for leaf in ("step", "exp_avg", "exp_avg_sq")}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pelagos.train.corpus import Document
+from pelagos.train.sources import Document
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,24 +84,23 @@ def fp4_binades(model: Transformer) -> int:
 class Stored:
     """Parameters the release stores in BF16 (norms, embedding, head, router, compressors), rounded while in use.
 
-    Their float32 masters are kept here, so that in the quantised stage the trained forward is the served one.
+    Their float32 masters are kept here, so that in the quantised stage the trained forward is the served one; they are
+    in place within `with` this.
     """
 
     def __init__(self, model: Transformer) -> None:
         plain = ((name, tensor) for name, tensor, release in model.released_tensors() if release == "bf16")
         self._parameters = {name: tensor for name, tensor in plain if "parametrizations" not in name}
         self.masters = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
-        self.keep()
+        self.__exit__()
 
     @torch.no_grad()
-    def unround(self) -> None:
-        """Put the masters in place, for the optimizer."""
+    def __enter__(self) -> None:
         for name, tensor in self._parameters.items():
             tensor.copy_(self.masters[name])
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Take what the optimizer made as the new masters, and round."""
+    def __exit__(self, *error: object) -> None:
         for name, tensor in self._parameters.items():
             self.masters[name].copy_(tensor)
             tensor.copy_(tensor.bfloat16())

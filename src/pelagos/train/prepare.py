@@ -1,14 +1,17 @@
-"""From the corpus to a vocabulary, token shards, held-out text and one archive to carry to the training machine.
+"""From texts to a vocabulary, token shards, held-out text and one archive to carry to the training machine.
 
 Samples are BOS text EOS, conversations as `pelagos.chat` renders them (loss on the assistant's words and EOS only),
-and a few fill-in-the-middle snippets of code. Everything is a pure function of corpus and tokenizer.
+and a few fill-in-the-middle snippets of code. Everything is a pure function of texts and tokenizer.
+Texts from anywhere are streamed, one batch of documents in memory; nano's corpus is split, and talked about, whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +23,10 @@ import numpy as np
 from pelagos.chat import Tokenizer, train_tokenizer
 from pelagos.chat.tokens import ASSISTANT, BOS, END_THINK, EOS, FIM_BEGIN, FIM_END, FIM_HOLE
 from pelagos.errors import DataError
-from pelagos.train.corpus import TEXT_KINDS, Document, Split, read_corpus, split
+from pelagos.train.corpus import TEXT_KINDS, Duplicates, Split, is_held_out, read_corpus, split
 from pelagos.train.data import NO_LOSS, SPLITS, PackedBatches, ShardWriter, read_shard, write_meta
 from pelagos.train.pairs import Conversation, conversations, pairs_of, small_talk
+from pelagos.train.sources import BATCH, Document, paths_of, read_documents
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,7 +44,6 @@ PASSAGE_CHARS = 16_384
 SMALL_TALK_REPEATS = 12
 FIM_ONE_IN = 4  # one snippet from every fourth Python file
 FIM_CHARS = 2_400
-_BATCH = 256
 
 
 def prepare(
@@ -75,11 +78,9 @@ def write_tokenizer(texts: Split, directory: Path, vocab_size: int) -> None:
     """Learn a vocabulary from the training text; write `tokenizer.json` and a `tokenizer_config.json` as released."""
     tokenizer = train_tokenizer(_vocabulary_sample(texts.train), vocab_size, splits=CODE_SPLITS)
     config: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for name, token in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", EOS)):
-        config[name] = {
-            "__type": "AddedToken", "content": token, "lstrip": False, "normalized": False, "rstrip": False,
-            "single_word": False,
-        }  # fmt: skip
+        config[name] = {"__type": "AddedToken", "content": token, **flags}
     config |= {
         "clean_up_tokenization_spaces": False, "model_max_length": 1048576, "unk_token": None,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -95,15 +96,22 @@ def write_shards(texts: Split, tokenizer_dir: Path, directory: Path) -> dict[str
 
     Raises DataError for a vocabulary too large for tokens of 15 bits.
     """
-    chat = Tokenizer.load(str(tokenizer_dir))
-    if chat.vocab_size > NO_LOSS:
-        raise DataError(f"{tokenizer_dir}: {chat.vocab_size} tokens; shards hold vocabularies of at most {NO_LOSS}")
+    encoder = Encoder(tokenizer_dir)
+    if encoder.wide:
+        raise DataError(
+            f"{tokenizer_dir}: {encoder.chat.vocab_size} tokens; shards hold vocabularies of at most {NO_LOSS}"
+        )
     directory.mkdir(parents=True, exist_ok=True)
-    encoder, entries = text_encoder(tokenizer_dir), {}
-    for name in SPLITS:
+    entries = {}
+    for name, documents in zip(SPLITS, (texts.train, texts.heldout), strict=True):
         writer = ShardWriter(directory, name)
-        for sample in _samples(texts, name == "train", chat, encoder):
-            writer.add(*sample)
+        for document, sample in encoder.texts(documents):
+            writer.add(sample, document.kind, len(document.text.encode()))
+        for talk in _conversations(documents, with_small_talk=name == "train"):
+            writer.add(_chat_sample(encoder.chat, talk), "chat", 0)
+        for document in documents if name == "train" else ():
+            if document.kind == "code" and (piece := encoder.fim(document)) is not None:
+                writer.add(piece, "fim", 0)
         entries[name] = writer.close()
     provenance: dict[str, Any] = {"near_duplicates_moved": texts.moved, "licences": {}, "sources": {}}
     for kind in TEXT_KINDS:
@@ -111,6 +119,37 @@ def write_shards(texts: Split, tokenizer_dir: Path, directory: Path) -> dict[str
         provenance["licences"][kind] = dict(Counter(d.licence for d in of_kind))
         provenance["sources"][kind] = sorted({d.source.split("/")[0] for d in of_kind})
     return write_meta(directory, tokenizer_dir / "tokenizer.json", entries, provenance)
+
+
+def tokenise(
+    sources: Sequence[tuple[str, str]], directory: Path, tokenizer_dir: Path, *, near_duplicates: bool = False,
+    fim: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Write the shards of (kind, pattern) sources and return `meta.json`; kinds in `fim` add fill-in-the-middle pieces.
+
+    Raises DataError for sources or a tokenizer that cannot be read, and for a split that stays empty.
+    """
+    files = [(kind, path) for kind, pattern in sources for path in paths_of(pattern)]
+    kinds = list(dict.fromkeys([kind for kind, _ in sources] + ["fim"] * bool(fim)))
+    encoder = Encoder(tokenizer_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    writers = {split: ShardWriter(directory, split, kinds, wide=encoder.wide) for split in SPLITS}
+    seen = Duplicates(near=near_duplicates)
+    licences: dict[str, dict[str, None]] = {kind: {} for kind in kinds}
+    for number, (kind, path) in enumerate(files, 1):
+        fresh = itertools.chain.from_iterable(map(seen.fresh, _batched(read_documents(kind, path))))
+        for document, sample in encoder.texts(fresh):
+            split = "heldout" if is_held_out(document.source) else "train"
+            writers[split].add(sample, kind, len(document.text.encode()))
+            if kind in fim and split == "train" and (piece := encoder.fim(document)) is not None:
+                writers[split].add(piece, "fim", 0)
+            licences[kind][document.licence] = None
+        if sys.stderr.isatty():
+            print(f"\rtokenising: {number:,} of {len(files):,} files", end="", file=sys.stderr, flush=True)
+    entries = {split: writer.close() for split, writer in writers.items()}
+    found = {"sources": dict(sources), "licences": {k: list(v) for k, v in licences.items()}}
+    found |= {"duplicates": {"exact": seen.exact, "near": seen.near if near_duplicates else None}}
+    return write_meta(directory, tokenizer_dir / "tokenizer.json", entries, found, kinds=kinds, wide=encoder.wide)
 
 
 def write_heldout_text(texts: Split, directory: Path) -> None:
@@ -174,23 +213,43 @@ def text_encoder(directory: Path) -> tokenizers.Tokenizer:
     return encoder
 
 
-def _samples(
-    texts: Split, is_train: bool, chat: Tokenizer, encoder: tokenizers.Tokenizer
-) -> Iterator[tuple[np.ndarray, str, int]]:
-    """Yield (sample, kind, bytes of text) of a split: its documents, conversations, and pieces to fill in."""
-    documents = texts.train if is_train else texts.heldout
-    for start in range(0, len(documents), _BATCH):
-        batch = documents[start : start + _BATCH]
-        encodings = encoder.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            sample = np.array([chat.id(BOS), *encoding.ids, chat.id(EOS)], dtype=np.uint16)
-            yield sample, document.kind, len(document.text.encode())
-    for talk in _conversations(documents, with_small_talk=is_train):
-        yield _chat_sample(chat, talk), "chat", 0
-    for document in documents if is_train else ():
-        piece = fim_sample(document, encoder, chat, np.dtype("<u2")) if document.kind == "code" else None
-        if piece is not None:
-            yield piece, "fim", 0
+class Encoder:
+    """Makes samples of documents; `wide` ones have tokens of 32 bits."""
+
+    def __init__(self, directory: Path) -> None:
+        self.chat, self._plain = Tokenizer.load(str(directory)), text_encoder(directory)
+        self.wide = self.chat.vocab_size > NO_LOSS
+        self._dtype = np.dtype("<u4" if self.wide else "<u2")
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def texts(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Yield each document with its sample."""
+        bos, eos = self.chat.id(BOS), self.chat.id(EOS)
+        for batch in _batched(documents):
+            for document, ids in zip(batch, self._ids([d.text for d in batch]), strict=True):
+                yield document, np.array([bos, *ids, eos], dtype=self._dtype)
+
+    def fim(self, document: Document) -> np.ndarray | None:
+        """Return a fill-in-the-middle sample (n,) of a document, loss on the middle only, or None for most of them."""
+        rng = random.Random(document.source)
+        if rng.randrange(FIM_ONE_IN):
+            return None
+        bos, eos, begin, hole, end = (self.chat.id(token) for token in (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END))
+        start = rng.randrange(max(len(document.text) - FIM_CHARS, 1))
+        snippet = document.text[start : start + FIM_CHARS]
+        first, last = sorted(rng.sample(range(len(snippet) + 1), 2))
+        before, after, middle = self._ids([snippet[:first], snippet[last:], snippet[first:last]])
+        prompt = np.array([bos, begin, *before, hole, *after, end], dtype=self._dtype)
+        no_loss = self._dtype.type(1 << (8 * self._dtype.itemsize - 1))
+        return np.concatenate([prompt | no_loss, np.array([*middle, eos], dtype=self._dtype)])
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, BATCH)):
+        yield batch
 
 
 def _chat_sample(chat: Tokenizer, talk: Conversation) -> np.ndarray:
@@ -206,23 +265,6 @@ def _chat_sample(chat: Tokenizer, talk: Conversation) -> np.ndarray:
         trained[start : ends[np.searchsorted(ends, start)] + 1] = True
     sample[~trained] |= NO_LOSS
     return sample
-
-
-def fim_sample(
-    document: Document, tokenizer: tokenizers.Tokenizer, chat: Tokenizer, dtype: np.dtype
-) -> np.ndarray | None:
-    """Return one fill-in-the-middle sample (n,) of a document, loss on the middle only, or None for most documents."""
-    rng = random.Random(document.source)
-    if rng.randrange(FIM_ONE_IN):
-        return None
-    bos, eos, begin, hole, end = (chat.id(token) for token in (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END))
-    start = rng.randrange(max(len(document.text) - FIM_CHARS, 1))
-    snippet = document.text[start : start + FIM_CHARS]
-    first, last = sorted(rng.sample(range(len(snippet) + 1), 2))
-    parts = [e.ids for e in tokenizer.encode_batch_fast([snippet[:first], snippet[last:], snippet[first:last]])]
-    prompt = np.array([bos, begin, *parts[0], hole, *parts[1], end], dtype=dtype)
-    no_loss = dtype.type(1 << (8 * dtype.itemsize - 1))
-    return np.concatenate([prompt | no_loss, np.array([*parts[2], eos], dtype=dtype)])
 
 
 def _pack(directory: Path, names: Iterable[str], archive: Path) -> None:

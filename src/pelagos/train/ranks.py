@@ -7,6 +7,7 @@ are made in the order of ranks, so that every rank has the same bits. Source: te
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pelagos.errors import ConfigError, TrainingError
 from pelagos.train.objective import Losses
@@ -26,8 +27,9 @@ TIMEOUT = datetime.timedelta(minutes=10)  # of every exchange
 class Line:
     """The ranks along one dimension of a mesh. Every exchange raises TrainingError when one of them is lost."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, self.size = group, group.rank(), group.size()
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
 
     def swap(self, parts: Tensor) -> Tensor:
         """Send parts[i] to rank i; return what each sent here, (size, ...) in their order."""
@@ -37,17 +39,6 @@ class Line:
         with exchange():
             dist.all_to_all_single(got, parts.contiguous(), group=self.group)
         return got
-
-    def send(self, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> tuple[Tensor, Any]:
-        """Start to send consecutive rows, to[i] to rank i; return where of[i] from each arrive, and the work."""
-        got = rows.new_empty((sum(of), *rows.shape[1:]))
-        with exchange():
-            return got, dist.all_to_all_single(got, rows, list(of), list(to), self.group, async_op=True)
-
-    def wait(self, work: Any) -> None:
-        """Wait for what `send` started."""
-        with exchange():
-            work.wait()
 
     def gather(self, part: Tensor) -> Tensor:
         """Return the parts of all ranks, (size, ...); they bring the same shape."""
@@ -60,46 +51,102 @@ class Line:
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, added in their order."""
-        if self.size == 1:
-            return x
-        total, *rest = self.gather(x).unbind(0)
-        for part in rest:
-            total = total + part
-        return total
+        return x if self.size == 1 else functools.reduce(torch.add, self.gather(x).unbind(0))
+
+
+class Trip:
+    """Rows (R, ...) that go to other ranks, to[i] consecutive ones to rank i, of[i] from each; gradients come back.
+
+    `leave` starts them, and `arrive` returns, for what `leave` gave, those that came: what is computed between hides
+    the way, in the backward too, where what was made later runs earlier.
+    """
+
+    def __init__(self, line: Line, to: Sequence[int], of: Sequence[int]) -> None:
+        self._line, self._to, self._of = line, list(to), list(of)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """Start to send; return a token of the rows' shape."""
+        return _Leave.apply(self, rows)
+
+    def arrive(self, token: Tensor) -> Tensor:
+        """Wait, and return what came."""
+        return _Arrive.apply(self, token)
+
+    def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        """Start one of the two ways; return where rows arrive."""
+        to, of = (self._of, self._to) if back else (self._to, self._of)
+        self._got = rows.new_empty((sum(of), *rows.shape[1:]))
+        with exchange():
+            work = dist.all_to_all_single(self._got, rows.contiguous(), of, to, self._line.group, async_op=True)
+        assert work is not None
+        self._work = work
+        return self._got
+
+    def wait(self) -> Tensor:
+        """Wait for the way that was started; return what came."""
+        with exchange():
+            self._work.wait()
+        return self._got
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trip: Trip, rows: Tensor) -> Tensor:
+        ctx.trip = trip
+        trip.start(rows)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.trip.wait()
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trip: Trip, token: Tensor) -> Tensor:
+        ctx.trip = trip
+        return trip.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.trip.start(grad, back=True)
 
 
 class Ranks:
     """The processes that torchrun started, joined and ordered as (pp, dp, cp); experts as (pp, replica, ep).
 
-    Raises ConfigError where they cannot be joined or do not divide the run.
+    `alone` is one process that torchrun did not start. Raises ConfigError where they cannot be joined or do not divide
+    the run.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, *, alone: bool = False) -> None:
         if config.cp > 1 and device.type == "cuda":
             raise ConfigError(f"cp={config.cp}: on CPUs as yet, attention's kernel takes whole rows; set cp=1")
-        if not dist.is_initialized():
+        if not alone and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
                 with exchange():
                     dist.init_process_group(backend, timeout=TIMEOUT)
             except ValueError as error:
                 raise ConfigError(f"several processes: {error}; start them with torchrun") from None
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.dp = data_ranks(config, self.size)
-        data, kind = self.dp * config.cp, device.type
-        whole = init_device_mesh(kind, (config.pp, data), mesh_dim_names=("pp", "data"))
-        rows = init_device_mesh(kind, (config.pp, self.dp, config.cp), mesh_dim_names=("pp", "dp", "cp"))
-        parts = (config.pp, data // config.ep, config.ep)
-        experts = init_device_mesh(kind, parts, mesh_dim_names=("pp", "replica", "ep"))
+        self.world = Line(None if alone else dist.group.WORLD)
+        self.rank, self.size, self.lead = self.world.rank, self.world.size, self.world.rank == 0
+        self.dp, self.place = data_ranks(config, self.size), 0
+        self.data = self.pp = self.cp = self.ep = self.replicas = self.owners = self.world
+        if self.size == 1:
+            return
+        data = self.dp * config.cp
         owners = min(config.owners or data, data)
-        capped = init_device_mesh(kind, (config.pp, data // owners, owners), mesh_dim_names=("pp", "copy", "owner"))
-        assert dist.group.WORLD is not None
-        self.world = Line(dist.group.WORLD)
+
+        def mesh(**sizes: int) -> DeviceMesh:
+            return init_device_mesh(device.type, (config.pp, *sizes.values()), mesh_dim_names=("pp", *sizes))
+
+        whole, rows = mesh(data=data), mesh(dp=self.dp, cp=config.cp)
+        experts = mesh(replica=data // config.ep, ep=config.ep)
+        capped = mesh(copy=data // owners, owner=owners)
         self.data, self.pp, self.cp = (Line(m.get_group(n)) for m, n in ((whole, "data"), (whole, "pp"), (rows, "cp")))
         self.ep, self.replicas = (Line(experts.get_group(name)) for name in ("ep", "replica"))
-        self.owners = Line(capped.get_group("owner"))
-        self.place = rows.get_local_rank("dp")
-        self.lead = self.rank == 0
+        self.owners, self.place = Line(capped.get_group("owner")), rows.get_local_rank("dp")
 
     def mine(self, number: int) -> bool:
         """Whether this rank takes part in micro-batch `number` of a step."""
@@ -107,6 +154,8 @@ class Ranks:
 
     def agree(self, terms: Losses, load: Tensor, stop: bool) -> tuple[Losses, Tensor, bool]:
         """Return a step's terms (of its last micro-batch), load (of all) and whether any rank is asked to stop."""
+        if self.size == 1:
+            return terms, load, stop
         names = ("total", "next_token", "mtp", "balance", "indexer")
         own = torch.stack([getattr(terms, name).detach().float() for name in names])
         own[0] = self.cp.sum(own[0])
@@ -144,7 +193,7 @@ def data_ranks(config: TrainConfig, size: int) -> int:
     for name, parts in (("ep", config.ep), ("owners", config.owners or 1)):
         if dp * config.cp % parts:
             raise ConfigError(f"{name}={parts} does not divide dp x cp = {dp} x {config.cp}")
-    for step in range(config.steps):
+    for step in range(config.steps if size > 1 else 0):
         if (count := len(config.rows_at(step))) % dp:
             raise ConfigError(
                 f"step {step} has {count} micro-batches for {dp} data ranks: choose accumulate as a multiple of {dp} "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
@@ -27,6 +28,27 @@ CHOICES = {
 RAMP_LEVELS = 3  # the batch doubles at most so often while it grows
 
 
+def _number(value: object) -> bool:
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+
+
+Count = Whole = int
+Positive = Weight = Fraction = Share = float
+Numbers = Mapping[str, Any]
+# What each of these takes; numbers may be whole where a fraction is meant.
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Count": ("a whole number > 0", lambda v: type(v) is int and v > 0),
+    "Whole": ("a whole number >= 0", lambda v: type(v) is int and v >= 0),
+    "Positive": ("a finite number > 0", lambda v: _number(v) and v > 0),
+    "Weight": ("a finite number >= 0", lambda v: _number(v) and v >= 0),
+    "Fraction": ("a fraction in [0, 1]", lambda v: _number(v) and 0 <= v <= 1),
+    "Share": ("a fraction in (0, 1]", lambda v: _number(v) and 0 < v <= 1),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "Numbers": ('an object of numbers, such as {"0.6": 4096}',
+                lambda v: isinstance(v, Mapping) and all(map(_number, v.values()))),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One run. `*_from` and `ramp_until` are fractions of `steps`; a batch is batch_rows x row_tokens x accumulate.
@@ -39,88 +61,56 @@ class TrainConfig:
     `waves`. A matrix has one owner among `owners` (0: all). `grad_sync` says how gradients are added.
     """
 
-    steps: int
-    batch_rows: int = 32
-    row_tokens: int = 2048
-    row_tokens_from: Mapping[str, int] = field(default_factory=dict)
-    accumulate: int = 1
-    ramp_from_frac: float = 1.0
-    ramp_until: float = 0.03
+    steps: Count
+    batch_rows: Count = 32
+    row_tokens: Count = 2048
+    row_tokens_from: Numbers = field(default_factory=dict)
+    accumulate: Count = 1
+    ramp_from_frac: Share = 1.0
+    ramp_until: Fraction = 0.03
     optimizer: str = "muon"
     newton_schulz: str = "deepseek_v4"
-    lr: float = 3e-3
-    lr_final_frac: float = 0.02
-    warmup_steps: int = 100
-    decay_from: float = 0.5
-    sparse_from: float = 0.6
-    indexer_steps: int = 0
-    indexer_lr: float = 1e-3
-    quantise_from: float = 0.7
+    lr: Positive = 3e-3
+    lr_final_frac: Fraction = 0.02
+    warmup_steps: Whole = 100
+    decay_from: Fraction = 0.5
+    sparse_from: Fraction = 0.6
+    indexer_steps: Whole = 0
+    indexer_lr: Positive = 1e-3
+    quantise_from: Fraction = 0.7
     precision: str = "bf16"
-    balance_speed: float = 1e-3
-    balance_weight: float = 1e-4
-    clip_norm: float = 1.0
-    anticipate: int = 0
-    anticipate_steps: int = 200
-    spike_sigmas: float = 6.0
-    spike_window: int = 200
-    lora_rank: int = 0
+    balance_speed: Weight = 1e-3
+    balance_weight: Weight = 1e-4
+    clip_norm: Positive = 1.0
+    anticipate: Whole = 0
+    anticipate_steps: Count = 200
+    spike_sigmas: Positive = 6.0
+    spike_window: Count = 200
+    lora_rank: Whole = 0
     recompute: bool = False
-    seed: int = 0
-    repeats: Mapping[str, float] = field(
-        default_factory=lambda: {"docs": 1, "code": 1, "books": 1, "chat": 1, "fim": 1}
-    )
-    eval_every: int = 500
-    eval_rows: int = 32
-    patience: int = 4
-    save_every: int = 500
-    log_every: int = 20
-    profile_step: int = 0
+    seed: Whole = 0
+    repeats: Numbers = field(default_factory=lambda: dict.fromkeys(("docs", "code", "books", "chat", "fim"), 1))
+    eval_every: Count = 500
+    eval_rows: Count = 32
+    patience: Count = 4
+    save_every: Count = 500
+    log_every: Count = 20
+    profile_step: Whole = 0
     grad_sync: str = "fp32_ordered"
-    ep: int = 1
-    cp: int = 1
-    pp: int = 1
-    waves: int = 1
+    ep: Count = 1
+    cp: Count = 1
+    pp: Count = 1
+    waves: Count = 1
     overlap: bool = True
-    owners: int = 0
+    owners: Whole = 0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            self._check_type(f.name, f.type, getattr(self, f.name))
-        positive = (
-            "steps batch_rows row_tokens accumulate lr clip_norm eval_every eval_rows patience save_every log_every "
-            "indexer_lr anticipate_steps spike_sigmas spike_window ramp_from_frac ep cp pp waves"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a value > 0")
-        natural = "warmup_steps seed balance_speed balance_weight indexer_steps anticipate lora_rank profile_step"
-        for name in (*natural.split(), "owners"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a value >= 0")
-        for name in "lr_final_frac decay_from sparse_from quantise_from ramp_from_frac ramp_until".split():
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a fraction in [0, 1]")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+            value, known = getattr(self, f.name), CHOICES.get(f.name, ())
+            said, fits = RULES.get(str(f.type)) or (f"one of {', '.join(known)}", known.__contains__)
+            if not fits(value):
+                raise ConfigError(f"{f.name}={value!r}: expected {said}")
         self._check_lengths()
-
-    @staticmethod
-    def _check_type(name: str, kind: object, value: object) -> None:
-        """Raise ConfigError unless a value fits its annotation; numbers may be whole where a fraction is meant."""
-        whole = type(value) is int
-        number = whole or (isinstance(value, float) and math.isfinite(value))
-        if kind == "int" and not whole:
-            raise ConfigError(f"{name}={value!r}: expected a whole number")
-        if kind == "float" and not number:
-            raise ConfigError(f"{name}={value!r}: expected a finite number")
-        if kind == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r}: expected true or false")
-        if name in ("repeats", "row_tokens_from"):
-            shares = list(value.values()) if isinstance(value, Mapping) else [None]
-            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in shares):
-                raise ConfigError(f'{name}={value!r}: expected an object of numbers, such as {{"0.6": 4096}}')
 
     def _check_lengths(self) -> None:
         if self.row_tokens % ALIGN:
@@ -150,10 +140,13 @@ class TrainConfig:
         """Return the number of the length stage that a step is in."""
         return sum(step >= first for first, _ in self.lengths) - 1
 
+    def length_at(self, step: int) -> int:
+        """Return the tokens of a row of a step."""
+        return self.lengths[self.length_stage(step)][1]
+
     def rows_at(self, step: int) -> list[int]:
         """Return the rows of each micro-batch of a step: the batch grows by doubling over the first `ramp_until`."""
-        size = self.lengths[self.length_stage(step)][1]
-        micro = self.batch_rows * self.row_tokens // size
+        micro = self.batch_rows * self.row_tokens // self.length_at(step)
         rows, until = micro * self.accumulate, self.ramp_until * self.steps
         if self.ramp_from_frac < 1 and step < until:
             levels = min(RAMP_LEVELS, max(1, round(-math.log2(self.ramp_from_frac))))

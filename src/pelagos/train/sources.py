@@ -1,30 +1,28 @@
-"""Texts from anywhere, streamed into token shards: plain files, JSON lines and Parquet, local or by any fsspec URL.
-
-One batch of documents in memory. Exact duplicates are dropped by hash, near ones, when asked, by MinHash in bands.
-"""
+"""Texts from anywhere: plain files, JSON lines and Parquet, local or by any fsspec URL."""
 
 import glob
 import gzip
-import hashlib
 import importlib
-import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pelagos.chat import Tokenizer
-from pelagos.chat.tokens import BOS, EOS
 from pelagos.errors import DataError, MissingDependency
-from pelagos.train.corpus import NUM_PERMUTATIONS, Document, is_held_out, minhash
-from pelagos.train.data import NO_LOSS, SPLITS, ShardWriter, write_meta
-from pelagos.train.prepare import fim_sample, text_encoder
 
-BATCH = 256
-BANDS = 16  # of 8 values: two documents of similarity 0.7 share one with probability 0.61, of 0.85 with 0.99
+BATCH = 256  # documents in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with where it came from and under what licence."""
+
+    kind: str
+    source: str
+    licence: str
+    text: str
 
 
 def paths_of(pattern: str) -> list[str]:
@@ -69,90 +67,6 @@ def read_documents(kind: str, path: str, *, empty: bool = True) -> Iterator[Docu
         raise DataError(f"{path}: cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{place}: expected an object with a string `text` ({error!r:.120})") from None
-
-
-class Duplicates:
-    """What has been seen: `exact` and `near` count the documents that `fresh` turned away."""
-
-    def __init__(self, *, near: bool) -> None:
-        self.exact = self.near = 0
-        self._hashes: set[bytes] = set()
-        self._bands: set[bytes] | None = set() if near else None
-
-    def fresh(self, documents: Sequence[Document]) -> list[Document]:
-        """Return the documents that repeat none before them."""
-        kept = []
-        for document in documents:
-            key = hashlib.blake2b(document.text.strip().encode(), digest_size=12).digest()
-            if key in self._hashes:
-                self.exact += 1
-            else:
-                self._hashes.add(key)
-                kept.append(document)
-        if self._bands is None or not kept:
-            return kept
-        signatures = minhash([d.text for d in kept]).reshape(len(kept), BANDS, NUM_PERMUTATIONS // BANDS)
-        unlike = []
-        for document, bands in zip(kept, signatures, strict=True):
-            keys = [hashlib.blake2b(bytes((i,)) + b.tobytes(), digest_size=12).digest() for i, b in enumerate(bands)]
-            if self._bands.isdisjoint(keys):
-                unlike.append(document)
-            else:
-                self.near += 1
-            self._bands.update(keys)
-        return unlike
-
-
-def tokenise(
-    sources: Sequence[tuple[str, str]],
-    directory: Path,
-    tokenizer_dir: Path,
-    *,
-    near_duplicates: bool = False,
-    fim: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Write the shards of (kind, pattern) sources and return `meta.json`; kinds in `fim` add fill-in-the-middle pieces.
-
-    Raises DataError for sources or a tokenizer that cannot be read, and for a split that stays empty.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    files = [(kind, path) for kind, pattern in sources for path in paths_of(pattern)]
-    kinds = list(dict.fromkeys([kind for kind, _ in sources] + ["fim"] * bool(fim)))
-    chat = Tokenizer.load(str(tokenizer_dir))
-    encoder = text_encoder(tokenizer_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    wide = chat.vocab_size > NO_LOSS
-    writers = {split: ShardWriter(directory, split, kinds, wide=wide) for split in SPLITS}
-    seen = Duplicates(near=near_duplicates)
-    licences: dict[str, dict[str, None]] = {kind: {} for kind in kinds}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} files"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("tokenising", total=len(files))
-        for kind, path in files:
-            for batch in _batched(read_documents(kind, path)):
-                fresh = seen.fresh(batch)
-                encoded = encoder.encode_batch_fast([d.text for d in fresh], add_special_tokens=False)
-                for document, encoding in zip(fresh, encoded, strict=True):
-                    held = is_held_out(document.source)
-                    writer = writers["heldout" if held else "train"]
-                    sample = np.array([chat.id(BOS), *encoding.ids, chat.id(EOS)], dtype=writer.dtype)
-                    writer.add(sample, kind, len(document.text.encode()))
-                    piece = fim_sample(document, encoder, chat, writer.dtype) if kind in fim and not held else None
-                    if piece is not None:
-                        writer.add(piece, "fim", 0)
-                    licences[kind][document.licence] = None
-            progress.advance(task)
-    entries = {split: writer.close() for split, writer in writers.items()}
-    found = {"sources": dict(sources), "licences": {k: list(v) for k, v in licences.items()}}
-    found |= {"duplicates": {"exact": seen.exact, "near": seen.near if near_duplicates else None}}
-    return write_meta(directory, tokenizer_dir / "tokenizer.json", entries, found, kinds=kinds, wide=wide)
-
-
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(documents, BATCH)):
-        yield batch
 
 
 def _fsspec() -> Any:

@@ -44,42 +44,6 @@ def cut_layers(model: Transformer, stage: int, stages: int) -> None:
             delattr(model, f"hc_head_{name}")
 
 
-class Part(nn.Module):
-    """One stage's forward of a micro-batch; keeps the terms and loads of those that passed."""
-
-    def __init__(self, forward: Forward, ranks: Ranks, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.forward_of, self.ranks, self.loss = forward, ranks, loss
-        self.first, self.last = ranks.pp.rank == 0, ranks.pp.rank == ranks.pp.size - 1
-        self.weights, self.dense = LossWeights(), True
-        self.passed: list[Losses] = []
-
-    def forward(self, streams: Tensor, sums: Tensor | None = None, **rows: Tensor) -> tuple[Tensor, ...] | Tensor:
-        """Return (streams and draft's embedding (B, S, n + 1, D), sums (2,)), or on the last stage the loss (1,)."""
-        forward, model = self.forward_of, self.forward_of.model
-        context = Context(model.config, self.ranks.cp) if self.ranks.cp.size > 1 else None
-        batch, n = prepare(model, **rows, dense=self.dense, context=context), model.config.hc_mult
-        if self.first:
-            tokens = [batch.step.ids, *[batch.next_ids] * model.config.num_nextn_predict_layers]
-            made = [model.embed(ids).to(model.carrier).unsqueeze(2) for ids in tokens]
-            streams, embedded = made[0].repeat(1, 1, n, 1), torch.cat(made[1:] or [made[0][:, :, :0]], 2)
-            sums = streams.new_zeros(2, dtype=torch.float32)
-        else:
-            streams, embedded = streams[:, :, :n].contiguous(), streams[:, :, n:]
-        assert sums is not None
-        notes: list[dict[str, Tensor]] = []
-        streams = forward.through(streams, batch.step, batch.cache, notes)
-        if self.last:
-            draft = embedded.squeeze(2) if embedded.shape[2] else None
-            terms = finish(forward, batch, streams, draft, self.weights, self.loss, notes, (sums[0], sums[1]))
-            self.passed.append(terms)
-            return terms.total.unsqueeze(0)
-        balance, indexer, load, _ = noted(model, batch, notes, (sums[0], sums[1]))
-        here = balance.detach()  # the last stage says the terms
-        self.passed.append(Losses(here, here, here, here, here, load, []))
-        return torch.cat((streams, embedded), 2), torch.stack((balance, indexer))
-
-
 class Stage(PipelineStage):
     """A stage that tells when a micro-batch's gradients are complete, so that they are added in their order."""
 
@@ -93,40 +57,68 @@ class Stage(PipelineStage):
         return out
 
 
-class Pipeline:
-    """Runs this rank's micro-batches through all stages; `done` is called after each one's backward here."""
+class Pipeline(nn.Module):
+    """Runs this rank's micro-batches through all stages; `done` is called after each one's backward here.
+
+    As a module it is this stage's forward of one of them, and keeps the terms and loads of those that passed.
+    """
 
     def __init__(
         self, forward: Forward, ranks: Ranks, done: Callable[[], None], loss: Callable[..., Tensor] = cross_entropy
     ) -> None:
-        self.part, self.ranks, self._done = Part(forward, ranks, loss), ranks, done
-        self.device = next(forward.model.parameters()).device
+        super().__init__()
+        self._run, self.ranks, self._done, self._loss = forward, ranks, done, loss
+        self.first, self.last = ranks.pp.rank == 0, ranks.pp.rank == ranks.pp.size - 1
+
+    def forward(self, streams: Tensor, sums: Tensor | None = None, **rows: Tensor) -> tuple[Tensor, ...] | Tensor:
+        """Return (streams and draft's embedding (B, S, n + 1, D), sums (2,)), or on the last stage the loss (1,)."""
+        model = self._run.model
+        context = Context(model.config, self.ranks.cp) if self.ranks.cp.size > 1 else None
+        batch, n = prepare(model, **rows, dense=self._dense, context=context), model.config.hc_mult
+        if self.first:
+            tokens = [batch.step.ids, *[batch.next_ids] * model.config.num_nextn_predict_layers]
+            made = [model.embed(ids).to(model.carrier).unsqueeze(2) for ids in tokens]
+            streams, embedded = made[0].repeat(1, 1, n, 1), torch.cat(made[1:] or [made[0][:, :, :0]], 2)
+            sums = streams.new_zeros(2, dtype=torch.float32)
+        else:
+            streams, embedded = streams[:, :, :n].contiguous(), streams[:, :, n:]
+        assert sums is not None
+        notes: list[dict[str, Tensor]] = []
+        streams = self._run.through(streams, batch.step, batch.cache, notes)
+        if self.last:
+            draft = embedded.squeeze(2) if embedded.shape[2] else None
+            found = finish(self._run, batch, streams, draft, self._weights, self._loss, notes, (sums[0], sums[1]))
+            self._passed.append(found)
+            return found.total.unsqueeze(0)
+        balance, indexer, load, _ = noted(model, batch, notes, (sums[0], sums[1]))
+        here = balance.detach()  # the last stage says the terms
+        self._passed.append(Losses(here, here, here, here, here, load, []))
+        return torch.cat((streams, embedded), 2), torch.stack((balance, indexer))
 
     def run(
         self, batches: Sequence[Batch], weights: LossWeights, *, dense: bool, share: float, train: bool = True
     ) -> list[Losses]:
         """Run micro-batches of equal shape, each loss times `share`; return what this stage has of each one's terms."""
-        part, pp = self.part, self.ranks.pp
-        part.weights, part.dense, part.passed = weights, dense, []
-        config, carrier = part.forward_of.model.config, part.forward_of.model.carrier
-        names = ("ids", "positions", "segments", "targets")
-        stacked = [torch.cat([torch.from_numpy(batch[i]) for batch in batches]).to(self.device) for i in range(4)]
+        self._weights, self._dense, self._passed = weights, dense, list[Losses]()
+        model, pp = self._run.model, self.ranks.pp
+        config, device = model.config, next(model.parameters()).device
+        stacked = [torch.cat([torch.from_numpy(part) for part in parts]).to(device)
+                   for parts in zip(*batches, strict=True)]  # fmt: skip
         rows, length = batches[0].ids.shape
         width = config.hc_mult + config.num_nextn_predict_layers
         shape = (rows, length // self.ranks.cp.size, width, config.hidden_size)
-        between = (torch.empty(shape, dtype=carrier, device=self.device, requires_grad=True),
-                   torch.empty(2, device=self.device, requires_grad=True))  # fmt: skip
-        inputs = stacked[0][:rows] if part.first else between
-        outputs = torch.empty(1, device=self.device, requires_grad=True) if part.last else between
-        stage = Stage(self._done, part, pp.rank, pp.size, self.device, inputs, outputs, group=pp.group)
+        between = (torch.empty(shape, dtype=model.carrier, device=device, requires_grad=True),
+                   torch.empty(2, device=device, requires_grad=True))  # fmt: skip
+        inputs = stacked[0][:rows] if self.first else between
+        outputs = torch.empty(1, device=device, requires_grad=True) if self.last else between
+        stage = Stage(self._done, self, pp.rank, pp.size, device, inputs, outputs, group=pp.group)
         kind = Schedule1F1B if train else ScheduleGPipe
         schedule = kind(stage, len(batches), lambda out, _: out.sum() * share, scale_grads=False)
-        first = (stacked[0],) if part.first else ()
-        target = torch.zeros(len(batches), device=self.device) if part.last else None
-        call = schedule.step if train else schedule.eval
+        target = torch.zeros(len(batches), device=device) if self.last else None
+        call: Callable[..., Any] = schedule.step if train else schedule.eval
         with exchange():
-            call(*first, target=target, **dict(zip(names, stacked, strict=True)))
-        return part.passed
+            call(*stacked[: self.first], target=target, **dict(zip(Batch._fields, stacked, strict=True)))
+        return self._passed
 
     def score(self, batch: Batch, *, dense: bool) -> Losses:
         """Return the terms of one micro-batch on every rank, without gradients."""

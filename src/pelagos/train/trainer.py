@@ -3,6 +3,7 @@
 What a step should be is the recipe's business (recipe.py). Source: technical report 4.2.2, 4.2.3, 5.2.1.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pelagos.checkpoint import write_checkpoint
 from pelagos.config import ModelConfig
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pelagos.kernels.cross_entropy import cross_entropy
-from pelagos.load import load_model, save_model, usable_device
+from pelagos.load import load_model, usable_device
 from pelagos.model import Transformer
 from pelagos.numerics import LOSSLESS_BINADES
 from pelagos.train import lora, state
@@ -35,8 +37,9 @@ from pelagos.train.precision import Stored, fp4_binades, set_precision
 from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import FREE_ON_RESUME, TrainConfig, check_quantisable
 from pelagos.train.stages import Pipeline, cut_layers
+from pelagos.train.waves import divide_experts
 
-RUN_FORMAT = 3
+PROGRESS = ("step", "tokens", "best", "stale", "scores")  # how far a run came, as its state says it
 EXPORT_SHARD_BYTES = 15_000_000  # a shard of the bundled model stays under the 16 MiB that file hosts take
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LARGE_VOCABULARY = 32_768  # from here on logits are made in parts
@@ -63,10 +66,10 @@ class Trainer:
         start: str | Path | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.ranks = ranks
         self.config, self.out, self.tokenizer, self.start = config, out, tokenizer, start
         self.device = usable_device(device)
-        loaded = None if start is None else load_model(start, device=self.device)
+        self.ranks = ranks or Ranks(config, self.device, alone=True)
+        loaded = None if start is None else load_model(start, device=self.device, part=self._cut).train()
         model = model if loaded is None else loaded.config
         check_quantisable(model, config)
         shards = [read_shard(data, s, tokenizer=tokenizer and tokenizer / TOKENIZER_FILES[0]) for s in SPLITS]
@@ -75,26 +78,21 @@ class Trainer:
         self.shard, self.heldout = shards
         self.digests = {n: entry["sha256"] for n, entry in self.shard.meta["splits"]["train"]["files"].items()}
         kinds = [kind for kind in self.heldout.meta["kinds"] if kind != "fim"]
-        self.scored = [kind for kind in kinds if (self.heldout.kinds == self._kind(kind)).any()]
+        self.scored = [kind for kind in kinds if self.heldout.of_kind(kind).any()]
         if not self.scored:
             raise DataError(f"{data}: the held-out split has no sample to score (fim is not); run `pelagos data` again")
         self.length_stage, self.batches = 0, self._loader(0)
         on_gpu = self.device.type == "cuda"
-        self.model = loaded.train() if loaded is not None else Transformer(model, device=self.device)
+        self.model = loaded or self._made(model)
         self.model.carrier = torch.bfloat16 if on_gpu else torch.float32
-        if loaded is None:
-            initialise(self.model, config.seed)
-        if config.pp > 1:
-            if ranks is None:
-                raise ConfigError(f"pp={config.pp}: start as many processes with torchrun")
-            cut_layers(self.model, ranks.pp.rank, config.pp)
         if config.lora_rank:
             lora.attach(self.model, config.lora_rank, config.seed)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
         schedule = SCHEDULES[config.newton_schulz]
         options = OptimConfig(newton_schulz=schedule, muon=config.optimizer == "muon")
-        self.optimizer = Optimizer(self.model, options) if ranks is None else Owners(self.model, options, ranks, config)
+        alone = self.ranks.size == 1
+        self.optimizer = Optimizer(self.model, options) if alone else Owners(self.model, options, self.ranks, config)
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
         self.scores: dict[str, float] = {}
         self.recall: float | None = None
@@ -105,25 +103,43 @@ class Trainer:
         self._set_stage(0)
         self.spikes = SpikeDetector(config.spike_window, config.spike_sigmas)
         self.ahead = Ahead(config.anticipate, self._fetch, self._route, self._data_state)
-        self.meter, self.hits = Meter(out, quiet=ranks is not None and not ranks.lead), ClampHits(self.model)
+        self.meter, self.hits = Meter(out, quiet=not self.ranks.lead), ClampHits(self.model)
         large = on_gpu or model.vocab_size >= LARGE_VOCABULARY
         self.cross_entropy = cross_entropy if large else token_loss
         self.forward = Forward(self.model, recompute=config.recompute)
         self.pipeline: Pipeline | None = None
-        if ranks is not None and config.pp > 1:
-            self.pipeline = Pipeline(self.forward, ranks, self.optimizer.collect, self.cross_entropy)
+        if config.pp > 1:
+            self.pipeline = Pipeline(self.forward, self.ranks, self.optimizer.collect, self.cross_entropy)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{out}: not usable as the run directory ({error.strerror or error})") from None
 
+    def _made(self, config: ModelConfig) -> Transformer:
+        """This rank's part of a fresh model: nothing else is ever in memory."""
+        model = Transformer(config, device="meta")
+        self._cut(model)
+        initialise(model.to_empty(device=self.device), self.config.seed)
+        return model
+
+    def _cut(self, model: Transformer) -> None:
+        config, ranks = self.config, self.ranks
+        if config.pp > 1:
+            cut_layers(model, ranks.pp.rank, config.pp)
+        if config.ep > 1:
+            ordered = config.grad_sync == "fp32_ordered"
+            divide_experts(model, ranks.ep, waves=config.waves, overlap=config.overlap, ordered=ordered)
+
     def _loader(self, stage: int) -> PackedBatches:
         """The loader of a length stage; each stage draws anew, its seed set apart."""
-        config, size = self.config, self.config.lengths[stage][1]
-        rows = config.batch_rows * config.row_tokens // size
-        layout = {"batch_rows": rows, "row_tokens": size, "seed": config.seed + 1000 * stage}
         own = dict.fromkeys((k for k in self.shard.meta["kinds"] if k not in KINDS), 1.0)
-        return PackedBatches(self.shard, repeats=own | dict(config.repeats), **layout)
+        first, _ = self.config.lengths[stage]
+        return self._packed(self.shard, first, own | dict(self.config.repeats), self.config.seed + 1000 * stage)
+
+    def _packed(self, shard: Shard, step: int, repeats: Mapping[str, float], seed: int) -> PackedBatches:
+        size = self.config.length_at(step)
+        rows = self.config.batch_rows * self.config.row_tokens // size
+        return PackedBatches(shard, batch_rows=rows, row_tokens=size, repeats=repeats, seed=seed)
 
     def _fetch(self, step: int) -> list[Batch]:
         stage = self.config.length_stage(step)
@@ -146,14 +162,11 @@ class Trainer:
         """Say on what device and in what dtypes this run computes, and how far it is."""
         count = sum(p.numel() for p in self.model.parameters())
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        used = (self.model.carrier, self.model.embed.weight.dtype)
-        carrier, master = (str(dtype).removeprefix("torch.") for dtype in used)
-        dtypes = f"{carrier} activations, {master} master weights"
-        batch = self._batch_tokens()
-        here = "" if self.ranks is None else f" in each of {self.ranks.size} processes,"
+        dtypes = f"{str(self.model.carrier).removeprefix('torch.')} activations, float32 master weights"
+        here = "" if self.ranks.size == 1 else f" in each of {self.ranks.size} processes,"
         return (
             f"{count:,} parameters{here} on {self.device} ({name}, {torch.get_num_threads()} CPU threads), {dtypes}; "
-            f"step {self.step:,} of {self.config.steps:,}, {batch:,} tokens a step"
+            f"step {self.step:,} of {self.config.steps:,}, {self._batch_tokens():,} tokens a step"
         )
 
     def stop(self) -> None:
@@ -167,7 +180,7 @@ class Trainer:
         loss or gradient is not finite; the last saved state then stays.
         """
         config, started, seen = self.config, time.monotonic(), 0
-        if config.anticipate and not (self.out / "state.pt").exists():
+        if config.anticipate and state.newest(self.out) is None:
             self.save()  # somewhere to go back to
         while self.step < config.steps and self.stale < config.patience:
             with self._profiled():
@@ -183,7 +196,7 @@ class Trainer:
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 self._check_held_out()
                 started, seen = time.monotonic(), 0
-            if self._stop_asked if self.ranks is None else self._stop_agreed:
+            if self._stop_agreed:
                 self.save()
                 return False
             if self.step % config.save_every == 0:
@@ -206,7 +219,7 @@ class Trainer:
             return False
         spiked = self.step + 1
         self._health.clear()
-        self._restore(self.out / "state.pt")
+        self._restore()
         self.ahead.until = max(spiked, self.step) + self.config.anticipate_steps
         self.meter.cut(self.step)
         line = (
@@ -241,16 +254,15 @@ class Trainer:
         self._health.clear()
         if not all(finite):
             step = self.step - len(finite) + finite.index(False) + 1
-            path = self.out / "state.pt"
-            kept = f"{path} keeps the last good state" if path.exists() else "no state was saved yet"
+            path = state.newest(self.out)
+            kept = f"{path} keeps the last good state" if path else "no state was saved yet"
             raise TrainingError(
                 f"step {step}: loss or gradient is not finite, expected a number; stopped, {kept}. "
                 f"Start again in another run directory with a lower lr (now {self.config.lr}) or clip_norm"
             )
 
     def _batch_tokens(self) -> int:
-        config = self.config
-        return sum(config.rows_at(self.step)) * config.lengths[config.length_stage(self.step)][1]
+        return sum(self.config.rows_at(self.step)) * self.config.length_at(self.step)
 
     def _update(self) -> tuple[Losses, Tensor]:
         config = self.config
@@ -260,8 +272,7 @@ class Trainer:
             parameter.grad = None
         batches, routes = self.ahead.take(self.step)
         rows = sum(len(batch.ids) for batch in batches)
-        if self.ranks is not None:
-            batches = [batch for place, batch in enumerate(batches) if self.ranks.mine(place)]
+        batches = [batch for place, batch in enumerate(batches) if self.ranks.mine(place)]
         if self.pipeline is not None:
             passed = self.pipeline.run(batches, weights, dense=dense, share=len(batches[0].ids) / rows)
             terms, load = passed[-1], torch.stack([each.load for each in passed]).sum(0)
@@ -272,15 +283,11 @@ class Trainer:
             self.optimizer.collect()
             load = terms.load if load is None else load + terms.load
         norm = self.optimizer.clip(config.clip_norm)
-        if self.stored is not None:
-            self.stored.unround()
-        self.optimizer.step(config.lr_at(self.step))
-        if self.stored is not None:
-            self.stored.keep()
+        with self.stored or contextlib.nullcontext():
+            self.optimizer.step(config.lr_at(self.step))
         assert terms is not None
         assert load is not None
-        if self.ranks is not None:
-            terms, load, self._stop_agreed = self.ranks.agree(terms, load, self._stop_asked)
+        terms, load, self._stop_agreed = self.ranks.agree(terms, load, self._stop_asked)
         if not config.indexer_only(self.step):
             update_balance_bias(self.model, load, config.balance_speed)
         self._health.append(terms.total.detach() + norm)
@@ -301,7 +308,7 @@ class Trainer:
         options: dict[str, Any] = {"cross_entropy": self.cross_entropy, "forward": self.forward, "notes": notes}
         if self.pipeline is not None:
             return self.pipeline.score(batch, dense=dense)
-        if self.ranks is not None and self.ranks.cp.size > 1:
+        if self.ranks.cp.size > 1:
             options["context"] = Context(self.model.config, self.ranks.cp)
         return losses(self.model, ids, positions, segments, targets, weights, dense=dense, **options)
 
@@ -312,13 +319,10 @@ class Trainer:
         """
         scores, config, recall = {}, self.config, []
         step = max(0, self.step - 1)  # the numbers of the stage that the last step was in
-        size = config.lengths[config.length_stage(step)][1]
-        full = config.batch_rows * config.row_tokens // size
         for kind in self.scored:
-            layout = {"batch_rows": full, "row_tokens": size, "seed": 0}
-            nats, count, rows = 0.0, 0, 0
-            for batch in PackedBatches(self.heldout, repeats={kind: 1}, **layout).epoch():
-                if rows >= config.eval_rows or (rows and len(batch.ids) < full):
+            nats, count, rows, batches = 0.0, 0, 0, self._packed(self.heldout, step, {kind: 1}, 0)
+            for batch in batches.epoch():
+                if rows >= config.eval_rows or (rows and len(batch.ids) < batches.batch_rows):
                     break
                 terms = self._losses(batch, LossWeights(), dense=config.dense(step), notes=[])
                 tokens = int((batch.targets != IGNORE).sum())
@@ -329,35 +333,24 @@ class Trainer:
         self.recall = float(torch.stack(recall).mean()) if recall else None
         return scores
 
-    def _kind(self, name: str) -> int:
-        return self.heldout.meta["kinds"].index(name)
-
     def _tokens_per_byte(self, kind: str) -> float:
-        of_kind = self.heldout.kinds == self._kind(kind)
+        of_kind = self.heldout.of_kind(kind)
         predicted = (self.heldout.offsets[1:] - self.heldout.offsets[:-1] - 1)[of_kind].sum()
         return float(predicted) / self.heldout.bytes_of(kind)
 
     def _report(self, terms: Losses, norm: Tensor, seconds_a_step: float) -> None:
         self._require_finite()
-        load, config, hits = terms.load.float(), self.config, self.hits.read(self.ranks and self.ranks.world.sum)
+        load, config, hits = terms.load.float(), self.config, self.hits.read(self.ranks.world.sum)
         pace = self._batch_tokens() / seconds_a_step
         row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": float(terms.next_token),
-            "mtp": float(terms.mtp),
-            "balance": float(terms.balance) / len(load),
-            "indexer": float(terms.indexer),
-            "grad_norm": float(norm),
-            "max_load": float((load.max(-1).values / load.mean(-1)).max()),
-            "clamp_hits": hits,
-            "lr": config.lr_at(self.step - 1),
-            "tokens_per_s": pace,
-        }
+            "step": self.step, "tokens": self.tokens, "loss": float(terms.next_token), "mtp": float(terms.mtp),
+            "balance": float(terms.balance) / len(load), "indexer": float(terms.indexer), "grad_norm": float(norm),
+            "max_load": float((load.max(-1).values / load.mean(-1)).max()), "clamp_hits": hits,
+            "lr": config.lr_at(self.step - 1), "tokens_per_s": pace,
+        }  # fmt: skip
         utilised = ""
         if peak := peak_flops(self.device):
-            size = config.lengths[config.length_stage(self.step - 1)][1]
-            row["mfu"] = training_flops(self.model.config, size) * pace / peak
+            row["mfu"] = training_flops(self.model.config, config.length_at(self.step - 1)) * pace / peak
             row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             utilised = f" MFU {row['mfu']:.1%} {row['memory_gb']:.1f} GB"
         left = round((config.steps - self.step) * seconds_a_step)
@@ -379,36 +372,19 @@ class Trainer:
         there then stays.
         """
         self._require_finite()
-        facts, masters = self._facts(), None if self.stored is None else self.stored.masters
-        if isinstance(self.optimizer, Owners):
-            assert self.ranks is not None
-            state.write(self.out, facts, state.named(self.model, self.optimizer, self.ranks, masters), self.ranks)
-            return
-        partial = self.out / "state.pt.partial"
-        held = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "masters": masters}
-        try:
-            torch.save(facts | held, partial)
-            partial.replace(self.out / "state.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(f"{partial}: state of step {self.step} not written ({error})") from None
+        state.write(self.out, self._facts(), self._tensors(), lead=self.ranks.lead)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return state.named(self.model, self.optimizer, self.stored)
 
     def _facts(self) -> dict[str, Any]:
         """What this run is and how far it came, tensors apart."""
         return {
-            "format": RUN_FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "model_config": self.model.config.to_dict(),
-            "shards": self.digests,
-            "ahead": self.ahead.state(),
-            "spikes": list(self.spikes.losses),
-            "start": None if self.start is None else str(self.start),
-            "step": self.step,
-            "tokens": self.tokens,
-            "best": self.best,
-            "stale": self.stale,
-            "scores": self.scores,
-        }
+            "config": dataclasses.asdict(self.config), "model_config": self.model.config.to_dict(),
+            "shards": self.digests, "start": None if self.start is None else str(self.start),
+            "ahead": self.ahead.state(), "spikes": list(self.spikes.losses),
+            **{name: getattr(self, name) for name in PROGRESS},
+        }  # fmt: skip
 
     def resume(self) -> bool:
         """Continue from the state in `out`, if any, and drop log lines of steps that it does not hold.
@@ -417,36 +393,22 @@ class Trainer:
         for a torn state and for one of another model, data or settings: the schedule and the stages are fractions of
         `steps`, so only FREE_ON_RESUME may differ.
         """
-        path = self.out / "state.pt" if self.ranks is None else state.newest(self.out)
-        if path is not None and path.exists():
-            self._restore(path)
+        if (old := self.out / "state.pt").exists():
+            raise CheckpointError(f"{old}: a state of an older format; choose another --out or delete it")
+        found = state.newest(self.out) is not None
+        if found:
+            self._restore()
         self.meter.cut(self.step)
-        return path is not None and path.exists()
+        return found
 
-    def _restore(self, path: Path) -> None:
-        if isinstance(self.optimizer, Owners):
-            facts = state.facts_of(path)
-            self._adopt(path, facts)
-            assert self.ranks is not None
-            masters = None if self.stored is None else self.stored.masters
-            state.read(path, state.named(self.model, self.optimizer, self.ranks, masters))
-            return
-        try:
-            held = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{path}: not a readable run state ({reason}); delete it to start over") from None
-        self._adopt(path, held)
-        self.model.load_state_dict(held["model"])
-        self.optimizer.load_state_dict(held["optimizer"])
-        for name, master in (held["masters"] or {}).items():
-            assert self.stored is not None
-            self.stored.masters[name].copy_(master)
+    def _restore(self) -> None:
+        path = state.newest(self.out)
+        assert path is not None
+        self._adopt(path, state.facts_of(path))
+        state.read(path, self._tensors())
 
-    def _adopt(self, path: Path, facts: Any) -> None:
+    def _adopt(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Continue at the step of `facts`; raises CheckpointError for those of another run."""
-        if not isinstance(facts, dict) or facts.get("format") != RUN_FORMAT:
-            raise CheckpointError(f"{path}: not a run state of format {RUN_FORMAT}; choose another --out or delete it")
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE_ON_RESUME}
         stored = {k: v for k, v in facts["config"].items() if k not in FREE_ON_RESUME}
         differences = [
@@ -461,8 +423,8 @@ class Trainer:
                 "may change on resuming, because schedule and stages are fractions of one run; repeat its settings, "
                 "choose another --out, or delete it"
             )
-        self.step, self.tokens, self.scores = facts["step"], facts["tokens"], facts["scores"]
-        self.best, self.stale = facts["best"], facts["stale"]
+        for name in PROGRESS:
+            setattr(self, name, facts[name])
         self._set_stage(self.step - 1)
         data = facts["ahead"]["data"]
         self.length_stage, self.batches = data["stage"], self._loader(data["stage"])
@@ -493,18 +455,16 @@ class Trainer:
 
         The checkpoint appears whole or not at all; the tokenizer is there before it.
         """
-        merged = lora.merged(self.model) if self.config.lora_rank else self.model
-        if isinstance(self.optimizer, Owners):
-            assert self.ranks is not None
-            merged = state.whole(self.model, self.optimizer, self.ranks)
-            if not self.ranks.lead:
-                return
+        tensors = state.released(self.model, self.ranks)
+        if not self.ranks.lead:
+            collections.deque(tensors, maxlen=0)  # sends them
+            return
         for source, target in self.check_export(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(target.name + ".partial")
             shutil.copyfile(source, partial)
             partial.replace(target)
-        save_model(merged, path, shard_bytes=EXPORT_SHARD_BYTES)
+        write_checkpoint(path, tensors, self.model.config, shard_bytes=EXPORT_SHARD_BYTES)
 
 
 def _check_vocabulary(shard: Shard, model: ModelConfig, path: Path) -> None:
