@@ -7,11 +7,9 @@ used. Source: docs/log/0009-placement.md.
 from __future__ import annotations
 
 import datetime
-import itertools
 import math
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ class Group:
         assert isinstance(host, dist.ProcessGroup)
         assert isinstance(orders, dist.ProcessGroup)
         self._host, self._orders = host, orders
-        self._cuda, self._files = cuda, itertools.count()
+        self._cuda = cuda
         self._kept: list[Any] = []  # handles of memory; tokens on their way
         if cuda:
             self.memory((1,), torch.uint8)  # whose signals are used
@@ -62,10 +60,10 @@ class Group:
                      for r in range(self.size)]  # fmt: skip
         else:
             with tempfile.TemporaryDirectory() as folder:
-                names = self.gather(str(Path(folder) / str(next(self._files))))
-                torch.from_file(names[self.rank], shared=True, size=max(size, 1), dtype=torch.uint8)
+                names, options = self.gather(f"{folder}/memory"), {"size": max(size, 1), "dtype": torch.uint8}
+                torch.from_file(names[self.rank], shared=True, **options)
                 dist.barrier()
-                every = [torch.from_file(name, shared=True, size=max(size, 1), dtype=torch.uint8) for name in names]
+                every = [torch.from_file(name, shared=True, **options) for name in names]
                 dist.barrier()
         return [each[:size].view(dtype).view(tuple(shape)) for each in every]
 

@@ -170,22 +170,20 @@ def _entries(path: Path) -> Iterator[Stored]:
             yield from read_header(file)
         return
     weight_map = _weight_map(index)
-    found: set[str] = set()
+    absent = dict(weight_map)
     for shard in sorted(set(weight_map.values())):
         file = path / shard
         if not file.is_file():
             names = sorted(name for name, where in weight_map.items() if where == shard)
             raise CheckpointError(f"{file}: missing; {INDEX_NAME} puts {len(names)} tensors there ({names[0]!r} first)")
         for entry in read_header(file):
-            if weight_map.get(entry.key) != shard:
+            if absent.pop(entry.key, None) != shard:
                 said = weight_map.get(entry.key, "no file at all")
                 raise CheckpointError(f"{entry.place}: expected only tensors of this file, {INDEX_NAME} says {said}")
-            found.add(entry.key)
             yield entry
-    absent = [name for name in weight_map if name not in found]
-    if absent:
+    for name, shard in absent.items():
         raise CheckpointError(
-            f"tensor {absent[0]!r}: {INDEX_NAME} puts it in {path / weight_map[absent[0]]}, "
+            f"tensor {name!r}: {INDEX_NAME} puts it in {path / shard}, "
             f"the file has no such tensor ({len(absent)} absent in all)"
         )
 

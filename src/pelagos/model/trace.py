@@ -87,9 +87,7 @@ def _layer(model: Transformer, step: Step, index: int, notes: dict[str, Tensor])
         by_head = notes["entry_weights"][0, -1]  # (H, M)
         visible = step.visible(ratio, by_head.shape[1])[0, -1].nonzero().flatten()
         shares = by_head.mean(0)
-    picks, scores = None, None
-    if layer_kind(ratio) == "csa":
-        picks, scores = [], []
+    picks, scores = ([], []) if layer_kind(ratio) == "csa" else (None, None)
     if "index_scores" in notes:
         last = notes["index_scores"][:, -1:]
         chosen = index_topk(last, step.visible(ratio, last.shape[2]), config.index_topk)[0, 0]
