@@ -62,8 +62,8 @@ def ask(
                 return shutil.copyfileobj(answer, into, 1 << 20)
             text = answer.read()
     except OSError as error:
-        raise SandboxError(f"docker: no engine at DOCKER_HOST={place!r} ({error}); start dockerd, or "
-                           "give the socket of one on this host") from None  # fmt: skip
+        do = "start dockerd (Debian: apt-get install docker.io), or give the socket of an engine on this host"
+        raise SandboxError(f"docker: no engine at DOCKER_HOST={place!r} ({error}); {do}") from None
     if answer.status >= 400 and answer.status != 404:
         raise SandboxError(f"docker: {method} {path}: {text[-600:].decode('utf-8', 'replace').strip()}")
     if answer.status == 404:

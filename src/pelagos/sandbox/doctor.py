@@ -18,9 +18,8 @@ from pelagos.sandbox import linux
 from pelagos.sandbox.keeper import SUBSTRATES
 from pelagos.sandbox.layers import Image, Store
 from pelagos.sandbox.sdk import Sandbox
+from pelagos.sandbox.vm import PROGRAMS
 
-# Of Debian. What only OPTIONAL substrates need is told by them, when they are started.
-PACKAGES = {"bwrap": "bubblewrap", "qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static"}
 OPTIONAL = ("uml", "docker")  # nothing is wrong with a host that lacks them
 ROUNDS = 5
 _RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-parent -- true"
@@ -28,7 +27,7 @@ _RAW = "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --die-with-par
 
 def examine(root: Path | None = None, names: Iterable[str] = tuple(SUBSTRATES)) -> dict[str, Any]:
     """Return `{"host", "missing", "substrates"}`; a substrate that does not start says why under `error`."""
-    missing = {name: package for name, package in PACKAGES.items() if shutil.which(name) is None}
+    missing = {name: package for name, package in PROGRAMS.items() if shutil.which(name) is None}
     report: dict[str, Any] = {"host": host_facts(), "missing": missing, "substrates": {}}
     # Looked for and not driven: nothing here was ever run with it.
     report["host"]["firecracker"] = shutil.which("firecracker") or "not found"

@@ -233,14 +233,19 @@ class Image:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*", word):
                 raise SandboxError(f"debootstrap: {word!r} is no name of a suite or package")
 
-        def alone() -> None:  # what it mounts and forgets ends with it
-            linux.unshare("mnt")
-            linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
-
         with tempfile.TemporaryDirectory(dir=store.root) as place:
-            words = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, f"{place}/root"]
+            # In mounts of its own: what it mounts and forgets ends with it.
+            words = [
+                "unshare",
+                "-m",
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={','.join(packages)}",
+                suite,
+                f"{place}/root",
+            ]
             words += [mirror] if mirror else []
-            done = subprocess.run(words, capture_output=True, text=True, preexec_fn=alone)
+            done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 raise SandboxError(f"debootstrap {suite}: {(done.stdout + done.stderr).strip()[-600:]}")
             return cls("none", (store.own_layer, store.add_directory(Path(place, "root"))))

@@ -114,26 +114,15 @@ class VirtualMachine(Guest):
             for path in (own, own / "disk"):
                 os.chown(path, uid, gid)
             words = [*self._bubblewrap(given, restore), *self._command(restore)]
-            ask = {"words": words, "restore": restore, "keep": fresh and self.restores and not restore}
+            keep = str(self._state) if fresh and self.restores and not restore else ""
+            ask = {"words": words, "restore": restore, "keep": keep}
             if said := self._hand_up(ask):
                 self.stop()
                 last = (own / "console").read_bytes()[-600:] if (own / "console").exists() else b""
                 raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said}; "
                                    f"last on its console: {last.decode('utf-8', 'replace')}")  # fmt: skip
-            if ask["keep"]:
-                self._keep_state(own)
         if self._group:
             self._group.limit(limits)
-
-    def _keep_state(self, own: Path) -> None:
-        if (own / "state").exists():
-            draft = self._state.with_suffix(f".{os.getpid()}")
-            draft.mkdir()
-            draft.chmod(0o711)
-            os.rename(own / "state", draft / "state")
-            os.rename(own / "copy", draft / "disk")
-            (draft / "state").chmod(0o444)
-            os.rename(draft, self._state)
 
     def _given(self) -> dict[str, Path]:
         """Return what the machine finds of ours by the names it knows."""
@@ -216,7 +205,7 @@ class VirtualMachine(Guest):
             layers = [self._layer_tar(digest) for digest in self._spec.layers]
             mux.ask({"layers": [len(data) for data in layers], "base": self._spec.base}, b"".join(layers))
             if ask["keep"]:
-                self._save(_monitor(qmp))
+                self._save(_monitor(qmp), Path(ask["keep"]))
         mux.ask({"now": time.time()}, os.urandom(64), answered=False)
         return mux
 
@@ -233,17 +222,22 @@ class VirtualMachine(Guest):
             file.seek(0)
             return file.read()
 
-    def _save(self, say: Callable[..., Any]) -> None:
-        """Write the running guest's memory and a copy of its disk of the same moment."""
+    def _save(self, say: Callable[..., Any], state: Path) -> None:
+        """Keep the running guest's memory and a copy of its disk of the same moment."""
         say("stop")
         say("migrate", uri="exec:cat > /vm/state")
         while (status := say("query-migrate").get("status")) not in ("completed", "failed"):
             time.sleep(0.01)
-        own = self._box / "vm"
-        _copy_sparse(own / "disk", own / "copy")
-        say("cont")
         if status == "failed":
             raise SandboxError("QEMU could not write its state; is the disk full?")
+        own, draft = self._box / "vm", state.with_suffix(f".{os.getpid()}")
+        draft.mkdir()
+        draft.chmod(0o711)
+        _copy_sparse(own / "disk", draft / "disk")
+        os.rename(own / "state", draft / "state")
+        (draft / "state").chmod(0o444)
+        os.rename(draft, state)
+        say("cont")
 
     def _base(self) -> Path:
         """Return the disk of the host's packages, made once."""
