@@ -184,22 +184,20 @@ def as_chat(conversation: Any, strict_tools: Container[str]) -> tuple[list[dict[
     """Return the messages and tools of a conversation as a chat-completions body has them."""
     messages: list[dict[str, Any]] = []
     for each in conversation.messages:
-        messages.append({"role": each.role, "content": each.content})
-        if each.reasoning_content is not None:
-            messages[-1]["reasoning_content"] = each.reasoning_content
-        if each.tool_call_id is not None:
-            messages[-1]["tool_call_id"] = each.tool_call_id
+        more = {"reasoning_content": each.reasoning_content, "tool_call_id": each.tool_call_id}
+        kept = {name: value for name, value in more.items() if value is not None}
+        messages.append({"role": each.role, "content": each.content, **kept})
         if each.tool_calls:
             messages[-1]["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in each.tool_calls
             ]
-    tools: list[dict[str, Any]] = []
-    for tool in conversation.tools:
-        function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters}
-        function |= {"strict": True} if tool.name in strict_tools else {}
-        tools.append({"type": "function", "function": function})
-    return messages, tools
+    functions = (
+        {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters}
+        | ({"strict": True} if tool.name in strict_tools else {})
+        for tool in conversation.tools
+    )
+    return messages, [{"type": "function", "function": function} for function in functions]
 
 
 def readable(content: Any, known: Container[str], text: str = "text") -> Any:
