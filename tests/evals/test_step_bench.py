@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
-from benchmarks import plot_roofline
 
 from pelagos import cost
+from pelagos.cli.bench import main
 from pelagos.config import preset
 from pelagos.errors import ConfigError, KernelUnavailable
+from pelagos.evals.roofline import draw
 from pelagos.evals.step_bench import cut_config, fill_caches, step_rows
 from pelagos.kernels.layout import CacheLayout
 from pelagos.kernels.rows import LayerRows
@@ -67,8 +68,8 @@ def test_rows_become_a_chart(tmp_path) -> None:
     ]
     file, out = tmp_path / "rows.jsonl", tmp_path / "chart.png"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert plot_roofline.draw([file], out) == 1
+    assert main(["plot", str(file), "--out", str(out)]) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
     file.write_text(json.dumps(rows[1]), encoding="utf-8")
     with pytest.raises(ConfigError, match="ceilings"):
-        plot_roofline.draw([file], out)
+        draw([file], out)

@@ -80,9 +80,12 @@ def run(script: str, *, interpret: bool) -> str:
 
 
 def hazards(ptx: str) -> list[str]:
-    """What loops of a kernel for sm_90 leave to chance: products whose operand A is in registers that are in flight at
-    the loop's end, where the next round overwrites them, and no fence between copies (in the loop, or of other warps that
-    arrive where it waits) and what the matrix unit reads."""
+    """What loops of a kernel for sm_90 leave to chance.
+
+    Products whose operand A is in registers that are in flight at the loop's end, where the next round overwrites them,
+    and no fence between copies (in the loop, or of other warps that arrive where it waits) and what the matrix unit
+    reads.
+    """
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith("$L")}
     found = []

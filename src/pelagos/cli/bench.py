@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from pelagos.cli.options import counts, shared
@@ -16,6 +17,7 @@ _ABOUT = {
     "kernels": "Each kernel on one CUDA device beside its floor, one JSON line a figure; random weights.",
     "decode": "Whole decode steps of random models of true shape on one CUDA device, one JSON line a figure.",
     "prefill": "Prompts of random models of true shape on one CUDA device, one JSON line a context.",
+    "plot": "A roofline chart of result files, as PNG; needs matplotlib.",
 }
 
 
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="pelagos bench", description="Measure speed on this machine.")
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     commands = {name: benches.add_parser(name, help=about, description=about) for name, about in _ABOUT.items()}
-    engine, kernels = commands["engine"], commands["kernels"]
+    engine, kernels, plot = commands["engine"], commands["kernels"], commands["plot"]
     shared(engine, "model", "mode", "device", "out")
     counts(engine, "contexts", "tokens before the measured ones", "1K,8K,64K,128K")
     counts(engine, "batches", "sequences that decode together", "1,2,4,8,16")
@@ -43,7 +45,14 @@ def main(argv: Sequence[str]) -> int:
     kernels.add_argument("--only", type=lambda text: text.split(","), help="comma-separated kernels (default: all)")
     counts(kernels, "batch", "tokens a call (default: each kernel's own list)")
     counts(commands["decode"], "batch", "sequences that decode together", "1,8,32,128")
+    plot.add_argument("files", nargs="+", type=Path, help="JSON lines of the other benches, ceilings among them")
+    plot.add_argument("--out", type=Path, default=Path("roofline.png"), help="the picture")
     args = parser.parse_args(argv)
+    if args.bench == "plot":
+        from pelagos.evals.roofline import draw
+
+        print(f"{draw(args.files, args.out)} rows drawn: {args.out}", file=sys.stderr)
+        return 0
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
     columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS

@@ -1,44 +1,32 @@
-"""Draw what `pelagos bench kernels`, `decode` or `prefill` wrote: `python -m benchmarks.plot_roofline FILE OUT.png`.
-
-FLOPs a byte against FLOPs a second, under the ceilings of the device they were measured on. Needs `pip install
-matplotlib`.
-"""
+"""A chart of what the benches wrote: FLOPs a byte against FLOPs a second, under the ceilings of their device."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from pelagos.errors import ConfigError
+from pelagos.errors import ConfigError, MissingDependency
 
 
-def main() -> None:
-    """Read the rows and write the picture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", help="JSON lines, ceilings among them")
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    print(f"{draw(args.files, args.out)} rows drawn: {args.out}")
-
-
-def draw(files: Sequence[Path], out: Path) -> int:
+def draw(files: Iterable[Path], out: Path) -> int:
     """Draw the rows of result files over the ceilings they were measured under; return how many were drawn.
 
-    Raises ConfigError when there is no row with ceilings before it.
+    Raises ConfigError without rows or ceilings, MissingDependency without matplotlib.
     """
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise MissingDependency("bench plot needs matplotlib; `pip install matplotlib`") from None
     rows = [
         json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
     ]
     ceilings = [row for row in rows if row.get("bench") == "ceilings"]
     drawn = [row for row in rows if row.get("gbps") and row.get("tflops") and row.get("bench") != "ceilings"]
     if not ceilings or not drawn:
-        raise ConfigError("expected rows with gbps and tflops, and a row of ceilings among them")
+        raise ConfigError("bench plot: expected rows with gbps and tflops, and a row of ceilings among them")
     best = ceilings[-1]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
@@ -55,7 +43,3 @@ def draw(files: Sequence[Path], out: Path) -> int:
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)
     return len(drawn)
-
-
-if __name__ == "__main__":
-    main()
