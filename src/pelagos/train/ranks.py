@@ -75,18 +75,19 @@ class Trip:
     def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
         """Start one of the two ways; return where rows arrive."""
         to, of = (self._of, self._to) if back else (self._to, self._of)
-        self._got = rows.new_empty((sum(of), *rows.shape[1:]))
+        got = rows.new_empty((sum(of), *rows.shape[1:]))
         with exchange():
-            work = dist.all_to_all_single(self._got, rows.contiguous(), of, to, self._line.group, async_op=True)
-        assert work is not None
-        self._work = work
-        return self._got
+            work: Any = dist.all_to_all_single(got, rows.contiguous(), of, to, self._line.group, async_op=True)
+        self._way = work, got
+        return got
 
     def wait(self) -> Tensor:
-        """Wait for the way that was started; return what came."""
+        """Wait for the way that was started; return what came, which nothing here holds on to."""
+        work, got = self._way
+        del self._way
         with exchange():
-            self._work.wait()
-        return self._got
+            work.wait()
+        return got
 
 
 class _Leave(torch.autograd.Function):

@@ -196,7 +196,7 @@ class Trainer:
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 self._check_held_out()
                 started, seen = time.monotonic(), 0
-            if self._stop_agreed:
+            if self._stop_agreed if self.ranks.size > 1 else self._stop_asked:
                 self.save()
                 return False
             if self.step % config.save_every == 0:
