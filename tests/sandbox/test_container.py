@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +347,79 @@ def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
         assert list(small.boxes.iterdir()) == []
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_result_that_finds_no_room_leaves_its_request_of_unknown_outcome(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system of its own needs root to mount it")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "x", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("this host lets nobody mount a tmpfs")
+    try:
+        box = Sandbox.create(store=Store(tmp_path), ttl_s=60)
+        ballast = tmp_path / "ballast"
+        space = os.statvfs(tmp_path)
+        ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - 200_000))
+        with pytest.raises(TrajectoryError, match="No space"):
+            box.exec("head -c 600000 /dev/zero", request_id="large")
+        ballast.unlink()
+        time.sleep(0.3)
+        with pytest.raises(UnknownOutcome):
+            box.exec("head -c 600000 /dev/zero", request_id="large")
+        box.resolve("large", "rerun")
+        assert len(box.exec("head -c 600000 /dev/zero", request_id="large").stdout) == 600_000
+        box.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def _at_once(work: Callable[[], object], count: int) -> None:
+    with ThreadPoolExecutor(count) as pool:
+        for each in [pool.submit(work) for _ in range(count)]:
+            each.result()
+
+
+def test_many_connections_survive_their_keeper(make: Any) -> None:
+    box = make()
+    _at_once(lambda: box.exec("sleep 0.4"), 8)
+    os.kill(box.info()["pid"], signal.SIGKILL)
+    assert box.exec("echo back").text == "back\n"
+    os.kill(box.info()["pid"], signal.SIGKILL)
+    assert Sandbox.open(box.id, store=box.wrapped.store).exec("echo here").text == "here\n"
+    began = time.monotonic()
+    box.close()  # the keeper that is there now, whoever started it
+    assert not box.directory.exists()
+    assert time.monotonic() - began < 5
+
+
+def test_a_forked_client_asks_for_itself(make: Any) -> None:
+    box = make()
+    box.exec("true")
+    pid = os.fork()
+    said = [box.exec(f"echo {bool(pid)} {n}").text == f"{bool(pid)} {n}\n" for n in range(5)]
+    if not pid:
+        os._exit(0 if all(said) else 1)
+    assert all(said)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_what_does_not_go_into_a_message_is_refused(store: Store) -> None:
+    with pytest.raises(SandboxError, match="at most 126976"):
+        Sandbox.create(store=store, network=[f"host{n}.example.org" for n in range(12_000)])
+
+
+def test_threads_share_a_nursery(store: Store) -> None:
+    program = (
+        f"import os, pathlib, sys, threading; sys.path = {sys.path!r}\n"
+        "from pelagos.sandbox import Sandbox, Store\n"
+        "store = Store(pathlib.Path(sys.argv[1]))\n"
+        "work = [threading.Thread(target=lambda: Sandbox.create(store=store).close()) for _ in range(8)]\n"
+        "[w.start() for w in work], [w.join() for w in work]\n"
+        "told = [p.read_text().rpartition(')')[2].split() for p in pathlib.Path('/proc').glob('[0-9]*/stat')]\n"
+        "print(sum(int(words[1]) == os.getpid() for words in told))\n"
+    )
+    words = [sys.executable, "-c", program, str(store.root)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_killed_nursery_or_forker_is_made_again(make: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,12 @@ def test_a_warm_interpreter_waits_for_the_next_like_the_last(make: Any, store: S
     os.kill(doomed, signal.SIGKILL)
     assert make(**options).call("def main(): return 5").value == 5, "one that was killed is passed over"
     assert make(**options | {"memory_mb": 200}).call("def main(): return 6").value == 6
+
+
+def test_a_keeper_does_not_hold_what_calls_returned(functions: Sandbox) -> None:
+    source = "def main(): return 'x' * 1_000_000"
+    for _ in range(100):  # each with a timer of a minute that nobody waits for any more
+        assert len(functions.call(source).value) == 1_000_000
+    text = Path(f"/proc/{functions.info()['pid']}/status").read_text()
+    resident = int(text.partition("VmRSS:")[2].split()[0])
+    assert resident < 140_000, f"{resident} kB, of which what is returned is no part"

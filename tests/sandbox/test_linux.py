@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pelagos.sandbox import linux
+from pelagos.sandbox import guest, linux, mux
 
 
 def child(work: Callable[[], object], complain: Callable[[BaseException], object] = lambda error: None) -> int:
@@ -84,3 +87,29 @@ def test_filtered_calls_fail_with_their_number(call: str, code: int) -> None:
         os._exit(100 + (caught.value.errno or 0))
 
     assert child(work) == 100 + code
+
+
+def test_a_guest_survives_a_command_that_ends_as_it_is_killed() -> None:
+    (control, asks), (port, agent), (link, theirs) = linux.link(), socket.socketpair(), linux.link()
+    ended, every, outcome = b'{"exit_code":0}', sys.getswitchinterval(), []
+
+    def serve() -> None:
+        mux.Mux(control, port).serve()
+        outcome.append("asked to end")
+
+    with control, asks, port, agent, link:
+        null = os.open(os.devnull, os.O_RDWR)
+        socket.send_fds(asks, [b"run"], [linux.file_of(b"{}"), null, null, null, theirs.detach()])
+        served = threading.Thread(target=serve)
+        served.start()
+        assert agent.recv(4096)
+        sys.setswitchinterval(60.0)  # both are there when it looks
+        try:
+            agent.sendall(guest.HEAD.pack(1, b"X", len(ended)) + ended)
+            link.shutdown(socket.SHUT_WR)
+        finally:
+            sys.setswitchinterval(every)
+        assert link.recv(4096) == ended + b"\n"
+        asks.shutdown(socket.SHUT_WR)
+        served.join(10)
+    assert outcome == ["asked to end"]

@@ -46,7 +46,6 @@ STATUS_BYTES = 8 << 20  # JSON of JSON of 1 MiB may be this long
 PURE = frozenset(("read", "list"))
 KINDS = {"unknown": UnknownOutcome, "trajectory": TrajectoryError, "sandbox": SandboxError}
 
-
 # Where the class of each substrate is: what virtual machines need is loaded when one is asked for, keepers stay small.
 SUBSTRATES = {
     "container": "container.Container",
@@ -378,6 +377,7 @@ class Keeper:
                 if self._paused:
                     self._loop.start(self._op_resume(emit=emit))  # what is frozen does not die
 
+        pending = [expire]  # the timer stays, what this holds goes with the command
         try:
             for stream in streams:
                 stream.listen()
@@ -385,12 +385,13 @@ class Keeper:
                 self._loop.watch(wants.fileno(), functools.partial(self._take_terminal, terminal, wants, streams[0]))
             report = self._loop.start(self._loop.until_end(child.status_fd, line=True, most=STATUS_BYTES))
             if timeout is not None:
-                self._loop.later(timeout, expire)
+                self._loop.later(timeout, lambda: pending and pending.pop()())
             line = await report
             wall_ms = round((time.perf_counter() - began) * 1e3, 3)
         finally:
             for stream in streams:
                 stream.close()
+            pending.clear()
             child.reap()
             if wants and wants.fileno() >= 0:
                 self._loop.watch(wants.fileno(), None)

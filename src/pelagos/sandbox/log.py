@@ -5,6 +5,7 @@ one request id two meanings. It knows nothing of processes: the keeper, its only
 """
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -217,7 +218,7 @@ class TrajectoryLog:
             raise TrajectoryError(f"{self.directory / NAME}: closed to writing ({self._failed or 'closed'})")
         seq = self._seq + 1
         line, head = _line(self._head, _body({"seq": seq, "kind": kind, "time": round(time.time(), 3), **facts}))
-        try:
+        with self._writing():
             if os.write(self._fd, line) != len(line):
                 raise OSError(28, "the disk took part of a record")
             if sync:
@@ -225,12 +226,17 @@ class TrajectoryLog:
                 if not self._entered:
                     _sync_directory(self.directory)
                     self._entered = True
-        except OSError as error:
-            # After a failed write or fsync the kernel may have dropped pages: only opening again tells what is there.
-            self._failed = str(error)
-            raise TrajectoryError(f"{self.directory / NAME}: cannot append ({error}); free space, open again") from None
         self._size, self._seq, self._head = self._size + len(line), seq, head
         return seq
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        # After a failed write or fsync the kernel may have dropped pages: only opening again tells what is there.
+        try:
+            yield
+        except OSError as error:
+            self._failed = str(error)
+            raise TrajectoryError(f"{self.directory / NAME}: cannot append ({error}); free space, open again") from None
 
     def _keep(self, data: bytes, *, sync: bool) -> dict[str, Any]:
         blob: dict[str, Any] = {"sha": hashlib.sha256(data).hexdigest(), "size": len(data)}
@@ -241,18 +247,19 @@ class TrajectoryLog:
                 return blob | {"base64": base64.b64encode(data).decode("ascii")}
         path = self.directory / "blobs" / blob["sha"]
         if not path.exists():
-            if not path.parent.exists():
-                path.parent.mkdir()
-                _sync_directory(self.directory)
-            draft = path.with_suffix(".new")
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
+            with self._writing():
+                if not path.parent.exists():
+                    path.parent.mkdir()
+                    _sync_directory(self.directory)
+                draft = path.with_suffix(".new")
+                with draft.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+                os.replace(draft, path)
                 if sync:
-                    os.fsync(file.fileno())
-            os.replace(draft, path)
-            if sync:
-                _sync_directory(path.parent)
+                    _sync_directory(path.parent)
         return blob
 
     def _stored(self, offset: int, previous: str) -> Stored:

@@ -154,9 +154,9 @@ class Mux:
                 elif fd == self._port.fileno():
                     for number, kind, data in self._frames():
                         self._answer(poll, number, kind, data)
-                else:  # a link was let go of
-                    poll.unregister(fd)
-                    self._send(next(n for n, asked in self._asked.items() if asked[2] == fd), b"K", b"")
+                elif numbers := [n for n, asked in self._asked.items() if asked[2] == fd]:  # else it ended just now
+                    poll.unregister(fd)  # it was let go of
+                    self._send(numbers[0], b"K", b"")
 
     def _begin(self, text: int, stdin: int, stdout: int, stderr: int, link: int) -> int:
         self._count += 1

@@ -18,6 +18,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -34,6 +35,8 @@ P = ParamSpec("P")
 Sink = Callable[[bytes], None]
 CLOSE_S = 10.0
 READ_BYTES = 1 << 16
+SPEC_BYTES = keeper.ASK_BYTES - 4096  # of one message, with which it goes on to who makes it
+_NURSING = threading.Lock()  # one nursery, however many threads ask first
 
 
 def _loop() -> asyncio.AbstractEventLoop | None:
@@ -101,7 +104,7 @@ class AsyncSandbox:
         self.id, self.directory = spec.id, store.box(spec.id)
         self.files = AsyncFiles(self)
         self.capabilities: Capabilities  # how strong each promise is here; known when `create` or `open` returns
-        self._session, self._count = session, 0
+        self._session, self._count, self._pid = session, 0, os.getpid()
         self._idle: list[_Link] = []  # connections nobody asks on
         weakref.finalize(self, _hang_up, self._idle)
 
@@ -110,8 +113,7 @@ class AsyncSandbox:
         cls, *, substrate: str = "container", image: Image | None = None, cpu: float = 1.0, memory_mb: int = 512,
         disk_mb: int = 1024, processes: int = 128, open_files: int = 1024, output_bytes: int = 1 << 20,
         ttl_s: float = 900.0, network: str | Sequence[str] = "none", id: str | None = None,
-        require: Mapping[str, str] | None = None,
-        store: Store | None = None,
+        require: Mapping[str, str] | None = None, store: Store | None = None,
     ) -> Self:  # fmt: skip
         """Start a sandbox; SandboxError names what the host lacks, or the first flag of `require` it has not."""
         store = store or default_store()
@@ -192,13 +194,9 @@ class AsyncSandbox:
         return _result(await self._ask("terminal", args, None, request_id, on_output))
 
     async def type(
-        self,
-        data: bytes | str,
-        *,
-        name: str = "tty",
-        size: tuple[int, int] | None = None,
+        self, data: bytes | str, *, name: str = "tty", size: tuple[int, int] | None = None,
         request_id: str | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Type into a terminal that is open, and give it another size; return how many bytes it took."""
         args = {"name": name, "size": list(size) if size else None}
         typed = data.encode() if isinstance(data, str) else data
@@ -246,6 +244,7 @@ class AsyncSandbox:
 
     async def close(self, *, keep: bool = False) -> None:
         """End the sandbox; files and log are deleted unless `keep`. Closing twice is no error."""
+        _hang_up(self._idle)  # to a keeper that may have ended since, and another be there
         if self.directory.exists():
             with contextlib.suppress(OSError):  # no keeper, nothing to tell
                 await self._exchange({"op": "close", "args": {"keep": keep}, "request": ""}, None, {})
@@ -271,6 +270,9 @@ class AsyncSandbox:
         on_stdout: Sink | None = None, on_stderr: Sink | None = None,
     ) -> tuple[dict[str, Any], dict[str, bytes], bool]:  # fmt: skip
         """Return (value, blobs, replayed) of a request, starting the keeper where there is none."""
+        if self._pid != os.getpid():  # a fork of our process numbers its own requests, and asks on its own links
+            self._pid, self._session = os.getpid(), f"{self._session}{os.getpid()}."
+            _hang_up(self._idle)
         if request_id is None:
             self._count += 1
             request_id = f"{self._session}{self._count}"
@@ -313,23 +315,29 @@ class AsyncSandbox:
                     sink(data)
         except BaseException:
             link.sock.close()
+            _hang_up(self._idle)  # where the keeper ended, all of them did
             raise
 
     def _hand_over(self, ready: int) -> None:
-        with socket.socket(fileno=os.dup(_nursery())) as sock:
-            asked = json.dumps([str(self.directory), dataclasses.asdict(self.spec)])
-            socket.send_fds(sock, [asked.encode()], [ready])
+        asked = json.dumps([str(self.directory), dataclasses.asdict(self.spec)]).encode()
+        if len(asked) > SPEC_BYTES:
+            raise SandboxError(f"layers, network and require take {len(asked)} bytes, at most {SPEC_BYTES}; name fewer")
+        with _NURSING:
+            while True:
+                try:
+                    with socket.socket(fileno=os.dup(_nursery())) as sock:
+                        socket.send_fds(sock, [asked], [ready])
+                    return
+                except ConnectionError:  # it was killed: start another
+                    os.close(_nursery())
+                    _nursery.cache_clear()
 
     async def _start_keeper(self) -> dict[str, str]:
         """Start a keeper and return its sandbox's flags, nothing where another keeper has the log."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                try:
-                    self._hand_over(theirs.fileno())
-                except OSError:  # the nursery was killed: start another
-                    _nursery.cache_clear()
-                    self._hand_over(theirs.fileno())
+                self._hand_over(theirs.fileno())
             try:
                 told = json.loads(await _Link(ours).take())
             except ConnectionError:
