@@ -407,6 +407,21 @@ def test_what_does_not_go_into_a_message_is_refused(store: Store) -> None:
         Sandbox.create(store=store, network=[f"host{n}.example.org" for n in range(12_000)])
 
 
+def test_a_spare_without_its_launcher_is_passed_over(make: Any) -> None:
+    make()
+    time.sleep(1.0)  # the spares are there
+    below: dict[int, list[int]] = {}
+    for process in (each for each in Path("/proc").iterdir() if each.name.isdigit()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = (process / "stat").read_text().rpartition(")")[2].split()
+            below.setdefault(int(words[1]), []).append(int(process.name))
+    keepers = [k for nursery in below[os.getpid()] for k in below.get(nursery, [])]
+    used = make().info()["pid"]  # the spares go in the order in which they were made
+    keeper = min(k for k in keepers if k > used and below.get(k))
+    os.kill(below[below[keeper][0]][0], signal.SIGKILL)
+    assert make().exec("echo up").text == "up\n"
+
+
 def test_threads_share_a_nursery(store: Store) -> None:
     program = (
         f"import os, pathlib, sys, threading; sys.path = {sys.path!r}\n"

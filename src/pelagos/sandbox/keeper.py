@@ -576,6 +576,8 @@ def _keep_one(box: Path, spec: Spec, ready: socket.socket, home: Home, warm: Sub
     except BaseException as error:
         if not isinstance(error, PelagosError):
             traceback.print_exc()
+        if isinstance(error, ConnectionError):
+            return  # what waited in the spare was killed: whoever asked hears no word, and asks another
         with contextlib.suppress(OSError):  # the client is gone, or this comes after `ready` was told
             said = f"{error}" if isinstance(error, PelagosError) else f"sandbox {spec.id} cannot start: {error!r}"
             ready.sendall(json.dumps({"error": said}).encode() + b"\n")
