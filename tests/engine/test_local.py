@@ -188,6 +188,12 @@ def test_rows_of_logits_of_scored_prompts_are_bounded_and_planned(monkeypatch: p
     streams = [engine.submit(each, params(2, prompt_logprobs=True)) for each in PROMPTS[:3]]
     finish_all(engine, streams)
     assert 100 < max(rows) <= 128 + 4
+    rows.clear()
+    streams = [engine.submit(prompt(64, seed), params(1, prompt_logprobs=True)) for seed in range(40)]
+    for _ in range(2):
+        engine.step()
+    assert rows == [128, 128]  # who waits for a slot takes none of them
+    finish_all(engine, streams)
     planned = engine.plan.scratch_bytes - engine._forward.scratch_bytes(1024 + 4 * (1 + engine._layout.rewind))
     assert planned == (128 + 4) * VOCAB * 4
     engine.close()

@@ -36,15 +36,15 @@ def test_a_page_is_the_released_bytes_per_token(name: str, per_token: float) -> 
 @settings(max_examples=80, deadline=None)
 @given(
     kv_bytes=st.integers(0, 200_000_000), max_requests=st.integers(1, 40), chunk=st.integers(1, 20_000),
-    prefix_cache=st.booleans(), mode=st.sampled_from(MODES),
+    prefix_cache=st.booleans(), swap=st.booleans(), mode=st.sampled_from(MODES),
 )  # fmt: skip
 def test_a_plan_fits_and_wastes_less_than_a_page_or_says_what_is_missing(
-    kv_bytes: int, max_requests: int, chunk: int, prefix_cache: bool, mode: str
+    kv_bytes: int, max_requests: int, chunk: int, prefix_cache: bool, swap: bool, mode: str
 ) -> None:
     def plan(room: int):
         return plan_of(
             preset("nano"), mode=mode, kv_bytes=room, max_requests=max_requests, chunk_tokens=chunk,
-            prefix_cache=prefix_cache, swap=False,
+            prefix_cache=prefix_cache, swap=swap,
         )  # fmt: skip
 
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.invariants import check_pool, check_prefix
-from tests.engine.small import engine_of, params, plan_of, prompt
+from tests.engine.small import HELPER, engine_of, params, plan_of, prompt
 
 from pelagos.config import preset, tiny
 from pelagos.engine import LocalEngine
@@ -260,6 +260,37 @@ def test_an_abort_in_the_middle_of_a_copy_frees_everything(
     check_empty(engine)
     assert run(engine, PROMPTS) == alone
     engine.close()
+
+
+@pytest.mark.skipif(not HELPER, reason="pages of answers are kept where prompts and answers have the same bits")
+def test_what_has_not_come_back_when_its_request_ends_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reopened(place: str, kv_bytes: int = 1 << 20) -> LocalEngine:
+        return tiered(kv_bytes=kv_bytes, disk_dir=tmp_path / place, speculation=False, native=None)
+
+    engine = reopened("aborted", FIVE)
+    gate = Gate(engine, "_in", monkeypatch)
+    streams = [engine.submit(PROMPTS[1], params(110)), engine.submit(PROMPTS[0], params(150))]
+    wait_for(gate, engine)
+    live = engine._live[streams[1].request_id]
+    assert live.published > live.written
+    keys, found = list(live.chain.keys), []
+    streams[1].cancel()
+    threading.Timer(0.05, gate.open.set).start()
+    finish(engine, streams)
+    engine.close()
+    engine = reopened("whole")
+    run(engine, [PROMPTS[0]], max_tokens=150)
+    engine.close()
+    for place in ("aborted", "whole"):
+        engine = reopened(place)
+        assert engine._disk is not None
+        ticket = engine._disk.read("", keys, None)
+        assert ticket.wait(30)
+        found.append([bytes(page) for page in ticket.pages])
+        engine.close()
+    assert found[0] == found[1][:2] != []
 
 
 def test_a_state_that_does_not_fit_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:

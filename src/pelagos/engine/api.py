@@ -31,8 +31,9 @@ class EngineOptions:
     full, periodic(P), zero or turns, at most disk_bytes, and user_disk_bytes of one user. exact: bit-identical logits
     whatever the batch (None: where the host's library can keep them, with a warning where not; True insists; on CUDA in
     released mode they always are). speculation: draft with MTP as deep as pays, or always that deep. native: the
-    compiled helper (None: where it can run). preemption: swap or recompute. threaded: steps run on a thread of the
-    engine's own; without it the caller calls `step`.
+    compiled helper (None: where it can run). preemption: swap, which needs a tier in host memory (without one it is
+    recompute, from a state in the prefix cache), or recompute. threaded: steps run on a thread of the engine's own;
+    without it the caller calls `step`.
     """
 
     chunk_tokens: int = 512

@@ -349,7 +349,7 @@ class LocalEngine:
         if request.computed < self._shared(request):
             stop = min(stop, self._shared(request))
         if request.prompt_logprobs is not None:
-            scored = sum(each.prompt_logprobs is not None for each in self._live.values())
+            scored = min(sum(each.prompt_logprobs is not None for each in self._live.values()), self.plan.slots)
             stop = min(stop, request.computed + max(1, PROMPT_LOGPROB_TOKENS // scored))
         return stop
 
@@ -613,7 +613,7 @@ class LocalEngine:
         """Take a request out, free all it holds, and close its stream."""
         if self._live.pop(request.request_id, None) is None:
             return
-        if request.slot >= 0 and error is None:
+        if request.slot >= 0 and error is None and request.parked is None:  # else its pages are still on their way in
             self._write_pages(request)
         if request.fetch is not None:
             request.fetch.cancel()  # what is read into is freed when the reader has let go of it

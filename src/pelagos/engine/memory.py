@@ -112,7 +112,7 @@ def plan_memory(
     tiered = options.keeps and (apart or bool(host_kv_bytes))
     if kv_bytes is None:
         pages = max_requests * -(-min(config.max_position_embeddings, USUAL_CONTEXT) // tokens)
-        kv_bytes = slots + pages * page * (4 if options.keeps and not tiered else 3) // 3
+        kv_bytes = slots + pages * page * (4 if options.prefix_cache and not tiered else 3) // 3
         kv_bytes = kv_bytes if room is None else min(kv_bytes, max(room // 2, min(least, room)))
     elif room is not None and kv_bytes > room:
         raise CapacityError(
@@ -128,14 +128,14 @@ def plan_memory(
     if tiered:
         given = kv_bytes // 2 if host_available is None else min(kv_bytes // 2, host_available // 4)
         host = max(given, 8 * (slot + page)) if host_kv_bytes is None else host_kv_bytes
-        states = host // 4
+        states = host // 4 if options.prefix_cache else 0
         host_pages = (host - states - 2 * (slot + page)) // (page or EMPTY_BLOCK)
         if host_pages < 1 or (host_available is not None and host > host_available):
             raise CapacityError(
                 f"host_kv_bytes={host:,}: expected at least {3 * (slot + page) + (page or EMPTY_BLOCK):,} and at most "
                 f"the {'free' if host_available is None else f'{host_available:,}'} bytes of the host"
             )
-    elif options.keeps:
+    elif options.prefix_cache:
         states = min((kv_bytes - slots) // 4, kv_bytes - least)
     every = max_requests * -(-config.max_position_embeddings // tokens)  # pages without compressed layers are empty
     pages = (kv_bytes - slots - (0 if tiered else states)) // page if page else every

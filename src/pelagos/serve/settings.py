@@ -55,7 +55,7 @@ class Settings:
     speculation: bool = _set("engine", True, "draft tokens where that pays")
     exact: bool | None = _set("engine", None, "logits that do not depend on the batch (default: where the host can)")
     native: bool | None = _set("engine", None, "the compiled CPU helper (default: where it can run)")
-    preemption: str = _set("engine", "swap", "how a request makes room: swap or recompute")
+    preemption: str = _set("engine", "swap", "how a request makes room: swap (into host_kv_bytes, if any) or recompute")
     max_tokens: int | None = _set("limits", None, "answer length where a request names none (default: the protocol's)")
     context_length: int | None = _set("limits", None, "tokens of prompt and answer at most (default: the model's)")
     max_queued: int = _set("limits", 512, "requests that may wait beside those computed; more are refused with 429")
