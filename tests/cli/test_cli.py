@@ -81,6 +81,35 @@ def test_an_error_of_ours_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert err.startswith("pelagos: cannot listen on 256.1.1.1:8000")
 
 
+def test_files_that_cannot_be_opened_are_named(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, lines = str(tmp_path / "none" / "x"), tmp_path / "in.jsonl"
+    lines.write_text('{"prompt": "a"}', encoding="utf-8")
+
+    def draw(files: list[Path], _: Path) -> None:
+        files[0].open()
+
+    monkeypatch.setattr("pelagos.evals.roofline.draw", draw)
+    for command in (["generate", str(lines), "--model", model, "--out", missing], ["bench", "plot", missing]):
+        code, out, err = call(capsys, *command)
+        assert (code, out) == (2, "")
+        assert err.endswith(f"{missing}: No such file or directory\n")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["cost", "--help"], ["cost"]])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nobody_reads(args: list[str], buffered: bool) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "pelagos", *args]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode in (141, 0)  # argparse's own help hears of no error
+
+
 def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(argv: list[str]) -> None:
         raise ZeroDivisionError
@@ -141,7 +170,7 @@ def test_bench_engine_writes_a_line_a_figure(model: str, tmp_path: Path, capsys:
         code, _, said = call(capsys, "bench", "engine", *wrong)
         assert (code, wrong[0] in said.splitlines()[-1]) == (2, True)
     code, _, said = call(capsys, "bench", "engine", "--contexts", "0.3")
-    assert (code, said) == (1, "pelagos: contexts='0.3': expected a whole number of tokens, such as 4096, 128K or 1M\n")
+    assert (code, said) == (1, "pelagos: contexts='0.3': expected a whole number, such as 4096, 128K or 1M\n")
 
 
 def test_chat_from_a_pipe(model: str) -> None:

@@ -34,17 +34,18 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code; usage errors exit with 2."""
     name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("--help", "-h"):
-        print("usage: pelagos COMMAND ...\n\nThe DeepSeek-V4 system in Python.\n")
-        print("\n".join(f"  {command:<9} {about}" for command, about in COMMANDS.items()))
-        return 0
-    if name not in COMMANDS:
+    if name not in (*COMMANDS, "--help", "-h"):
         print(f"pelagos: no such command {name!r}; `pelagos --help` lists them", file=sys.stderr)
         return 2
     try:
-        code = importlib.import_module(f"pelagos.cli.{name}").main(args) or 0
-        sys.stdout.flush()
-        return code
+        try:
+            if name in COMMANDS:
+                return importlib.import_module(f"pelagos.cli.{name}").main(args) or 0
+            lines = (f"  {command:<9} {about}" for command, about in COMMANDS.items())
+            print("usage: pelagos COMMAND ...\n\nThe DeepSeek-V4 system in Python.\n", *lines, sep="\n")
+            return 0
+        finally:
+            sys.stdout.flush()
     except PelagosError as error:
         tell(f"pelagos: {' '.join(str(error).split())}", "31")
         return 1

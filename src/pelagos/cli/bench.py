@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     if args.bench == "plot":
         from pelagos.evals.roofline import draw
 
-        print(f"{draw(args.files, args.out)} rows drawn: {args.out}", file=sys.stderr)
+        try:
+            print(f"{draw(args.files, args.out)} rows drawn: {args.out}", file=sys.stderr)
+        except OSError as error:
+            parser.error(f"{error.filename}: {error.strerror}")
         return 0
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")

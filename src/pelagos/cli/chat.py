@@ -47,7 +47,6 @@ class Talk:
         self._params = params
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, Any]] = list(self._system)
-        self._effort = effort
         self._set_effort(effort)
 
     def lines(self) -> Iterator[str]:

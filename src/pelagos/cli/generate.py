@@ -37,7 +37,11 @@ def main(argv: Sequence[str]) -> None:
     with source:
         llm = LLM(args.model, mode=args.mode, device=args.device, expert_bytes=args.expert_bytes)
         results = complete_lines(llm, source, defaults=defaults, ahead=ahead)
-        with nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8") as sink:
+        try:
+            out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
+        except OSError as error:
+            parser.error(f"--out {args.out}: {error.strerror}")
+        with out as sink:
             for done, result in enumerate(results, 1):
                 print(json.dumps(result, ensure_ascii=False), file=sink, flush=True)
                 bad += "error" in result

@@ -35,7 +35,7 @@ def parse_tokens(text: str, name: str) -> int:
     scale = {"": 1, "K": 2**10, "M": 2**20}
     value = float(match[1] + (match[2] or "")) * scale[match[3]] if match else 0.5
     if value != int(value) or value > _MAX_TOKENS:
-        raise ConfigError(f"{name}={text!r}: expected a whole number of tokens, such as 4096, 128K or 1M")
+        raise ConfigError(f"{name}={text!r}: expected a whole number, such as 4096, 128K or 1M")
     return int(value)
 
 
