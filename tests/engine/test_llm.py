@@ -135,6 +135,8 @@ def test_parts_of_different_models_are_refused(llm: LLM) -> None:
     small = Transformer(config_for(llm.tokenizer, vocab_size=64), device="meta")
     with pytest.raises(ConfigError, match="different models"):
         LLM.from_parts(small, llm.tokenizer)
+    with pytest.raises(ConfigError, match="threaded=False"):
+        LLM("nano", threaded=False)
     with pytest.raises(ConfigError, match="generation='0801'"):
         LLM.from_parts(llm.model, llm.tokenizer, generation="0801")
 

@@ -67,6 +67,8 @@ class LLM:
         `tokenizers`.
         """
         serving = EngineOptions(**options)
+        if not serving.threaded:
+            raise ConfigError("threaded=False: nobody would run the engine's steps; use build_engine and call step")
         threads = read_environment().threads
         if threads is not None:
             torch.set_num_threads(threads)
