@@ -294,8 +294,8 @@ def test_trainer_is_server(data, tmp_path):
     """Bitwise: the engine's forward over pages, on the exported checkpoint, gives the logits of the training forward.
 
     What the release stores in BF16 the quantised stage rounds as well, its masters kept beside: weights, and the
-    rotated channels of what is cached. The two attend in different orders, which FP8 hides but on its borders: this seed
-    meets none, others do (docs/log/0012).
+    rotated channels of what is cached. The two attend in different orders, which FP8 hides but on its borders: this
+    seed meets none, others do (docs/log/0012).
     """
     trainer = trainer_of(data, tmp_path / "run", seed=1)
     assert trainer.run()
