@@ -13,13 +13,14 @@ from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.cache_write import check_pools
 from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout
+from pelagos.kernels.skinny_gemm import COUNTERS
 
 WIDTHS = (128, 512)  # of a head
 
 
 def attend(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, *, whole: bool = True,
+    picks: Tensor | None, turn: Tensor, most: int, *, whole: bool = True, arrived: Tensor | None = None,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what the rows attend, turned back: (T, H * C) bfloat16, as the release hands it to wo_a.
 
@@ -28,7 +29,8 @@ def attend(
     (H,) float32 joins the denominator; turn (T, 2, rope/2) float32 holds cos and sin at the rows' positions. A row's
     bits depend on its own sequence alone: not on the other rows, `most`, pages or slot, nor on whether `picks` names
     all that it sees. Cached values are below 65,504, as float16 has it. Unless `whole`, the result is in halves on
-    CUDA. Raises ConfigError for other shapes. Source: technical report 2.3.3; inference/kernel.py sparse_attn.
+    CUDA; there `arrived` (4096,) int32 zeros, left so, spares it a launch. Raises ConfigError for other shapes.
+    Source: technical report 2.3.3; inference/kernel.py sparse_attn.
     """
     config, place = layout.config, layout.layers[layer]
     tokens, heads, width = q.shape
@@ -47,5 +49,7 @@ def attend(
             f"decode_attention: most={most}, expected 0..{rows.table.shape[1] * place.main.rows}, what the table holds"
         )
     check_pools(rows, layout, pages, slots)
-    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole)
+    if arrived is None:
+        arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=q.device)
+    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole, arrived)
     return select("decode_attention", q).forward(*inputs)

@@ -384,7 +384,8 @@ class CudaForward:
                 assert index_q is not None
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
-        return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most, whole=not self.left)
+        options = {"whole": not self.left, "arrived": arrived}
+        return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most, **options)
 
     def _output(self, index: int, layer: LayerWeights, attended: Tensor | Halves) -> Tensor | Parts:
         """Return the attention's output (T, D) bfloat16."""

@@ -121,7 +121,7 @@ def make_projected(call: Call, *, seed: int = 0) -> tuple[Tensor, CacheWeights, 
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, _: bool = True,
+    picks: Tensor | None, turn: Tensor, most: int, *_: object,
 ) -> Tensor:  # fmt: skip
     """Return the attended values (T, H * C) bfloat16, whole and turned back; see `kernels.decode_attention.attend`."""
     kept, ratio = pools.LayerRows(layout, layer, pages, slots), layout.layers[layer].ratio

@@ -2,9 +2,9 @@
 
 A chunk (128 window rows in order of position, then entries by index or rank) has a softmax of its own; chunks are
 folded one after another, 18 of them make a section, sections are folded in turn. Few rows: every chunk is a program and
-the combine folds them all. Many rows: a program folds a section in registers by the same steps. So how the work is cut
-changes no bit. Operands are float16: it holds what codes, rope and queries hold to 2^-25, and weights more closely than
-bfloat16 would.
+the combine folds them all, a section a program. Many rows: a program folds a section in registers by the same steps. So
+how the work is cut changes no bit. Operands are float16: it holds what codes, rope and queries hold to 2^-25, and
+weights more closely than bfloat16 would.
 """
 
 from __future__ import annotations
@@ -251,73 +251,89 @@ def _attend_kernel(
 
 
 @triton.jit
-def _section(tops, totals, values, which: tl.constexpr):
-    """(1,), (1,) and (1, 128): what one of several sections has folded."""
-    if tops.shape[0] == 1:
-        return tops, totals, values
-    here = tl.arange(0, tops.shape[0]) == which
-    top = tl.max(tl.where(here, tops, NOTHING), 0) + tl.zeros((1,), tl.float32)
-    total = tl.sum(tl.where(here, totals, 0.0), 0) + tl.zeros((1,), tl.float32)
-    return top, total, tl.sum(tl.where(here[:, None], values, 0.0), 0)[None, :]
+def _folded(
+    partial, tops, at, stride, there, live, block, COUNT: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Fold COUNT parts from `at` on, `stride` apart, of which `there` are in memory and `live` count.
+
+    Top and total are scalars, so that no value waits for another layout; 18 parts are asked for at a time.
+    """
+    lane = block * 128 + tl.arange(0, 128)
+    total = (at * 0).to(tl.float32)
+    top, own = total + NOTHING, tl.zeros((128,), tl.float32)
+    for base in tl.static_range(0, COUNT, 18):
+        places = [
+            at + tl.minimum(base + i, there - 1) * stride
+            for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)[: COUNT - base]
+        ]
+        found = [
+            (tl.load(tops + place * 2), tl.load(tops + place * 2 + 1), tl.load(partial + place * (BLOCKS * 128) + lane))
+            for place in places
+        ]
+        for i in tl.static_range(min(COUNT - base, 18)):
+            counts = base + i < live
+            part_top = tl.where(counts, found[i][0], NOTHING)
+            most_top = tl.maximum(top, part_top)
+            keep, join = tl.exp2(top - most_top), tl.exp2(part_top - most_top)
+            total = _fold(total, tl.where(counts, found[i][1], 0.0), keep, join)
+            values = tl.where(counts, found[i][2], 0.0)
+            own = _fold(own, values, tl.broadcast_to(keep, own.shape), tl.broadcast_to(join, own.shape))
+            top = most_top
+    return top, total, own
 
 
 @triton.jit(do_not_specialize=["parts", "most"])
 def _combine_kernel(
-    partial, tops, positions, sink, turn, stored, stored_scales, parts, most,
+    partial, tops, positions, sink, turn, stored, stored_scales, arrived, parts, most,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
-    EACH: tl.constexpr, SECTION: tl.constexpr, SECTIONS: tl.constexpr, RUN: tl.constexpr, TARGET: tl.constexpr,
+    EACH: tl.constexpr, SECTIONS: tl.constexpr, RUN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Fold the parts of 128 columns of one head, EACH chunks a part, in sections of SECTION chunks; finish.
+    """Fold the parts of 128 columns of one head, EACH chunks a part, RUN parts a program; finish.
 
-    RUN parts a section, all sections at once.
+    SECTIONS > 1: a program folds one section, and the last to arrive folds what they leave.
     """
     formats.let_next_start(TARGET)
-    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
-    lane = tl.arange(0, 128)[None, :]
+    block, head, row, section = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SECTIONS, 0
+    heads, rows = tl.num_programs(1), tl.num_programs(2) // SECTIONS
+    if SECTIONS > 1:
+        section = tl.program_id(2) % SECTIONS
     position = tl.load(positions + row)
     formats.wait_for_inputs(TARGET)
     seen = _seen(tops, row, position, most, RATIO, PICKED)
     count = tl.where(position < 0, 0, ((WINDOW + seen + KEYS - 1) // KEYS + EACH - 1) // EACH)
-    each: tl.constexpr = SECTION // EACH
-    section = tl.arange(0, SECTIONS)
-    tops_of, totals = tl.full((SECTIONS,), NOTHING, tl.float32), tl.zeros((SECTIONS,), tl.float32)
-    own = tl.zeros((SECTIONS, 128), tl.float32)
-    for i in tl.static_range(RUN):
-        part = section * each + i
-        there = part < parts  # the loads do not wait for `count`
-        at = (row * parts + part).to(tl.int64) * heads + head
-        part_top, part_total = tl.load(tops + at * 2, mask=there), tl.load(tops + at * 2 + 1, mask=there)
-        values = tl.load(partial + (at * BLOCKS + block)[:, None] * 128 + lane, mask=there[:, None])
-        live = part < count
-        part_top = tl.where(live, part_top, NOTHING)
-        part_total, values = tl.where(live, part_total, 0.0), tl.where(live[:, None], values, 0.0)
-        most_top = tl.maximum(tops_of, part_top)
-        keep, join = tl.exp2(tops_of - most_top), tl.exp2(part_top - most_top)
-        totals = _fold(totals, part_total, keep, join)
-        own = _fold(own, values, tl.broadcast_to(keep[:, None], own.shape), tl.broadcast_to(join[:, None], own.shape))
-        tops_of = most_top
-    top, total, acc = _section(tops_of, totals, own, 0)
-    for i in tl.static_range(1, SECTIONS):
-        own_top, own_total, values = _section(tops_of, totals, own, i)
-        most_top = tl.maximum(top, own_top)
-        keep, join = tl.exp2(top - most_top), tl.exp2(own_top - most_top)
-        total = _fold(total, own_total, keep, join)
-        acc = _fold(acc, values, tl.broadcast_to(keep[:, None], (1, 128)), tl.broadcast_to(join[:, None], (1, 128)))
-        top = most_top
-    factor = _finish(top, total, tl.load(sink + head + tl.arange(0, 1)) * 1.4426950408889634)[:, None]
-    halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
-    column = (halves * row * heads + head) * (BLOCKS * 128) + block * 128 + tl.arange(0, 1)
-    low = heads * (BLOCKS * 128)
-    if block == BLOCKS - 1:
-        _emit(acc * factor, turn + row * 64, stored, stored_scales, column, low, column >= 0, True, TARGET)
-    else:
-        _emit(acc * factor, turn + row * 64, stored, stored_scales, column, low, column >= 0, False, TARGET)
+    first = section * RUN
+    at = (row * parts + first).to(tl.int64) * heads + head
+    top, total, own = _folded(partial, tops, at, heads, parts - first, count - first, block, RUN, BLOCKS)
+    last = True
+    if SECTIONS > 1:
+        at = (rows * parts + row * SECTIONS).to(tl.int64) * heads + head
+        here = at + section * heads
+        # All four blocks leave the same top and total.
+        tl.store(tops + here * 2, top)
+        tl.store(tops + here * 2 + 1, total)
+        tl.store(partial + here * (BLOCKS * 128) + block * 128 + tl.arange(0, 128), own)
+        counter = arrived + (row * heads + head) * BLOCKS + block
+        tl.debug_barrier()
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SECTIONS - 1
+        tl.debug_barrier()
+        if last:
+            tl.store(counter, 0)
+            every = section * 0 + SECTIONS
+            top, total, own = _folded(partial, tops, at, heads, every, every, block, SECTIONS, BLOCKS)
+    if last:
+        factor = _finish(top, total, tl.load(sink + head) * 1.4426950408889634)
+        halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
+        column = (halves * row * heads + head) * (BLOCKS * 128) + block * 128 + tl.arange(0, 1)
+        low, out = heads * (BLOCKS * 128), (own * factor)[None, :]
+        if block == BLOCKS - 1:
+            _emit(out, turn + row * 64, stored, stored_scales, column, low, column >= 0, True, TARGET)
+        else:
+            _emit(out, turn + row * 64, stored, stored_scales, column, low, column >= 0, False, TARGET)
 
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, whole: bool,
+    picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
@@ -333,7 +349,8 @@ def forward(
     cut = width // 128 if each == 1 < parts and tokens * tiles * chunks * (width // 128) <= RESIDENT else 1
     stored = new((tokens, heads * width)) if whole else new((2 * tokens, heads * width), dtype=torch.uint8)
     scales = new((2 * tokens, heads * width // 128), dtype=torch.uint8)
-    size = tokens * parts * heads if parts > 1 else 1
+    sections = triton.cdiv(parts, SECTION) if each == 1 else 1
+    size = tokens * (parts + (sections if sections > 1 else 0)) * heads if parts > 1 else 1
     partial, tops = new(size * width, dtype=torch.float32), new(size * 2, dtype=torch.float32)
     constants = {"RATIO": place.ratio, "PICKED": picked, "WINDOW": layout.config.sliding_window,
                  "BLOCKS": width // 128, "KEYS": KEYS, "EACH": each, "TARGET": made_for}  # fmt: skip
@@ -346,10 +363,11 @@ def forward(
         **formats.launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
-        sections = triton.next_power_of_2(triton.cdiv(parts * each, SECTION))
-        _combine_kernel[(width // 128, heads, tokens)](
-            partial, tops, rows.positions, sink, turn, stored, scales, parts, most,
-            SECTION=SECTION, SECTIONS=sections, RUN=min(parts, SECTION // each), **constants,
-            **formats.launch(made_for, num_warps=min(sections, 8), enable_fp_fusion=False),
+        options = formats.launch(made_for, num_warps=1, enable_fp_fusion=False)
+        if sections > 1 and made_for == formats.PTX:  # an early start crams all onto the first that are free
+            options["launch_pdl"] = False
+        _combine_kernel[(width // 128, heads, tokens * sections)](
+            partial, tops, rows.positions, sink, turn, stored, scales, arrived, parts, most,
+            SECTIONS=sections, RUN=min(parts, SECTION) if each == 1 else parts, **constants, **options,
         )  # fmt: skip
     return stored if whole else Halves(stored, scales)
