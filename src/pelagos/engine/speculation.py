@@ -32,9 +32,10 @@ _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 _PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _FIRST_LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 16, 48, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
 _GAIN = 1.1
-# The share of all time that probes may cost, and that drafting may lose against plain steps; how many steps more it may
-# lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that had to
-# catch up counts as so many steps at most.
+# The share of all steps that probes may cost, and that drafting may lose against plain steps; how many steps more it
+# may lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that
+# had to catch up counts as so many steps at most. Losses are counted in plain steps of the batch that had them: what
+# large batches earn would else be spent by single requests, whose steps are short.
 _SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 5, 8, 4, 6
 
 
@@ -341,13 +342,13 @@ class AdaptiveDepth:
         self._hold = self._left = 0  # steps the plan holds: in all, from now on
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
-        self._loss = math.inf  # seconds that the last probe cost
+        self._loss = 1.0  # what the last probe cost; of the first, one step is expected
         self._rests: dict[int, int] = {}  # steps without a thought of drafts that are left, by requests
         self._resting_for = 0  # requests of the last step
         self._rested: list[float] = []  # what its steps in a rest took
         self._told = 0  # steps since the last rest
         self._plain: dict[int, _Plain] = {}  # what a step takes in a rest, by requests
-        self._elapsed = self._spent = self._debt = 0.0  # seconds: of all steps, lost by probes, lost by drafting
+        self._elapsed = self._spent = self._debt = 0.0  # in plain steps: all, lost by probes, lost by drafting
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
@@ -370,7 +371,7 @@ class AdaptiveDepth:
 
     def _note_rest(self) -> None:
         """Learn what a step takes in a rest: other work only ever makes it longer."""
-        self._elapsed += sum(self._rested)
+        self._elapsed += len(self._rested)
         if len(self._rested) > 1:
             late = self._rested[len(self._rested) // 2 :]  # drafts have left the processor's caches
             seconds = max(statistics.median(late), 1e-9)
@@ -394,7 +395,7 @@ class AdaptiveDepth:
             self._plan, self._probes = self._best(keys), None
             if self._times is None:
                 return self._plan
-            if self._debt > _SHARE * self._elapsed + _START * self._plain_s():
+            if self._debt > _SHARE * self._elapsed + _START:
                 self._plan = [0] * len(keys)  # whatever the estimates say, it did not pay
             self._choose(last)
         self._left -= 1
@@ -429,8 +430,7 @@ class AdaptiveDepth:
         self._rests[len(self._plan)], self._left, self._told = steps, 1, 0
 
     def _affordable(self) -> bool:
-        loss = self._loss if self._loss < math.inf else len(self._plan) / max(self._pace, 1e-9)
-        return self._spent + max(loss, 0.0) <= _SHARE * self._elapsed
+        return self._spent + max(self._loss, 0.0) <= _SHARE * self._elapsed
 
     def _best(self, keys: Sequence[str]) -> list[int]:
         """Return the depths with the most expected tokens a second, if only the confident drafts are verified."""
@@ -561,19 +561,18 @@ class AdaptiveDepth:
             seconds = float(self._times[min(verified, self._times.size - 1)])
         tokens = sum(len(outcome.picked) for outcome in outcomes)
         if self._times is None:
-            self._elapsed += seconds
+            self._elapsed += 1
             return
-        plain = self._plain_s()
+        plain = max(self._plain_s(), 1e-9)
         # Where a size is met for the first time, kernels may be compiled: that says nothing about drafts.
-        seconds = min(seconds, _CATCH_UP * plain) + self._draft_s
-        self._elapsed += seconds
+        steps = min(seconds / plain, _CATCH_UP) + self._draft_s / plain
+        self._elapsed += steps
         if self._draft_s:
             if (known := self._plain.get(len(self._planned_for))) is not None:
                 known.drafted += 1
-            loss = seconds - tokens * plain / len(self._planned_for)
-            self._debt = max(self._debt + loss, -_CREDIT * plain)
+            self._debt = max(self._debt + steps - tokens / len(self._planned_for), -_CREDIT)
         if self._probes and any(self._probes):
-            loss = seconds - tokens / max(self._pace, 1e-9)
+            loss = steps - tokens / max(self._pace * plain, 1e-9)
             self._spent = max(0.0, self._spent + loss)
             self._loss += loss
 
