@@ -5,13 +5,18 @@
 decode:CONTEXT:SEQUENCES is a step, verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many
 calls of the draft layer before it, prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
 `--apart` leaves every sequence its rank's bits (no rank helps another); `--alone` has one process compute the part of
-the first of two ranks, whose peer answers at once: what is left is a rank's own time. On a CPU (`--device cpu --shape
-nano`) it only shows that it runs.
+the first of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds its kernels.
+
+Of a step host_us is each rank's time until its graph was started, skew_us what lies between the ranks' starts. Of a
+prompt of one call `overlap` has, by rank: its time with exchanges beside what is computed and with `serial` ones, the
+exchanges' own time, the share of it that is hidden, and where a stream stood: for keys of rows before (`keys`), for the
+others' rows and partial results, for the hosts. On a CPU (`--device cpu --shape nano`) it only shows that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,14 +31,16 @@ from torch import Tensor
 
 from pelagos.cli.options import parse_tokens
 from pelagos.config import preset
-from pelagos.evals.step_bench import cut_config, fill_caches
+from pelagos.evals.commit import commit
+from pelagos.evals.step_bench import cut_config, fill_caches, profiled
 from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.model.cuda_forward import PROMPT_TOKENS, CudaForward
 from pelagos.model.cuda_group import GroupForward, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
-PROMPT_ROUNDS = 2
+PROMPT_ROUNDS, WATCHED_ROUNDS = 2, 3
+WAITS = ("keys", "rows", "parts", "call")  # by channel
 
 
 class Alone:
@@ -87,8 +94,8 @@ def spans_of(layout: CacheLayout, context: int, batch: int, ranks: int, tokens: 
     ]  # fmt: skip
 
 
-def steps(forward: CudaForward, spans: list[Span], count: int, drafts: int) -> list[float]:
-    """Seconds of whole steps as the host sees them, draft calls included."""
+def steps(forward: CudaForward, spans: list[Span], count: int, drafts: int) -> list[tuple[float, float, float]]:
+    """When steps begin, have been started and end as the host sees them, draft calls included."""
     config, found = forward.weights.config, []
     past = np.zeros((len(spans), config.hc_mult, config.hidden_size), np.float32)
     follow = [span._replace(tokens=span.tokens[:1], logits=1, draws=span.draws[:1]) for span in spans]
@@ -99,10 +106,15 @@ def steps(forward: CudaForward, spans: list[Span], count: int, drafts: int) -> l
                 pass
         for _ in forward.launch(spans):
             pass
-        if forward.weights.device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - begun)
+        started = time.perf_counter()
+        synchronize(forward)
+        found.append((begun, started, time.perf_counter()))
     return found
+
+
+def synchronize(forward: CudaForward) -> None:
+    if forward.weights.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def graph(forward: CudaForward, spans: list[Span], count: int) -> list[float]:
@@ -121,20 +133,70 @@ def graph(forward: CudaForward, spans: list[Span], count: int) -> list[float]:
     return found
 
 
-def prompt(forward: CudaForward, span: Span, length: int, group: Group | Alone) -> list[float]:
+def prompt(
+    forward: CudaForward, span: Span, length: int, group: Group | Alone, rounds: int = PROMPT_ROUNDS
+) -> list[float]:
     """Seconds of a whole prompt in calls of the most tokens that one takes."""
     ids = np.random.default_rng(0).integers(0, forward.weights.config.vocab_size, length)
     most, found = PROMPT_TOKENS * group.size, []
-    for _ in range(PROMPT_ROUNDS):
+    for _ in range(rounds):
         group.gather(None)
         begun = time.perf_counter()
         for start in range(0, length, most):
             last = start + most >= length and isinstance(group, Group)  # alone the last row is not here
             forward.prefill.run([span._replace(tokens=ids[start : start + most], start=start, logits=int(last))])
-        if forward.weights.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(forward)
         found.append(time.perf_counter() - begun)
     return found
+
+
+def overlap(forward: Any, span: Span, length: int, group: Any) -> dict[str, Any]:
+    """Times of a prompt's exchanges in ms on this rank: beside, one after the other, and where streams stood."""
+    prefill, cuda = forward.prefill, forward.weights.device.type == "cuda"
+    marks: list[tuple[str, Any, Any]] = []
+
+    def now() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def marked(name: str, call: Any) -> Any:
+        begin = now()
+        found = call()
+        marks.append((name, begin, now()))
+        return found
+
+    @contextlib.contextmanager
+    def beside() -> Iterator[None]:
+        with type(prefill)._beside(prefill):
+            begin = now()
+            yield
+            marks.append(("copies", begin, now()))
+
+    def waiting() -> dict[str, float]:
+        marks.clear()
+        group.wait = lambda rank, channel: marked(WAITS[channel], lambda: type(group).wait(group, rank, channel))
+        group.gather = lambda thing: marked("hosts", lambda: type(group).gather(group, thing))
+        prefill._beside = beside
+        try:
+            prompt(forward, span, length, group, 1)
+        finally:
+            del group.wait, group.gather, prefill._beside
+        took: dict[str, float] = {}
+        for name, begin, end in marks:
+            took[name] = took.get(name, 0.0) + (begin.elapsed_time(end) if cuda else 1e3 * (end - begin))
+        return {name: round(each, 2) for name, each in took.items()}
+
+    found: dict[str, Any] = {"ms": statistics.median(prompt(forward, span, length, group, WATCHED_ROUNDS))}
+    found["waits_ms"], side = waiting(), prefill._side
+    prefill._side = None
+    found["serial_ms"] = statistics.median(prompt(forward, span, length, group, WATCHED_ROUNDS))
+    found["serial_waits_ms"], prefill._side = waiting(), side
+    found |= {name: round(1e3 * found[name], 2) for name in ("ms", "serial_ms")}
+    exchange = found["serial_waits_ms"]["copies"]
+    return found | {"exchange_ms": exchange, "hidden": round((found["serial_ms"] - found["ms"]) / exchange, 3)}
 
 
 def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> Iterator[dict[str, Any]]:
@@ -155,20 +217,33 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
             if isinstance(group, Alone):
                 forward.exchanges = group  # pyright: ignore[reportAttributeAccessIssue]
         spans, begun = spans_of(layout, context, batch, ranks, drafts + 1), time.perf_counter()
+        extra: dict[str, Any] = {}
         if kind == "prompt":
-            times = prompt(forward, spans[0]._replace(decode=False, draws=()), context, group)
+            given = spans[0]._replace(decode=False, draws=())
+            times = prompt(forward, given, context, group)
             took, made = times[-1], context
+            if context <= PROMPT_TOKENS * ranks:
+                extra["overlap"] = group.gather(overlap(forward, given, context, group))
         else:
-            times = steps(forward, spans, args.steps + 3, drafts)
+            points = steps(forward, spans, args.steps + 3, drafts)
+            times = [end - begin for begin, _, end in points]
             took, made = statistics.median(times[3:]), batch
+            every = np.array(group.gather(points[3:]))  # one clock for the processes of one host
+            extra["host_us"] = (np.median(every[..., 1] - every[..., 0], 1) * 1e6).round(1).tolist()
+            extra["skew_us"] = round(float(np.median(np.ptp(every[..., 1], 0))) * 1e6, 1)
         took = max(group.gather(took))
         replays = graph(forward, spans, args.steps) if kind != "prompt" and device.type == "cuda" else [0.0]
+        if args.profile and kind != "prompt":
+            extra["kernels"] = profiled(forward, spans)
         case = f"{args.shape} layers={config.num_hidden_layers} {kind} context={context} batch={batch} drafts={drafts}"
-        yield {"bench": "group", "case": case, "device": str(device), "ranks": ranks, "alone": args.alone,
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        yield {"bench": "group", "case": case, "device": name, "commit": commit(), "torch": torch.__version__,
+               "ranks": ranks, "alone": args.alone,
                "apart": args.apart, "us": round(took * 1e6, 1), "graph_us": round(statistics.median(replays) * 1e6, 1),
                "tok_s": round(made / took, 1), "steps_s": round(1 / took, 1), "most_tokens": batch * (drafts + 1),
                "first_s": round(times[0], 2), "case_s": round(time.perf_counter() - begun, 1),
-               "weight_bytes": weights.bytes, "page_bytes_a_token": layout.page_bytes / layout.page_tokens}  # fmt: skip
+               "weight_bytes": weights.bytes, "kv_bytes_a_token": layout.page_bytes / layout.page_tokens,
+               "kv_bytes_a_sequence": layout.slot_bytes} | extra  # fmt: skip
 
 
 def main() -> None:
@@ -180,6 +255,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
