@@ -350,6 +350,7 @@ def test_a_directory_is_read(tmp_path: Path) -> None:
         (["--task", "1,2,3"], "got 3 fields"),
         (["--prices", "launch"], "prices launch: prices a task"),
         (["--task", "10,10,101%,1"], "at most 1"),
+        (["--task", "10,10,0,1", "--dry-run", "4"], "--task with --dry-run"),
         (["--task", "ten,10,0,1"], "task IN='ten'"),
     ],
 )

@@ -93,6 +93,8 @@ def test_values_that_mean_nothing(wrong: dict[str, int]) -> None:
         plan_of(preset("nano"), **wrong)
     with pytest.raises(ConfigError, match="mode='float32'"):
         plan_of(preset("nano"), mode="float32")
+    with pytest.raises(ConfigError, match="host_kv_bytes=1,000 with prefix_cache=False and preemption=recompute"):
+        plan_of(preset("nano"), host_kv_bytes=1000, prefix_cache=False, swap=False)
 
 
 def test_a_request_that_never_fits_is_told_by_how_much() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
+
+import pytest
 
 from pelagos.engine.pages import PagePool
 from pelagos.engine.prefix import KeyChain, Match
-from pelagos.engine.scheduler import Plan, Request, Scheduler
+from pelagos.engine.scheduler import Plan, Preempted, Request, Scheduler
 
 PAGE = 128
 
 
-def scheduler(pages: int = 100, slots: int = 4, chunk: int = 512, stop: int = 1 << 40) -> Scheduler:
+def scheduler(pages: int = 100, slots: int = 4, chunk: int = 512, stop: int = 1 << 40, **given: Any) -> Scheduler:
     return Scheduler(
         PagePool(pages), slots=slots, page_tokens=PAGE, chunk_tokens=chunk,
-        match=lambda _: Match(), next_stop=lambda _: stop,
+        match=lambda _: Match(), next_stop=lambda _: stop, **given,
     )  # fmt: skip
 
 
@@ -124,6 +127,22 @@ def test_who_cannot_start_yet_makes_nobody_give_way() -> None:
     assert not book.plan().preempted
     high.moving = False
     assert [each.request.request_id for each in book.plan().preempted] == ["low"]
+
+
+def test_a_copy_that_cannot_begin_loses_neither_slot_nor_pages() -> None:
+    def save(_: Preempted) -> bool:
+        raise MemoryError("no staging")
+
+    book = scheduler(pages=4, slots=2, save=save)
+    low, high = request("low", 2 * PAGE, 0), request("high", 2 * PAGE, 1, priority=1)
+    for each in (low, high):
+        book.add(each)
+    run(book.plan())
+    with pytest.raises(MemoryError, match="no staging"):
+        book.plan()
+    for each in (low, high):  # as the engine does with all it knows when a step fails
+        book.remove(each)
+    assert (book._pool.free, book.slots_in_use) == (4, 0)
 
 
 def test_a_storm_of_requests_leaves_nothing() -> None:

@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     if args.prices is not None and args.task is None:
         raise ConfigError(f"--prices {args.prices}: prices a task, give one with --task IN,OUT,HIT,N")
     if args.dry_run is not None:
+        if args.task is not None:
+            raise ConfigError("--task with --dry-run: a plan of GPUs prices no task, give one of them")
         from pelagos.evals.placement import plan_rows, table
 
         rows = list(plan_rows(args.model, gpus=args.dry_run, context=args.context, batch=args.batch))

@@ -65,6 +65,11 @@ class EngineOptions:
                 raise ConfigError(f"{name}={value!r}: expected true or false")
         if self.disk_dir is not None and not self.prefix_cache:
             raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
+        if self.host_kv_bytes and not self.keeps:
+            raise ConfigError(
+                f"host_kv_bytes={self.host_kv_bytes:,} with prefix_cache=False and preemption=recompute: nothing would "
+                "be kept there; leave it out, or switch one of them on"
+            )
 
     @property
     def keeps(self) -> bool:

@@ -201,9 +201,10 @@ class Scheduler:
 
     def _preempt(self, request: Request, plan: Plan) -> None:
         held = Preempted(request, request.slot, list(request.pages), request.computed)
+        saved = self._save(held)  # should it raise, the request still runs and frees what it holds when it is ended
         plan.preempted.append(held)
         self.running.remove(request)
-        if self._save(held):
+        if saved:
             self._free(request)
         else:
             self.leaving += 1
