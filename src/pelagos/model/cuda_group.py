@@ -78,6 +78,7 @@ class GroupPrefill(Prefill):
     ) -> None:
         self.weights, self.layout, self._freqs = alone.weights, alone.layout, alone._freqs
         config, self._pools, self._group = self.weights.config, list(zip(pages, slots, strict=True)), group
+        self.late = group.rank > 0
         d, k, each = config.hidden_size, config.num_experts_per_tok, -(-tokens // (group.size * ALIGN)) * ALIGN
         # All rows' codes and scales, chosen experts and their weights: of each what every rank has.
         self._codes = [group.memory((tokens, size), torch.uint8) for size in (d, d // BLOCK)]
@@ -119,10 +120,11 @@ class GroupPrefill(Prefill):
                 self._experts(layer, None)
         if not any(span.logits or span.streams for span in spans):
             return found[0].cpu()[:0], found[1].cpu()[:0]
-        logits, streams = zip(*group.gather([each.cpu() for each in found]), strict=True)
-        return torch.cat(logits), torch.cat(streams)
+        every = group.gather([found[0].cpu().numpy(), found[1].cpu().view(torch.int16).numpy()])  # tensors take longer
+        logits, streams = (torch.from_numpy(np.concatenate(each)) for each in zip(*every, strict=True))
+        return logits, streams.view(torch.bfloat16)
 
-    def _keys(self, *inputs: object) -> prefill_cache.Keys:
+    def _keys(self, *inputs: Any) -> prefill_cache.Keys:
         """Write behind the ranks with earlier rows, for what a row attends may be theirs."""
         rank = self._group.rank
         if rank:
@@ -154,9 +156,8 @@ class GroupPrefill(Prefill):
         """Compute this rank's part of the experts of all rows, send it; return the sum of this rank's rows."""
         group, total = self._group, self._bounds[-1][1]
         filled = [rank for rank, (begin, end) in enumerate(self._bounds) if begin < end]
-        for rank in filled:
-            if rank != group.rank:
-                group.wait(rank, _ROWS)
+        for rank in {*filled} - {group.rank}:
+            group.wait(rank, _ROWS)
         assert layer.bases is not None
         limit = float(self.weights.config.swiglu_limit)
         codes, scales, chosen, weights = (each[group.rank][:total] for each in (*self._codes, *self._chosen))
@@ -167,18 +168,13 @@ class GroupPrefill(Prefill):
                 self._parts[rank][group.rank, : end - begin].copy_(part[begin:end])
                 if rank != group.rank:
                     group.signal(rank, _PARTS)
-        y = None
-        if own is not None:
-            shared = self._shared(layer, *own)
-            for rank in self._others():
-                group.wait(rank, _PARTS)
-            self._join()
-            begin, end = self._bounds[group.rank]
-            y, *others = self._parts[group.rank][:, : end - begin].unbind(0)
-            for each in [*others, shared]:
-                y = y + each
+        shared = None if own is None else self._shared(layer, *own)
+        for rank in self._others() if own else ():
+            group.wait(rank, _PARTS)
         self._join()
-        return y
+        begin, end = self._bounds[group.rank]
+        parts = self._parts[group.rank][:, : end - begin].unbind(0)
+        return None if shared is None else functools.reduce(torch.add, (*parts, shared))
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._group.size) if rank != self._group.rank]

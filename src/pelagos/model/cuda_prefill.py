@@ -36,6 +36,8 @@ def scaled(layer: LayerWeights, *names: str) -> LayerWeights:
 class Prefill:
     """Prompt calls of one model over two pools. Raises ConfigError for weights that the prompt kernels do not take."""
 
+    late = False  # keys come behind the queries, for there is something to wait for
+
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor) -> None:
         self.weights, self.layout, self.pages, self.slots = weights, layout, pages, slots
         config = weights.config
@@ -96,13 +98,14 @@ class Prefill:
         normed, codes, scales = self._site(state, layer.attn_site)
         first = products.product(codes, scales, *layer.first)
         wide = products.wide_product(normed, layer.first_wide) if layer.ratio else None
-        keys = self._keys(first, wide, call, layout, index, self.pages, self.slots, layer.cache, turn, entry_turn)
+        inputs = (first, wide, call, layout, index, self.pages, self.slots, layer.cache, turn, entry_turn)
+        keys = None if self.late else self._keys(*inputs)
         latent = products.quantise(first[:, : c.q_lora_rank], layer.cache.q_norm, eps=c.rms_norm_eps)
         shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
         second = products.product(*latent, *layer.second)
         q, index_q = query.query(second, turn, c.num_attention_heads, c.head_dim, *shape, eps=c.rms_norm_eps)
         del second
-        picks = None
+        keys, picks = keys or self._keys(*inputs), None
         if index_q is not None and call.entries[CSA_RATIO].most > c.index_topk:
             assert wide is not None
             head = sum(widths(c, layer.ratio)[2:]) - c.index_n_heads
@@ -110,7 +113,7 @@ class Prefill:
             head_weights = (wide[:, head : head + c.index_n_heads].bfloat16() * factor).float()
             picks = prefill_indexer.pick(index_q, head_weights, call, keys, c.index_topk)
         out = prefill_attention.attend(q, call, keys, layout, index, layer.sink, picks, turn)
-        del q, index_q, wide, keys, picks, normed  # what follows wants their room
+        del q, index_q, wide, keys, inputs, picks, normed  # what follows wants their room
         codes, scales = products.quantise(products.product(out, None, *layer.wo_a, groups=c.o_groups))
         state[0] = products.product(codes, scales, *layer.wo_b)
 
