@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 from tests.train.small import run_config, small_config, small_model, write_shards
+from torch import Tensor
 
 from pelagos.errors import PelagosError
 from pelagos.numerics import encode_fp4
 from pelagos.train.context import Context
-from pelagos.train.objective import LossWeights, losses
-from pelagos.train.ranks import Ranks
+from pelagos.train.forward import Forward
+from pelagos.train.objective import LossWeights, losses, prepare
+from pelagos.train.precision import set_precision
+from pelagos.train.ranks import Line, Ranks
 from pelagos.train.state import released
 from pelagos.train.trainer import Trainer
 
@@ -123,7 +126,10 @@ def live(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def border(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return how far parts of rows are from whole rows in loss and gradient, with borders as they must be and of m."""
+    """Return how far parts of rows are from whole rows in loss and gradient, with borders as they must be and of m.
+
+    And, as "quantised", whether streams and drafts of the quantised stage have the same bits.
+    """
     found: dict[str, Any] = {}
     line = Ranks(run_config(**BASE, cp=spec["world"]), torch.device("cpu")).cp
     for length in spec["lengths"]:
@@ -143,7 +149,24 @@ def border(spec: dict[str, Any]) -> dict[str, Any]:
             apart = [float((line.sum(model.get_parameter(n).grad) - g).abs().max() / (g.abs().max() + 1e-3))
                      for n, g in expected.items()]  # fmt: skip
             found[f"{length} {name}"] = (float(line.sum(part.total.detach()) - whole.total), max(apart))
+    found["quantised"] = [bool(found) for found in line.sum(torch.tensor(_same_bits(line))) == line.size]
     return found
+
+
+def _same_bits(line: Line) -> list[int]:
+    """Whether a quantised forward over this part of rows has the streams and the drafts of whole rows, bit by bit."""
+    ids, positions = torch.arange(1024).view(2, 512) % 127, torch.arange(512).expand(2, -1).clone()
+    segments = (positions >= torch.tensor([[128], [384]])).int()  # a sample that lies across the border, and one before
+    positions -= segments * torch.tensor([[128], [384]])
+    model, runs = small_model(), list[tuple[Tensor, Tensor]]()
+    set_precision(model, "released")
+    for context in (None, Context(model.config, line)):
+        forward = Forward(model)
+        batch = prepare(model, ids, positions, segments, ids, dense=False, context=context)
+        streams = forward.run(batch.step, batch.cache, [])
+        runs.append((streams, forward.draft(streams, batch.next_ids, batch.step, batch.cache, {})))
+    cut = slice(512 // line.size * line.rank, 512 // line.size * (line.rank + 1))
+    return [int(torch.equal(whole[:, cut], part)) for whole, part in zip(*runs, strict=True)]
 
 
 def weights_of(trainer: Trainer) -> dict[str, Any]:
@@ -205,7 +228,9 @@ def worker(path: Path) -> None:
 
 def reference_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the one process that a case is held against."""
-    keep = "model steps accumulate optimizer precision batch_rows row_tokens clip_norm lr quantise_from float32_muon"
+    keep = (
+        "seed model steps accumulate optimizer precision batch_rows row_tokens clip_norm lr quantise_from float32_muon"
+    )
     return {name: value for name, value in settings.items() if name in keep.split()}
 
 

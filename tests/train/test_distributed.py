@@ -140,6 +140,11 @@ def test_a_border_of_m_tokens_does_for_whole_windows_only(found) -> None:
     assert border["60 m"][1] > 1e-2
 
 
+def test_a_part_of_rows_has_the_bits_of_whole_rows_when_quantised(found) -> None:
+    """Attention comes in tiles of positions, wherever the border lies: streams and drafts."""
+    assert found["border"]["quantised"] == [True, True]
+
+
 def test_a_lost_rank_stops_all_and_the_restarted_run_is_the_same(found) -> None:
     """Rank 1 or 0 is killed in its third step; torchrun starts both again, and they continue from the second."""
     assert found["killed"]["attempt"] == 1

@@ -15,8 +15,7 @@ from torch.nn import functional
 from pelagos.checkpoint import open_checkpoint
 from pelagos.load import save_model
 from pelagos.model import FullSequence, Transformer
-from pelagos.train import forward as forward_module
-from pelagos.train.forward import Forward, Marks
+from pelagos.train.forward import Forward, Marks, Samples, attention, sample_bounds
 from pelagos.train.init import initialise
 from pelagos.train.objective import LossWeights, losses, prepare
 from pelagos.train.optim import Optimizer
@@ -138,12 +137,7 @@ def test_attention_of_the_device_path_is_the_models(dense: bool) -> None:
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
             if patched:
-                plain = forward_module._attend
-                patch.setattr(
-                    forward_module, "_attend",
-                    lambda block, *given: forward_module.attention(block.attn, *given),
-                )  # fmt: skip
-                assert plain is not forward_module._attend
+                patch.setattr(Forward, "_attend", lambda self, *given: attention(*given, self._bounds))
             terms = losses(model, *batch, weights, dense=dense)
         terms.total.backward()
         values = torch.stack([terms.next_token, terms.mtp, terms.indexer, terms.balance])
@@ -151,6 +145,33 @@ def test_attention_of_the_device_path_is_the_models(dense: bool) -> None:
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-5, atol=1e-6)
     assert found[0][1].keys() == found[1][1].keys()
     assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_quantised_attention_attends_in_tiles_and_learns_as_the_model_does(layer: int, dense: bool) -> None:
+    """Values a rounding from the model's own, gradients of every tensor of a site and of its input: autograd's."""
+    model, found = drawn_model(), []
+    set_precision(model, "released")
+    attn, (ids, positions, segments, _) = model.layers[layer].attn, packed([[128, 100], [250]], 256)
+    step = prepare(model, ids, positions, segments, ids, dense=dense).step
+    draw = torch.Generator().manual_seed(layer)
+    x, above = torch.randn(2, 2, 256, model.config.hidden_size, generator=draw).unbind(0)
+    above, samples = above * (segments >= 0).unsqueeze(2), Samples(step, sample_bounds(step))
+    for tiled in (True, False):
+        attn.zero_grad()
+        given, notes, cache = x.clone().requires_grad_(), {}, FullSequence(model.config.sliding_window)
+        out = samples.attend(attn, given, step, cache, notes) if tiled else attn(given, step, cache, notes)
+        (out * above).sum().backward()
+        grads = {n: p.grad.clone() for n, p in attn.named_parameters() if ".indexer." not in n and p.grad is not None}
+        found.append((out.detach(), notes, {**grads, "x": given.grad}))
+    (got, noted, ours), (want, notes, theirs) = found
+    real = segments >= 0
+    assert float((got - want)[real].norm() / want[real].norm()) < 1e-3  # an FP8 border here and there
+    assert noted.keys() == notes.keys() - {"index_keys"}
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 6
+    assert_close(ours, theirs)
 
 
 def test_a_marked_tensor_is_made_again_once() -> None:

@@ -288,7 +288,7 @@ class Attention(nn.Module):
         if self.indexer is None or keys is None:
             return entries, visible
         if aux is not None:
-            aux["index_scores"] = scores = self.indexer.scores(x, latent, keys, step)
+            aux["index_keys"], aux["index_scores"] = keys, (scores := self.indexer.scores(x, latent, keys, step))
             if count <= self.indexer.topk or step.dense:
                 return entries, visible
             picks = compress.index_topk(scores.detach(), visible, self.indexer.topk)

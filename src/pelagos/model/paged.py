@@ -189,31 +189,40 @@ class PagedForward:
             _append(indexer.compressor, x, rows.index_tail, rows.index, batch, indexer)
             if any((group.last + 1) // rows.ratio > indexer.topk for group in batch.groups):
                 index_q = indexer.queries(x, latent, step)
-        found = []
-        for group in batch.groups:
-            wide, own = attn.simulate and q.dtype == torch.float32, select(q[0], group.places)
-            tiles = TiledAttention(own, attn.attn_sink, wide=wide, multiple=batch.multiple)
-            if keys is None:
-                tiles.add(rows.window.read(group.slots, group.rows), group.row_mask)
-            else:
-                tiles.add(select(keys, group.rows), group.row_mask)
-            if rows.main is not None:
-                _add_entries(tiles, rows, group, batch, indexer, index_q)
-            found.append(tiles.result().flatten(0, 1).to(q.dtype))
-        out = found[0] if len(found) == 1 else torch.cat(found)
-        return attn.output(out.index_select(0, batch.order).unsqueeze(0), step)
+        return attn.output(attended(attn, q[0], keys, rows.main, rows.index, batch, index_q).unsqueeze(0), step)
 
 
-def _window_rows(kv: Tensor, ring: Rows, batch: _Batch) -> Tensor | None:
+def attended(
+    attn: Attention, q: Tensor, near: Tensor | Rows, main: Rows | None, index: Rows | None, batch: Batch,
+    index_q: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """Return what queries q (T, H, C) of a batch attend, (T, H, C): one function for serving and quantised training.
+
+    `near` are window rows as `Group.rows` counts them, or the ring; `main` entries, `index` their keys, of which those
+    chosen by `index_q` count where more are visible than the indexer picks (None: all).
+    """
+    found, wide = [], attn.simulate and q.dtype == torch.float32
+    for group in batch.groups:
+        tiles = TiledAttention(select(q, group.places), attn.attn_sink, wide=wide, multiple=batch.multiple)
+        keys = near.read(group.slots, group.rows) if isinstance(near, Rows) else select(near, group.rows)
+        tiles.add(keys, group.row_mask)
+        if main is not None:
+            _add_entries(tiles, attn, main, index, group, batch, index_q)
+        found.append(tiles.result().flatten(0, 1).to(q.dtype))
+    out = found[0] if len(found) == 1 else torch.cat(found)
+    return out.index_select(0, batch.order)
+
+
+def _window_rows(kv: Tensor, ring: Rows, batch: _Batch) -> Tensor | Rows:
     """Put new window rows (T, C) into the ring; return the W rows before every span and then the new, as stored.
 
-    A short batch finds all it attends in the ring: None.
+    A short batch finds all it attends in the ring.
     """
     old = None if batch.short else ring.read(batch.slot[:, None], batch.old)
     parts = ring.encode(kv)
     places, slots, at = batch.written(ring)
     ring.write(slots, at, tuple(part.index_select(0, places) for part in parts))
-    return None if old is None else torch.cat((old.flatten(0, 1), ring.decode(parts)))
+    return ring if old is None else torch.cat((old.flatten(0, 1), ring.decode(parts)))
 
 
 def _append(
@@ -245,24 +254,23 @@ def _append(
 
 
 def _add_entries(
-    tiles: TiledAttention, rows: LayerRows, group: Group, batch: _Batch, indexer: Indexer | None,
+    tiles: TiledAttention, attn: Attention, main: Rows, index: Rows | None, group: Group, batch: Batch,
     index_q: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """Attend the visible entries, or those picked by the indexer where more are visible than it picks."""
-    assert rows.main is not None
-    most = (group.last + 1) // rows.ratio
+    most, indexer = (group.last + 1) // attn.ratio, attn.indexer
     if indexer is None or index_q is None or most <= indexer.topk:
         for low in range(0, most, TILE):
-            page, row, mask = batch.tile(group, rows.ratio, low)
-            tiles.add(rows.main.read(page, row), mask)
+            page, row, mask = batch.tile(group, attn.ratio, low)
+            tiles.add(main.read(page, row), mask)
         return
-    assert rows.index is not None
-    visible = (group.positions + 1) // rows.ratio  # (B, Q)
+    assert index is not None
+    visible = (group.positions + 1) // attn.ratio  # (B, Q)
     q, weights = (select(part[0], group.places) for part in index_q)
-    picks = picks_of(q, weights, rows.index, group, batch, visible, most, indexer.topk)
+    picks = picks_of(q, weights, index, group, batch, visible, most, indexer.topk)
     picks = functional.pad(picks, (0, -picks.shape[2] % TILE), value=-1)
     for tile in picks.split(TILE, 2):
-        keys = rows.main.read(*batch.entry(group, tile.flatten(1), rows.main.count))
+        keys = main.read(*batch.entry(group, tile.flatten(1), main.count))
         tiles.add(keys.unflatten(1, tile.shape[1:]), tile >= 0)
 
 

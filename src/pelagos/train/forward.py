@@ -1,7 +1,7 @@
 """The forward as training runs it: the model's own layers, their hyper-connections joined from site to site.
 
-On a CPU it gives the bits of `Transformer.run`; a test holds it there. `recompute` drops the norms' outputs after use
-and makes them again for the backward.
+On a CPU it gives the bits of `Transformer.run`; a test holds it there. Quantised, it gives there those of a server of
+the export (`Samples`). `recompute` drops the norms' outputs after use and makes them again for the backward.
 Source: technical report 5.1, 5.4.
 """
 
@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -17,9 +18,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pelagos.kernels import index_training, mhc, training_attention
+from pelagos.kernels.layout import CacheLayout, Span
+from pelagos.kernels.ragged import Batch, Group, select
+from pelagos.kernels.rows import Rows
 from pelagos.model import Transformer
 from pelagos.model.attention import Attention, Step
 from pelagos.model.cache import Cache, LayerCache
+from pelagos.model.exactness import ROWS
+from pelagos.model.paged import attended
 from pelagos.model.transformer import Block, Collapse, MTPBlock
 
 Notes = dict[str, Tensor]
@@ -41,6 +47,7 @@ class Forward:
     def through(self, streams: Tensor, step: Step, cache: Cache, notes: list[Notes]) -> Tensor:
         """Return the streams (B, S, n, D) after the layers that this model has."""
         pending, self._bounds = None, sample_bounds(step)
+        self._samples = None if streams.is_cuda or self.model.mode == "reference" else Samples(step, self._bounds)
         for index, block in enumerate(self.model.layers):
             if not isinstance(block, Block):
                 continue  # another stage's
@@ -82,20 +89,64 @@ class Forward:
             norm = getattr(block, f"{site}_norm")
             with self._marks or nullcontext():
                 x = self._marks.keep(norm)(x) if self._marks else norm(x)
-                if site == "attn":
-                    y = _attend(block, x, step, cache, notes, self._bounds)
-                else:
-                    y = block.ffn(x, step.ids, notes)
+                y = self._attend(block.attn, x, step, cache, notes) if site == "attn" else block.ffn(x, step.ids, notes)
             pending = (y, post, comb)
         return streams, pending
 
+    def _attend(self, attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes) -> Tensor:
+        if x.is_cuda:
+            return attention(attn, x, step, cache, notes, self._bounds)
+        return self._samples.attend(attn, x, step, cache, notes) if self._samples else attn(x, step, cache, notes)
 
-def _attend(
-    block: Block, x: Tensor, step: Step, cache: LayerCache, notes: Notes, bounds: tuple[Tensor, Tensor]
-) -> Tensor:
-    if x.is_cuda:
-        return attention(block.attn, x, step, cache, notes, bounds)
-    return block.attn(x, step, cache, notes)
+
+class Samples(Batch):
+    """Packed rows, or parts of them, as the engine's batch: every sample, and what pads after it, is a span."""
+
+    def __init__(self, step: Step, bounds: tuple[Tensor, Tensor]) -> None:
+        starts, ends = (each.cpu().numpy() for each in bounds)
+        row, begin = np.nonzero(starts == np.arange(step.length))
+        first = step.positions.expand(step.ids.shape).cpu().numpy()[row, begin]
+        lengths, none = ends[row, begin] - begin, np.zeros(1, np.int32)
+        spans = [Span(np.zeros(n, np.int64), at, 0, none) for n, at in zip(lengths, first.tolist(), strict=True)]
+        super().__init__(spans, CacheLayout(step.config, "released"), step.ids.device, ROWS[-1])
+        self._row, self._origin = self._put(row), self._put(step.start + begin - first)
+        # Of rows (B, W + S, C) the W before every span, then all that are here.
+        places = np.arange(starts.size).reshape(starts.shape) + self.window * (1 + np.arange(len(starts)))[:, None]
+        before = places[row, begin][:, None] + np.arange(-self.window, 0)
+        self._near = self._put(np.concatenate((before.ravel(), places.ravel())))
+
+    def entry(self, group: Group, index: Tensor, per_page: int) -> tuple[Tensor, Tensor]:
+        """Return (span, entry of its sample) of entries `index` (B, N)."""
+        return group.spans, index.clamp_min(0)
+
+    def attend(self, attn: Attention, x: Tensor, step: Step, cache: LayerCache, notes: Notes) -> Tensor:
+        """Return what `attn` makes of x (B, S, D): values by the engine's tiles and picks, gradients by its own."""
+        latent, q, kv = attn.inputs(x, step)
+        rows = cache.window(attn._store(kv))
+        entries, mask = attn._entries(x, latent, step, cache, notes)
+        out, weights = attn._attend(q, rows, step, entries, mask)
+        if weights is not None:
+            notes["entry_weights"] = weights
+        with torch.no_grad():
+            found, index_q = (entries, notes.pop("index_keys", None)), None
+            main, index = (None if each is None else _Entries(each, self, attn.ratio) for each in found)
+            if attn.indexer is not None and not step.dense:
+                queries, gates = attn.indexer.queries(x, latent, step)
+                index_q = queries.flatten(0, 1)[None], gates.flatten(0, 1)[None]
+            near = select(rows.flatten(0, 1), self._near)
+            served = attended(attn, q.flatten(0, 1), near, main, index, self, index_q)[: self.total].view(q.shape)
+        return attn.output(served + (out - out.detach()), step)  # the difference is zero
+
+
+class _Entries(Rows):
+    """The entries (B, M, C) of packed rows, by span and place in its sample."""
+
+    def __init__(self, entries: Tensor, samples: Samples, ratio: int) -> None:
+        self.count, self._flat = 1, entries.flatten(0, 1)
+        self._first = samples._row * entries.shape[1] + samples._origin // ratio
+
+    def read(self, unit: Tensor, row: Tensor) -> Tensor:
+        return select(self._flat, (self._first[unit] + row).clamp_max(len(self._flat) - 1))
 
 
 def sample_bounds(step: Step) -> tuple[Tensor, Tensor]:
