@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks import readme
+from benchmarks import kernel_goals, readme
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = readme.README.read_text(encoding="utf-8")
@@ -51,6 +51,11 @@ def test_figures_are_those_of_the_results() -> None:
     _, written, _ = readme.split(TEXT)
     assert written == readme.table(), "run `python -m benchmarks.readme`"
     assert readme.split(readme.OPEN + readme.CLOSE) == ("", "", "")
+
+
+def test_the_kernels_table_is_up_to_date() -> None:
+    _, written, _ = kernel_goals.split(kernel_goals.PAGE.read_text(encoding="utf-8"))
+    assert written == kernel_goals.table(), "run `python -m benchmarks.kernel_goals`"
 
 
 def test_links_lead_somewhere() -> None:
