@@ -227,15 +227,16 @@ def alive(store: Store, image: Image, count: int) -> dict[str, Any]:
         answers = await asyncio.gather(*(box.exec("pgrep -c sleep") for box in boxes))
         swept = time.perf_counter() - began
         idle = await asyncio.to_thread(idle_share)
+        began = time.perf_counter()
         await asyncio.gather(*(box.close() for box in boxes))
-        await asyncio.sleep(1)
-        after = resources(store)
+        closed = time.perf_counter()
+        after = await asyncio.to_thread(what_is_left, store, before)
         return {
             "count": count, "runs": "sh, sleep 900", "all_answered": all(a.text == "1\n" for a in answers),
             "created_per_second": round(count / took, 1), "a_command_in_each_s": round(swept, 2),
             "memory_mb_each": round((during["memory"] - before["memory"]) / 1e6 / count, 2),
             "processes_each": round((during["processes"] - before["processes"]) / count, 2),
-            "cpu_share_idle": idle, "growth": marks, "left": {k: after[k] - before[k] for k in after if k != "memory"},
+            "cpu_share_idle": idle, "growth": marks, "closed_in_s": round(closed - began, 2), "left": after,
         }  # fmt: skip
 
     return asyncio.run(go())
@@ -244,7 +245,7 @@ def alive(store: Store, image: Image, count: int) -> dict[str, Any]:
 def row(store: Store, image: Image, count: int) -> dict[str, Any]:
     """Many containers one after another, and what is left of them."""
     Sandbox.create(image=image, store=store).close()
-    before, taken, marks = resources(store), [], []
+    before, taken, closing, marks = resources(store), [], [], []
     began = time.perf_counter()
     for number in range(count):
         start = time.perf_counter()
@@ -252,17 +253,18 @@ def row(store: Store, image: Image, count: int) -> dict[str, Any]:
         taken.append((time.perf_counter() - start) * 1e3)
         if box.exec("echo $((6*7))").text != "42\n":
             raise AssertionError("wrong answer")
+        start = time.perf_counter()
         box.close()
+        closing.append((time.perf_counter() - start) * 1e3)
         if (number + 1) % max(1, count // 4) == 0:
             part = sorted(taken[-max(1, count // 4) :])
             marks.append({"made": number + 1, "create_p50_ms": round(statistics.median(part), 2)})
     took = time.perf_counter() - began
-    time.sleep(2)
-    after = resources(store)
     return {
         "count": count, "per_second": round(count / took, 1), "create_p50_ms": round(statistics.median(taken), 2),
         "create_p99_ms": round(sorted(taken)[int(count * 0.99)], 2), "growth": marks,
-        "left": {k: after[k] - before[k] for k in after if k != "memory"},
+        "close_p50_ms": round(statistics.median(closing), 2), "close_p99_ms": round(sorted(closing)[int(count * 0.99)], 2),
+        "left": what_is_left(store, before),
     }  # fmt: skip
 
 
@@ -574,6 +576,19 @@ def resources(store: Store) -> dict[str, int]:
         "boxes": sum(1 for _ in store.boxes.iterdir()),
         "memory": (int(memory["MemTotal"].split()[0]) - int(memory["MemAvailable"].split()[0])) * 1024,
     }  # fmt: skip
+
+
+def what_is_left(store: Store, before: dict[str, int]) -> dict[str, Any]:
+    """Say what there is beside what was, and how long after the last `close` nothing of any sandbox was."""
+    began = time.perf_counter()
+    while True:
+        now = resources(store)
+        left = {k: now[k] - before[k] for k in now if k != "memory"}
+        gone = max(left["mounts"], left["processes_inside"], left["loop_devices"], left["boxes"]) <= 0
+        after = round(time.perf_counter() - began, 3)
+        if (gone and left["groups"] <= SPARE_GROUPS) or after > 30:
+            return left | {"counted_after_s": after}
+        time.sleep(0.01)
 
 
 def owner_of(path: Path) -> int:

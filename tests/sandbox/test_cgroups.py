@@ -83,9 +83,13 @@ other = Group.create("two")
 other.limit(Limits(cpu=0.5, memory_mb=64, processes=8))
 os.waitpid(child(other, spin), 0)
 found["share"] = float(os.read(hear, 100))
-os.utime(other.directories["pids"], (1, 1))
+sleeper = child(other, lambda: time.sleep(60))
 module.sweep()
-found["swept"] = not other.directories["pids"].exists()
+found["held"] = other.directories["pids"].exists()
+other.freeze(True)
+os.close(other.lock)  # as if its keeper, which is us, had been killed
+module.sweep()
+found["swept"] = not other.directories["pids"].exists() and os.waitpid(sleeper, 0)[1]
 print("FOUND" + json.dumps(found), flush=True)
 time.sleep(0.5)
 """
@@ -121,5 +125,5 @@ def test_version_2_limits_counts_freezes_and_sweeps(tmp_path: Path) -> None:
     assert 0.4 < share < 0.6
     assert found == {
         "unified": True, "controllers": ["cpu", "freezer", "memory", "pids"], "processes": 1, "frozen_True": True,
-        "frozen_False": True, "hog": -9, "kills": 1, "forks": 18, "left": False, "swept": True,
+        "frozen_False": True, "hog": -9, "kills": 1, "forks": 18, "left": False, "held": True, "swept": 9,
     }  # fmt: skip

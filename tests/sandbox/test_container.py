@@ -278,12 +278,18 @@ def test_replay_of_a_log_tells_what_differs(make: Any, store: Store) -> None:
     assert different["recorded"]["blobs"] != different["now"]["blobs"]
 
 
+def test_replay_has_the_network_and_the_flags_of_what_it_replays(make: Any, store: Store) -> None:
+    box = make(network=["one.example"], require={"network": "proxy"})
+    box.exec("echo $http_proxy")
+    assert asyncio.run(replay(box.directory, store=store)) == []
+
+
 def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
     for options, word in (
         ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "expected 'none'"),
         ({"network": ["a b"]}, "expected"),
         ({"network": ["a.example"], "substrate": "function"}, "only containers"),
-        ({"memory_mb": 0}, "number > 0"),
+        ({"memory_mb": 0}, "number > 0"), ({"cpu": float("inf")}, "number > 0"), ({"processes": 1.5}, "whole number"),
         ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
         ({"image": Image("none", ())}, "at least one layer"),
         ({"id": "../x"}, "sandbox id"), ({"ttl_s": "x"}, "ttl_s"),
@@ -300,6 +306,22 @@ def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
     box.close(keep=False)
     with asyncio.Runner() as runner, pytest.raises(SandboxError, match="closed"):
         runner.run(box.wrapped.exec("true"))
+
+
+@pytest.mark.parametrize("substrate", ["container", "function"])
+def test_too_little_memory_is_said_at_once(make: Any, substrate: str) -> None:
+    if make().capabilities.memory_limit != "cgroup":
+        pytest.skip("needs control groups")
+    with pytest.raises(SandboxError, match="memory_mb=1"):
+        make(memory_mb=1, substrate=substrate)
+
+
+def test_a_request_that_nobody_expected_is_answered_and_noted(make: Any) -> None:
+    box = make()
+    with pytest.raises(SandboxError, match=r"nobody expected \(TypeError.*keeper.err"):
+        asyncio.run(box.wrapped._ask("nonsense", {"x": {}}, None, ["no", "name"]))
+    assert "Traceback" in (box.directory / "keeper.err").read_text()
+    assert box.exec("echo on").text == "on\n"
 
 
 def test_limits_beyond_the_default_are_set(make: Any) -> None:

@@ -240,9 +240,12 @@ def test_collect_takes_what_is_old_and_unused(tmp_path: Path) -> None:
     with Sandbox.create(image=kept, store=store) as box:
         for digest in kept.layers:
             os.utime(store.layers / digest, (0, 0))
-        assert store.collect(older_s=60) == {"layers": 1, "snapshots": 0}
+        (store.boxes / "begun").mkdir()
+        for place in (store.boxes / "begun", box.directory):
+            os.utime(place, (0, 0))
+        assert store.collect(older_s=60) == {"layers": 1, "snapshots": 0, "boxes": 1}
         assert box.exec("cat f").text == "x"
-    assert store.collect(older_s=60) == {"layers": 2, "snapshots": 0}
+    assert store.collect(older_s=60) == {"layers": 2, "snapshots": 0, "boxes": 0}
     with pytest.raises(SandboxError, match="is not in"):
         Sandbox.create(image=lost, store=store)
 

@@ -22,8 +22,9 @@ class Limits:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise SandboxError(f"{f.name}={value!r}: expected a number > 0")
+            kinds = (int, float) if f.name in ("cpu", "memory_mb", "disk_mb") else int
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+                raise SandboxError(f"{f.name}={value!r}: expected a {'whole ' * (kinds is int)}number > 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

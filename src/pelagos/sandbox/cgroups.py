@@ -1,22 +1,25 @@
 """Limits by control group, version 1 or 2, where this process may make groups; `None` where it may not.
 
-Groups lie under `pelagos/<sandbox>` of each hierarchy. What a controller cannot do here is a flag, never a guess.
+Groups lie under `pelagos/<name>` of each hierarchy. Their keeper holds a lock on the one of `memory`, so whoever gets
+that lock knows that the keeper is dead. What a controller cannot do here is a flag, never a guess.
 """
 
 import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from pelagos.errors import SandboxError
 from pelagos.sandbox import linux
 from pelagos.sandbox.api import Limits
 
 PARENT = "pelagos"
 CONTROLLERS = ("memory", "pids", "cpu", "freezer")
 SPARE_PROCESSES = 12  # beside the limit: bubblewrap, the first process, the ready ones of a function sandbox
-STALE_S = 60.0  # an empty group this old belongs to a keeper that was killed
+END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +28,30 @@ class Group:
 
     directories: dict[str, Path]
     unified: bool
+    lock: int = -1
 
     @classmethod
     def create(cls, name: str) -> Self | None:
-        """Make the groups; None where memory and process limits cannot both be had."""
+        """Make the groups and hold their lock; None where memory and process limits cannot both be had."""
         found, unified = _hierarchies()
         made: dict[str, Path] = {}
+        lock = -1
         for controller, root in found.items():
             directory = root / PARENT / name
             try:
+                directory.parent.mkdir(mode=0o700, exist_ok=True)  # nobody else may hold a lock there
                 if unified:
                     _enable(root, root / PARENT)
-                directory.mkdir(parents=True, exist_ok=True)
+                gate = linux.lock(root / PARENT, linux.LOCK_SH)  # none is swept before it is held
+                try:
+                    directory.mkdir(exist_ok=True)
+                    lock = linux.lock(directory) if lock < 0 else lock
+                finally:
+                    os.close(gate)
                 made[controller] = directory
             except OSError:
                 continue
-        group = cls(made, unified)
+        group = cls(made, unified, lock)
         if {"memory", "pids"} <= set(made) and all(os.access(d / "cgroup.procs", os.W_OK) for d in made.values()):
             return group
         group.remove()
@@ -61,7 +72,11 @@ class Group:
         for controller, directory in self.directories.items():
             for file, value in _settings(controller, limits, self.unified):
                 if file not in _OPTIONAL or (directory / file).exists():
-                    linux.write(f"{directory}/{file}", value.encode())
+                    try:
+                        linux.write(f"{directory}/{file}", value.encode())
+                    except OSError as error:
+                        asked = f"{file}={value} cannot be had ({error.strerror})"
+                        raise SandboxError(f"{limits}: {asked}; what starts a sandbox may take more") from None
 
     def open_joins(self) -> list[int]:
         """Open what a process writes "0" to in order to join."""
@@ -92,17 +107,29 @@ class Group:
                 frozen = file.read_text(encoding="ascii").strip() == "FROZEN"
 
     def remove(self) -> None:
-        """Remove the groups; the last processes may take a moment to go."""
-        for directory in set(self.directories.values()):
-            for _ in range(200):
+        """Kill what is still in the groups, wait for its end, remove them, that of the lock last, and let go of it."""
+        deadline = time.monotonic() + END_S
+        for directory in dict.fromkeys(reversed(self.directories.values())):
+            while time.monotonic() < deadline:
                 try:
                     directory.rmdir()
                 except FileNotFoundError:
                     pass
                 except OSError:
-                    time.sleep(0.005)
+                    self._kill(directory / "cgroup.procs")
+                    time.sleep(0.002)
                     continue
                 break
+        if self.lock >= 0:
+            os.close(self.lock)
+
+    def _kill(self, members: Path) -> None:
+        with contextlib.suppress(OSError):
+            for pid in set(members.read_text(encoding="ascii").split()) - {"0"}:  # 0: of another pid namespace
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            if "freezer" in self.directories:
+                self.freeze(False)  # in version 1 what is frozen does not die
 
 
 _OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max")
@@ -120,7 +147,7 @@ def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str,
 
 
 def _hierarchies() -> tuple[dict[str, Path], bool]:
-    """Where each controller is mounted, and whether that is version 2."""
+    """Where each controller is mounted, `memory` first, and whether that is version 2."""
     found: dict[str, Path] = {}
     unified: Path | None = None
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
@@ -135,7 +162,7 @@ def _hierarchies() -> tuple[dict[str, Path], bool]:
         offered = (unified / "cgroup.controllers").read_text(encoding="ascii").split()
         found = {c: unified for c in CONTROLLERS if c in offered or (c == "freezer" and "memory" in offered)}
         return found, True
-    return found, False
+    return {c: found[c] for c in CONTROLLERS if c in found}, False
 
 
 def _enable(root: Path, parent: Path) -> None:
@@ -145,13 +172,16 @@ def _enable(root: Path, parent: Path) -> None:
 
 
 def sweep() -> None:
-    """Remove what keepers that were killed left: empty groups of some age."""
-    for root in set(_hierarchies()[0].values()):
-        with contextlib.suppress(OSError):
-            for directory in (root / PARENT).iterdir():
-                with contextlib.suppress(OSError):  # busy, or another was quicker
-                    if directory.is_dir() and time.time() - directory.stat().st_mtime > STALE_S:
-                        directory.rmdir()
+    """End and remove what keepers that were killed left: groups that nobody holds."""
+    roots, unified = _hierarchies()
+    for path in (roots["memory"] / PARENT).glob("*/cgroup.procs") if "memory" in roots else ():
+        with contextlib.suppress(OSError):  # it is held, or gone, or not ours
+            gate = linux.lock(roots["memory"] / PARENT, linux.LOCK_EX)
+            try:
+                lock = linux.lock(path.parent)
+            finally:
+                os.close(gate)
+            Group({c: root / PARENT / path.parent.name for c, root in roots.items()}, unified, lock).remove()
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import termios
 import time
 import traceback
@@ -33,6 +34,7 @@ SANDBOX_UID = 2_000_739_100
 INSIDE_UID = 1000
 NS_GET_USERNS = 0xB701
 START_S = 20.0
+SILENT = b"it ended without a word"
 END_S = 5.0
 ASK_BYTES = 1 << 17  # what is said about a sandbox that is to be made
 PROXY_PORT, PROXY_WORDS = 3128, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
@@ -114,7 +116,11 @@ class Home:
             for fd in joins:
                 os.write(fd, b"0")
             linux.close_all_but([theirs.fileno(), asks.fileno()])
-            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            # It outlives a keeper that is killed by as long as it takes to end all that it began, which bubblewrap
+            # does not: killed between its fork and its word to go on, it leaves a first process that waits for ever.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGTERM)
+            linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
             rehearse()
             launcher = linux.fork(launch, traceback.print_exception)
             asks.close()
@@ -122,11 +128,16 @@ class Home:
                 if told := theirs.recv(ASK_BYTES):
                     box, spec = json.loads(told)
                     take_notes(Path(box))
-                    made(box, spec).run_inside(theirs)
+                    substrate = made(box, spec)
+                    substrate.launcher = launcher
+                    substrate.run_inside(theirs)
+            except SystemExit:
+                pass  # the keeper was killed
             finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 with contextlib.suppress(OSError):  # it ended
                     os.kill(launcher, signal.SIGKILL)
-                    os.waitpid(launcher, 0)
+                linux.end_children()
 
         self.pid = linux.fork(work, traceback.print_exception)
         linux.close(theirs.detach(), asks.detach())
@@ -151,6 +162,7 @@ class Home:
             self.pid = -1
         if self.group:
             self.group.remove()
+            self.group = None
 
 
 class Running:
@@ -178,6 +190,7 @@ class Substrate(ABC):
     capabilities: Capabilities
     whole_disks = False  # whether it takes images of whole disks
     proxies = False  # whether a list of names can be reached from inside
+    launcher = -1  # in the process of `Home`: who launches
 
     def __init__(self, box: Path, layers: Path, spec: Spec, home: Home | None) -> None:
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
@@ -222,7 +235,7 @@ class Substrate(ABC):
 
     def usage(self) -> dict[str, int]:
         """Return the bytes and counts in use (`memory`, `processes`) as far as the host's control groups tell."""
-        return self._group.usage() if self._group else {}
+        return self._group.usage() if self._group and self.alive() else {}
 
     def kills(self) -> int:
         """Return how many processes were killed for memory, as far as the host's control groups tell."""
@@ -309,7 +322,11 @@ class Container(Substrate):
             text = until_ready(self._said, START_S)
             if text != b"ready\n":
                 said = text.decode("utf-8", "replace").strip()
-                raise SandboxError(f"container {self._spec.id} did not start: {said}")
+                if self.kills():
+                    said = f"killed for memory; memory_mb={self._spec.limits.memory_mb} is too little for it"
+                elif text == SILENT:
+                    raise ConnectionResetError(said)  # it was killed: whoever asked asks another
+                raise SandboxError(f"{self._spec.substrate} {self._spec.id} did not start: {said}")
             self._ns["user"] = os.open(f"/proc/{self._pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
             if self._spec.network:
                 from pelagos.sandbox import proxy  # of which other containers need nothing
@@ -450,13 +467,17 @@ class Container(Substrate):
     def run_inside(self, control: socket.socket) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        ended = os.pidfd_open(self.launcher)
+        if control not in select.select([control, ended], [], [])[0]:
+            return  # bubblewrap, before there was anything to enter
+        os.close(ended)
         said, fds, _, _ = socket.recv_fds(control, 16, len(ENTERED))
         if said:
             self._ns = dict(zip(ENTERED, fds, strict=True))
             # Commands are killed for memory before the first process, which all of them end with.
             linux.write("/proc/self/oom_score_adj", b"1000")
             linux.become(*host_ids())
-            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGTERM)
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
             self._enter("owner", "pid")
             gc.freeze()
@@ -588,7 +609,7 @@ def until_ready(fd: int, seconds: float) -> bytes:
         if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
             return text + f"nothing within {seconds:.0f} s".encode()
         if not (piece := os.read(fd, 65536)):
-            return text or b"it ended without a word"
+            return text or SILENT
         text += piece
     return text
 

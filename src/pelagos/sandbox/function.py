@@ -60,7 +60,8 @@ class Function(Container):
                 if not select.select([self._control], [], [], SLOT_S if self._calls < READY else 0)[0]:
                     self._control.send(b"more")
                     if not select.select([self._control], [], [], START_S)[0]:
-                        raise SandboxError(f"function {self._spec.id}: no process was ready in {START_S:.0f} s")
+                        said = f"no process was ready in {START_S:.0f} s; {self.kills()} were killed for memory"
+                        raise SandboxError(f"function {self._spec.id}: {said}")
                 fds = socket.recv_fds(self._control, 16, 1)[1]
                 if not fds:
                     raise OSError("no answer")

@@ -157,6 +157,7 @@ class Keeper:
             if self._log.header["spec"] != json.loads(json.dumps(dataclasses.asdict(spec))):
                 raise SandboxError(f"{box}: the log's spec differs from {SPEC}; this directory was tampered with")
             self._log.event("start")
+            cgroups.sweep()  # of the keeper before this one, if it was killed: what it ran must not go on beside us
             self._substrate: Substrate = warm or _make(box, spec, home)
         else:
             self._substrate = warm or _make(box, spec, home)  # which starts while the rest is made
@@ -189,9 +190,12 @@ class Keeper:
             ready.sendall(flags)
         self._substrate.settle()
         self._loop.watch(server.fileno(), lambda: self._loop.start(self._answer(server)))
-        self._loop.start(self._watch()).then(self._done.settle)
+        watch = self._loop.start(self._watch())
+        watch.then(self._done.settle)
         try:
             await self._done
+            if watch.settled:
+                watch.result()
         finally:
             self._loop.watch(server.fileno(), None)
             server.close()
@@ -199,7 +203,8 @@ class Keeper:
             self._substrate.stop()
             if self._discards:
                 self._substrate.discard()
-            self._log.close()
+            else:
+                self._log.close()  # else it goes with this process, of which who waits for that finds nothing left
 
     async def _watch(self) -> None:
         limit = self._spec.limits.disk_mb * 1024 * 1024
@@ -279,6 +284,10 @@ class Keeper:
         except PelagosError as error:
             kind = next(k for k, c in {**KINDS, "sandbox": PelagosError}.items() if isinstance(error, c))
             return {"status": "refused", "value": {"kind": kind, "message": str(error)}, "blobs": {}}
+        except Exception as error:
+            traceback.print_exc()
+            said = f"{op} was asked in a way that nobody expected ({type(error).__name__}: {error}); see keeper.err"
+            return {"status": "refused", "value": {"kind": "sandbox", "message": said}, "blobs": {}}
 
     def _revive(self) -> None:
         """Start the sandbox again where it ended; a request that cannot have one is refused before it is logged."""
@@ -498,7 +507,7 @@ def nursery() -> None:
     """Keep keepers ready and give one each (directory, pipe) that comes on descriptor 0, until the client is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cgroups.sweep()
+    linux.fork(lambda: (os.close(0), cgroups.sweep()), traceback.print_exception)
     linux.modules_as_program("linux", "worker")  # once for all keepers
     gc.collect()
     gc.freeze()

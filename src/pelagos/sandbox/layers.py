@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from pelagos.errors import SandboxError
-from pelagos.sandbox import linux
+from pelagos.sandbox import cgroups, linux
 from pelagos.sandbox.container import INSIDE_UID, host_ids, run_tool
 from pelagos.sandbox.inside import OPAQUE, OPAQUE_ATTRIBUTE, WHITEOUT, pack_path
 
@@ -115,8 +115,12 @@ class Store:
         return digest
 
     def collect(self, *, older_s: float = 30 * 86400) -> dict[str, int]:
-        """Delete layers and guests' snapshots that no sandbox has and none was made from for `older_s`."""
-        used = set()
+        """Delete what nobody used for `older_s`: layers, guests' snapshots, sandboxes whose making was cut short.
+
+        And what killed keepers left, of whatever age.
+        """
+        cgroups.sweep()
+        used = {path.parent.name for path in self.boxes.glob("*/log.jsonl")}
         for path in self.boxes.glob("*/spec.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):  # on its way in or out: then its layers are fresh
                 spec = json.loads(path.read_text(encoding="utf-8"))
@@ -124,15 +128,16 @@ class Store:
         for path in (self.root / "warm").glob("*"):
             if not Path("/proc", path.name).exists():
                 remove_tree(path)  # of a spare keeper that was killed
-        found = {"layers": 0, "snapshots": 0}
-        for kind, directory in (("layers", self.layers), ("snapshots", self.machines)):
+        found = {"layers": 0, "snapshots": 0, "boxes": 0}
+        for kind, directory in (("layers", self.layers), ("snapshots", self.machines), ("boxes", self.boxes)):
             for path in directory.glob("*"):
-                old = path.is_dir() and time.time() - path.stat().st_mtime > older_s
-                if old and path.name not in used:
-                    gone = path.with_name(f"draft-{path.name}")
-                    os.rename(path, gone)  # at once: a sandbox finds all of it or nothing
-                    remove_tree(gone)
-                    found[kind] += 1
+                with contextlib.suppress(FileNotFoundError):  # it was closed this moment
+                    old = path.is_dir() and time.time() - path.stat().st_mtime > older_s
+                    if old and path.name not in used:
+                        gone = path.with_name(f"draft-{path.name}")
+                        os.rename(path, gone)  # at once: a sandbox finds all of it or nothing
+                        remove_tree(gone)
+                        found[kind] += 1
         return found
 
     def box(self, name: str) -> Path:

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from _frozen_importlib_external import MAGIC_NUMBER  # as importlib.util has it, which is more to load
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -23,9 +24,9 @@ NAMESPACES = {  # in the order in which they are entered: the user namespace giv
     "cgroup": 0x02000000,
 }  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = (
-    1, 4, 22, 24, 38, 47,
-)  # fmt: skip
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 4, 22, 24, 36
+PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
+LOCK_SH, LOCK_EX, LOCK_NB = 1, 2, 4
 
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Refused with EPERM: (x86_64, aarch64) numbers, None where the machine has no such call.
@@ -123,6 +124,17 @@ def close(*fds: int) -> None:
     """Close descriptors."""
     for fd in fds:
         os.close(fd)
+
+
+def lock(path: os.PathLike[str] | str, how: int = LOCK_EX | LOCK_NB) -> int:
+    """Return a descriptor that holds a lock on a file or directory; BlockingIOError where somebody else has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _call("flock", fd, how)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def which(program: str) -> str | None:
@@ -277,11 +289,28 @@ def sync_filesystem(path: os.PathLike[str]) -> None:
 def kill_session(leader: int) -> None:
     """Kill every process of a session, twice, since some may be forking."""
     for _ in range(2):
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit():
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                with open(f"/proc/{entry}/stat", "rb") as file:
-                    session = int(file.read().rpartition(b")")[2].split()[3])
-                if session == leader:
-                    os.kill(int(entry), signal.SIGKILL)
+        _kill_where(3, leader)
+
+
+def _kill_where(field: int, value: int) -> None:
+    """Kill the processes that have this number there in what their `stat` says after the name."""
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"/proc/{entry}/stat", "rb") as file:
+                found = int(file.read().rpartition(b")")[2].split()[field])
+            if found == value:
+                os.kill(int(entry), signal.SIGKILL)
+
+
+def end_children() -> None:
+    """Wait until no child is left, which are those of children that ended too; kill those that do not end."""
+    looks = 0
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.0005)
+                looks += 1
+                if looks % 200 == 0:
+                    _kill_where(1, os.getpid())

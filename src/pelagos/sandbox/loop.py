@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Self
 
@@ -63,7 +64,7 @@ class Loop:
         self._acts: dict[int, dict[int, Callable[[], object]]] = {}
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Promise:
-        """Run a coroutine beside the others; the promise is its outcome."""
+        """Run a coroutine beside the others; the promise is its outcome, an error that nobody waits for is printed."""
         promise = Promise(self)
 
         def step() -> None:
@@ -73,6 +74,8 @@ class Loop:
                 promise.settle(end.value)
             except BaseException as error:
                 promise.settle(error=error)
+                if not promise._then:
+                    traceback.print_exception(error)
             else:
                 waits.then(step)
 

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -177,19 +176,16 @@ class AsyncSandbox:
 
         Raises UnknownOutcome where this request began before and never ended, TrajectoryError where it was another.
         """
-        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        if not argv or any("\0" in word for word in argv):
-            raise SandboxError(f"exec: expected words without NUL, got {argv!r}")
-        args = {"argv": argv, "env": dict(env or {}), "cwd": cwd, "timeout": timeout}
+        args = {"argv": _words(command), "env": dict(env or {}), "cwd": cwd, "timeout": timeout}
         return _result(await self._ask("exec", args, stdin or None, request_id, on_stdout, on_stderr))
 
     async def terminal(
-        self, command: Sequence[str] = ("bash",), *, name: str = "tty", rows: int = 24, columns: int = 80,
+        self, command: str | Sequence[str] = ("bash",), *, name: str = "tty", rows: int = 24, columns: int = 80,
         timeout: float | None = 3600.0, env: Mapping[str, str] | None = None, cwd: str = "/workspace",
         on_output: Sink | None = None, request_id: str | None = None,
     ) -> ExecResult:  # fmt: skip
         """Run a command on a terminal of its own until it ends; `type` writes to it. What it says is in `stdout`."""
-        args = {"argv": list(command), "env": dict(env or {}), "cwd": cwd, "timeout": timeout, "name": name,
+        args = {"argv": _words(command), "env": dict(env or {}), "cwd": cwd, "timeout": timeout, "name": name,
                 "rows": rows, "columns": columns}  # fmt: skip
         return _result(await self._ask("terminal", args, None, request_id, on_output))
 
@@ -228,10 +224,7 @@ class AsyncSandbox:
     async def fork(self, n: int, *, request_id: str | None = None) -> list[Self]:
         """Return n new sandboxes that start from this one's files (not its processes)."""
         image = await self.snapshot(request_id=request_id)
-        limits = dataclasses.asdict(self.spec.limits)
-        made = [type(self).create(substrate=self.spec.substrate, image=image, ttl_s=self.spec.ttl_s,
-                                  require=self.spec.require, store=self.store,
-                                  network=self.spec.network or "none", **limits) for _ in range(n)]  # fmt: skip
+        made = [type(self).create(image=image, store=self.store, **_options(self.spec)) for _ in range(n)]
         return list(await asyncio.gather(*made))
 
     async def resolve(self, request_id: str, how: str) -> None:
@@ -444,10 +437,8 @@ async def replay(directory: Path, *, store: Store | None = None) -> list[dict[st
     spec = Spec.from_dict(records[0]["spec"] | {"id": f"replay-{secrets.token_hex(6)}"})
     asked = {r["seq"]: r for r in records if r["kind"] == "intent"}
     different = []
-    limits = dataclasses.asdict(spec.limits)
-    async with await AsyncSandbox.create(
-        substrate=spec.substrate, image=Image(spec.base, spec.layers), id=spec.id, store=store, **limits
-    ) as box:
+    image = Image(spec.base, spec.layers)
+    async with await AsyncSandbox.create(image=image, id=spec.id, store=store, **_options(spec)) as box:
         done = (r for r in records if r["kind"] == "result" and r["status"] != "abandoned")
         for record in (r for r in done if r["op"] not in ("terminal", "type")):  # people typed those while they ran
             args = asked.get(record["intent"], record)["args"]
@@ -473,19 +464,33 @@ def _result(answer: tuple[dict[str, Any], dict[str, bytes], bool]) -> ExecResult
     return ExecResult(stdout=blobs["stdout"], stderr=blobs["stderr"], replayed=replayed, **value)
 
 
+def _words(command: str | Sequence[str]) -> list[str]:
+    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+    if not argv or any(not isinstance(word, str) or "\0" in word for word in argv):
+        raise SandboxError(f"expected a command or its words, without NUL, got {command!r}")
+    return argv
+
+
+def _options(spec: Spec) -> dict[str, Any]:
+    """What makes another sandbox like this, beside its image."""
+    network: Any = spec.network or "none"
+    return dataclasses.asdict(spec.limits) | {
+        "substrate": spec.substrate, "ttl_s": spec.ttl_s, "require": spec.require, "network": network,
+    }  # fmt: skip
+
+
 def _absolute(path: str) -> str:
     return path if path.startswith("/") else f"/workspace/{path}"
 
 
 def _unlocked(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+        os.close(linux.lock(path))
     except FileNotFoundError:
         return True
     except BlockingIOError:
         return False
+    return True
 
 
 @functools.cache
