@@ -263,8 +263,8 @@ def row(store: Store, image: Image, count: int) -> dict[str, Any]:
     return {
         "count": count, "per_second": round(count / took, 1), "create_p50_ms": round(statistics.median(taken), 2),
         "create_p99_ms": round(sorted(taken)[int(count * 0.99)], 2), "growth": marks,
-        "close_p50_ms": round(statistics.median(closing), 2), "close_p99_ms": round(sorted(closing)[int(count * 0.99)], 2),
-        "left": what_is_left(store, before),
+        "close_p50_ms": round(statistics.median(closing), 2),
+        "close_p99_ms": round(sorted(closing)[int(count * 0.99)], 2), "left": what_is_left(store, before),
     }  # fmt: skip
 
 
