@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from pelagos.config import preset
 from pelagos.engine.memory import MemoryPlan
 from pelagos.engine.pages import PagePool
@@ -19,10 +22,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_two_ranks_serve() -> None:
+    start()
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_nano_over_two_gpus_gives_the_same_bits_in_any_company() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    start("cuda")
+
+
+def start(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("ranks_worker.py"))]  # fmt: skip
+               str(Path(__file__).with_name("ranks_worker.py")), *arguments]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert all(f"rank {rank} of 2: done" in done.stdout for rank in range(2))
 
