@@ -22,7 +22,7 @@ TYPES |= dict.fromkeys("stored_scales codes scales window main index pages slots
 TYPES |= dict.fromkeys("head_factor factor eps scale".split(), "fp32")
 CSA = dict(RATIO=4, PICKED=512, WINDOW=128, BLOCKS=blocks, KEYS=64, TARGET=made_for)
 HCA = CSA | dict(RATIO=128, PICKED=0)
-ATTEND = dict(RING=131, SCALES=8, HEADS=heads, CUT=1)
+ATTEND = dict(RING=131, SCALES=8, HEADS=heads, CUT=1, NORM=True)
 WRITE = dict(LATENT=latent, PADDED=latent, WIDTH=width, ROPE=64, RING=131, SCALES=8, PAGE=128, SLOTS=8, HEADS=heads,
              HEADS_PADDED=heads, ROUNDS=index.bit_length() - 1, TARGET=made_for)
 SELECT = dict(RATIO=4, TOPK=128, GROUP=16, CHUNK=1024, GROUPS=1024, TARGET=made_for)

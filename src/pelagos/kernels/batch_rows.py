@@ -56,6 +56,19 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
+class Mixing(NamedTuple):
+    """What a site of T tokens leaves to the launch behind it, which writes `post` and `comb`."""
+
+    parts: Tensor  # (T, 40, D / 128) float32 sums of the site's logits and Gram matrix
+    base: Tensor  # (24,) float32
+    scale: Tensor  # (3,) float32
+    post: Tensor  # (T, 4) float32
+    comb: Tensor  # (T, 4, 4) float32
+    iters: int
+    eps: float
+    norm_eps: float
+
+
 class Routed(NamedTuple):
     """What `router.route` finds for T tokens, and what the Triton experts take from it."""
 

@@ -21,6 +21,7 @@ WIDTHS = (128, 512)  # of a head
 def attend(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
     picks: Tensor | None, turn: Tensor, most: int, *, whole: bool = True, arrived: Tensor | None = None,
+    norm_eps: float | None = None,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what the rows attend, turned back: (T, H * C) bfloat16, as the release hands it to wo_a.
 
@@ -29,8 +30,10 @@ def attend(
     (H,) float32 joins the denominator; turn (T, 2, rope/2) float32 holds cos and sin at the rows' positions. A row's
     bits depend on its own sequence alone: not on the other rows, `most`, pages or slot, nor on whether `picks` names
     all that it sees. Cached values are below 65,504, as float16 has it. Unless `whole`, the result is in halves on
-    CUDA; there `arrived` (4096,) int32 zeros, left so, spares it a launch. Raises ConfigError for other shapes.
-    Source: technical report 2.3.3; inference/kernel.py sparse_attn.
+    CUDA; there `arrived` (4096,) int32 zeros, left so, spares it a launch, and with `norm_eps` q is what wq_b gives,
+    not
+    yet normed and turned, rows as far apart as they may be. Raises ConfigError for other shapes. Source: technical
+    report 2.3.3; inference/kernel.py sparse_attn.
     """
     config, place = layout.config, layout.layers[layer]
     tokens, heads, width = q.shape
@@ -40,7 +43,7 @@ def attend(
             f"expected one of {WIDTHS}, 64 and released"
         )
     contract("decode_attention", {
-        "q": (q, (tokens, heads, config.head_dim), torch.bfloat16), "sink": (sink, (heads,)),
+        "q": (q[:1], (min(tokens, 1), heads, config.head_dim), torch.bfloat16), "sink": (sink, (heads,)),
         "turn": (turn, (tokens, 2, 32)), "positions": (rows.positions, (tokens,)),
         "picks": (picks, (tokens, 0 if picks is None else picks.shape[-1]), torch.int32),
     })  # fmt: skip
@@ -51,5 +54,5 @@ def attend(
     check_pools(rows, layout, pages, slots)
     if arrived is None:
         arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=q.device)
-    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole, arrived)
+    inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole, arrived, norm_eps)
     return select("decode_attention", q).forward(*inputs)

@@ -44,13 +44,15 @@ def mixture(
 def site(
     codes: Tensor, scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: Tensor,
     shared2_scales: Tensor, limit: float, place: Tensor | None = None, left: bool = False,
+    arrived: Tensor | None = None,
 ) -> Tensor | Parts:  # fmt: skip
     """Return routed and shared experts' sum (T, D) bfloat16 for tokens that `router.route` has routed.
 
     shared2 (D, F) E4M3 with shared2_scales (D/128, F/128); the rest as `mixture`. The routed experts' sum is float32,
     in the order of the picks; the shared expert's bfloat16 output joins it last. With `place` (E,) int64 the routed
     weights are (1, ...) and an expert's lie so many bytes, a multiple of 256, behind them. With `left` it stays in
-    parts on CUDA, for a site to add up. Raises ConfigError for other shapes.
+    parts on CUDA, for a site to add up. `arrived` (4096,) int32 zeros spares a launch of one token. Raises ConfigError
+    for other shapes.
     """
     width, inner = codes.shape[1], w2.shape[2] * 2
     contract("fp4_experts", {
@@ -64,7 +66,7 @@ def site(
     from pelagos.kernels.triton import fp4_experts as kernel
 
     out = None if left else torch.empty_like(routed.planes)
-    parts = kernel.site(routed, w13, s13, w2, s2, (shared2, shared2_scales), limit, place, out)
+    parts = kernel.site(routed, w13, s13, w2, s2, (shared2, shared2_scales), limit, place, out, arrived)
     return parts if out is None else out
 
 

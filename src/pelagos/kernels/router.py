@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
-from pelagos.kernels.batch_rows import Routed
+from pelagos.kernels.batch_rows import Mixing, Routed
 from pelagos.kernels.ref import router as ref
 from pelagos.kernels.skinny_gemm import BLOCK, MAX_ROWS, TALL
 
@@ -20,13 +20,15 @@ from pelagos.kernels.skinny_gemm import BLOCK, MAX_ROWS, TALL
 def route(
     x: Tensor, codes: Tensor, scales: Tensor, gate: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor,
     shared13: Tensor, shared13_scales: Tensor, arrived: Tensor, *, experts: int, picks: int, scaling: float,
+    left: Mixing | None = None,
 ) -> Routed:  # fmt: skip
     """Route T <= 64 tokens.
 
     x (T, D) bfloat16, codes (T, D) E4M3 and scales (T, D/128) UE8M0 its quantised copy; gate (E', D) bfloat16, rows
     beyond `experts` are padding; bias (E,) float32 for the choice alone, or table (V, K) int64 of the experts of each
     token id, then ids (T,) int32; shared13 (2F, D) E4M3, w1 over w3, with its scales (2F/128, D/128). `arrived` (4096,)
-    int32 zeros. A tie goes to the lower expert. Raises ConfigError for other shapes. Source: inference/model.py Gate.
+    int32 zeros. A tie goes to the lower expert. What a site has
+    `left` is finished beside. Raises ConfigError for other shapes. Source: inference/model.py Gate.
     """
     rows, depth = x.shape
     if not 1 <= rows <= MAX_ROWS or depth % BLOCK or gate.shape[0] % TALL or not picks <= experts <= gate.shape[0]:
@@ -46,7 +48,7 @@ def route(
         return ref.forward(*inputs, **options)
     from pelagos.kernels.triton import router as kernel
 
-    return kernel.forward(*inputs, arrived, **options)
+    return kernel.forward(*inputs, arrived, **options, left=left)
 
 
 def joined(parts: Sequence[Routed], experts: int) -> Routed:

@@ -19,14 +19,16 @@ BLOCK = 128
 def site(
     y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
     base: Tensor, scale: Tensor, norm: Tensor, *, iters: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6,
+    leave: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) of one site.
 
     y (T, D) bfloat16 is the previous site's output, in parts or whole, None at the first; streams (T, 4, D) bfloat16;
     old_post (T, 4) and old_comb (T, 4, 4) float32 are the previous site's. fn (24, 4D), base (24,), scale (3,) float32,
     norm (D,). Results: streams (T, 4, D), post (T, 4), comb (T, 4, 4), normed (T, D) bfloat16 and its E4M3 codes (T, D)
-    and UE8M0 scales (T, D/128) as uint8. Raises ConfigError for other shapes. Source: technical report 2.2;
-    inference/model.py Block.hc_pre, hc_post.
+    and UE8M0 scales (T, D/128) as uint8. With `leave` there is one more: None, or `Mixing`, by which the next launch
+    has to write post and comb. Raises ConfigError for other shapes. Source: technical report 2.2; inference/model.py
+    Block.hc_pre, hc_post.
     """
     tokens, count, width = streams.shape
     if count != 4 or width % BLOCK or streams.dtype != torch.bfloat16 or not streams.is_contiguous():
@@ -43,7 +45,8 @@ def site(
     inputs = (y, streams, old_post, old_comb, fn, base, scale, norm)
     if not streams.is_cuda:
         y = y.whole() if isinstance(y, Parts) else y
-        return ref.forward(y, *inputs[1:], iters=iters, eps=eps, norm_eps=norm_eps)
+        results = ref.forward(y, *inputs[1:], iters=iters, eps=eps, norm_eps=norm_eps)
+        return (*results, None) if leave else results
     from pelagos.kernels.triton import site as kernel
 
-    return kernel.forward(*inputs, iters=iters, eps=eps, norm_eps=norm_eps)
+    return kernel.forward(*inputs, iters=iters, eps=eps, norm_eps=norm_eps, leave=leave)

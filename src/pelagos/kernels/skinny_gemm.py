@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pelagos import numerics
 from pelagos.errors import ConfigError
-from pelagos.kernels.batch_rows import Halves, Parts
+from pelagos.kernels.batch_rows import Halves, Mixing, Parts
 from pelagos.kernels.dispatch import contract
+from pelagos.kernels.ref import cache_write as cache_ref
 from pelagos.kernels.ref import skinny_gemm as ref
 
 BLOCK = 128
@@ -88,13 +89,15 @@ def _check(
 
 def merged(
     codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
-    wide_weight: Tensor, arrived: Tensor,
-) -> Tensor:  # fmt: skip
+    wide_weight: Tensor, arrived: Tensor, left: Mixing | None = None, cache: tuple | None = None,
+):  # fmt: skip
     """Return the products (T, O + O') float32 of rows with FP8 weights and, behind them, with bfloat16 ones.
 
     x (T, I) bfloat16 meets wide_weight (O', I) bfloat16; its FP8 copy `codes` with `scales` meets weight (O, I) with
     `weight_scales`, all four None where there is no such weight; the rest as `product`, O and O' multiples of 64.
-    Raises ConfigError for other shapes.
+    What a site has `left` is finished beside. With `cache`, the operands of `cache_write` but the first, its results
+    are
+    returned instead, from the same launch. Raises ConfigError for other shapes.
     """
     (rows, depth), outputs = x.shape, 0 if weight is None else weight.shape[0]
     if not 1 <= rows <= MAX_ROWS:
@@ -107,7 +110,8 @@ def merged(
     if weight is not None and (codes is None or tuple(codes.shape) != (rows, depth)):
         raise ConfigError(f"skinny_gemm: codes for x {tuple(x.shape)} have another shape or are missing")
     if not x.is_cuda:
-        return ref.merged(codes, scales, x, weight, weight_scales, wide_weight)
+        out = ref.merged(codes, scales, x, weight, weight_scales, wide_weight)
+        return out if cache is None else cache_ref.forward(out, *cache)
     from pelagos.kernels.triton import skinny_gemm as kernel
 
-    return kernel.merged(codes, scales, x, weight, weight_scales, wide_weight, arrived)
+    return kernel.merged(codes, scales, x, weight, weight_scales, wide_weight, arrived, left, cache)

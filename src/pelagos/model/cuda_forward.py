@@ -24,7 +24,7 @@ from torch import Tensor
 from pelagos import numerics
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, sampling, skinny_gemm
-from pelagos.kernels.batch_rows import Halves, Parts, Rows
+from pelagos.kernels.batch_rows import Halves, Mixing, Parts, Rows
 from pelagos.kernels.layout import CacheLayout, Drawn, Output, Span
 from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
@@ -34,6 +34,7 @@ from pelagos.model.cuda_prefill import Prefill, prompt_bytes
 from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+KEPT_ROWS = 1  # up to here the merged product writes the cache too
 PROMPT_TOKENS = 8192  # of a call of the prompt kernels; longer ones run in turns, which changes no bit
 _FIELDS = 6  # ids, positions, slots, first, owner, frozen
 _HEAD = (_FIELDS + 2 * sampling.FIELDS) * BUCKETS[-1]  # with the draws, all words of 32 bits
@@ -122,6 +123,7 @@ class CudaForward:
             (config.num_hidden_layers + 1) * most * config.num_experts_per_tok, dtype=torch.int32, pin_memory=self._cuda
         )
         self._routed: tuple[int, int, Tensor] | None = None
+        self._left: Mixing | None = None  # by the site before
 
     @property
     def numeric_path(self) -> str:
@@ -355,7 +357,9 @@ class CudaForward:
     def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config
         options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
-        return site(*state, *weights, **options)
+        found = site(*state, *weights, **options, leave=self.left)
+        self._left = found[6] if self.left else None
+        return found[:6]
 
     def _layer(self, state: _State, index: int, layer: LayerWeights, step: _Step) -> _State:
         streams, post, comb, *x = self._site(state, layer.attn_site)
@@ -370,12 +374,15 @@ class CudaForward:
         c, layout, arrived = self.weights.config, self.layout, self._arrived
         rows, turn = step.rows, step.turns[self._turns[-1 if layer.ratio else 0]]
         entry_turn = step.turns[self._turns[layer.ratio]] if layer.ratio else None
-        projected = skinny_gemm.merged(codes, scales, normed, *layer.first, layer.first_wide, arrived)
         pools = (layout, index, self.pages, self.slots)
-        codes, scales, head_weights = cache_write.cache_write(projected, rows, *pools, layer.cache, turn, entry_turn)
-        product = skinny_gemm.product(codes, scales, *layer.second, arrived)
+        cache, first = (rows, *pools, layer.cache, turn, entry_turn), (*layer.first, layer.first_wide, arrived)
+        if self.left and len(normed) <= KEPT_ROWS:
+            found = skinny_gemm.merged(codes, scales, normed, *first, self._left, cache)
+        else:
+            found = cache_write.cache_write(skinny_gemm.merged(codes, scales, normed, *first, self._left), *cache)
+        codes, scales, head_weights = found
         index_shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
-        q, index_q = query.query(product, turn, c.num_attention_heads, c.head_dim, *index_shape, eps=c.rms_norm_eps)
+        q, index_q, norm_eps = self._queries(codes, scales, layer, turn, index_shape)
         picks, most = None, self.positions // layer.ratio if layer.ratio else 0
         if layer.ratio == CSA_RATIO:
             if step.dense:
@@ -384,8 +391,28 @@ class CudaForward:
                 assert index_q is not None
                 assert head_weights is not None
                 picks = indexer.pick(index_q, head_weights, rows, layout, index, self.pages, self._counts, most)
-        options = {"whole": not self.left, "arrived": arrived}
+        options = {"whole": not self.left, "arrived": arrived, "norm_eps": norm_eps}
         return decode_attention.attend(q, rows, *pools, layer.sink, picks, turn, most, **options)
+
+    def _queries(
+        self, codes: Tensor, scales: Tensor, layer: LayerWeights, turn: Tensor, index_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, float | None]:
+        """Return q (T, H, C), index queries, and the epsilon of the norm that q still lacks."""
+        c = self.weights.config
+        shape = (c.num_attention_heads, c.head_dim)
+        if not self._cuda:
+            product = skinny_gemm.product(codes, scales, *layer.second, self._arrived)
+            return *query.query(product, turn, *shape, *index_shape, eps=c.rms_norm_eps), None
+        from pelagos.kernels.triton import query as kernel
+        from pelagos.kernels.triton.skinny_gemm import queried
+
+        if index_shape[0]:
+            found = queried(codes, scales, *layer.second, turn, *index_shape)
+            if found is not None:
+                return found[0].unflatten(1, shape), found[1], c.rms_norm_eps
+        product = skinny_gemm.product(codes, scales, *layer.second, self._arrived)
+        found = kernel.forward(product, turn, *shape, *index_shape, eps=c.rms_norm_eps, index_only=True)
+        return *found, c.rms_norm_eps
 
     def _output(self, index: int, layer: LayerWeights, attended: Tensor | Halves) -> Tensor | Parts:
         """Return the attention's output (T, D) bfloat16."""
@@ -403,14 +430,16 @@ class CudaForward:
             router.route(
                 x, own_codes, own_scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, self._arrived,
                 experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
+                left=self._left if len(normed) <= skinny_gemm.MAX_ROWS else None,
             )
             for x, own_codes, own_scales, ids in zip(*(x.split(skinny_gemm.MAX_ROWS) for x in inputs), strict=True)
         ]  # fmt: skip
         routed = parts[0] if len(parts) == 1 else router.joined(parts, c.n_routed_experts)
         step.chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
         return fp4_experts.site(
-            codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place, self.left
-        )
+            codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place, self.left,
+            self._arrived,
+        )  # fmt: skip
 
     def _enter(self, embedded: Tensor, bucket: int) -> Tensor:
         """Join next-token embeddings (T, D) with the backbone's streams: (T, n, D)."""

@@ -18,6 +18,7 @@ from pelagos.kernels.triton import formats
 from pelagos.kernels.triton.query import fp4, normed, rotated, rotation, turned
 
 SLOTS = 8  # pooled at once
+WARPS = 4  # as the merged product has, which may do the same: sums depend on it
 
 
 @triton.jit
@@ -63,13 +64,14 @@ def _append(
 def _pooled(
     source, stride, row, ape, kv_ring, score_ring, position, first,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr, SLOTS: tl.constexpr,
+    STAGES: tl.constexpr = 3,
 ):  # fmt: skip
     """(1, WIDTH): the window that ends at `position`, slots weighted by a softmax a channel."""
     count: tl.constexpr = RATIO * (SPAN // WIDTH)
     lane = tl.arange(0, WIDTH)[None, :]
     top = tl.full((1, WIDTH), -1e30, tl.float32)
     total, out = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
-    for low in tl.range(0, count, SLOTS, num_stages=3 if count > SLOTS else 1):
+    for low in tl.range(0, count, SLOTS, num_stages=STAGES if count > SLOTS else 1):
         slot = low + tl.arange(0, SLOTS)
         at = position - (count - 1) + slot
         new, real = at >= first, (at >= 0)[:, None]
@@ -90,8 +92,9 @@ def _pooled(
     return out / total
 
 
-@triton.jit(do_not_specialize=["table_stride"])
-def _kernel(
+@triton.jit
+def keep(
+    kind, row,
     projected, stride, positions, places, firsts, owners, table, frozens, table_stride,
     q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes,
     ape, norm, kv_ring, score_ring, main, main_scale,
@@ -100,11 +103,9 @@ def _kernel(
     LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
     SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
     SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
-    TARGET: tl.constexpr,
+    TARGET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    formats.let_next_start(TARGET)
-    formats.wait_for_inputs(TARGET)
-    kind, row = tl.program_id(0), tl.program_id(1)
+    """Write what a row leaves of one kind."""
     position = tl.load(positions + row)
     slot = tl.load(places + row).to(tl.int64) * slot_bytes
     own = projected + row.to(tl.int64) * stride
@@ -144,7 +145,7 @@ def _kernel(
                 _append(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, SPAN, RATIO, TAIL)
                 if writes:
                     x = _pooled(source, stride, row, ape, kv_ring + slot, score_ring + slot, position, first,
-                                WIDTH, SPAN, RATIO, TAIL, SLOTS)  # fmt: skip
+                                WIDTH, SPAN, RATIO, TAIL, SLOTS, STAGES)  # fmt: skip
                     x = normed(formats.rounded(x, TARGET), tl.load(norm + lane).to(tl.float32), eps, WIDTH, TARGET)
                     _store_main(turned(x, entry_turn + row * ROPE, ROPE, TARGET), main + page + inner * (WIDTH + 64),
                                 main + page + main_scale + inner * SCALES, ROPE, SCALES)  # fmt: skip
@@ -154,12 +155,36 @@ def _kernel(
                         2 * INDEX, RATIO, TAIL)  # fmt: skip
                 if writes:
                     x = _pooled(source, stride, row, index_ape, index_kv_ring + slot, index_score_ring + slot, position,
-                                first, INDEX, 2 * INDEX, RATIO, TAIL, SLOTS)  # fmt: skip
+                                first, INDEX, 2 * INDEX, RATIO, TAIL, SLOTS, STAGES)  # fmt: skip
                     weight = tl.load(index_norm + tl.arange(0, INDEX)).to(tl.float32)
                     x = normed(formats.rounded(x, TARGET), weight, eps, INDEX, TARGET)
                     x = rotated(turned(x, entry_turn + row * ROPE, ROPE, TARGET), ROUNDS, factor, TARGET)
                     scale = index + page + index_scale + inner * (INDEX // 32)
                     _store_index(x, index + page + inner * (INDEX // 2), scale)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _kernel(
+    projected, stride, positions, places, firsts, owners, table, frozens, table_stride,
+    q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes,
+    ape, norm, kv_ring, score_ring, main, main_scale,
+    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes,
+    entry_turn, head_weights, head_factor, factor, eps,
+    LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
+    SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
+    SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    formats.let_next_start(TARGET)
+    formats.wait_for_inputs(TARGET)
+    keep(
+        tl.program_id(0), tl.program_id(1), projected, stride, positions, places, firsts, owners, table, frozens,
+        table_stride, q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes, ape, norm, kv_ring,
+        score_ring, main, main_scale, index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale,
+        page_bytes, entry_turn, head_weights, head_factor, factor, eps,
+        LATENT, PADDED, WIDTH, ROPE, RING, SCALES, RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS, HEADS_PADDED, ROUNDS,
+        TARGET, 3,
+    )  # fmt: skip
 
 
 def _bytes(pool: Tensor, section: Section | None) -> tuple[Tensor, int]:
@@ -173,29 +198,49 @@ def _rings(slots: Tensor, tail: Tail | None) -> tuple[Tensor, Tensor]:
     return (found, found) if tail is None else (found[tail.kv.offset // 4 :], found[tail.score.offset // 4 :])
 
 
+def operands(
+    projected: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor,
+    weights: CacheWeights, turn: Tensor, entry_turn: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor | float, ...], dict[str, int]]:  # fmt: skip
+    """Return the results to be written, and the operands and constants of `keep`."""
+    config, place = layout.config, layout.layers[layer]
+    tokens, latent, width, index = len(rows.positions), config.q_lora_rank, config.head_dim, 0
+    new, none, heads = projected.new_empty, turn, config.index_n_heads
+    codes, scales = (new((tokens, latent // size), dtype=torch.uint8) for size in (1, 128))
+    head_weights, main, span = none, (pages, 0), 0
+    index_part, tail = main, 1
+    if place.main is not None and place.main_tail is not None:
+        main = pages.view(-1)[place.main.offset :], place.main.part(1) - place.main.offset
+        span, tail = place.main_tail.kv.width, place.main_tail.kv.rows
+    if place.index is not None:
+        index_part = pages.view(-1)[place.index.offset :], place.index.part(1) - place.index.offset
+        index, head_weights = config.index_head_dim, new((tokens, heads))
+    extra = [none if each is None else each for each in weights[2:]]
+    values = (
+        projected, projected.stride(0), rows.positions, rows.slots, rows.first, rows.owner, rows.table, rows.frozen,
+        rows.table.shape[1], weights.q_norm, weights.kv_norm, turn, codes, scales,
+        slots.view(-1)[place.window.offset :], place.window.part(1) - place.window.offset, layout.slot_bytes,
+        *extra[:2], *_rings(slots, place.main_tail), *main, *extra[2:], *_rings(slots, place.index_tail), *index_part,
+        layout.page_bytes, none if entry_turn is None else entry_turn, head_weights,
+        config.index_head_dim**-0.5 * heads**-0.5, rotation(max(index, 1))["factor"], config.rms_norm_eps,
+    )  # fmt: skip
+    constants = {
+        "LATENT": latent, "PADDED": triton.next_power_of_2(latent), "WIDTH": width, "ROPE": config.qk_rope_head_dim,
+        "RING": place.window.rows, "SCALES": place.window.parts[1], "RATIO": place.ratio, "SPAN": span, "TAIL": tail,
+        "PAGE": layout.page_tokens, "SLOTS": SLOTS, "INDEX": index, "HEADS": heads,
+        "HEADS_PADDED": triton.next_power_of_2(heads), "ROUNDS": rotation(max(index, 1))["ROUNDS"],
+    }  # fmt: skip
+    return (codes, scales, None if place.index is None else head_weights), values, constants
+
+
 def forward(
     projected: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor,
     weights: CacheWeights, turn: Tensor, entry_turn: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Write what rows leave and return (codes, scales, head_weights) as `kernels.cache_write.cache_write` does."""
-    config, place = layout.config, layout.layers[layer]
-    tokens, latent, width, ends = len(rows.positions), config.q_lora_rank, config.head_dim, place.main_tail
-    new, made_for, none, heads = projected.new_empty, formats.target(), turn, config.index_n_heads
-    codes, scales = (new((tokens, latent // size), dtype=torch.uint8) for size in (1, 128))
-    span, tail = (0, 1) if ends is None else (ends.kv.width, ends.kv.rows)
-    index, head_weights = (0, None) if place.index is None else (config.index_head_dim, new((tokens, heads)))
-    extra = [none if each is None else each for each in weights[2:]]
-    _kernel[(len(widths(config, place.ratio)) // 2 + 1, tokens)](
-        projected, projected.stride(0), rows.positions, rows.slots, rows.first, rows.owner, rows.table, rows.frozen,
-        rows.table.shape[1], weights.q_norm, weights.kv_norm, turn, codes, scales,
-        *_bytes(slots, place.window), layout.slot_bytes, *extra[:2], *_rings(slots, ends), *_bytes(pages, place.main),
-        *extra[2:], *_rings(slots, place.index_tail), *_bytes(pages, place.index), layout.page_bytes,
-        none if entry_turn is None else entry_turn, none if head_weights is None else head_weights,
-        config.index_head_dim**-0.5 * heads**-0.5, eps=config.rms_norm_eps, **rotation(max(index, 1)),
-        LATENT=latent, PADDED=triton.next_power_of_2(latent), WIDTH=width, ROPE=config.qk_rope_head_dim,
-        RING=place.window.rows, SCALES=place.window.parts[1], RATIO=place.ratio, SPAN=span, TAIL=tail,
-        PAGE=layout.page_tokens, SLOTS=SLOTS, INDEX=index, HEADS=heads,
-        HEADS_PADDED=triton.next_power_of_2(heads), TARGET=made_for,
-        **formats.launch(made_for, num_warps=8, enable_fp_fusion=False),
-    )  # fmt: skip
-    return codes, scales, head_weights
+    results, values, constants = operands(projected, rows, layout, layer, pages, slots, weights, turn, entry_turn)
+    made_for, kinds = formats.target(), len(widths(layout.config, layout.layers[layer].ratio)) // 2 + 1
+    _kernel[(kinds, len(rows.positions))](
+        *values, **constants, TARGET=made_for, **formats.launch(made_for, num_warps=WARPS, enable_fp_fusion=False)
+    )
+    return results

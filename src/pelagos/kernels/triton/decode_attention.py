@@ -19,6 +19,7 @@ from torch import Tensor
 from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.layout import CacheLayout, Section
 from pelagos.kernels.triton import formats
+from pelagos.kernels.triton.query import turned
 
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
@@ -159,6 +160,19 @@ def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARG
 
 
 @triton.jit
+def _normed(blocks, eps, turn, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
+    """Heads (HEADS, 128) a block of columns over their root mean square, the last 64 columns turned; float32."""
+    wide = [each.to(tl.float32) for each in blocks]
+    square = tl.sum(wide[0] * wide[0], 1)
+    for b in tl.static_range(1, BLOCKS):
+        square += tl.sum(wide[b] * wide[b], 1)
+    root = tl.rsqrt(square / (BLOCKS * 128) + eps)[:, None]
+    wide = [formats.rounded(each * root, TARGET) for each in wide]
+    last = turned(wide[BLOCKS - 1], turn, 64, TARGET)
+    return [last if b == BLOCKS - 1 else wide[b] for b in (0, 1, 2, 3)[:BLOCKS]]
+
+
+@triton.jit
 def _finish(top, total, sink):
     """What to multiply a folded total by: the sink joins the denominator."""
     most = tl.maximum(top, sink)
@@ -166,13 +180,13 @@ def _finish(top, total, sink):
     return keep / (total * keep + tl.exp2(sink - most))
 
 
-@triton.jit(do_not_specialize=["heads", "parts", "most", "table_stride"])
+@triton.jit(do_not_specialize=["heads", "parts", "most", "table_stride", "q_blocks"])
 def _attend_kernel(
     q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, stored_scales, partial, tops,
-    heads, parts, most, table_stride, slot_bytes, page_bytes, window_scale, entry_scale, scale,
+    heads, parts, most, table_stride, q_blocks, eps, slot_bytes, page_bytes, window_scale, entry_scale, scale,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PER_PAGE: tl.constexpr,
     SCALES: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
-    DONE: tl.constexpr, CUT: tl.constexpr, TARGET: tl.constexpr,
+    DONE: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Fold EACH chunks for HEADS heads of a row; with DONE these are all it has and the result is stored.
 
@@ -194,8 +208,11 @@ def _attend_kernel(
     if DONE or begin < end:
         width: tl.constexpr = BLOCKS * 128
         row_bytes: tl.constexpr = width + 64
-        own = q + (row * heads + head)[:, None] * width + lane[None, :]
-        queries = [tl.load(own + b * 128, mask=real[:, None], other=0.0).to(tl.float16) for b in (0, 1, 2, 3)[:BLOCKS]]
+        own = q + row.to(tl.int64) * q_blocks * 128 + head[:, None] * width + lane[None, :]
+        queries = [tl.load(own + b * 128, mask=real[:, None], other=0.0) for b in (0, 1, 2, 3)[:BLOCKS]]
+        if NORM:
+            queries = _normed(queries, eps, turn + row * 64, BLOCKS, TARGET)
+        queries = [each.to(tl.float16) for each in queries]
         acc = [tl.zeros((HEADS, 128), tl.float32)] * (1 if CUT == 4 else BLOCKS)
         top = tl.full((HEADS,), NOTHING, tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
@@ -334,6 +351,7 @@ def _combine_kernel(
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
     picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor,
+    norm_eps: float | None = None,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
@@ -357,9 +375,10 @@ def forward(
     _attend_kernel[(parts, tiles * cut, tokens)](
         q, pages.view(-1)[main.offset :], slots.view(-1)[window.offset :], rows.table, q if picks is None else picks,
         rows.positions, rows.owner, rows.slots, sink, turn, stored, scales, partial, tops,
-        heads, parts, most, rows.table.shape[1], layout.slot_bytes, layout.page_bytes,
-        window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
-        RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, CUT=cut, **constants,
+        heads, parts, most, rows.table.shape[1], q.stride(0) // 128, norm_eps or 0.0, layout.slot_bytes,
+        layout.page_bytes, window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
+        RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, CUT=cut,
+        NORM=norm_eps is not None, **constants,
         **formats.launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:

@@ -92,9 +92,49 @@ def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: 
 
 
 @triton.jit
+def _gated(gate, up, limit):
+    """silu of the gate, clamped from above, times the clamped up."""
+    gate = tl.minimum(gate, limit)
+    return gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
+
+
+@triton.jit
+def _hidden_block(
+    partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, pick, block,
+    INNER: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product.
+
+    Rows beyond the picks are the shared expert's: bfloat16 in between as released, FP8 codes for the next product.
+    """
+    lane = tl.arange(0, 128)
+    column = block * 128 + lane
+    if pick < picks:
+        gate = tl.load(partial + pick * (2 * INNER) + column)
+        up = tl.load(partial + pick * (2 * INNER) + INNER + column)
+        for part in tl.static_range(1, PARTS):
+            gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
+            up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
+        value = _gated(gate, up, limit) * tl.load(weights + pick)
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        value = formats.quantise_block(value, exponent) * formats.power_of_two(exponent)
+        place = lane % 2 * (INNER // 2) + block * 64 + _place(lane // 2)
+        tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
+    else:
+        row = pick - picks
+        gate = tl.load(shared + row * (2 * INNER) + column).to(tl.bfloat16).to(tl.float32)
+        up = tl.load(shared + row * (2 * INNER) + INNER + column).to(tl.bfloat16).to(tl.float32)
+        value = _gated(gate, up, limit).to(tl.bfloat16).to(tl.float32)
+        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
+        tl.store(shared_codes + row * INNER + column, formats.e4m3_block(value, exponent))
+        tl.store(shared_scales + row * (INNER // 128) + block, exponent.to(tl.uint8))
+
+
+@triton.jit
 def _product_kernel(
     x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks,
     shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
+    weights, hidden, shared, arrived, limit, HIDDEN: tl.constexpr,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
     SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
@@ -102,7 +142,8 @@ def _product_kernel(
     """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x.
 
     SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first slots are the shared expert's, FP8_PARTS
-    for every WIDE tokens.
+    for every WIDE tokens. HIDDEN, of single tokens: whoever comes last of the gates and ups of 128 hidden columns makes
+    these; the last slot is the shared expert's.
     """
     slot, part = tl.program_id(2) - (tokens + WIDE - 1) // WIDE * FP8_PARTS, tl.program_id(1)
     formats.let_next_start(TARGET)
@@ -119,6 +160,10 @@ def _product_kernel(
             )  # fmt: skip
             place = (cut * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
             tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
+    elif HIDDEN and slot >= picks:
+        if (part == 0) & (tl.program_id(0) < OUTPUTS // 256):
+            _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, slot,
+                          tl.program_id(0), OUTPUTS // 2, PARTS)  # fmt: skip
     else:
         at = tl.arange(0, 16)
         # Loaded together: each would cost a round trip before the weights can be asked for.
@@ -154,13 +199,16 @@ def _product_kernel(
             first += 16
             if not SINGLE:
                 pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
-
-
-@triton.jit
-def _gated(gate, up, limit):
-    """silu of the gate, clamped from above, times the clamped up."""
-    gate = tl.minimum(gate, limit)
-    return gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
+        if HIDDEN:
+            inner: tl.constexpr = OUTPUTS // 2
+            column = tl.program_id(0) * ROWS % inner // 128
+            counter = arrived + slot * (inner // 128) + column
+            tl.debug_barrier()
+            if tl.atomic_add(counter, 1, sem="acq_rel") == 2 * (128 // ROWS) * PARTS - 1:
+                tl.debug_barrier()
+                _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, slot, column,
+                              inner, PARTS)  # fmt: skip
+                tl.store(counter, 0)
 
 
 @triton.jit
@@ -168,35 +216,10 @@ def _hidden_kernel(
     partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks,
     INNER: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product.
-
-    Rows beyond the picks are the shared expert's: bfloat16 in between as released, FP8 codes for the next product.
-    """
     formats.let_next_start(TARGET)
     formats.wait_for_inputs(TARGET)
-    pick = tl.program_id(0)
-    lane = tl.arange(0, 128)
-    block = tl.program_id(1)
-    column = block * 128 + lane
-    if pick < picks:
-        gate = tl.load(partial + pick * (2 * INNER) + column)
-        up = tl.load(partial + pick * (2 * INNER) + INNER + column)
-        for part in tl.static_range(1, PARTS):
-            gate += tl.load(partial + (part * picks + pick) * (2 * INNER) + column)
-            up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
-        value = _gated(gate, up, limit) * tl.load(weights + pick)
-        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
-        value = formats.quantise_block(value, exponent) * formats.power_of_two(exponent)
-        place = lane % 2 * (INNER // 2) + block * 64 + _place(lane // 2)
-        tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
-    else:
-        row = pick - picks
-        gate = tl.load(shared + row * (2 * INNER) + column).to(tl.bfloat16).to(tl.float32)
-        up = tl.load(shared + row * (2 * INNER) + INNER + column).to(tl.bfloat16).to(tl.float32)
-        value = _gated(gate, up, limit).to(tl.bfloat16).to(tl.float32)
-        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
-        tl.store(shared_codes + row * INNER + column, formats.e4m3_block(value, exponent))
-        tl.store(shared_scales + row * (INNER // 128) + block, exponent.to(tl.uint8))
+    _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, tl.program_id(0),
+                  tl.program_id(1), INNER, PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -262,7 +285,7 @@ def forward(
 
 def site(
     routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: tuple[Tensor, Tensor] | None,
-    limit: float, place: Tensor | None, out: Tensor | None,
+    limit: float, place: Tensor | None, out: Tensor | None, arrived: Tensor | None = None,
 ) -> Parts:  # fmt: skip
     """Put the sum into `out` (T, D) or leave its parts; operands as in `kernels.fp4_experts.site`."""
     chosen, planes, lists = routed.chosen, routed.planes, routed.lists
@@ -284,21 +307,26 @@ def site(
         codes = new((tokens, inner), dtype=torch.uint8)
         scales = new((tokens, inner // BLOCK), dtype=torch.uint8)
         shared_down = new((fp8_parts, tokens, width), dtype=torch.float32)
+    fused = arrived is not None and single and picks * inner // 128 <= arrived.numel()
     lent = (as_operand(codes), scales, as_operand(weight), weight_scales, shared_down, tokens)
+    # The codes are written by the first product where it makes the hidden columns, and read by the second.
+    first_lent = (codes, *lent[1:], routed.weights, hidden, routed.shared, up if arrived is None else arrived, limit)
+    lent += (up, up, up, up, limit)
     shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": min(MOST, wide_of(tokens)), "TARGET": made_for}
     shape["PLACED"], homes = place is not None, chosen if place is None else place
     options = formats.launch(made_for, num_stages=STAGES)
-    _product_kernel[(2 * inner // ROWS, first["PARTS"], slots)](
-        planes, *lists, w13, s13, homes, up, tokens, picks, *lent,
-        SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
+    _product_kernel[(2 * inner // ROWS, first["PARTS"], slots + (fused and fp8_parts > 0))](
+        planes, *lists, w13, s13, homes, up, tokens, picks, *first_lent,
+        HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
-    _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
-        up, routed.weights, hidden, routed.shared, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"],
-        TARGET=made_for, **formats.launch(made_for, num_warps=1),
-    )  # fmt: skip
+    if not fused:
+        _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
+            up, routed.weights, hidden, routed.shared, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"],
+            TARGET=made_for, **formats.launch(made_for, num_warps=1),
+        )  # fmt: skip
     _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
         hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
-        SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
+        HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
     if out is not None:
         _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](

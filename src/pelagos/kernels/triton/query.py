@@ -98,17 +98,22 @@ def rotation(width: int) -> dict[str, int | float]:
 
 
 def forward(
-    product: Tensor, turn: Tensor, heads: int, width: int, index_heads: int, index_width: int, *, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return (q, index_q) as `kernels.query.query` does."""
+    product: Tensor, turn: Tensor, heads: int, width: int, index_heads: int, index_width: int, *, eps: float,
+    index_only: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return (q, index_q) as `kernels.query.query` does, or with `index_only` q as it came."""
     tokens, columns = product.shape
-    q = product.new_empty((tokens, heads, width))
+    if index_only:
+        q, parts = product[:, : heads * width].unflatten(1, (heads, width)), 0
+    else:
+        q, parts = product.new_empty((tokens, heads, width)), triton.cdiv(heads, ROWS)
     index_q = product.new_empty((tokens, index_heads, index_width)) if index_heads else q
-    parts, made_for = triton.cdiv(heads, ROWS), target()
-    _kernel[(parts + triton.cdiv(index_heads, INDEX_ROWS), tokens)](
-        product, turn, q, index_q, heads, columns, index_heads, parts, eps,
-        WIDTH=width, ROPE=2 * turn.shape[2], ROWS=ROWS, INDEX_WIDTH=index_width, INDEX_ROWS=INDEX_ROWS,
-        TARGET=made_for, **rotation(max(index_width, 1)),
-        **launch(made_for, num_warps=4, enable_fp_fusion=False),
-    )  # fmt: skip
+    made_for = target()
+    if parts or index_heads:
+        _kernel[(parts + triton.cdiv(index_heads, INDEX_ROWS), tokens)](
+            product, turn, q, index_q, heads, columns, index_heads, parts, eps,
+            WIDTH=width, ROPE=2 * turn.shape[2], ROWS=ROWS, INDEX_WIDTH=index_width, INDEX_ROWS=INDEX_ROWS,
+            TARGET=made_for, **rotation(max(index_width, 1)),
+            **launch(made_for, num_warps=4, enable_fp_fusion=False),
+        )  # fmt: skip
     return q, index_q if index_heads else None

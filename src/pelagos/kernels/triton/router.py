@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.batch_rows import Routed
+from pelagos.kernels.batch_rows import Mixing, Routed
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
 from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, plane_block
+from pelagos.kernels.triton.site import mixing, owed
 from pelagos.kernels.triton.skinny_gemm import (
     as_operand,
     bf16_tile,
@@ -78,6 +79,7 @@ def _choose(
 def _route_kernel(
     x, codes, pairs, scales, gate, bias, table, ids, shared, shared_scales, out, planes, partial, shared_partial,
     arrived, chosen, weights, rows, experts, outputs, scaling,
+    mix_parts, mix_base, mix_scale, post, comb, eps, norm_eps, ITERS: tl.constexpr, SUMS: tl.constexpr,
     DEPTH: tl.constexpr, GATE_PARTS: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     PICKS: tl.constexpr, BY_TABLE: tl.constexpr, CHOOSE: tl.constexpr, CUT: tl.constexpr, COLUMNS: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
@@ -114,9 +116,14 @@ def _route_kernel(
         let_next_start(TARGET)
         place = row[None, :] * outputs + (tile * TALL + tall)[:, None]
         store_parts(total, out, shared_partial, arrived + 1 + tile, place, live[None, :], rows * outputs, part, PARTS)
-    else:
+    elif at < gates + shares + rows * CUT:
         block = at - gates - shares
         plane_block(pairs, scales, planes, block // CUT, block % CUT, DEPTH, COLUMNS)
+    elif ITERS > 0:
+        let_next_start(TARGET)
+        token = at - gates - shares - rows * CUT + tl.arange(0, 1)
+        mixing(mix_parts, mix_base, mix_scale, post, comb, token, token < rows, eps, norm_eps, ITERS, DEPTH,
+               DEPTH // 128, SUMS, TARGET)  # fmt: skip
 
 
 @triton.jit
@@ -133,6 +140,7 @@ def _choose_kernel(
 def forward(
     x: Tensor, codes: Tensor, scales: Tensor, gate: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor,
     shared13: Tensor, shared13_scales: Tensor, arrived: Tensor, *, experts: int, picks: int, scaling: float,
+    left: Mixing | None = None,
 ) -> Routed:  # fmt: skip
     """Return `kernels.router.route`'s result with planes and lists."""
     (rows, depth), outputs, made_for = x.shape, shared13.shape[0], target()
@@ -147,17 +155,19 @@ def forward(
     by_table = table is not None
     lookup = (arrived if bias is None else bias, arrived if table is None else table, ids, chosen, weights)
     common = {"PICKS": picks, "BY_TABLE": by_table, "TARGET": made_for}
-    grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * columns
+    mix, constants = owed(left, x)
+    grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * (columns + (left is not None))
     _route_kernel[(grid,)](
         x, as_operand(codes), codes.view(torch.int16), scales, gate, *lookup[:3], as_operand(shared13), shared13_scales,
         shared, planes, partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
-        DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded, CHOOSE=rows == 1,
-        CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide_of(rows), **common, **launch(made_for, num_stages=STAGES),
+        *mix, **constants, DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded,
+        CHOOSE=rows == 1, CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide_of(rows), **common,
+        **launch(made_for, num_stages=STAGES, enable_fp_fusion=False),
     )  # fmt: skip
     if rows == 1:
         return Routed(chosen, weights, shared, planes)
     _choose_kernel[(rows,)](
         partial, *lookup, rows, experts, scaling, PARTS=gate_parts, EXPERTS=padded, **common,
-        **launch(made_for, num_warps=1),
+        **launch(made_for, num_warps=1, enable_fp_fusion=False),
     )  # fmt: skip
     return Routed(chosen, weights, shared, planes, list_rows(chosen, experts)[0])

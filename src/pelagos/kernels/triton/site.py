@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelagos.kernels.batch_rows import Parts
+from pelagos.kernels.batch_rows import Mixing, Parts
 from pelagos.kernels.triton import formats
 
 BLOCK = 128  # channels a part, and of an activation scale
@@ -164,7 +164,7 @@ def _first_row(
 
 
 @triton.jit
-def _mixing(
+def mixing(
     parts, base, scale, post, comb, token, live, eps, norm_eps,
     ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -289,16 +289,17 @@ def _mix_token_kernel(
 def _finish_kernel(
     streams, parts, base, scale, norm, post, comb, normed, codes, scales, tokens, tiles, eps, norm_eps,
     ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-    RUN: tl.constexpr, TARGET: tl.constexpr,
+    RUN: tl.constexpr, FIRST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
+    """A part from FIRST on of a tile of tokens: 0 gives post and comb, others collapse RUN blocks of channels each."""
     formats.let_next_start(TARGET)
     formats.wait_for_inputs(TARGET)
     tile = tl.program_id(0) % tiles
-    part = tl.program_id(0) // tiles
+    part = tl.program_id(0) // tiles + FIRST
     token = tile * TILE + tl.arange(0, TILE)
     live = token < tokens
     if part == 0:
-        _mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
+        mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
     else:
         p, inverse = _collapse_weights(parts, token, live, base, tl.load(scale), eps, norm_eps, WIDTH, PARTS, PADDED)
         for step in tl.range(0, RUN, num_stages=2):
@@ -311,8 +312,9 @@ def _finish_kernel(
 def forward(
     y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
     base: Tensor, scale: Tensor, norm: Tensor, *, iters: int, eps: float, norm_eps: float,
+    leave: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return (streams, post, comb, normed, codes, scales) as `kernels.site.site` does."""
+    """Return (streams, post, comb, normed, codes, scales) as `kernels.site.site` does, and `Mixing` with `leave`."""
     tokens, _, width = streams.shape
     blocks, few = width // BLOCK, tokens <= FEW_TOKENS
     count = blocks if few else width // math.gcd(width, SPAN)
@@ -344,10 +346,20 @@ def forward(
             y, streams, old_post, old_comb, terms, out, parts, tokens,
             TILE=WIDE_TILE, STEP=STEP, SPAN=width // count, STAGES=STAGES, **options,
         )  # fmt: skip
-    tiles = triton.cdiv(tokens, tile)
-    _finish_kernel[(tiles * (1 + blocks // run),)](
+    tiles, leaves = triton.cdiv(tokens, tile), few and leave
+    _finish_kernel[(tiles * ((not leaves) + blocks // run),)](
         out, parts, base, scale, norm, *results[1:], tokens, tiles, eps, norm_eps, ITERS=iters, WIDTH=width,
-        PARTS=count, PADDED=triton.next_power_of_2(count), TILE=tile, RUN=run, TARGET=made_for,
-        **formats.launch(made_for, num_warps=warps),
+        PARTS=count, PADDED=triton.next_power_of_2(count), TILE=tile, RUN=run, FIRST=int(leaves), TARGET=made_for,
+        **formats.launch(made_for, num_warps=warps, enable_fp_fusion=False),
     )  # fmt: skip
-    return results
+    if not leave:
+        return results
+    return (*results, Mixing(parts, base, scale, post, comb, iters, eps, norm_eps) if leaves else None)
+
+
+def owed(left: Mixing | None, instead: Tensor) -> tuple[tuple[Tensor | float, ...], dict[str, int]]:
+    """Return the operands and constants by which a kernel calls `mixing`; ITERS is 0 where nothing was left."""
+    if left is None:
+        return (*(instead,) * 5, 0.0, 0.0), {"ITERS": 0, "SUMS": 1}
+    sums = triton.next_power_of_2(left.parts.shape[2])
+    return (*left[:5], left.eps, left.norm_eps), {"ITERS": left.iters, "SUMS": sums}

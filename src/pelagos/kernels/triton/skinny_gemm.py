@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pelagos.kernels.batch_rows import Mixing
 from pelagos.kernels.triton import formats
+from pelagos.kernels.triton.cache_write import keep, operands
+from pelagos.kernels.triton.query import fp4, rotated, rotation
+from pelagos.kernels.triton.site import mixing, owed
 
 BLOCK = 128
 STAGES = 3  # of the pipeline: residency counts for more than a fourth
@@ -63,7 +67,8 @@ def fp8_tile(
         ahead = _factor(ws, xs, k + 1, live, PART)
         tall = operand(tl.load(w + k * 128))
         wide = operand(tl.load(x + k * 128, mask=live[:, None], other=0.0))
-        total += formats.dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET) * factor[None, :]
+        part = formats.dot(tall, tl.trans(wide), tl.zeros((TALL, WIDE), tl.float32), TARGET)
+        total = tl.fma(part, tl.broadcast_to(factor[None, :], (TALL, WIDE)), total)  # whatever a kernel allows to fuse
         factor = ahead
     return total
 
@@ -190,17 +195,57 @@ def _unquantised_tile(
 
 
 @triton.jit
-def _merged_kernel(
-    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
-    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+def _index_queries(
+    total, index_q, turn, token, live, head, heads, factor,
+    INDEX: tl.constexpr, ROPE: tl.constexpr, ROUNDS: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Store what an index head (INDEX, T) becomes: rope, Hadamard rotation and FP4 on a bfloat16 carrier."""
+    rows: tl.constexpr = total.shape[1]
+    half: tl.constexpr = INDEX // 2
+    x = formats.rounded(tl.trans(total), TARGET)
+    pair = tl.arange(0, half) - (half - ROPE // 2)
+    place = turn + token[:, None] * ROPE + pair[None, :]
+    turned = live[:, None] & (pair >= 0)[None, :]
+    cos, sin = tl.load(place, mask=turned, other=1.0), tl.load(place + ROPE // 2, mask=turned, other=0.0)
+    a, b = tl.split(x.reshape(rows, half, 2))
+    x = formats.rounded(tl.join(a * cos - b * sin, b * cos + a * sin).reshape(rows, INDEX), TARGET)
+    _, value, byte = fp4(rotated(x, ROUNDS, factor, TARGET).reshape(rows * (INDEX // 32), 32))
+    value = value * (byte << 23).to(tl.float32, bitcast=True)[:, None]
+    place = index_q + (token * heads + head)[:, None] * INDEX + tl.arange(0, INDEX)[None, :]
+    tl.store(place, value.reshape(rows, INDEX).to(tl.bfloat16), mask=live[:, None])
+
+
+@triton.jit
+def _query_kernel(
+    codes, scales, weight, weight_scales, out, index_q, turn, rows, plain, heads, factor,
+    DEPTH: tl.constexpr, INDEX: tl.constexpr, ROPE: tl.constexpr, ROUNDS: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """`narrow` FP8 outputs before `wide` bfloat16 ones; the latter's tiles, being longer, go first."""
-    tile, part = tl.program_id(0), tl.program_id(1)
+    """`plain` outputs as they are, `heads` index heads of TALL = INDEX behind, whose tiles go first."""
+    tile = tl.program_id(0) - heads
+    tile = tl.where(tile < 0, plain // TALL + heads + tile, tile)
     row = tl.arange(0, WIDE)
     live = row < rows
-    width = narrow + wide
     formats.wait_for_inputs(TARGET)
+    total = fp8_tile(codes, scales, weight, weight_scales, tile * TALL, 0, row, live, DEPTH,
+                     DEPTH, DEPTH, TALL, WIDE, TARGET)  # fmt: skip
+    formats.let_next_start(TARGET)
+    if tile < plain // TALL:
+        place = row[None, :] * plain + (tile * TALL + tl.arange(0, TALL))[:, None]
+        tl.store(out + place, total.to(tl.bfloat16), mask=live[None, :])
+    else:
+        head = tile - plain // TALL
+        _index_queries(total, index_q, turn, row, live, head, heads, factor, INDEX, ROPE, ROUNDS, TARGET)
+
+
+@triton.jit
+def _merged_tile(
+    codes, scales, x, weight, weight_scales, wide_weight, rows, narrow, wide, tile, part,
+    DEPTH: tl.constexpr, PART: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """A tile of sums and its first output: `narrow` FP8 ones before `wide` bfloat16 ones, whose tiles go first."""
+    row = tl.arange(0, WIDE)
+    live = row < rows
     if tile < wide // TALL:
         first = narrow + tile * TALL
         total = bf16_tile(x, wide_weight, tile * TALL, part * PART, row, live, DEPTH, PART, TALL, WIDE, TARGET)
@@ -210,9 +255,126 @@ def _merged_kernel(
             codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH,
             DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
+    return total, first
+
+
+@triton.jit
+def _mix_behind(
+    behind, part, parts, base, scale, post, comb, rows, eps, norm_eps,
+    PARTS: tl.constexpr, ITERS: tl.constexpr, SUMS: tl.constexpr, DEPTH: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """A token's post and comb, by one of the programs behind the tiles."""
     formats.let_next_start(TARGET)
-    place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
-    store_parts(total, out, partial, arrived + tile, place, live[None, :], rows * width, part, PARTS)
+    token = behind * PARTS + part + tl.arange(0, 1)
+    mixing(parts, base, scale, post, comb, token, token < rows, eps, norm_eps, ITERS, DEPTH, DEPTH // 128, SUMS, TARGET)
+
+
+@triton.jit
+def _merged_kernel(
+    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
+    mix_parts, mix_base, mix_scale, post, comb, mix_eps, mix_norm_eps,
+    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ITERS: tl.constexpr, SUMS: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Tiles of outputs and, with ITERS, behind them a token's post and comb a program."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    formats.wait_for_inputs(TARGET)
+    behind = tile - (narrow + wide) // TALL
+    if behind < 0:
+        total, first = _merged_tile(codes, scales, x, weight, weight_scales, wide_weight, rows, narrow, wide, tile,
+                                    part, DEPTH, PART, TALL, WIDE, TARGET)  # fmt: skip
+        formats.let_next_start(TARGET)
+        row, width = tl.arange(0, WIDE), narrow + wide
+        place = row[None, :] * width + (first + tl.arange(0, TALL))[:, None]
+        store_parts(total, out, partial, arrived + tile, place, (row < rows)[None, :], rows * width, part, PARTS)
+    elif ITERS > 0:
+        _mix_behind(behind, part, mix_parts, mix_base, mix_scale, post, comb, rows, mix_eps, mix_norm_eps,
+                    PARTS, ITERS, SUMS, DEPTH, TARGET)  # fmt: skip
+
+
+@triton.jit
+def _add_up(partial, out, begin, size, COUNT: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr):
+    """Add COUNT sums from `begin` over all parts of k, in order."""
+    lane = tl.arange(0, PADDED)
+    total = tl.load(partial + begin + lane, mask=lane < COUNT, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(partial + part * size + begin + lane, mask=lane < COUNT, other=0.0)
+    tl.store(out + begin + lane, total, mask=lane < COUNT)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _kept_kernel(
+    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
+    mix_parts, mix_base, mix_scale, post, comb, mix_eps, mix_norm_eps,
+    positions, places, firsts, owners, table, frozens, table_stride,
+    q_norm, kv_norm, turn, latent_codes, latent_scales, window, window_scale, slot_bytes,
+    ape, norm, kv_ring, score_ring, main, main_scale,
+    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes,
+    entry_turn, head_weights, head_factor, factor, eps,
+    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ITERS: tl.constexpr, SUMS: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr,
+    LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
+    SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
+    SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """`_merged_kernel`, and whoever comes last of what a kind of cached thing is made of keeps that of all rows."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    formats.wait_for_inputs(TARGET)
+    behind = tile - (narrow + wide) // TALL
+    if behind < 0:
+        total, first = _merged_tile(codes, scales, x, weight, weight_scales, wide_weight, rows, narrow, wide, tile,
+                                    part, DEPTH, PART, TALL, WIDE, TARGET)  # fmt: skip
+        formats.let_next_start(TARGET)
+        token, width = tl.arange(0, WIDE), narrow + wide
+        size = rows * width
+        place = token[None, :] * width + (first + tl.arange(0, TALL))[:, None]
+        tl.store(partial + part * size + place, total, mask=(token < rows)[None, :])
+        # Where each kind's columns end; behind the last are the indexer's head weights, which go with the latent.
+        kv: tl.constexpr = LATENT + WIDTH
+        main_end: tl.constexpr = kv + 2 * SPAN
+        index_end: tl.constexpr = main_end + 4 * INDEX
+        kind, tiles = 0, (LATENT + width - index_end) // TALL
+        if (first >= LATENT) & (first < kv):
+            kind, tiles = 1, WIDTH // TALL
+        elif (first >= kv) & (first < main_end):
+            kind, tiles = 2, 2 * SPAN // TALL
+        elif (first >= main_end) & (first < index_end):
+            kind, tiles = 3, 4 * INDEX // TALL
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + kind, 1, sem="acq_rel") == tiles * PARTS - 1:
+            tl.debug_barrier()
+            row = 0
+            while row < rows:  # not range(): the interpreter takes no tensor there
+                begin = row * width
+                if kind == 0:
+                    _add_up(partial, out, begin, size, LATENT, PADDED, PARTS)
+                    if INDEX > 0:
+                        _add_up(partial, out, begin + index_end, size, HEADS, HEADS_PADDED, PARTS)
+                elif kind == 1:
+                    _add_up(partial, out, begin + LATENT, size, WIDTH, WIDTH, PARTS)
+                elif kind == 2:
+                    if SPAN > 0:
+                        _add_up(partial, out, begin + kv, size, 2 * SPAN, 2 * SPAN, PARTS)
+                elif INDEX > 0:
+                    _add_up(partial, out, begin + main_end, size, 4 * INDEX, 4 * INDEX, PARTS)
+                row += 1
+            tl.debug_barrier()
+            row = 0
+            while row < rows:
+                keep(
+                    kind, row, out, width, positions, places, firsts, owners, table, frozens, table_stride, q_norm,
+                    kv_norm, turn, latent_codes, latent_scales, window, window_scale, slot_bytes, ape, norm, kv_ring,
+                    score_ring, main, main_scale, index_ape, index_norm, index_kv_ring, index_score_ring, index,
+                    index_scale, page_bytes, entry_turn, head_weights, head_factor, factor, eps,
+                    LATENT, PADDED, WIDTH, ROPE, RING, SCALES, RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS,
+                    HEADS_PADDED, ROUNDS, TARGET, 1,
+                )  # fmt: skip
+                row += 1
+            tl.store(arrived + kind, 0)
+    elif ITERS > 0:
+        _mix_behind(behind, part, mix_parts, mix_base, mix_scale, post, comb, rows, mix_eps, mix_norm_eps,
+                    PARTS, ITERS, SUMS, DEPTH, TARGET)  # fmt: skip
 
 
 def cut(outputs: int, depth: int, groups: int, quantise: bool = False) -> tuple[int, int]:
@@ -264,24 +426,53 @@ def forward(
     return out, out_scales
 
 
+def queried(
+    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, turn: Tensor, heads: int, width: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return (T, O) bfloat16 of a weight's first rows and the queries (T, heads, width) of the index heads behind them.
+
+    None where a tile of outputs is not one index head, or k is cut, or rows are many.
+    """
+    (rows, depth), outputs, made_for = codes.shape, weight.shape[0], formats.target()
+    tall, parts = cut(outputs, depth, 1)
+    if tall != width or parts > 1 or rows > 16:
+        return None
+    plain = outputs - heads * width
+    out = codes.new_empty((rows, plain), dtype=torch.bfloat16)
+    index_q = codes.new_empty((rows, heads, width), dtype=torch.bfloat16)
+    _query_kernel[(outputs // tall,)](
+        as_operand(codes), scales, as_operand(weight), weight_scales, out, index_q, turn, rows, plain, heads,
+        rotation(width)["factor"], DEPTH=depth, INDEX=width, ROPE=2 * turn.shape[2], ROUNDS=rotation(width)["ROUNDS"],
+        TALL=tall, WIDE=wide_of(rows), TARGET=made_for,
+        **formats.launch(made_for, num_stages=STAGES, enable_fp_fusion=False),
+    )  # fmt: skip
+    return out, index_q
+
+
 def merged(
     codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
-    wide_weight: Tensor, arrived: Tensor,
-) -> Tensor:  # fmt: skip
-    """Return (T, O + O') float32; operands as in `kernels.skinny_gemm.merged`."""
+    wide_weight: Tensor, arrived: Tensor, left: Mixing | None = None, cache: tuple | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return (T, O + O') float32, or with `cache` what `cache_write` returns; operands as in the front."""
     (rows, depth), narrow, wide = x.shape, 0 if weight is None else weight.shape[0], wide_weight.shape[0]
     tiles = (narrow + wide) // MERGED_TALL
     parts = parts_of(tiles, depth, TILES)
     out = x.new_empty((rows, narrow + wide), dtype=torch.float32)
-    partial = x.new_empty(parts * out.numel() if parts > 1 else 1, dtype=torch.float32)
+    keeps = cache is not None
+    partial = x.new_empty(parts * out.numel() if parts > 1 or keeps else 1, dtype=torch.float32)
     codes, scales, weight, weight_scales = (
         arrived.view(torch.uint8) if each is None else each for each in (codes, scales, weight, weight_scales)
     )
     codes, weight = as_operand(codes), as_operand(weight)
     made_for = formats.target()
-    _merged_kernel[(tiles, parts)](
-        codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
-        DEPTH=depth, PART=depth // parts, PARTS=parts, TALL=MERGED_TALL, WIDE=wide_of(rows),
-        TARGET=made_for, **formats.launch(made_for, num_stages=STAGES),
-    )  # fmt: skip
-    return out
+    mix, constants = owed(left, out)
+    more = 0 if left is None else triton.cdiv(rows, parts)
+    inputs = (codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide, *mix)
+    constants |= {"DEPTH": depth, "PART": depth // parts, "PARTS": parts, "TALL": MERGED_TALL, "WIDE": wide_of(rows)}
+    options = {"TARGET": made_for, **formats.launch(made_for, num_stages=STAGES, enable_fp_fusion=False)}
+    if cache is None:
+        _merged_kernel[(tiles + more, parts)](*inputs, **constants, **options)
+        return out
+    results, values, own = operands(out, *cache)
+    _kept_kernel[(tiles + more, parts)](*inputs, *values[2:], **constants, **own, **options)
+    return results
