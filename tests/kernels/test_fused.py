@@ -29,6 +29,7 @@ SMALL = {
     "same_attention": [("nano", 4, ((700, 1), (5, 2)), 1), ("nano", 128, ((300, 1),), 0)],
     "same_hidden": [(1, 8, 2, 128, 128), (1, 16, 6, 640, 384)],
     "same_route": [(1, 20, 4, 256, 128), (2, 20, 4, 256, 128)],
+    "same_picks": [(700, 1024, "nano"), (900, 1 << 17, "nano"), (300, 16384, "nano")],
 }
 LARGE = {
     "same_site": [(1, 4096), (2, 4096), (16, 4096), (17, 4096), (64, 4096), (1, 7168), (33, 7168)],
@@ -39,6 +40,10 @@ LARGE = {
                        ("flash", 4, tuple((1000 * i, 1) for i in range(40)), 24), ("pro", 4, ((4095, 2),), 1)],
     "same_hidden": [(1, 256, 6, 4096, 2048), (1, 384, 6, 7168, 3072)],
     "same_route": [(1, 256, 6, 4096, 2048), (2, 256, 6, 4096, 2048), (64, 256, 6, 4096, 2048)],
+    "same_picks": [(p, planned, "flash") for p, planned in (
+        (8191, 8192), (2047, 8192), (20000, 32768), (65535, 65536), (12000, 65536), (1048575, 1 << 20),
+        (131071, 1 << 20), (200000, 1 << 20), (196600, 1 << 20), (8191, 1 << 20), (60000, 1 << 20),
+    )],
 }  # fmt: skip
 
 
@@ -181,6 +186,31 @@ def same_route(tokens: int, experts: int, picks: int, width: int, inner: int, de
     got = kernel.forward(*inputs, counters(device), **options, left=left)
     assert equal(found, apart)
     assert equal(got[:4], want[:4])
+
+
+def same_picks(position: int, planned: int, shape: str, device: str = "cpu") -> None:
+    """The choice in the launch of the scores, and by a second one, of a graph planned for far more too."""
+    from pelagos.kernels.triton import indexer as kernel
+
+    call = calls.make_call(shape, 4, ((position, 1), (position // 2, 2)), device=device)
+    layout, rows, most = call.layout, call.rows, planned // 4
+    pages = layout.pages_for(planned) - rows.table.shape[1]
+    rows = rows._replace(table=torch.nn.functional.pad(rows.table, (0, max(pages, 0))).contiguous())
+    generator, config = torch.Generator(device).manual_seed(1), layout.config
+    heads = (3, config.index_n_heads)
+    index_q = torch.randn(*heads, config.index_head_dim, generator=generator, device=device).bfloat16()
+    weights = torch.rand(heads, generator=generator, device=device)
+    arrived = torch.zeros(3, 1, dtype=torch.int32, device=device)
+    options = (index_q, weights, rows, layout, 0, call.pages, most)
+    scores, bounds = kernel.score(*options)
+    got = kernel.choose(scores, bounds, rows.positions, 4, config.index_topk, arrived)
+    for row, at in enumerate(rows.positions.tolist()):
+        seen = (at + 1) // 4
+        want = scores[row, :seen].argsort(descending=True, stable=True)[: config.index_topk].sort()[0]
+        assert torch.equal(got[row, : len(want)].long(), want)
+    for _ in range(2 if most <= kernel.FUSED else 0):
+        assert torch.equal(kernel.score(*options, arrived)[1], got)
+        assert not arrived.any()
 
 
 def test_the_same_bits_interpreted() -> None:

@@ -1,6 +1,6 @@
 """The entries each row attends, of all its sequence has: contract, checks and dispatch.
 
-On CUDA two Triton launches over FP4 keys in the pages; elsewhere `ref.indexer`, which defines the meaning.
+On CUDA one or two Triton launches over FP4 keys in the pages; elsewhere `ref.indexer`, which defines the meaning.
 """
 
 from __future__ import annotations

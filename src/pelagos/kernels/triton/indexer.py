@@ -1,7 +1,8 @@
-"""Index scores over FP4 keys in the pages, and the exact choice of the best, in two launches.
+"""Index scores over FP4 keys in the pages, and the exact choice of the best, in one launch or two.
 
 The first multiplies tiles of 128 keys by all heads and leaves a row's scores as integers that compare alike, and the
-largest of every few neighbours. The k-th largest of those is a bound that at least k scores reach, so the second launch
+largest of every few neighbours. Up to FUSED scores a row's last program to arrive chooses; beyond, the second launch
+has more programs for it. The k-th largest of those is a bound that at least k scores reach, so the second launch
 looks only at scores not below it, few more than k: the last program of a row to arrive finds the k-th by bits and keeps
 ties by index. Where too many reach the bound (many equal scores) the same search runs over all. A score depends on its
 key alone and the choice is exact, so how the work is cut changes nothing.
@@ -23,6 +24,8 @@ WARPS = 8  # of a program of the first launch
 PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
 CHUNK = 4096  # scores a program of the second launch looks at
 BOUNDS = 4096  # groups of neighbours at most
+FUSED = 16384  # scores up to which the last program of the first launch chooses
+LOOK = 8192  # of them it looks at together
 LOWEST = tl.constexpr(-2147483648)
 
 
@@ -32,59 +35,6 @@ def _source(column, BYTES: tl.constexpr):
     if BYTES % 64 == 0:
         column = column % 2 + column // 8 % 2 * 2 + column // 16 % 4 * 4 + column // 2 % 4 * 16 + column // 64 * 64
     return column
-
-
-@triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
-def _score_kernel(
-    index_q, head_weights, positions, owners, table, pages, scores, bounds,
-    table_stride, page_bytes, scale_at, each, longest, groups,
-    RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
-    TARGET: tl.constexpr,
-):  # fmt: skip
-    """Scores of `each` tiles of a row's keys, and the largest of every GROUP."""
-    formats.let_next_start(TARGET)
-    row = tl.program_id(1)
-    seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
-    pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
-    formats.wait_for_inputs(TARGET)
-    first = tl.program_id(0) * each * KEYS
-    if (seen > TOPK) & (first < seen):
-        half: tl.constexpr = WIDTH // 2
-        head, byte = tl.arange(0, PADDED), tl.arange(0, half)
-        real = head < HEADS
-        words = index_q.to(tl.pointer_type(tl.int32), bitcast=True) + (row * HEADS + head)[None, :] * half
-        words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
-        q_even, q_odd = formats.bits_to_bfloat16(words & 0xFFFF), formats.bits_to_bfloat16((words >> 16) & 0xFFFF)
-        weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
-        steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
-        if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
-            steps = MOST
-        for step in tl.range(0, steps):
-            key = first + step * KEYS + tl.arange(0, KEYS)
-            live = key < seen
-            page = tl.load(pages_of + key // PER_PAGE, mask=live, other=0).to(tl.int64) * page_bytes
-            part = tl.multiple_of(pages + page + key % PER_PAGE * half, 8)
-            scale = pages + page + scale_at + key % PER_PAGE * (WIDTH // 32)
-            scale = tl.multiple_of(scale, 4 if WIDTH >= 128 else 2)
-            code = tl.load(part[:, None] + byte[None, :], mask=live[:, None], other=0)
-            power = tl.load(scale[:, None] + tl.arange(0, WIDTH // 32)[None, :], mask=live[:, None], other=1)
-            power = power.to(tl.int32)
-            top = tl.maximum(tl.max(power, 1), 1)
-            factor = formats.expert_scale(tl.maximum(power - top[:, None] + 127, 1))
-            factor = tl.broadcast_to(factor[:, :, None], (KEYS, WIDTH // 32, 16)).reshape(KEYS, half)
-            even, odd = formats.e2m1_pair(code, factor, TARGET)
-            logits = formats.dot(turned(even), q_even, tl.zeros((KEYS, PADDED), tl.float32), TARGET)
-            logits = formats.dot(turned(odd), q_odd, logits, TARGET)
-            # Zeros have one sign; NaN is the least.
-            score = tl.sum(tl.maximum(logits, 0.0) * weight, 1) * formats.power_of_two(top) + 0.0
-            bits = score.to(tl.int32, bitcast=True)
-            order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
-            order = tl.where(live, order, LOWEST)
-            tl.store(scores + row.to(tl.int64) * longest + key, order, mask=live)
-            group = (first + step * KEYS) // GROUP + tl.arange(0, KEYS // GROUP)
-            tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1),
-                     mask=(group < groups) & (group * GROUP < seen))  # fmt: skip
 
 
 @triton.jit
@@ -148,6 +98,154 @@ def _choose(values, index, live, TOPK: tl.constexpr, picks):
         _keep(values, index, live, bound, room, 0, picks)
 
 
+@triton.jit
+def _choose_slowly(own, seen, TOPK: tl.constexpr, TILE: tl.constexpr, out):
+    """Store the indices of the TOPK largest of a row's scores, however many are equal."""
+    lane = tl.arange(0, TILE)
+    above = _count(own, seen, 0, TILE)
+    bound = tl.where(above >= TOPK, 0, LOWEST)
+    above = tl.where(above >= TOPK, 0, above)
+    for i in range(31):
+        higher = bound + (1 << (30 - i))
+        reach = _count(own, seen, higher, TILE)
+        bound = tl.where(reach >= TOPK, higher, bound)
+        above = tl.where(reach >= TOPK, above, reach)
+    room, done, low = TOPK - above, seen * 0, seen * 0
+    while low < seen:
+        inside = low + lane < seen
+        part_values = tl.load(own + low + lane, mask=inside, other=LOWEST)
+        room, done = _keep(part_values, low + lane, inside, bound, room, done, out)
+        low += TILE
+
+
+@triton.jit
+def _highest(own, bounds, seen, TOPK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """(GROUPS,) the largest of every 2^shift neighbours, and shift.
+
+    As they lie in `bounds`; where these are hardly more than TOPK, which bound next to nothing, of smaller groups.
+    """
+    group = tl.arange(0, GROUPS)
+    shift = seen * 0
+    if 2 * seen >= 3 * TOPK * GROUP:
+        while (1 << shift) < GROUP:
+            shift += 1
+        highest = tl.load(bounds + group, mask=(group << shift) < seen, other=LOWEST)
+    else:
+        while (GROUPS << shift) < seen:
+            shift += 1
+        highest = tl.full((GROUPS,), LOWEST, tl.int32)
+        inner = seen * 0
+        while inner < (1 << shift):
+            member = (group << shift) + inner
+            highest = tl.maximum(highest, tl.load(own + member, mask=member < seen, other=LOWEST))
+            inner += 1
+    return highest, shift
+
+
+@triton.jit
+def _pick(
+    own, bounds, found, out, seen, TOPK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    LOOK: tl.constexpr,
+):  # fmt: skip
+    """Store the picks of one row, by one program; with GROUPS scores are more than it looks at together.
+
+    `found` has room for GROUPS + TILE numbers. The k-th largest of groups' maxima is a bound that k scores reach, in
+    few groups.
+    """
+    lane = tl.arange(0, TILE)
+    if GROUPS == 0:
+        _choose(tl.load(own + lane, mask=lane < seen, other=LOWEST), lane, lane < seen, TOPK, out)
+    else:
+        group = tl.arange(0, GROUPS)
+        highest, shift = _highest(own, bounds, seen, TOPK, GROUP, GROUPS)
+        least, _ = _reached(highest, TOPK, TOPK // 4, 256)
+        near = (highest >= least) & ((group << shift) < seen)
+        place = tl.cumsum(near.to(tl.int32), 0)
+        tl.store(found + place - 1, group, mask=near)
+        count = tl.sum(near.to(tl.int32), 0) << shift
+        tl.debug_barrier()
+        total, low = seen * 0, seen * 0
+        while low < count:
+            at = low + tl.arange(0, LOOK)
+            looked = tl.load(found + (at >> shift), mask=at < count, other=0)
+            looked = (looked << shift) + (at & ((1 << shift) - 1))
+            inside = (at < count) & (looked < seen)
+            chosen = inside & (tl.load(own + looked, mask=inside, other=LOWEST) >= least)
+            rank = total + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(found + GROUPS + rank, looked, mask=chosen & (rank < TILE))
+            total += tl.sum(chosen.to(tl.int32), 0)
+            low += LOOK
+        tl.debug_barrier()
+        if total <= TILE:
+            index = tl.load(found + GROUPS + lane, mask=lane < total, other=0)
+            _choose(tl.load(own + index, mask=lane < total, other=LOWEST), index, lane < total, TOPK, out)
+        else:
+            _choose_slowly(own, seen, TOPK, TILE, out)
+
+
+@triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
+def _score_kernel(
+    index_q, head_weights, positions, owners, table, pages, scores, bounds, found, arrived, picks,
+    table_stride, page_bytes, scale_at, each, longest, groups,
+    RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
+    PICK: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, LOOK: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Scores of `each` tiles of a row's keys, and the largest of every GROUP. PICK: the last program of a row picks."""
+    formats.let_next_start(TARGET)
+    row = tl.program_id(1)
+    seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
+    pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
+    formats.wait_for_inputs(TARGET)
+    first = tl.program_id(0) * each * KEYS
+    if (seen > TOPK) & (first < seen):
+        half: tl.constexpr = WIDTH // 2
+        head, byte = tl.arange(0, PADDED), tl.arange(0, half)
+        real = head < HEADS
+        words = index_q.to(tl.pointer_type(tl.int32), bitcast=True) + (row * HEADS + head)[None, :] * half
+        words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
+        q_even, q_odd = formats.bits_to_bfloat16(words & 0xFFFF), formats.bits_to_bfloat16((words >> 16) & 0xFFFF)
+        weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
+        steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
+        if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
+            steps = MOST
+        for step in tl.range(0, steps):
+            key = first + step * KEYS + tl.arange(0, KEYS)
+            live = key < seen
+            page = tl.load(pages_of + key // PER_PAGE, mask=live, other=0).to(tl.int64) * page_bytes
+            part = tl.multiple_of(pages + page + key % PER_PAGE * half, 8)
+            scale = pages + page + scale_at + key % PER_PAGE * (WIDTH // 32)
+            scale = tl.multiple_of(scale, 4 if WIDTH >= 128 else 2)
+            code = tl.load(part[:, None] + byte[None, :], mask=live[:, None], other=0)
+            power = tl.load(scale[:, None] + tl.arange(0, WIDTH // 32)[None, :], mask=live[:, None], other=1)
+            power = power.to(tl.int32)
+            top = tl.maximum(tl.max(power, 1), 1)
+            factor = formats.expert_scale(tl.maximum(power - top[:, None] + 127, 1))
+            factor = tl.broadcast_to(factor[:, :, None], (KEYS, WIDTH // 32, 16)).reshape(KEYS, half)
+            even, odd = formats.e2m1_pair(code, factor, TARGET)
+            logits = formats.dot(turned(even), q_even, tl.zeros((KEYS, PADDED), tl.float32), TARGET)
+            logits = formats.dot(turned(odd), q_odd, logits, TARGET)
+            # Zeros have one sign; NaN is the least.
+            score = tl.sum(tl.maximum(logits, 0.0) * weight, 1) * formats.power_of_two(top) + 0.0
+            bits = score.to(tl.int32, bitcast=True)
+            order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+            order = tl.where(live, order, LOWEST)
+            tl.store(scores + row.to(tl.int64) * longest + key, order, mask=live)
+            group = (first + step * KEYS) // GROUP + tl.arange(0, KEYS // GROUP)
+            tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1),
+                     mask=(group < groups) & (group * GROUP < seen))  # fmt: skip
+        if PICK:
+            tl.debug_barrier()
+            if tl.atomic_add(arrived + row, 1, sem="acq_rel") == (seen + each * KEYS - 1) // (each * KEYS) - 1:
+                tl.debug_barrier()
+                tl.store(arrived + row, 0)
+                _pick(scores + row.to(tl.int64) * longest, bounds + row * groups, found + row * (GROUPS + TILE),
+                      picks + row * TOPK, seen, TOPK, GROUP, GROUPS, TILE, LOOK)  # fmt: skip
+    elif PICK and (seen <= TOPK) & (tl.program_id(0) == 0):
+        lane = tl.arange(0, TILE)
+        tl.store(picks + row * TOPK + lane, tl.where(lane < seen, lane, -1), mask=lane < TOPK)
+
+
 @triton.jit(do_not_specialize=["longest", "groups", "chunks"])
 def _select_kernel(
     scores, bounds, positions, found, sizes, arrived, picks, longest, groups, chunks,
@@ -167,8 +265,7 @@ def _select_kernel(
     elif CHUNKS == 1:
         _choose(tl.load(own + lane, mask=lane < seen, other=LOWEST), lane, lane < seen, TOPK, out)
     elif chunk * CHUNK < seen:
-        group = tl.arange(0, GROUPS)
-        highest = tl.load(bounds + row * groups + group, mask=group < (seen + GROUP - 1) // GROUP, other=LOWEST)
+        highest, _ = _highest(own, bounds + row * groups, seen, TOPK, GROUP, GROUPS)
         least, _ = _reached(highest, TOPK, TOPK // 4, 256)
         near = chunk * CHUNK + tl.arange(0, CHUNK)
         chosen = (tl.load(own + near, mask=near < seen, other=LOWEST) >= least) & (near < seen)
@@ -198,42 +295,38 @@ def _select_kernel(
                 index = tl.load(found + row.to(tl.int64) * longest + begin, mask=lane < total, other=0)
                 _choose(tl.load(own + index, mask=lane < total, other=LOWEST), index, lane < total, TOPK, out)
             else:
-                above = _count(own, seen, 0, TILE)
-                bound = tl.where(above >= TOPK, 0, LOWEST)
-                above = tl.where(above >= TOPK, 0, above)
-                for i in range(31):
-                    higher = bound + (1 << (30 - i))
-                    reach = _count(own, seen, higher, TILE)
-                    bound = tl.where(reach >= TOPK, higher, bound)
-                    above = tl.where(reach >= TOPK, above, reach)
-                room, done, low = TOPK - above, seen * 0, seen * 0
-                while low < seen:
-                    inside = low + lane < seen
-                    part_values = tl.load(own + low + lane, mask=inside, other=LOWEST)
-                    room, done = _keep(part_values, low + lane, inside, bound, room, done, out)
-                    low += TILE
+                _choose_slowly(own, seen, TOPK, TILE, out)
 
 
 def score(
-    index_q: Tensor, head_weights: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, most: int
-) -> tuple[Tensor, Tensor]:
-    """Return scores (T, most) int32 in the order of the floats, written where visible, and the largest of every few."""
+    index_q: Tensor, head_weights: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, most: int,
+    arrived: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return scores (T, most) int32 in the order of the floats, written where visible, and the largest of every few.
+
+    With `arrived`, int32 zeros that are left so, the picks (T, topk) come instead of the latter.
+    """
     (tokens, heads, width), place = index_q.shape, layout.layers[layer]
     section, new, made_for = place.index, rows.table.new_empty, formats.target()
     assert section is not None
     group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
     groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
     each = triton.cdiv(tokens * tiles, PROGRAMS)
-    scores, bounds = new((tokens, most)), new((tokens, groups))
+    scores, bounds, topk = new((tokens, most)), new((tokens, groups)), layout.config.index_topk
+    whole = most <= CHUNK
+    tile = triton.next_power_of_2(max(topk, most) if whole else 4 * topk)
+    padded = 0 if whole else triton.next_power_of_2(groups)
+    picks, found = new((tokens, topk)), new((tokens, padded + tile))
+    least = {"maxnreg": 128} if made_for == formats.PTX and arrived is not None else {}  # two programs fit
     _score_kernel[(triton.cdiv(tiles, each), tokens)](
         index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
-        rows.table.shape[1], layout.page_bytes, section.part(1) - section.offset, each, most, groups,
-        RATIO=place.ratio, TOPK=layout.config.index_topk, PER_PAGE=section.rows, WIDTH=width, HEADS=heads,
-        PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
-        MOST=each if made_for == formats.INTERPRETER else 0, TARGET=made_for,
-        **formats.launch(made_for, num_warps=WARPS),
+        found, bounds if arrived is None else arrived, picks, rows.table.shape[1], layout.page_bytes,
+        section.part(1) - section.offset, each, most, groups, RATIO=place.ratio, TOPK=topk, PER_PAGE=section.rows,
+        WIDTH=width, HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
+        MOST=each if made_for == formats.INTERPRETER else 0, PICK=arrived is not None, GROUPS=padded, TILE=tile,
+        LOOK=LOOK, TARGET=made_for, **formats.launch(made_for, num_warps=WARPS, **least),
     )  # fmt: skip
-    return scores, bounds
+    return scores, bounds if arrived is None else picks
 
 
 def choose(scores: Tensor, bounds: Tensor, positions: Tensor, ratio: int, topk: int, arrived: Tensor) -> Tensor:
@@ -256,5 +349,7 @@ def forward(
     most: int,
 ) -> Tensor:  # fmt: skip
     """Return picks (T, topk) int32 as `kernels.indexer.pick` does."""
+    if most <= FUSED:
+        return score(index_q, head_weights, rows, layout, layer, pages, most, arrived)[1]
     found = score(index_q, head_weights, rows, layout, layer, pages, most)
     return choose(*found, rows.positions, layout.layers[layer].ratio, layout.config.index_topk, arrived)
