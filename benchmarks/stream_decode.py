@@ -5,7 +5,9 @@
 Random weights. Every layer is routed by a table of token ids drawn for the stated trace (exponent 0 is uniform, s > 0
 Zipf with weight rank^-s within a layer), so that routes are known exactly; tokens are drawn uniformly. A step takes
 from its call on the host to the end of its graph, exchanges of experts running beside it. With --prompt a row more a
-trace: so many tokens from the start in one call of the prompts' kernels, the median of three.
+trace: so many tokens from the start in one call of the prompts' kernels, the median of three. With --engine one row
+more, of an engine over the same weights: a prompt in chunks, then so many drawn tokens up to the context; whoever
+routes, random weights draw tokens nearly uniformly.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import torch
 from pelagos import cost
 from pelagos.cli.options import parse_tokens
 from pelagos.config import ModelConfig
+from pelagos.engine import EngineOptions, SamplingParams, build_engine
 from pelagos.errors import CapacityError, KernelUnavailable
 from pelagos.evals.commit import commit
+from pelagos.evals.engine_bench import kv_budget
 from pelagos.evals.step_bench import cut_config, fill_caches
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward, step_bytes
@@ -36,6 +40,7 @@ from pelagos.model.streaming import ExpertBlocks
 IDS = 4096  # tokens that are drawn, each with routes of its own
 STEPS = 200  # measured ones
 SPARE_BYTES = 3 << 29  # left to graphs, libraries and the allocator's rounding
+CHUNK = 512  # tokens of a prompt that the engine computes at once
 
 
 def stream_rows(
@@ -47,14 +52,16 @@ def stream_rows(
     warmup: int,
     fast_bytes: int | None = None,
     prompt: int = 0,
+    engine: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a trace, two with a `prompt`; `fast_bytes` of experts on the device, None for what fits."""
+    """Yield a row a trace, two with a `prompt`, one of an `engine`; `fast_bytes` of experts on the device, None for all
+    that fit."""
     if not torch.cuda.is_available():
         raise KernelUnavailable("stream_decode: no CUDA device here; a model is only timed where it runs")
     config = cut_config(shape, layers)
     config = dataclasses.replace(config, num_hash_layers=config.num_hidden_layers)
     begun = time.perf_counter()
-    forward, weights, blocks = _make(config, context, fast_bytes, prompt)
+    forward, weights, blocks = _make(config, context, fast_bytes, max(prompt, CHUNK if engine else 0))
     head = {
         "bench": "stream", "device": torch.cuda.get_device_name(), "commit": commit(), "torch": torch.__version__,
         "weights": "random", "made_s": round(time.perf_counter() - begun, 1), "blocks": len(blocks.cache.place),
@@ -103,6 +110,35 @@ def stream_rows(
                 "case": f"{shape} layers={config.num_hidden_layers} prompt={prompt} trace={trace}",
                 "us": round(took * 1e6, 1), "tok_s": round(prompt / took, 1), "outside_bytes": outside,
             }  # fmt: skip
+    if engine:
+        del forward
+        torch.cuda.empty_cache()
+        yield head | engine_row(weights, blocks, context, engine)
+
+
+def engine_row(weights: Weights, blocks: ExpertBlocks, context: int, tokens: int) -> dict[str, Any]:
+    """One request up to `context` through an engine."""
+    begun = time.perf_counter()
+    engine = build_engine(weights, None, EngineOptions(
+        chunk_tokens=CHUNK, max_requests=1, kv_bytes=kv_budget(weights.config, 1, context, layout="released"),
+        prefix_cache=False, preemption="recompute", speculation=False,
+    ))  # fmt: skip
+    made, rng, cache = time.perf_counter() - begun, np.random.default_rng(0), blocks.cache
+    ids = rng.integers(3, IDS, context - tokens - 1).tolist()
+    begun = time.perf_counter()
+    stream = engine.submit(ids, SamplingParams(max_tokens=tokens, seed=0, ignore_eos=True))
+    times = []
+    for _ in stream:
+        times.append(time.perf_counter())
+        if len(times) == tokens // 4:
+            cache.hits = cache.misses = cache.tokens = blocks.moved = 0
+    engine.close()
+    took = statistics.mean(np.diff(times[tokens // 4 - 1 :]).tolist())
+    return {
+        "case": f"{len(weights.layers)} layers context={context} batch=1 engine", "engine_s": round(made, 1),
+        "first_token_s": round(times[0] - begun, 2), "us": round(took * 1e6, 1), "tok_s": round(1 / took, 1),
+        "tokens": tokens, **blocks.report(),
+    }  # fmt: skip
 
 
 def draw_routes(rng: np.random.Generator, tokens: int, *, experts: int, picks: int, exponent: float) -> np.ndarray:
@@ -150,11 +186,13 @@ def main() -> None:
     parser.add_argument("--trace", default="0,1")
     parser.add_argument("--warmup", type=int, default=1000, help="steps before the measured ones")
     parser.add_argument("--prompt", default="0", help="tokens of a prompt that is timed too")
+    parser.add_argument("--engine", type=int, default=0, metavar="TOKENS", help="that an engine generates")
     parser.add_argument("--fast-bytes", help="of experts on the device, such as 1024M (default: what fits)")
     args = parser.parse_args()
     rows = stream_rows(
         args.shape, layers=args.layers, context=parse_tokens(args.context, "context"), warmup=args.warmup,
         exponents=[float(each) for each in args.trace.split(",")], prompt=int(parse_tokens(args.prompt, "prompt")),
+        engine=args.engine,
         fast_bytes=None if args.fast_bytes is None else parse_tokens(args.fast_bytes, "fast-bytes"),
     )  # fmt: skip
     for row in rows:
