@@ -304,13 +304,13 @@ def _kill_where(field: int, value: int) -> None:
                 os.kill(int(entry), signal.SIGKILL)
 
 
-def end_children() -> None:
-    """Wait until no child is left, which are those of children that ended too; kill those that do not end."""
-    looks = 0
+def end_children(patience_s: float = 0.1) -> None:
+    """Wait until no child is left, also of those that came to us from theirs; kill what does not end so soon."""
+    until = time.monotonic() + patience_s
     with contextlib.suppress(ChildProcessError):
         while True:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.0005)
-                looks += 1
-                if looks % 200 == 0:
+                if time.monotonic() >= until:
                     _kill_where(1, os.getpid())
+                    until += 0.1
+                time.sleep(0.0005)
