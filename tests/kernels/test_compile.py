@@ -13,10 +13,11 @@ backend, arch, warp = {target}
 made_for = "ptx" if backend == "cuda" else "any"
 BF16, F32, U8, I32, I16 = "*bf16", "*fp32", "*u8", "*i32", "*i16"
 TYPES = dict(
-    y=BF16, streams=BF16, out=BF16, terms=BF16, norm=BF16, normed=BF16, x=BF16, planes=BF16, hidden=BF16,
+    y=BF16, streams=BF16, out=BF16, terms=BF16, norm=BF16, normed=BF16, x=BF16, planes=U8, hidden=U8, hs=U8,
+    spread=U8, xs=U8,
     post=F32, comb=F32, fn=F32, base=F32, scale=F32, parts=F32, weights=F32, partial=F32,
     codes=U8, scales=U8, weight=U8, weight_scales=U8, w=U8, chosen=I32, table=I32, slot_expert=I32, slot_rows=I32,
-    arrived=I32, homes="*i64", pairs=I16, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
+    arrived=I32, homes="*i64", pairs=U8, gate=BF16, bias=F32, ids=I32, shared=F32, shared_partial=F32, shared_codes=U8,
     shared_scales=U8, shared_w=U8, shared_w_scales=U8, wide_weight=BF16, out_scales=U8,
     scaling="fp32", eps="fp32", norm_eps="fp32", limit="fp32", mix_eps="fp32", mix_norm_eps="fp32", mix_parts=F32,
     mix_base=F32, mix_scale=F32,
@@ -24,7 +25,7 @@ TYPES = dict(
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 MIX = dict(y=F32, routed=F32)
 FINISH = dict(ITERS=20, FIRST=1, WIDTH=512, PARTS=4, PADDED=4, TARGET=made_for)
-EXPERT = dict(HIDDEN=False, ROWS=64, BYTES=128, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, TARGET=made_for)
+EXPERT = dict(HIDDEN=False, ROWS=64, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, TARGET=made_for)
 HERE, THERE = dict(PLACED=False), dict(PLACED=True)
 TILE = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, TARGET=made_for)
 PRODUCT = TILE | dict(QUANTISE=False, LEFT=False)
@@ -34,8 +35,8 @@ ROUTER = LEFT | dict(DEPTH=512, GATE_PARTS=1, PARTS=2, PADDED=64, CHOOSE=True, C
                      **CHOICE)
 E4M3 = "*fp8e4nv" if backend == "cuda" else U8
 FP8 = dict(codes=E4M3, weight=E4M3)
-MIXED = dict(scale=U8, shared_codes=E4M3, shared_w=E4M3)
-GATES = dict(scale=U8, shared_w=E4M3)
+MIXED = dict(x=E4M3, scale=U8, shared_codes=E4M3, shared_w=E4M3)
+GATES = dict(x=E4M3, scale=U8, shared_w=E4M3)
 ROUTED = dict(table="*i64", codes=E4M3, shared=E4M3, shared_scales=U8, out=F32)
 KEPT = dict.fromkeys(
     "turn entry_turn ape kv_ring score_ring index_ape index_kv_ring index_score_ring head_weights".split(), F32
@@ -53,11 +54,11 @@ KERNELS = [
     (site._mix_kernel, dict(TILE=64, STEP=32, SPAN=512, STAGES=3, **SITE), dict()),
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
-    (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict(codes=I16)),
-    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, **THERE, **EXPERT), MIXED),
-    (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, **HERE, **EXPERT), MIXED),
-    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, **HERE, **EXPERT) | dict(SINGLE=True, HIDDEN=True),
-     GATES),
+    (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict()),
+    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, COLUMNS=32, **THERE, **EXPERT), MIXED),
+    (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, COLUMNS=16, **HERE, **EXPERT), MIXED),
+    (fp4_experts._product_kernel,
+     dict(SHARED=6, FP8_PARTS=0, **HERE, **EXPERT) | dict(SINGLE=True, HIDDEN=True, COLUMNS=16), GATES),
     (fp4_experts._hidden_kernel, dict(INNER=256, PARTS=2, TARGET=made_for), dict()),
     (fp4_experts._combine_kernel,
      dict(PICKED=6, WIDTH=512, PARTS=2, FP8_PARTS=2, COLUMNS=1024, TARGET=made_for), dict()),

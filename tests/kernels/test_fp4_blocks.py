@@ -51,12 +51,11 @@ def same_bits(inputs: tuple[torch.Tensor, ...], arena: torch.Tensor, place: torc
     from pelagos.kernels.triton import fp4_experts as kernel
 
     codes, _, chosen, weights = inputs[:4]
-    planes = torch.randn(codes.shape, device=codes.device).bfloat16()
-    lists, _ = kernel.list_rows(chosen, len(inputs[4]))
-    routed = Routed(chosen, weights, planes, planes, lists)
+    lists, spread = kernel.list_rows(chosen, len(inputs[4]), codes)
+    routed = Routed(chosen, weights, spread, spread, lists)
     out = [torch.empty(codes.shape, device=codes.device) for _ in range(2)]
     for parts, where, into in ((inputs[4:], None, out[0]), (views(arena, inputs[4:]), place, out[1])):
-        kernel.site(routed, *parts, None, LIMIT, where, into)
+        kernel.site(inputs[1], routed, *parts, None, LIMIT, where, into)
     return torch.equal(*out)
 
 

@@ -162,14 +162,14 @@ def same_hidden(tokens: int, experts: int, picks: int, width: int, inner: int, d
 
     inputs = experts_ref.make_inputs(tokens, experts, picks, width, inner, device=device)
     generator = torch.Generator(device).manual_seed(1)
-    planes = torch.randn(tokens, width, generator=generator, device=device).bfloat16()
+    planes = kernel.list_rows(inputs[2], experts, inputs[0])[1]
     gates = torch.randn(tokens, 2 * inner, generator=generator, device=device)
     shared = gemm_ref.make_inputs(1, width, inner, 1, device=device)[2:]
     arrived = counters(device)
     routed = Routed(inputs[2], inputs[3], gates, planes)
-    want = kernel.site(routed, *inputs[4:], shared, 10.0, None, None)
+    want = kernel.site(inputs[1], routed, *inputs[4:], shared, 10.0, None, None)
     for _ in range(2):
-        assert equal(kernel.site(routed, *inputs[4:], shared, 10.0, None, None, arrived), want)
+        assert equal(kernel.site(inputs[1], routed, *inputs[4:], shared, 10.0, None, None, arrived), want)
         assert not arrived.any()
 
 

@@ -75,5 +75,5 @@ class Routed(NamedTuple):
     chosen: Tensor  # (T, K) int32
     weights: Tensor  # (T, K) float32
     shared: Tensor  # (T, 2F) float32, gate then up of the shared expert
-    planes: Tensor | None = None  # (T, D) bfloat16, even columns then odd ones, in an order of their own
+    planes: Tensor | None = None  # (4T, D) uint8: codes in an order of their own, a row for each group of 32 columns
     lists: tuple[Tensor, ...] | None = None  # rows by expert, None where a pick is a list

@@ -65,8 +65,8 @@ def site(
         return ref.site(codes, scales, routed, w13, s13, w2, s2, shared2, shared2_scales, limit)
     from pelagos.kernels.triton import fp4_experts as kernel
 
-    out = None if left else torch.empty_like(routed.planes)
-    parts = kernel.site(routed, w13, s13, w2, s2, (shared2, shared2_scales), limit, place, out, arrived)
+    out = None if left else torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    parts = kernel.site(scales, routed, w13, s13, w2, s2, (shared2, shared2_scales), limit, place, out, arrived)
     return parts if out is None else out
 
 

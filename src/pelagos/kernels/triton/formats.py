@@ -178,6 +178,30 @@ def e2m1_pair(byte, scale, TARGET: tl.constexpr):
     return even, odd
 
 
+# Four bytes of E2M1 pairs to E4M3 of value * 2^-6: even columns, then odd ones.
+_NIBBLES = tl.constexpr(
+    """{
+    .reg .b32 a, b;
+    shl.b32 a, $2, 4; shl.b32 b, $2, 2; and.b32 b, b, 0x1C1C1C1C; and.b32 a, a, 0x80808080; or.b32 $0, a, b;
+    shr.u32 b, $2, 2; and.b32 b, b, 0x1C1C1C1C; and.b32 a, $2, 0x80808080; or.b32 $1, a, b;
+    }"""
+)
+
+
+@triton.jit
+def e2m1_to_e4m3(byte, TARGET: tl.constexpr):
+    """E4M3 (even, odd) columns of packed E2M1 bytes times 2^-6, exact; codes where the target has no such type."""
+    if TARGET == "ptx":
+        even, odd = tl.inline_asm_elementwise(
+            _NIBBLES, "=r,=r,r", [byte], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True, pack=4
+        )
+    else:
+        wide = byte.to(tl.int32)
+        even = (((wide << 4) & 0x80) | ((wide << 2) & 0x1C)).to(tl.uint8)
+        odd = ((wide & 0x80) | ((wide >> 2) & 0x1C)).to(tl.uint8)
+    return even, odd
+
+
 @triton.jit
 def fp8_scale_exponent(amax):
     """int32 UE8M0 byte of the smallest power of two >= max(amax, 1e-4) / 448."""

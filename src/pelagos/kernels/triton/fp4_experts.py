@@ -1,10 +1,11 @@
 """Experts with FP4 weights for a few tokens: every chosen expert's weights are streamed once, as released.
 
-Five launches, no host in between: lists of rows by expert and unpacked activations; gate and up; SwiGLU and the
-second quantisation; down; the sum over a token's picks. Of a whole expert site the router does the first, and the
-shared expert's second product runs with down. Rows come in tiles of 16, k is cut by the weights' shape alone
-and parts are added in order, so a token's bits do not depend on the others. Activations lie in two planes, even columns
-before odd ones, as the nibbles of a weight byte do: no lane has to move.
+Five launches, no host in between: lists of rows by expert and turned activations; gate and up; SwiGLU and the second
+quantisation; down; the sum over a token's picks. Of a whole expert site the router does the first, the shared expert's
+second product runs with down, and for one token whoever comes last of gate and up does the third. A nibble becomes
+E4M3 by shifts and masks, so both operands go to the matrix unit as FP8; a group of 32 columns has a column of the
+product of its own, so that its scale is applied to a sum. k is cut by the weights' shape alone and parts are added in
+order, so a token's bits do not depend on the others.
 """
 
 from __future__ import annotations
@@ -16,21 +17,16 @@ from torch import Tensor
 
 from pelagos.kernels.batch_rows import Parts, Routed
 from pelagos.kernels.triton import formats
-from pelagos.kernels.triton.skinny_gemm import as_operand, fp8_tile, wide_of
+from pelagos.kernels.triton.skinny_gemm import as_operand, fp8_tile, operand, wide_of
 
 BLOCK = 128  # columns that share an activation scale
 ROWS = 64  # outputs a program
 LONG = 4096  # from here on k is cut in two
 STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
+FEW = 2  # picks a slot up to which a pass takes 4 tokens; beyond it takes 8, with fewer programs at a time
 MOST = 64  # tokens of a program of the shared expert
 SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed expert's
-
-
-@triton.jit
-def _place(byte):
-    """Where a plane keeps the column of weight byte `byte`: `turned` moves columns alike."""
-    return byte // 64 * 64 + byte % 16 // 4 * 16 + byte % 4 // 2 * 8 + byte % 64 // 16 * 2 + byte % 2
 
 
 @triton.jit
@@ -42,21 +38,24 @@ def turned(x):
 
 
 @triton.jit
-def plane_block(pairs, scales, planes, token, cut, width, COLUMNS: tl.constexpr):
-    """Unpack COLUMNS activation codes of a token, read in pairs, into its two bfloat16 planes."""
-    block = cut * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-    live = block < width // 2
-    pair = tl.load(pairs + token * (width // 2) + block, mask=live, other=0).to(tl.int32)
-    scale = formats.power_of_two(tl.load(scales + token * (width // 128) + block // 64, mask=live, other=127))
-    even = formats.e4m3_to_float(pair & 0xFF) * scale
-    odd = formats.e4m3_to_float((pair >> 8) & 0xFF) * scale
-    tl.store(planes + token * width + _place(block), even.to(tl.bfloat16), mask=live)
-    tl.store(planes + token * width + width // 2 + _place(block), odd.to(tl.bfloat16), mask=live)
+def _source(place):
+    """Which of 128 columns a turned row keeps at `place`: the even ones first, each half in the order of `_weights`."""
+    return 2 * (place % 16 // 4 * 16 + place % 64 // 16 * 4 + place % 4) + place % 128 // 64
+
+
+@triton.jit
+def turn_block(codes, spread, token, cut, width, COLUMNS: tl.constexpr):
+    """Turn COLUMNS codes of a token and spread them over four rows, one for each group of 32 of 128 columns."""
+    place = cut * COLUMNS + tl.arange(0, COLUMNS)
+    live = place < width
+    code = tl.load(codes + token * width + place // 128 * 128 + _source(place), mask=live, other=0)
+    for group in tl.static_range(4):
+        tl.store(spread + (4 * token + group) * width + place, tl.where(place % 16 // 4 == group, code, 0), mask=live)
 
 
 @triton.jit
 def _plan_kernel(
-    chosen, codes, scales, table, slot_expert, slot_rows, planes,
+    chosen, codes, table, slot_expert, slot_rows, spread,
     picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, CAPACITY, COLUMNS: tl.constexpr, CUT: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -77,18 +76,21 @@ def _plan_kernel(
         tl.store(slot_rows + at, rows)
         tl.store(table + at * CAPACITY + rank, place, mask=(match > 0) & (rank < CAPACITY))
     else:
-        plane_block(codes, scales, planes, (at - slots) // CUT, (at - slots) % CUT, width, COLUMNS)
+        turn_block(codes, spread, (at - slots) // CUT, (at - slots) % CUT, width, COLUMNS)
 
 
 @triton.jit
-def _weight_pair(weight, scale, row, begin, stride, TARGET: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Even and odd columns (ROWS, BYTES) bfloat16 of weight rows `row`, bytes from `begin`."""
-    groups: tl.constexpr = BYTES // 16
-    byte = tl.load(weight + row[:, None] * stride + begin + tl.arange(0, BYTES)[None, :])
-    group = tl.load(scale + row[:, None] * (stride // 16) + begin // 16 + tl.arange(0, groups)[None, :])
-    factor = tl.broadcast_to(formats.expert_scale(group)[:, :, None], (ROWS, groups, 16)).reshape(ROWS, BYTES)
-    even, odd = formats.e2m1_pair(byte, factor, TARGET)
-    return turned(even), turned(odd)
+def _turned_row(lane):
+    """Which of 64 weight rows is loaded as row `lane`, for `_weights`."""
+    return lane // 8 % 4 * 16 + lane // 32 * 8 + lane % 8
+
+
+@triton.jit
+def _weights(byte, TARGET: tl.constexpr, ROWS: tl.constexpr):
+    """A matrix operand (ROWS, 128) of 64 weight bytes a row, times 2^-6: a lane's share is 16 bytes, one group."""
+    even, odd = formats.e2m1_to_e4m3(byte, TARGET)
+    both = tl.permute(tl.join(even, odd).reshape(ROWS // 32, 4, 8, 4, 4, 4, 2), (1, 0, 2, 6, 4, 3, 5))
+    return operand(both.reshape(ROWS, 128))
 
 
 @triton.jit
@@ -100,10 +102,10 @@ def _gated(gate, up, limit):
 
 @triton.jit
 def _hidden_block(
-    partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, pick, block,
+    partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks, pick, block,
     INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick; planes for the next product.
+    """SwiGLU, the routing weight and the quantisation of 128 hidden columns of a pick, turned and spread.
 
     Rows beyond the picks are the shared expert's: bfloat16 in between as released, FP8 codes for the next product.
     """
@@ -117,9 +119,11 @@ def _hidden_block(
             up += tl.load(partial + (part * picks + pick) * (2 * INNER) + INNER + column)
         value = _gated(gate, up, limit) * tl.load(weights + pick)
         exponent = formats.fp8_scale_exponent(tl.max(tl.abs(value), 0))
-        value = formats.quantise_block(value, exponent) * formats.power_of_two(exponent)
-        place = lane % 2 * (INNER // 2) + block * 64 + _place(lane // 2)
-        tl.store(hidden + pick * INNER + place, value.to(tl.bfloat16))
+        code, byte = formats.e4m3_block(value, exponent), lane // 2
+        place = block * 128 + lane % 2 * 64 + byte % 16 // 4 * 16 + byte // 16 * 4 + byte % 4
+        for group in tl.static_range(4):
+            tl.store(hidden + (4 * pick + group) * INNER + place, tl.where(byte // 16 == group, code, 0))
+        tl.store(hs + pick * (INNER // 128) + block, exponent.to(tl.uint8))
     else:
         row = pick - picks
         gate = tl.load(shared + row * (2 * INNER) + column).to(tl.bfloat16).to(tl.float32)
@@ -132,14 +136,16 @@ def _hidden_block(
 
 @triton.jit
 def _product_kernel(
-    x, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks,
+    x, xs, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks,
     shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
-    weights, hidden, shared, arrived, limit, HIDDEN: tl.constexpr,
+    weights, hidden, hs, shared, arrived, limit, HIDDEN: tl.constexpr,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
     SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr, TARGET: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one row of x.
+    """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one token.
+
+    A token is four of the COLUMNS columns of the product, one for each group of 32: scales are applied to sums.
 
     SINGLE: every pick is a slot of its own, `slot_expert` the picks. The first slots are the shared expert's, FP8_PARTS
     for every WIDE tokens. HIDDEN, of single tokens: whoever comes last of the gates and ups of 128 hidden columns makes
@@ -162,43 +168,70 @@ def _product_kernel(
             tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
     elif HIDDEN and slot >= picks:
         if (part == 0) & (tl.program_id(0) < OUTPUTS // 256):
-            _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, slot,
+            _hidden_block(partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks, slot,
                           tl.program_id(0), OUTPUTS // 2, PARTS)  # fmt: skip
     else:
-        at = tl.arange(0, 16)
+        tokens_at: tl.constexpr = COLUMNS // 4
+        at, column = tl.arange(0, tokens_at), tl.arange(0, COLUMNS)
         # Loaded together: each would cost a round trip before the weights can be asked for.
         expert = tl.load(slot_expert + slot).to(tl.int64)
         if SINGLE:
             rows = 1
-            pick = tl.zeros((16,), tl.int32) + slot
+            pick, wide_pick = tl.zeros((tokens_at,), tl.int32) + slot, tl.zeros((COLUMNS,), tl.int32) + slot
         else:
             rows = tl.load(slot_rows + slot)
-            pick = tl.load(table + slot * CAPACITY + at, mask=at < CAPACITY, other=0)
+            own = table + slot * CAPACITY
+            pick = tl.load(own + at, mask=at < CAPACITY, other=0)
+            wide_pick = tl.load(own + column // 4, mask=column // 4 < CAPACITY, other=0)
         stride: tl.constexpr = DEPTH // 2
-        share: tl.constexpr = stride // PARTS
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        blocks: tl.constexpr = DEPTH // 128
+        share: tl.constexpr = blocks // PARTS
+        step: tl.constexpr = 2 - share % 2
+        row = tl.program_id(0) * ROWS
+        turned_row = row + _turned_row(tl.arange(0, ROWS))
+        row += tl.arange(0, ROWS)
         if PLACED:  # bytes from the first block, the same for codes and scales
             block = tl.multiple_of(tl.load(homes + expert), 256)
-            weight, scales = w + block, scale + block
+            weight, words = w + block, scale + block
         else:
-            weight, scales = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
-        weight, scales = weight + part * share, scales + part * (share // 16)
+            weight, words = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
+        weight += turned_row[:, None] * stride + part * (share * 64) + tl.arange(0, 64)[None, :]
+        words = words.to(tl.pointer_type(tl.int32), bitcast=True) + row * blocks + part * share
+        shift = column % 4 * 8
         first = 0
         while first < rows:  # not range(): the interpreter takes no tensor there
-            live = first + at < rows
-            pick = tl.where(live, pick, 0)
-            source = x + (pick // SHARED)[None, :] * DEPTH + part * share + tl.arange(0, BYTES)[:, None]
-            total = tl.zeros((ROWS, 16), tl.float32)
-            for begin in tl.range(0, share, BYTES):
-                even = tl.load(source + begin, mask=live[None, :], other=0.0)
-                odd = tl.load(source + begin + stride, mask=live[None, :], other=0.0)
-                w_even, w_odd = _weight_pair(weight, scales, row, begin, stride, TARGET, ROWS, BYTES)
-                total = formats.dot(w_even, even, total, TARGET)
-                total = formats.settled(formats.dot(w_odd, odd, total, TARGET), TARGET)
-            tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total, mask=live[None, :])
-            first += 16
+            live = first + column // 4 < rows
+            token = tl.where(live, wide_pick, 0) // SHARED
+            values = x + (4 * token + column % 4)[:, None] * DEPTH + part * (share * 128) + tl.arange(0, 128)[None, :]
+            factors = xs + token * blocks + part * share
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            # One step ahead: bytes are too narrow for the asynchronous copies that bring the rest.
+            near = formats.power_of_two(tl.load(factors, mask=live, other=127))
+            far = formats.power_of_two(tl.load(factors + step - 1, mask=live, other=127))
+            word, second = tl.load(words), tl.load(words + step - 1)
+            for k in tl.range(0, share // step):
+                inside = live & (k + 1 < share // step)
+                next_near = formats.power_of_two(tl.load(factors + (k + 1) * step, mask=inside, other=127))
+                next_far = formats.power_of_two(tl.load(factors + (k + 2) * step - 1, mask=inside, other=127))
+                ahead = k + 1 < share // step
+                next_word = tl.load(words + (k + 1) * step, mask=ahead, other=0)
+                next_second = tl.load(words + (k + 2) * step - 1, mask=ahead, other=0)
+                for half in tl.static_range(step):
+                    tall = _weights(tl.load(weight + (k * step + half) * 64), TARGET, ROWS)
+                    wide = operand(tl.load(values + (k * step + half) * 128, mask=live[:, None], other=0.0))
+                    found = formats.dot(tall, tl.trans(wide), tl.zeros((ROWS, COLUMNS), tl.float32), TARGET)
+                    factor = formats.power_of_two(((word if half == 0 else second)[:, None] >> shift[None, :]) & 0xFF)
+                    total += found * (near if half == 0 else far)[None, :] * factor
+                near, far, word, second = next_near, next_far, next_word, next_second
+            total = tl.sum(total.reshape(ROWS, tokens_at, 4), 2) * 64.0
+            pick = tl.where(first + at < rows, pick, 0)
+            tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total,
+                     mask=(first + at < rows)[None, :])  # fmt: skip
+            first += tokens_at
             if not SINGLE:
-                pick = tl.load(table + slot * CAPACITY + first + at, mask=first + at < CAPACITY, other=0)
+                own += tokens_at
+                pick = tl.load(own + at, mask=first + at < CAPACITY, other=0)
+                wide_pick = tl.load(own + column // 4, mask=first + column // 4 < CAPACITY, other=0)
         if HIDDEN:
             inner: tl.constexpr = OUTPUTS // 2
             column = tl.program_id(0) * ROWS % inner // 128
@@ -206,19 +239,19 @@ def _product_kernel(
             tl.debug_barrier()
             if tl.atomic_add(counter, 1, sem="acq_rel") == 2 * (128 // ROWS) * PARTS - 1:
                 tl.debug_barrier()
-                _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, slot, column,
-                              inner, PARTS)  # fmt: skip
+                _hidden_block(partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks, slot,
+                              column, inner, PARTS)  # fmt: skip
                 tl.store(counter, 0)
 
 
 @triton.jit
 def _hidden_kernel(
-    partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks,
+    partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks,
     INNER: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     formats.let_next_start(TARGET)
     formats.wait_for_inputs(TARGET)
-    _hidden_block(partial, weights, hidden, shared, shared_codes, shared_scales, limit, picks, tl.program_id(0),
+    _hidden_block(partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks, tl.program_id(0),
                   tl.program_id(1), INNER, PARTS)  # fmt: skip
 
 
@@ -247,29 +280,27 @@ def _combine_kernel(
 
 
 def cut(depth: int) -> dict[str, int]:
-    """Return into how many parts k is cut and how many bytes of a weight row make a step, from its length alone."""
-    parts = 2 if depth >= LONG and depth % 512 == 0 else 1
-    return {"DEPTH": depth, "PARTS": parts, "BYTES": 128 if depth // 2 // parts % 128 == 0 else 64}
+    """Return into how many parts k is cut, from the length of a weight's row alone."""
+    return {"DEPTH": depth, "PARTS": 2 if depth >= LONG and depth % 512 == 0 else 1}
 
 
 def list_rows(
-    chosen: Tensor, experts: int, codes: Tensor | None = None, scales: Tensor | None = None
+    chosen: Tensor, experts: int, codes: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Return rows by expert and planes (T, D) of activations if there are any, for chosen (T, K).
+    """Return rows by expert and turned activations (4T, D) if there are any, for chosen (T, K).
 
     Rows by expert are table (S, T) of picks, slot_expert (S,) and slot_rows (S,) int32.
     """
     (tokens, _), picks, made_for = chosen.shape, chosen.numel(), formats.target()
     slots, width = min(picks, experts), 0 if codes is None else codes.shape[1]
-    columns, planes = triton.cdiv(width, COLUMNS), chosen.new_empty((tokens, width), dtype=torch.bfloat16)
+    columns, spread = triton.cdiv(width, COLUMNS), chosen.new_empty((4 * tokens, width), dtype=torch.uint8)
     table, (expert, rows) = chosen.new_empty((slots, tokens)), chosen.new_empty((2, slots))
-    pairs, scales = (chosen, chosen) if codes is None or scales is None else (codes.view(torch.int16), scales)
     _plan_kernel[(slots + tokens * columns,)](
-        chosen, pairs, scales, table, expert, rows, planes, picks, slots, width, BY_PICK=picks <= experts,
-        PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS, CUT=max(columns, 1),
-        TARGET=made_for, **formats.launch(made_for),
+        chosen, spread if codes is None else codes, table, expert, rows, spread, picks, slots, width,
+        BY_PICK=picks <= experts, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS,
+        CUT=max(columns, 1), TARGET=made_for, **formats.launch(made_for),
     )  # fmt: skip
-    return (table, expert, rows), planes
+    return (table, expert, rows), spread
 
 
 def forward(
@@ -277,28 +308,29 @@ def forward(
     limit: float,
 ) -> Tensor:  # fmt: skip
     """Return (T, D) float32; operands as in `kernels.fp4_experts.mixture`."""
-    lists, planes = list_rows(chosen, w13.shape[0], codes, scales)
+    lists, spread = list_rows(chosen, w13.shape[0], codes)
     out = codes.new_empty(codes.shape, dtype=torch.float32)
-    site(Routed(chosen, weights, out, planes, lists), w13, s13, w2, s2, None, limit, None, out)
+    site(scales, Routed(chosen, weights, out, spread, lists), w13, s13, w2, s2, None, limit, None, out)
     return out
 
 
 def site(
-    routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared2: tuple[Tensor, Tensor] | None,
-    limit: float, place: Tensor | None, out: Tensor | None, arrived: Tensor | None = None,
+    scales: Tensor, routed: Routed, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    shared2: tuple[Tensor, Tensor] | None, limit: float, place: Tensor | None, out: Tensor | None,
+    arrived: Tensor | None = None,
 ) -> Parts:  # fmt: skip
     """Put the sum into `out` (T, D) or leave its parts; operands as in `kernels.fp4_experts.site`."""
-    chosen, planes, lists = routed.chosen, routed.planes, routed.lists
-    assert planes is not None
-    (tokens, width), picked, picks = planes.shape, chosen.shape[1], chosen.numel()
+    chosen, spread, lists, xs = routed.chosen, routed.planes, routed.lists, scales
+    assert spread is not None
+    (tokens, picked), picks, width = chosen.shape, chosen.numel(), spread.shape[1]
     inner = w2.shape[2] * 2
     first, second = cut(width), cut(inner)
     single = lists is None
     lists = (chosen, chosen, chosen) if lists is None else lists
     slots = lists[1].numel()
-    new, made_for = planes.new_empty, formats.target()
+    new, made_for = chosen.new_empty, formats.target()
     up = new((first["PARTS"], picks, 2 * inner), dtype=torch.float32)
-    hidden = new((picks, inner))
+    hidden, hs = new((4 * picks, inner), dtype=torch.uint8), new((picks, inner // BLOCK), dtype=torch.uint8)
     down = new((second["PARTS"], picks, width), dtype=torch.float32)
     fp8_parts = 0 if shared2 is None else SHARED_PARTS if inner % (128 * SHARED_PARTS) == 0 else 1
     codes, scales, weight, weight_scales, shared_down = (up,) * 5
@@ -310,22 +342,24 @@ def site(
     fused = arrived is not None and single and picks * inner // 128 <= arrived.numel()
     lent = (as_operand(codes), scales, as_operand(weight), weight_scales, shared_down, tokens)
     # The codes are written by the first product where it makes the hidden columns, and read by the second.
-    first_lent = (codes, *lent[1:], routed.weights, hidden, routed.shared, up if arrived is None else arrived, limit)
-    lent += (up, up, up, up, limit)
-    shape = {"SINGLE": single, "ROWS": ROWS, "WIDE": min(MOST, wide_of(tokens)), "TARGET": made_for}
-    shape["PLACED"], homes = place is not None, chosen if place is None else place
+    first_lent = (codes, *lent[1:], routed.weights, hidden, hs, routed.shared)
+    first_lent += (up if arrived is None else arrived, limit)
+    lent += (up, up, up, up, up, limit)
+    shape = {"SINGLE": single, "ROWS": ROWS, "COLUMNS": 16 if picks <= FEW * slots else 32, "TARGET": made_for}
+    shape |= {"WIDE": min(MOST, wide_of(tokens)), "PLACED": place is not None}
+    homes = chosen if place is None else place
     options = formats.launch(made_for, num_stages=STAGES)
     _product_kernel[(2 * inner // ROWS, first["PARTS"], slots + (fused and fp8_parts > 0))](
-        planes, *lists, w13, s13, homes, up, tokens, picks, *first_lent,
+        as_operand(spread), xs, *lists, w13, s13, homes, up, tokens, picks, *first_lent,
         HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
     if not fused:
         _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
-            up, routed.weights, hidden, routed.shared, codes, scales, limit, picks, INNER=inner, PARTS=first["PARTS"],
-            TARGET=made_for, **formats.launch(made_for, num_warps=1),
+            up, routed.weights, hidden, hs, routed.shared, codes, scales, limit, picks, INNER=inner,
+            PARTS=first["PARTS"], TARGET=made_for, **formats.launch(made_for, num_warps=1),
         )  # fmt: skip
     _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
-        hidden, *lists, w2, s2, homes, down, tokens, picks, *lent,
+        as_operand(hidden), hs, *lists, w2, s2, homes, down, tokens, picks, *lent,
         HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
     if out is not None:

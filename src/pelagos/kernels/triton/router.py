@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pelagos.kernels.batch_rows import Mixing, Routed
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
-from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, plane_block
+from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, turn_block
 from pelagos.kernels.triton.site import mixing, owed
 from pelagos.kernels.triton.skinny_gemm import (
     as_operand,
@@ -118,7 +118,7 @@ def _route_kernel(
         store_parts(total, out, shared_partial, arrived + 1 + tile, place, live[None, :], rows * outputs, part, PARTS)
     elif at < gates + shares + rows * CUT:
         block = at - gates - shares
-        plane_block(pairs, scales, planes, block // CUT, block % CUT, DEPTH, COLUMNS)
+        turn_block(pairs, planes, block // CUT, block % CUT, DEPTH, COLUMNS)
     elif ITERS > 0:
         let_next_start(TARGET)
         token = at - gates - shares - rows * CUT + tl.arange(0, 1)
@@ -150,7 +150,7 @@ def forward(
     columns = triton.cdiv(depth, COLUMNS)
     partial = x.new_empty((gate_parts, rows, padded), dtype=torch.float32)
     shared_partial = x.new_empty(parts * rows * outputs if parts > 1 else 1, dtype=torch.float32)
-    shared, planes = x.new_empty((rows, outputs), dtype=torch.float32), torch.empty_like(x)
+    shared, planes = x.new_empty((rows, outputs), dtype=torch.float32), codes.new_empty((4 * rows, depth))
     chosen, weights = x.new_empty((rows, picks), dtype=torch.int32), x.new_empty((rows, picks), dtype=torch.float32)
     by_table = table is not None
     lookup = (arrived if bias is None else bias, arrived if table is None else table, ids, chosen, weights)
@@ -158,7 +158,7 @@ def forward(
     mix, constants = owed(left, x)
     grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * (columns + (left is not None))
     _route_kernel[(grid,)](
-        x, as_operand(codes), codes.view(torch.int16), scales, gate, *lookup[:3], as_operand(shared13), shared13_scales,
+        x, as_operand(codes), codes, scales, gate, *lookup[:3], as_operand(shared13), shared13_scales,
         shared, planes, partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
         *mix, **constants, DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded,
         CHOOSE=rows == 1, CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide_of(rows), **common,
