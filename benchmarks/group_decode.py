@@ -4,8 +4,9 @@
 
 decode:CONTEXT:SEQUENCES is a step, verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many
 calls of the draft layer before it, prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
-`--apart` leaves every sequence its rank's bits (no rank helps another); `--alone` has one process compute the part of
-the first of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds its kernels.
+`--apart` leaves every sequence its rank's bits (no rank helps another); `--alone 0` (1) has one process compute the part
+of the first (second) of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds a
+step's kernels.
 
 Of a step host_us is each rank's time until its graph was started, skew_us what lies between the ranks' starts. Of a
 prompt of one call `overlap` has, by rank: its time with exchanges beside what is computed and with `serial` ones, the
@@ -46,10 +47,10 @@ WAITS = ("keys", "rows", "parts", "call")  # by channel
 class Alone:
     """A group of two whose other rank answers at once with what this one has."""
 
-    rank, size = 0, 2
+    size = 2
 
-    def __init__(self, device: torch.device, experts: int) -> None:
-        self.device, self.experts = device, experts
+    def __init__(self, device: torch.device, experts: int, rank: int = 0) -> None:
+        self.device, self.experts, self.rank = device, experts, rank
 
     def memory(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         own = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
@@ -222,7 +223,7 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
             given = spans[0]._replace(decode=False, draws=())
             times = prompt(forward, given, context, group)
             took, made = times[-1], context
-            if context <= PROMPT_TOKENS * ranks:
+            if context <= PROMPT_TOKENS * ranks and args.alone is None:
                 extra["overlap"] = group.gather(overlap(forward, given, context, group))
         else:
             points = steps(forward, spans, args.steps + 3, drafts)
@@ -254,22 +255,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--apart", action="store_true")
-    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--alone", type=int, choices=(0, 1))
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", 0 if args.alone else int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", 0 if args.alone is not None else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     config = cut_config(args.shape, args.layers)
     config = dataclasses.replace(config, num_nextn_predict_layers=preset(args.shape).num_nextn_predict_layers)
     if args.shape == "nano":
         config = dataclasses.replace(config, moe_intermediate_size=256)
-    group = Alone(device, config.n_routed_experts) if args.alone else Group(device)
+    group = Group(device) if args.alone is None else Alone(device, config.n_routed_experts, args.alone)
     weights = Weights(cut_width(config, group.size), device).fill_random()
     with torch.inference_mode():
         for row in rows(args, group, weights):
-            if group.rank == 0:
+            if group.rank == 0 or args.alone is not None:
                 print(json.dumps(row), flush=True)
     group.close()
 
