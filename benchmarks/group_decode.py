@@ -4,9 +4,9 @@
 
 decode:CONTEXT:SEQUENCES is a step, verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many
 calls of the draft layer before it, prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
-`--apart` leaves every sequence its rank's bits (no rank helps another); `--alone 0` (1) has one process compute the part
-of the first (second) of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds a
-step's kernels.
+`--apart` leaves every sequence its rank's bits (no rank helps another); `--alone 0` (1) has one process compute the
+part of the first (second) of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds
+a step's kernels.
 
 Of a step host_us is each rank's time until its graph was started, skew_us what lies between the ranks' starts. Of a
 prompt of one call `overlap` has, by rank: its time with exchanges beside what is computed and with `serial` ones, the
