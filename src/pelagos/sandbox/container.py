@@ -196,6 +196,7 @@ class Substrate(ABC):
         self._box, self._layers, self._spec, self._home = box, layers, spec, home
         self._group = home.group if home else None
         self.grouped = self._group is not None  # whether control groups limit memory
+        self._apart: set[int] = set()
         if spec.base.startswith("disk:") and not self.whole_disks:
             raise SandboxError(f"{spec.substrate}: an image of a whole disk needs a machine; use substrate='fullvm'")
         if spec.network and not self.proxies:
@@ -261,7 +262,19 @@ class Substrate(ABC):
 
         pid = linux.fork(lambda: work(out_w), complain)
         os.close(out_w)
-        return out, lambda: os.waitpid(pid, 0)[1] == 0
+        self._apart.add(pid)
+
+        def ended() -> bool:
+            self._apart.discard(pid)
+            return os.waitpid(pid, 0)[1] == 0
+
+        return out, ended
+
+    def let_go(self) -> None:
+        """End what works apart; nobody waits for it any more."""
+        for pid in self._apart:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
         """Send a command with its three descriptors to the process in `home`; SandboxError where that has ended."""

@@ -201,7 +201,7 @@ class Keeper:
             server.close()
             path.unlink(missing_ok=True)
             self._substrate.stop()
-            linux.end_children(0.0)  # such as look at the disk
+            self._substrate.let_go()
             if self._discards:
                 self._substrate.discard()
             else:

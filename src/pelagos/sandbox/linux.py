@@ -304,9 +304,9 @@ def _kill_where(field: int, value: int) -> None:
                 os.kill(int(entry), signal.SIGKILL)
 
 
-def end_children(patience_s: float = 0.1) -> None:
-    """Wait until no child is left, also of those that came to us from theirs; kill what does not end so soon."""
-    until = time.monotonic() + patience_s
+def end_children() -> None:
+    """Wait until no child is left, also of those that came to us from theirs; kill what does not end within 0.1 s."""
+    until = time.monotonic() + 0.1
     with contextlib.suppress(ChildProcessError):
         while True:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
