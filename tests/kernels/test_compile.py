@@ -49,7 +49,8 @@ KEEP = dict(LATENT=128, PADDED=128, WIDTH=128, ROPE=64, RING=131, SCALES=8, PAGE
             HEADS_PADDED=16, ROUNDS=6, TARGET=made_for)
 CSA, HCA = KEEP | dict(RATIO=4, SPAN=256, TAIL=11, INDEX=64), KEEP | dict(RATIO=128, SPAN=128, TAIL=131, INDEX=0)
 KERNELS = [
-    (site._mix_token_kernel, dict(EACH=1, LAST=2, PICKED=6, PARTS=1, **SITE), MIX),
+    *((site._mix_token_kernel, dict(EACH=1, LAST=2, PICKED=6, PARTS=1, ONE=one, PADDED=4, **SITE), MIX)
+      for one in (False, True)),
     (site._split_kernel, dict(WIDTH=512, TARGET=made_for), dict()),
     (site._mix_kernel, dict(TILE=64, STEP=32, SPAN=512, STAGES=3, **SITE), dict()),
     (site._finish_kernel, dict(TILE=1, RUN=1, **FINISH), dict(num_warps=1)),
@@ -84,4 +85,4 @@ compile_all({target}, KERNELS, TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 22\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 23\n"

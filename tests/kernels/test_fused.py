@@ -29,10 +29,11 @@ SMALL = {
     "same_attention": [("nano", 4, ((700, 1), (5, 2)), 1), ("nano", 128, ((300, 1),), 0)],
     "same_hidden": [(1, 8, 2, 128, 128), (1, 16, 6, 640, 384)],
     "same_route": [(1, 20, 4, 256, 128), (2, 20, 4, 256, 128)],
+    "same_joined": [(6, 20, 4, 256, 128)],
     "same_picks": [(700, 1024, "nano"), (900, 1 << 17, "nano"), (300, 16384, "nano")],
 }
 LARGE = {
-    "same_site": [(1, 4096), (2, 4096), (16, 4096), (17, 4096), (64, 4096), (1, 7168), (33, 7168)],
+    "same_site": [*((tokens, 4096) for tokens in (1, 2, 3, 4, 5, 16, 17, 64)), (1, 7168), (2, 7168), (33, 7168)],
     "same_cache": [("flash", ratio, ((p, 1),)) for ratio in (0, 4, 128) for p in (0, 3, 127, 4095, 8190, 1048575)]
     + [("pro", ratio, ((p, 1),)) for ratio in (4, 128) for p in (8191,)],
     "same_queries": [(1, 64, 128, 32768), (2, 64, 128, 32768), (16, 64, 128, 32768), (7, 64, 128, 65536)],
@@ -40,6 +41,7 @@ LARGE = {
                        ("flash", 4, tuple((1000 * i, 1) for i in range(40)), 24), ("pro", 4, ((4095, 2),), 1)],
     "same_hidden": [(1, 256, 6, 4096, 2048), (1, 384, 6, 7168, 3072)],
     "same_route": [(1, 256, 6, 4096, 2048), (2, 256, 6, 4096, 2048), (64, 256, 6, 4096, 2048)],
+    "same_joined": [(32, 256, 6, 4096, 2048), (64, 256, 6, 4096, 2048)],
     "same_picks": [(p, planned, "flash") for p, planned in (
         (8191, 8192), (2047, 8192), (20000, 32768), (65535, 65536), (12000, 65536), (1048575, 1 << 20),
         (131071, 1 << 20), (200000, 1 << 20), (196600, 1 << 20), (8191, 1 << 20), (60000, 1 << 20),
@@ -55,13 +57,13 @@ def counters(device: str) -> torch.Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
-def site_of(inputs: tuple) -> tuple[torch.Tensor, ...]:
+def site_of(inputs: tuple, arrived: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """A site's results of which the launch behind it gives post and comb."""
     from pelagos.kernels.triton import site as kernel
     from pelagos.kernels.triton import skinny_gemm
 
     options = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
-    *results, left = kernel.forward(*inputs, **options, leave=True)
+    *results, left = kernel.forward(*inputs, **options, leave=True, arrived=arrived)
     normed = results[3]
     if len(normed) <= 64:
         wide = normed.new_zeros(64, normed.shape[1])
@@ -72,15 +74,17 @@ def site_of(inputs: tuple) -> tuple[torch.Tensor, ...]:
 def same_site(tokens: int, width: int, device: str = "cpu") -> None:
     from pelagos.kernels.triton import site as kernel
 
-    inputs = site_ref.make_inputs(tokens, width, device=device)
+    inputs, arrived = site_ref.make_inputs(tokens, width, device=device), counters(device)
     for own in (inputs, (None, inputs[1], None, None, *inputs[4:])):
         got = site_of(own)
         want = kernel.forward(*own, iters=20, eps=1e-6, norm_eps=1e-6)
         assert equal((got[0], *got[3:]), (want[0], *want[3:]))
         assert all(error(a, b) < 1e-6 for a, b in zip(got[1:3], want[1:3], strict=True))
-        assert equal(site_of(own), got)
+        # In one launch, where the programs fit on the device together; the interpreter runs them one after another.
+        assert all(equal(site_of(own, arrived), got) for _ in range(3))
+        assert not arrived.any()
         last = tuple(None if each is None else each[-1:].contiguous() for each in own[:4])
-        assert all(torch.equal(a[0], b[-1]) for a, b in zip(site_of((*last, *own[4:])), got, strict=True))
+        assert all(torch.equal(a[0], b[-1]) for a, b in zip(site_of((*last, *own[4:]), arrived), got, strict=True))
 
 
 def same_cache(shape: str, ratio: int, spans: tuple, device: str = "cpu") -> None:
@@ -186,6 +190,31 @@ def same_route(tokens: int, experts: int, picks: int, width: int, inner: int, de
     got = kernel.forward(*inputs, counters(device), **options, left=left)
     assert equal(found, apart)
     assert equal(got[:4], want[:4])
+
+
+def same_joined(tokens: int, experts: int, picks: int, width: int, inner: int, device: str = "cpu") -> None:
+    """Rows routed in two calls are those of one call, to the last code, and give the same sums, whole ones too."""
+    from pelagos.kernels import router
+    from pelagos.kernels.triton import fp4_experts
+    from pelagos.kernels.triton import router as kernel
+
+    inputs = router_ref.make_inputs(tokens, experts, picks, width, inner, False, device=device)
+    options = {"experts": experts, "picks": picks, "scaling": 1.5}
+    whole = kernel.forward(*inputs, counters(device), **options)
+    parts = []
+    for rows in (slice(0, tokens // 2), slice(tokens // 2, tokens)):
+        own = [each[rows].contiguous() if i in (0, 1, 2, 6) else each for i, each in enumerate(inputs)]
+        parts.append(kernel.forward(*own, counters(device), **options))
+    both = router.joined(parts, experts)
+    assert equal(both[:4], whole[:4])
+    weights = experts_ref.make_inputs(tokens, experts, picks, width, inner, device=device)[4:]
+    shared2 = gemm_ref.make_inputs(1, width, inner, 1, device=device)[2:]
+    found = []
+    for routed in (whole, both):
+        out = torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
+        fp4_experts.site(inputs[2], routed, *weights, shared2, 10.0, None, out)
+        found.append(out)
+    assert torch.equal(*found)
 
 
 def same_picks(position: int, planned: int, shape: str, device: str = "cpu") -> None:

@@ -266,3 +266,26 @@ def test_spans_with_draws_are_picked_from(step: CudaForward) -> None:
 @pytest.mark.gpu
 def test_spans_with_draws_are_picked_from_on_the_device(model: Transformer) -> None:
     picks_of(step_of(model, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("positions", "most"), [(8192, 12 + 11), (65536, 12 + 11), (1 << 20, 13 + 11)])
+def test_launches_of_two_layers(positions: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token: what a CSA and an HCA layer of Flash launch, up to the last product of experts."""
+    from triton.runtime.jit import JITFunction
+
+    from pelagos.evals.step_bench import cut_config
+
+    config = cut_config("flash", "2:4")
+    assert sorted(config.layer_ratios) == [4, 128]
+    layout, device = CacheLayout(config, "released", 0), torch.device("cuda")
+    pools = (torch.zeros(1, size, dtype=torch.uint8, device=device) for size in (layout.page_bytes, layout.slot_bytes))
+    step = CudaForward(Weights(config, device).fill_random(), layout, *pools, positions=positions)
+    names, run = [], JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: names.append(self.__name__) or run(self, *a, **k))
+    with torch.inference_mode():
+        step._rows.zero_()
+        step._step(1, False, False)
+    last = max(at for at, name in enumerate(names) if name == "_product_kernel")
+    assert last + 1 <= most, names
+    torch.cuda.synchronize()

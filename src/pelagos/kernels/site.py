@@ -1,7 +1,7 @@
 """One hyper-connection site in one call: contract, checks and dispatch.
 
 The previous site's output enters the streams, the streams collapse to this site's input, which is normed and quantised
-for the products behind it. On CUDA two Triton launches; elsewhere `ref.site`, which defines the meaning.
+for the products behind it. On CUDA one or two Triton launches; elsewhere `ref.site`, which defines the meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 128
 def site(
     y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
     base: Tensor, scale: Tensor, norm: Tensor, *, iters: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6,
-    leave: bool = False,
+    leave: bool = False, arrived: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) of one site.
 
@@ -27,8 +27,8 @@ def site(
     old_post (T, 4) and old_comb (T, 4, 4) float32 are the previous site's. fn (24, 4D), base (24,), scale (3,) float32,
     norm (D,). Results: streams (T, 4, D), post (T, 4), comb (T, 4, 4), normed (T, D) bfloat16 and its E4M3 codes (T, D)
     and UE8M0 scales (T, D/128) as uint8. With `leave` there is one more: None, or `Mixing`, by which the next launch
-    has to write post and comb. Raises ConfigError for other shapes. Source: technical report 2.2; inference/model.py
-    Block.hc_pre, hc_post.
+    has to write post and comb; `arrived` (4096,) int32 zeros, left so, then spares a few tokens a launch. Raises
+    ConfigError for other shapes. Source: technical report 2.2; inference/model.py Block.hc_pre, hc_post.
     """
     tokens, count, width = streams.shape
     if count != 4 or width % BLOCK or streams.dtype != torch.bfloat16 or not streams.is_contiguous():
@@ -49,4 +49,4 @@ def site(
         return (*results, None) if leave else results
     from pelagos.kernels.triton import site as kernel
 
-    return kernel.forward(*inputs, iters=iters, eps=eps, norm_eps=norm_eps, leave=leave)
+    return kernel.forward(*inputs, iters=iters, eps=eps, norm_eps=norm_eps, leave=leave, arrived=arrived)

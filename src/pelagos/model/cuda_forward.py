@@ -91,6 +91,7 @@ class CudaForward:
     draws = two_kinds = True  # prompts have kernels of their own
     ranks = 1  # that share the rows of a call
     left = True  # sums go to the launches that read them
+    fused = True  # the launch behind a site finishes it, and keeps one row's cache
     _owner: int | None = None  # the only one of several ranks that has rows in a call
 
     def __init__(self, weights: Weights, layout: CacheLayout, pages: Tensor, slots: Tensor, *, positions: int) -> None:
@@ -357,8 +358,8 @@ class CudaForward:
     def _site(self, state: _State, weights: SiteWeights) -> tuple[Tensor, ...]:
         c = self.weights.config
         options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
-        found = site(*state, *weights, **options, leave=self.left)
-        self._left = found[6] if self.left else None
+        found = site(*state, *weights, **options, leave=self.fused, arrived=self._arrived)
+        self._left = found[6] if self.fused else None
         return found[:6]
 
     def _layer(self, state: _State, index: int, layer: LayerWeights, step: _Step) -> _State:
@@ -376,7 +377,7 @@ class CudaForward:
         entry_turn = step.turns[self._turns[layer.ratio]] if layer.ratio else None
         pools = (layout, index, self.pages, self.slots)
         cache, first = (rows, *pools, layer.cache, turn, entry_turn), (*layer.first, layer.first_wide, arrived)
-        if self.left and len(normed) <= KEPT_ROWS:
+        if self.fused and len(normed) <= KEPT_ROWS:
             found = skinny_gemm.merged(codes, scales, normed, *first, self._left, cache)
         else:
             found = cache_write.cache_write(skinny_gemm.merged(codes, scales, normed, *first, self._left), *cache)

@@ -284,6 +284,7 @@ class GroupForward(CudaForward):
     """
 
     left = False  # sums are whole where they are exchanged
+    fused = False
 
     def __init__(
         self, weights: Weights, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, *,

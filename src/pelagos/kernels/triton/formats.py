@@ -93,6 +93,38 @@ def wait_for_inputs(TARGET: tl.constexpr):
 
 
 @triton.jit
+def meet(counter, count, TARGET: tl.constexpr):
+    """Wait until `count` programs have come here; what they stored before is seen behind it. Each must `part` later.
+
+    All of them have to be on the device together, so a launch may have no more than one for each multiprocessor. None
+    of them is kept from it: programs of earlier launches end without waiting for later ones, and the next launch's
+    begin only when all of this one have let them.
+    """
+    tl.debug_barrier()
+    came = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+    if TARGET == "ptx":  # every thread looks for itself
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .b32 n;
+            again: ld.acquire.gpu.global.b32 n, [$1]; setp.lt.s32 p, n, $2; @p bra again;
+            mov.b32 $0, n;
+            }""",
+            "=r,l,r", [counter.to(tl.uint64), count], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        while came < count:
+            came = tl.atomic_add(counter, 0, sem="acq_rel")
+    tl.debug_barrier()
+
+
+@triton.jit
+def part(counter, count):
+    """Leave a `meet`; the last of `count` programs to do so leaves zero."""
+    if tl.atomic_add(counter, 1, sem="relaxed") == 2 * count - 1:
+        tl.store(counter, 0)
+
+
+@triton.jit
 def reciprocal(x, TARGET: tl.constexpr):
     """1 / x of float32 x in 1e-6..1e6, within one unit in the last place."""
     if TARGET == "ptx":

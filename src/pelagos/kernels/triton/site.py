@@ -1,14 +1,16 @@
 """One hyper-connection site: post of the one before, mix logits, Sinkhorn, collapse, norm and quantisation.
 
-Two launches. A mix kernel writes the new streams and, for a range of channels, partial sums of the 24 logits and of the
-streams' Gram matrix; `_finish_kernel` adds the parts and collapses. The Gram matrix gives the norm of the collapsed
-vector before it exists, so no block waits for another. Up to FEW_TOKENS each token is a program of its own over float32
-weights. Longer calls multiply tiles: streams are bfloat16, so three bfloat16 terms of a weight multiply them exactly.
-Which of the two is taken shows in the last bits of the parts, and nothing else about the other tokens does.
+A mix kernel writes the new streams and, for a range of channels, partial sums of the 24 logits and of the streams' Gram
+matrix, which gives the norm of the collapsed vector before it exists; `_finish_kernel` adds the parts and collapses.
+Where all programs of a call fit on the device together they meet behind their sums instead, and each collapses its own
+channels. Up to FEW_TOKENS each token is a program of its own over float32 weights. Longer calls multiply tiles: streams
+are bfloat16, so three bfloat16 terms of a weight multiply them exactly. Which of the two is taken shows in the last
+bits of the parts, and nothing else about the other tokens does.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -120,8 +122,8 @@ def _root(parts, token, live, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr
 
 
 @triton.jit
-def _gate(parts, token, live, base, factor, root, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    logit = _added(parts, token, live, which, BLOCKS, PADDED) * root * factor + tl.load(base + which)
+def _gate(parts, token, live, offset, factor, root, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    logit = _added(parts, token, live, which, BLOCKS, PADDED) * root * factor + offset
     return 1.0 / (1.0 + tl.exp(-logit))
 
 
@@ -129,9 +131,9 @@ def _gate(parts, token, live, base, factor, root, which: tl.constexpr, BLOCKS: t
 def _collapse_weights(
     parts, token, live, base, factor, eps, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """(T,) each: the four weights of the streams and the reciprocal RMS of the vector they give."""
+    """(T,) each: the four weights of the streams, for four numbers `base`, and the reciprocal RMS of what they give."""
     root, g = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
-    p = [_gate(parts, token, live, base, factor, root, k, PARTS, PADDED) + eps for k in (0, 1, 2, 3)]
+    p = [_gate(parts, token, live, base[k], factor, root, k, PARTS, PADDED) + eps for k in (0, 1, 2, 3)]
     crossed = p[0] * p[1] * _added(parts, token, live, 28, PARTS, PADDED)
     crossed += p[0] * p[2] * _added(parts, token, live, 29, PARTS, PADDED)
     crossed += p[0] * p[3] * _added(parts, token, live, 30, PARTS, PADDED)
@@ -172,9 +174,8 @@ def mixing(
     root, _ = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
     factor = tl.load(scale + 1)
     for i in tl.static_range(4):
-        tl.store(
-            post + token * 4 + i, 2.0 * _gate(parts, token, live, base, factor, root, 4 + i, PARTS, PADDED), mask=live
-        )
+        gate = _gate(parts, token, live, tl.load(base + 4 + i), factor, root, 4 + i, PARTS, PADDED)
+        tl.store(post + token * 4 + i, 2.0 * gate, mask=live)
     factor = tl.load(scale + 2)
     rows = [
         _first_row(parts, base, factor, root, token, live, eps, 8 + 4 * k, PARTS, PADDED, TARGET) for k in (0, 1, 2, 3)
@@ -189,13 +190,13 @@ def mixing(
 
 
 @triton.jit
-def _emit(x, p, inverse, norm, normed, codes, scales, token, live, block, WIDTH: tl.constexpr):
+def _emit(x, p, inverse, weight, normed, codes, scales, token, live, block, WIDTH: tl.constexpr):
     """Collapse, norm and quantise 128 channels."""
     column = block * 128 + tl.arange(0, 128)
     z = p[0][:, None] * x[0].to(tl.float32)
     for k in tl.static_range(1, 4):
         z += p[k][:, None] * x[k].to(tl.float32)
-    z = z.to(tl.bfloat16).to(tl.float32) * inverse[:, None] * tl.load(norm + column).to(tl.float32)[None, :]
+    z = z.to(tl.bfloat16).to(tl.float32) * inverse[:, None] * weight.to(tl.float32)[None, :]
     z = z.to(tl.bfloat16)
     both = live[:, None]
     place = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -245,12 +246,13 @@ def _added_up(
 @triton.jit
 def _mix_token_kernel(
     y, routed, streams, post, comb, fn, out, parts, tokens,
+    base, scale, norm, normed, codes, scales, arrived, eps, norm_eps,
     WIDTH: tl.constexpr, HAS_POST: tl.constexpr, LAST: tl.constexpr, PICKED: tl.constexpr, PARTS: tl.constexpr,
-    EACH: tl.constexpr, TARGET: tl.constexpr,
+    EACH: tl.constexpr, ONE: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """`_mix_kernel` for single tokens: weights stay in registers and wait there for the streams.
 
-    LAST > 0: y comes in parts.
+    LAST > 0: y comes in parts. ONE: a token's programs meet and do what `_finish_kernel` does but for post and comb.
     """
     formats.let_next_start(TARGET)
     block = tl.program_id(0)
@@ -259,6 +261,8 @@ def _mix_token_kernel(
     weight = fn + lane[:, None] * (4 * WIDTH) + column[None, :]
     real = lane[:, None] < 24
     w = [tl.load(weight + k * WIDTH, mask=real, other=0.0) for k in (0, 1, 2, 3)]
+    if ONE:
+        channels, factor, offsets = tl.load(norm + column), tl.load(scale), [tl.load(base + k) for k in (0, 1, 2, 3)]
     formats.wait_for_inputs(TARGET)
     for i in range(EACH):
         token = (tl.program_id(1) * EACH + i).to(tl.int64)
@@ -283,6 +287,15 @@ def _mix_token_kernel(
             gram = tl.reduce(_products(x), 0, _add_ten)
             for j in tl.static_range(10):
                 tl.store(place + (24 + j) * blocks, gram[j])
+            if ONE:
+                formats.meet(arrived + token, blocks, TARGET)
+                own = token + tl.arange(0, 1)
+                p, inverse = _collapse_weights(
+                    parts, own, own >= 0, offsets, factor, eps, norm_eps, WIDTH, blocks, PADDED
+                )
+                x = [each[None, :] for each in x]
+                _emit(x, p, inverse, channels, normed, codes, scales, own, own >= 0, block, WIDTH)
+                formats.part(arrived + token, blocks)
 
 
 @triton.jit
@@ -301,18 +314,25 @@ def _finish_kernel(
     if part == 0:
         mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
     else:
-        p, inverse = _collapse_weights(parts, token, live, base, tl.load(scale), eps, norm_eps, WIDTH, PARTS, PADDED)
+        offsets = [tl.load(base + k) for k in (0, 1, 2, 3)]
+        p, inverse = _collapse_weights(parts, token, live, offsets, tl.load(scale), eps, norm_eps, WIDTH, PARTS, PADDED)
         for step in tl.range(0, RUN, num_stages=2):
             block = (part - 1) * RUN + step
-            row = token.to(tl.int64)[:, None] * (4 * WIDTH) + (block * 128 + tl.arange(0, 128))[None, :]
+            column = block * 128 + tl.arange(0, 128)
+            row = token.to(tl.int64)[:, None] * (4 * WIDTH) + column[None, :]
             x = [tl.load(streams + row + k * WIDTH, mask=live[:, None], other=0.0) for k in (0, 1, 2, 3)]
-            _emit(x, p, inverse, norm, normed, codes, scales, token, live, block, WIDTH)
+            _emit(x, p, inverse, tl.load(norm + column), normed, codes, scales, token, live, block, WIDTH)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(
     y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
     base: Tensor, scale: Tensor, norm: Tensor, *, iters: int, eps: float, norm_eps: float,
-    leave: bool = False,
+    leave: bool = False, arrived: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) as `kernels.site.site` does, and `Mixing` with `leave`."""
     tokens, _, width = streams.shape
@@ -330,14 +350,19 @@ def forward(
     y, old_post, old_comb = (streams if each is None else each for each in (y, old_post, old_comb))
     results = (out, post, comb, normed, codes, scales)
     options = {"WIDTH": width, "HAS_POST": has_post, "TARGET": made_for, **formats.launch(made_for, num_warps=4)}
-    tile, run, warps = (1, 1, 1) if few else (TILE, math.gcd(blocks, 4), 8)
+    # A token's bits do not depend on which launch adds up: nothing is contracted where there may be one or two.
+    exact = {"enable_fp_fusion": False} if few else {}
+    one = leave and arrived is not None and made_for == formats.PTX and tokens * blocks <= _processors(streams.device)
+    padded = triton.next_power_of_2(count)
+    tile, run, warps = (1, 1, 4) if few else (TILE, math.gcd(blocks, 4), 8)
     if few:
         each = 1 if tokens <= TILE else 4
         routed = None if left is None else left.routed
         picked = {"PICKED": 0, "PARTS": 1} if routed is None else {"PICKED": routed.shape[2], "PARTS": routed.shape[0]}
         _mix_token_kernel[(blocks, triton.cdiv(tokens, each))](
             y, y if routed is None else routed, streams, old_post, old_comb, fn, out, parts, tokens,
-            LAST=0 if left is None else len(y), EACH=each, **picked, **options,
+            base, scale, norm, normed, codes, scales, parts if arrived is None else arrived, eps, norm_eps,
+            LAST=0 if left is None else len(y), EACH=each, ONE=one, PADDED=padded, **picked, **options, **exact,
         )  # fmt: skip
     else:
         terms = new((3, 32, 4 * width))
@@ -347,11 +372,12 @@ def forward(
             TILE=WIDE_TILE, STEP=STEP, SPAN=width // count, STAGES=STAGES, **options,
         )  # fmt: skip
     tiles, leaves = triton.cdiv(tokens, tile), few and leave
-    _finish_kernel[(tiles * ((not leaves) + blocks // run),)](
-        out, parts, base, scale, norm, *results[1:], tokens, tiles, eps, norm_eps, ITERS=iters, WIDTH=width,
-        PARTS=count, PADDED=triton.next_power_of_2(count), TILE=tile, RUN=run, FIRST=int(leaves), TARGET=made_for,
-        **formats.launch(made_for, num_warps=warps, enable_fp_fusion=False),
-    )  # fmt: skip
+    if not one:
+        _finish_kernel[(tiles * ((not leaves) + blocks // run),)](
+            out, parts, base, scale, norm, *results[1:], tokens, tiles, eps, norm_eps, ITERS=iters, WIDTH=width,
+            PARTS=count, PADDED=padded, TILE=tile, RUN=run, FIRST=int(leaves), TARGET=made_for,
+            **formats.launch(made_for, num_warps=warps, **exact),
+        )  # fmt: skip
     if not leave:
         return results
     return (*results, Mixing(parts, base, scale, post, comb, iters, eps, norm_eps) if leaves else None)
