@@ -39,6 +39,7 @@ def child(group, work):
     if not pid:
         for fd in group.open_joins():
             os.write(fd, b"0")
+        os.close(group.lock)
         try:
             work()
         finally:
