@@ -6,6 +6,8 @@ for the products behind it. On CUDA one or two Triton launches; elsewhere `ref.s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def site(
     y: Tensor | Parts | None, streams: Tensor, old_post: Tensor | None, old_comb: Tensor | None, fn: Tensor,
     base: Tensor, scale: Tensor, norm: Tensor, *, iters: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6,
     leave: bool = False, arrived: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     """Return (streams, post, comb, normed, codes, scales) of one site.
 
     y (T, D) bfloat16 is the previous site's output, in parts or whole, None at the first; streams (T, 4, D) bfloat16;

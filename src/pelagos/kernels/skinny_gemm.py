@@ -5,6 +5,8 @@ On CUDA one Triton launch; elsewhere `ref.skinny_gemm`, which defines the meanin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,16 +91,29 @@ def _check(
 
 def merged(
     codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
-    wide_weight: Tensor, arrived: Tensor, left: Mixing | None = None, cache: tuple | None = None,
-):  # fmt: skip
+    wide_weight: Tensor, arrived: Tensor, left: Mixing | None = None,
+) -> Tensor:  # fmt: skip
     """Return the products (T, O + O') float32 of rows with FP8 weights and, behind them, with bfloat16 ones.
 
     x (T, I) bfloat16 meets wide_weight (O', I) bfloat16; its FP8 copy `codes` with `scales` meets weight (O, I) with
     `weight_scales`, all four None where there is no such weight; the rest as `product`, O and O' multiples of 64.
-    What a site has `left` is finished beside. With `cache`, the operands of `cache_write` but the first, its results
-    are
-    returned instead, from the same launch. Raises ConfigError for other shapes.
+    What a site has `left` is finished beside. Raises ConfigError for other shapes.
     """
+    return _merged(codes, scales, x, weight, weight_scales, wide_weight, arrived, left, None)
+
+
+def kept(
+    codes: Tensor, scales: Tensor, x: Tensor, weight: Tensor, weight_scales: Tensor, wide_weight: Tensor,
+    arrived: Tensor, left: Mixing | None, cache: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return what `cache_write` does of `merged`, in one launch; `cache` are its operands but the first."""
+    return _merged(codes, scales, x, weight, weight_scales, wide_weight, arrived, left, cache)
+
+
+def _merged(
+    codes: Tensor | None, scales: Tensor | None, x: Tensor, weight: Tensor | None, weight_scales: Tensor | None,
+    wide_weight: Tensor, arrived: Tensor, left: Mixing | None, cache: tuple[Any, ...] | None,
+) -> Any:  # fmt: skip
     (rows, depth), outputs = x.shape, 0 if weight is None else weight.shape[0]
     if not 1 <= rows <= MAX_ROWS:
         raise ConfigError(f"skinny_gemm: {rows} rows, expected 1..{MAX_ROWS}")

@@ -376,11 +376,12 @@ class CudaForward:
         rows, turn = step.rows, step.turns[self._turns[-1 if layer.ratio else 0]]
         entry_turn = step.turns[self._turns[layer.ratio]] if layer.ratio else None
         pools = (layout, index, self.pages, self.slots)
-        cache, first = (rows, *pools, layer.cache, turn, entry_turn), (*layer.first, layer.first_wide, arrived)
+        cache = (rows, *pools, layer.cache, turn, entry_turn)
+        more = (layer.first_wide, arrived, self._left)
         if self.fused and len(normed) <= KEPT_ROWS:
-            found = skinny_gemm.merged(codes, scales, normed, *first, self._left, cache)
+            found = skinny_gemm.kept(codes, scales, normed, *layer.first, *more, cache)
         else:
-            found = cache_write.cache_write(skinny_gemm.merged(codes, scales, normed, *first, self._left), *cache)
+            found = cache_write.cache_write(skinny_gemm.merged(codes, scales, normed, *layer.first, *more), *cache)
         codes, scales, head_weights = found
         index_shape = (c.index_n_heads, c.index_head_dim) if layer.ratio == CSA_RATIO else (0, 0)
         q, index_q, norm_eps = self._queries(codes, scales, layer, turn, index_shape)
