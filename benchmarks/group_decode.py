@@ -215,6 +215,7 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
         if forward is None or forward.positions < context or (kind != "prompt" and forward.positions > 2 * context):
             forward = None
             forward = GroupForward(weights, layout, pages, slots, group, positions=context, follow=not args.apart)  # pyright: ignore[reportArgumentType]
+            forward.fuses = args.fused
             if isinstance(group, Alone):
                 forward.exchanges = group  # pyright: ignore[reportAttributeAccessIssue]
         spans, begun = spans_of(layout, context, batch, ranks, drafts + 1), time.perf_counter()
@@ -237,6 +238,7 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
         if args.profile and kind != "prompt":
             extra["kernels"] = profiled(forward, spans)
         case = f"{args.shape} layers={config.num_hidden_layers} {kind} context={context} batch={batch} drafts={drafts}"
+        case += " fused" if args.fused else ""
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         yield {"bench": "group", "case": case, "device": name, "commit": commit(), "torch": torch.__version__,
                "ranks": ranks, "alone": args.alone,
@@ -257,6 +259,9 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--alone", type=int, choices=(0, 1))
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--fused", action="store_true", help="followed steps leave a site's end to the launch behind it"
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":

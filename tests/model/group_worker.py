@@ -64,7 +64,7 @@ class HalvedPrefill(Prefill):
 class Halved(CudaForward):
     """One process that computes what two ranks do: experts by halves of their width, the output where one has all."""
 
-    left, _helped = False, False
+    left, fuses, _helped = False, False, False
 
     def __init__(self, whole: Weights, cuts: list[Weights], follow: bool, *given: Any, positions: int) -> None:
         super().__init__(whole, *given, positions=positions)
@@ -75,6 +75,7 @@ class Halved(CudaForward):
     def _divided(self, spans: Sequence[Span], part: list[tuple[int, int, int]]) -> Any:
         self._helped = self._follow and len({spans[which].slot % 2 for which, _, _ in part}) == 1
         self._owner = int(self._helped)  # no graph of the other kind
+        self.fused = self.fuses and self._helped
         return super()._divided(spans, part)
 
     def _output(self, index: int, layer: LayerWeights, attended: Any) -> Any:
@@ -167,12 +168,14 @@ def main() -> None:
     group = Group(DEVICE)
     weights = cut(whole, group.rank, group.size)
 
-    def divided(follow: bool = True) -> GroupForward:
+    def divided(follow: bool = True, fuses: bool = False) -> GroupForward:
         layout = CacheLayout(weights.config, "released", 4)
         pages, slots = (group.memory(size, torch.uint8) for size in ((32, layout.page_bytes), (4, layout.slot_bytes)))
         for pool in (pages, slots):
             pool[group.rank].zero_()
-        return GroupForward(weights, layout, pages, slots, group, positions=512, follow=follow)
+        forward = GroupForward(weights, layout, pages, slots, group, positions=512, follow=follow)
+        forward.fuses = fuses
+        return forward
 
     cuts = [cut(whole, rank, group.size) for rank in range(group.size)]
 
@@ -188,21 +191,25 @@ def main() -> None:
     want, wrong = run(single(CudaForward), [0, 1, 2]), []
     if not worst < SITE:
         wrong.append(f"expert sites {worst:.4f} off")
-    # Who holds which sequence; the second time all are on one rank. All are run before any is called wrong.
+    # Who holds which sequence ([0, 2, 4]: one rank has all). All are run before any is called wrong.
     results = []
-    for slots, follow in (([0, 1, 2], True), ([0, 2, 4], True), ([0, 1, 2], False), ([1, 0, 3], False)):
-        results.append(run(divided(follow), slots))
-        halved = run(single(Halved, cuts, follow), slots)
+    placements = (([0, 1, 2], True, True), ([0, 2, 4], True, True), ([0, 1, 2], True, False), ([0, 2, 4], True, False),
+                  ([0, 1, 2], False, False), ([1, 0, 3], False, False))  # fmt: skip
+    for slots, follow, fuses in placements:
+        results.append(run(divided(follow, fuses), slots))
+        halved = single(Halved, cuts, follow)
+        halved.fuses = fuses  # pyright: ignore[reportAttributeAccessIssue]
+        halved = run(halved, slots)
         errors = [off([a], [b]) for a, b in zip(results[-1], want, strict=True)]
         apart = [off([a], [b]) for a, b in zip(results[-1], halved, strict=True)]
         if group.rank == 0:
             own = [off([a], [b]) for a, b in zip(halved, want, strict=True)]
             for name, values in (("whole", errors), ("halved", apart), ("halved from whole", own)):
-                print(slots, follow, f"from {name}", [round(each, 4) for each in values], flush=True)
+                print(slots, follow, fuses, f"from {name}", [round(each, 4) for each in values], flush=True)
         if not np.max(apart) <= (0 if DEVICE.type == "cuda" else ALIKE):  # a lost rank makes NaN
-            wrong.append(f"{slots} {follow}: {apart} from one process that rounds alike")
+            wrong.append(f"{slots} {follow} {fuses}: {apart} from one process that rounds alike")
         if not np.max(errors) < BOUND:
-            wrong.append(f"{slots} {follow}: {errors} from whole experts")
+            wrong.append(f"{slots} {follow} {fuses}: {errors} from whole experts")
         shapes = [[(a.logits.shape, a.streams.shape) for a in each] for each in (results[-1], want)]
         assert shapes[0] == shapes[1]
     for at, own in enumerate(results[-1]):

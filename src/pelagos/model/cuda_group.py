@@ -284,7 +284,7 @@ class GroupForward(CudaForward):
     """
 
     left = False  # sums are whole where they are exchanged
-    fused = False
+    fuses = False  # whether the launches of a followed step are `fused`
 
     def __init__(
         self, weights: Weights, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, *,
@@ -311,6 +311,7 @@ class GroupForward(CudaForward):
         rows = [[each for each in part if spans[each[0]].slot % self.ranks == rank] for rank in range(self.ranks)]
         holders = [rank for rank, own in enumerate(rows) if own]
         self._owner = holders[0] if self._follow and len(holders) == 1 else None
+        self.fused = self.fuses and self._owner is not None  # apart the router's rows are not the site's
         bucket = bucket_of(max(sum(end - begin for _, begin, end in own) for own in rows))
         if self._owner is None:
             self._apart = True
@@ -343,6 +344,9 @@ class GroupForward(CudaForward):
     ) -> Tensor | Halves:
         if self._owner in (None, self._group.rank):
             return super()._attend(index, layer, step, normed, codes, scales)
+        if self._left is not None:  # by the site, and there is no launch behind it here
+            wide = layer.gate[: skinny_gemm.TALL]
+            skinny_gemm.merged(None, None, normed, None, None, wide, self._arrived, self._left)
         c = self.weights.config
         return normed.new_empty((len(normed), c.num_attention_heads * c.head_dim))
 
