@@ -237,7 +237,7 @@ def same_picks(position: int, planned: int, shape: str, device: str = "cpu") -> 
         seen = (at + 1) // 4
         want = scores[row, :seen].argsort(descending=True, stable=True)[: config.index_topk].sort()[0]
         assert torch.equal(got[row, : len(want)].long(), want)
-    for _ in range(2 if most <= kernel.FUSED else 0):
+    for _ in range(2 if most <= kernel.CHUNK else 0):
         assert torch.equal(kernel.score(*options, arrived)[1], got)
         assert not arrived.any()
 

@@ -1,7 +1,7 @@
 """Index scores over FP4 keys in the pages, and the exact choice of the best, in one launch or two.
 
 The first multiplies tiles of 128 keys by all heads and leaves a row's scores as integers that compare alike, and the
-largest of every few neighbours. Up to FUSED scores a row's last program to arrive chooses; beyond, the second launch
+largest of every few neighbours. Up to CHUNK scores a row's last program to arrive chooses; beyond, the second launch
 has more programs for it. The k-th largest of those is a bound that at least k scores reach, so the second launch
 looks only at scores not below it, few more than k: the last program of a row to arrive finds the k-th by bits and keeps
 ties by index. Where too many reach the bound (many equal scores) the same search runs over all. A score depends on its
@@ -22,10 +22,8 @@ from pelagos.kernels.triton.fp4_experts import turned
 KEYS = 128  # of a tile
 WARPS = 8  # of a program of the first launch
 PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
-CHUNK = 4096  # scores a program of the second launch looks at
+CHUNK = 4096  # scores a program of the second launch looks at; up to as many the first launch chooses, too
 BOUNDS = 4096  # groups of neighbours at most
-FUSED = 16384  # scores up to which the last program of the first launch chooses
-LOOK = 8192  # of them it looks at together
 LOWEST = tl.constexpr(-2147483648)
 
 
@@ -120,76 +118,28 @@ def _choose_slowly(own, seen, TOPK: tl.constexpr, TILE: tl.constexpr, out):
 
 @triton.jit
 def _highest(own, bounds, seen, TOPK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """(GROUPS,) the largest of every 2^shift neighbours, and shift.
-
-    As they lie in `bounds`; where these are hardly more than TOPK, which bound next to nothing, of smaller groups.
-    """
+    """(GROUPS,) the largest of neighbours: as in `bounds`, or of fewer where those are hardly more than TOPK."""
     group = tl.arange(0, GROUPS)
-    shift = seen * 0
     if 2 * seen >= 3 * TOPK * GROUP:
-        while (1 << shift) < GROUP:
-            shift += 1
-        highest = tl.load(bounds + group, mask=(group << shift) < seen, other=LOWEST)
+        highest = tl.load(bounds + group, mask=group * GROUP < seen, other=LOWEST)
     else:
-        while (GROUPS << shift) < seen:
-            shift += 1
+        each = (seen + GROUPS - 1) // GROUPS
         highest = tl.full((GROUPS,), LOWEST, tl.int32)
         inner = seen * 0
-        while inner < (1 << shift):
-            member = (group << shift) + inner
+        while inner < each:
+            member = group * each + inner
             highest = tl.maximum(highest, tl.load(own + member, mask=member < seen, other=LOWEST))
             inner += 1
-    return highest, shift
-
-
-@triton.jit
-def _pick(
-    own, bounds, found, out, seen, TOPK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    LOOK: tl.constexpr,
-):  # fmt: skip
-    """Store the picks of one row, by one program; with GROUPS scores are more than it looks at together.
-
-    `found` has room for GROUPS + TILE numbers. The k-th largest of groups' maxima is a bound that k scores reach, in
-    few groups.
-    """
-    lane = tl.arange(0, TILE)
-    if GROUPS == 0:
-        _choose(tl.load(own + lane, mask=lane < seen, other=LOWEST), lane, lane < seen, TOPK, out)
-    else:
-        group = tl.arange(0, GROUPS)
-        highest, shift = _highest(own, bounds, seen, TOPK, GROUP, GROUPS)
-        least, _ = _reached(highest, TOPK, TOPK // 4, 256)
-        near = (highest >= least) & ((group << shift) < seen)
-        place = tl.cumsum(near.to(tl.int32), 0)
-        tl.store(found + place - 1, group, mask=near)
-        count = tl.sum(near.to(tl.int32), 0) << shift
-        tl.debug_barrier()
-        total, low = seen * 0, seen * 0
-        while low < count:
-            at = low + tl.arange(0, LOOK)
-            looked = tl.load(found + (at >> shift), mask=at < count, other=0)
-            looked = (looked << shift) + (at & ((1 << shift) - 1))
-            inside = (at < count) & (looked < seen)
-            chosen = inside & (tl.load(own + looked, mask=inside, other=LOWEST) >= least)
-            rank = total + tl.cumsum(chosen.to(tl.int32), 0) - 1
-            tl.store(found + GROUPS + rank, looked, mask=chosen & (rank < TILE))
-            total += tl.sum(chosen.to(tl.int32), 0)
-            low += LOOK
-        tl.debug_barrier()
-        if total <= TILE:
-            index = tl.load(found + GROUPS + lane, mask=lane < total, other=0)
-            _choose(tl.load(own + index, mask=lane < total, other=LOWEST), index, lane < total, TOPK, out)
-        else:
-            _choose_slowly(own, seen, TOPK, TILE, out)
+    return highest
 
 
 @triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
 def _score_kernel(
-    index_q, head_weights, positions, owners, table, pages, scores, bounds, found, arrived, picks,
+    index_q, head_weights, positions, owners, table, pages, scores, bounds, arrived, picks,
     table_stride, page_bytes, scale_at, each, longest, groups,
     RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
-    PICK: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, LOOK: tl.constexpr, TARGET: tl.constexpr,
+    PICK: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Scores of `each` tiles of a row's keys, and the largest of every GROUP. PICK: the last program of a row picks."""
     formats.let_next_start(TARGET)
@@ -239,8 +189,9 @@ def _score_kernel(
             if tl.atomic_add(arrived + row, 1, sem="acq_rel") == (seen + each * KEYS - 1) // (each * KEYS) - 1:
                 tl.debug_barrier()
                 tl.store(arrived + row, 0)
-                _pick(scores + row.to(tl.int64) * longest, bounds + row * groups, found + row * (GROUPS + TILE),
-                      picks + row * TOPK, seen, TOPK, GROUP, GROUPS, TILE, LOOK)  # fmt: skip
+                lane = tl.arange(0, TILE)
+                own = tl.load(scores + row.to(tl.int64) * longest + lane, mask=lane < seen, other=LOWEST)
+                _choose(own, lane, lane < seen, TOPK, picks + row * TOPK)
     elif PICK and (seen <= TOPK) & (tl.program_id(0) == 0):
         lane = tl.arange(0, TILE)
         tl.store(picks + row * TOPK + lane, tl.where(lane < seen, lane, -1), mask=lane < TOPK)
@@ -265,7 +216,7 @@ def _select_kernel(
     elif CHUNKS == 1:
         _choose(tl.load(own + lane, mask=lane < seen, other=LOWEST), lane, lane < seen, TOPK, out)
     elif chunk * CHUNK < seen:
-        highest, _ = _highest(own, bounds + row * groups, seen, TOPK, GROUP, GROUPS)
+        highest = _highest(own, bounds + row * groups, seen, TOPK, GROUP, GROUPS)
         least, _ = _reached(highest, TOPK, TOPK // 4, 256)
         near = chunk * CHUNK + tl.arange(0, CHUNK)
         chosen = (tl.load(own + near, mask=near < seen, other=LOWEST) >= least) & (near < seen)
@@ -304,7 +255,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return scores (T, most) int32 in the order of the floats, written where visible, and the largest of every few.
 
-    With `arrived`, int32 zeros that are left so, the picks (T, topk) come instead of the latter.
+    With `arrived`, int32 zeros left so, the picks (T, topk) of at most CHUNK scores come instead of the latter.
     """
     (tokens, heads, width), place = index_q.shape, layout.layers[layer]
     section, new, made_for = place.index, rows.table.new_empty, formats.target()
@@ -313,18 +264,15 @@ def score(
     groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
     each = triton.cdiv(tokens * tiles, PROGRAMS)
     scores, bounds, topk = new((tokens, most)), new((tokens, groups)), layout.config.index_topk
-    whole = most <= CHUNK
-    tile = triton.next_power_of_2(max(topk, most) if whole else 4 * topk)
-    padded = 0 if whole else triton.next_power_of_2(groups)
-    picks, found = new((tokens, topk)), new((tokens, padded + tile))
+    tile, picks = triton.next_power_of_2(max(topk, min(most, CHUNK))), new((tokens, topk))
     least = {"maxnreg": 128} if made_for == formats.PTX and arrived is not None else {}  # two programs fit
     _score_kernel[(triton.cdiv(tiles, each), tokens)](
         index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
-        found, bounds if arrived is None else arrived, picks, rows.table.shape[1], layout.page_bytes,
+        bounds if arrived is None else arrived, picks, rows.table.shape[1], layout.page_bytes,
         section.part(1) - section.offset, each, most, groups, RATIO=place.ratio, TOPK=topk, PER_PAGE=section.rows,
         WIDTH=width, HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
-        MOST=each if made_for == formats.INTERPRETER else 0, PICK=arrived is not None, GROUPS=padded, TILE=tile,
-        LOOK=LOOK, TARGET=made_for, **formats.launch(made_for, num_warps=WARPS, **least),
+        MOST=each if made_for == formats.INTERPRETER else 0, PICK=arrived is not None, TILE=tile,
+        TARGET=made_for, **formats.launch(made_for, num_warps=WARPS, **least),
     )  # fmt: skip
     return scores, bounds if arrived is None else picks
 
@@ -349,7 +297,7 @@ def forward(
     most: int,
 ) -> Tensor:  # fmt: skip
     """Return picks (T, topk) int32 as `kernels.indexer.pick` does."""
-    if most <= FUSED:
+    if most <= CHUNK:
         return score(index_q, head_weights, rows, layout, layer, pages, most, arrived)[1]
     found = score(index_q, head_weights, rows, layout, layer, pages, most)
     return choose(*found, rows.positions, layout.layers[layer].ratio, layout.config.index_topk, arrived)
