@@ -3,8 +3,9 @@
 `python -m benchmarks.training kernels` times the hyper-connection site and the attention of training, forward and
 backward, in GB/s and as a share of the measured copy rate. `python -m benchmarks.training steps --size S` times whole
 steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. `all` runs the
-device tests and everything (some minutes). One JSON object a line on stdout, a table on
-stderr.
+device tests and everything (some minutes). `torchrun --standalone --nproc-per-node 2 -m benchmarks.training worlds
+--size M --rows 32 --accumulate 8` times one process and then both, by replicas and by experts in waves, with the dry
+run's bytes and seconds beside. One JSON object a line on stdout, a table on stderr.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +30,24 @@ from pelagos.kernels import mhc, training_attention
 from pelagos.kernels.ref import mhc as mhc_ref
 from pelagos.kernels.ref import training_attention as attention_ref
 from pelagos.train.data import ShardWriter, write_meta
-from pelagos.train.meter import peak_flops, training_flops
+from pelagos.train.dry_run import layout
+from pelagos.train.meter import PEAKS, peak_flops, training_flops
+from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
 
 RATIOS = (0, 4, 128, 4, 128, 4, 128, 4, 128, 4, 128, 4)
 # (hidden, layers, heads, experts, expert width): specification of training, part F.
-SIZES = {"S": (512, 8, 8, 32, 256), "M": (768, 12, 8, 64, 384)}
+SIZES = {"S": (512, 8, 8, 32, 256), "M": (768, 12, 8, 64, 384), "XS": (128, 4, 8, 8, 32)}
+# (what, settings): how two processes divide M. The first is each by itself.
+WORLDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("one", {}), ("dp", {}), ("ep", {"ep": 2}), ("waves in turn", {"ep": 2, "waves": 4, "overlap": False}),
+    ("waves overlapping", {"ep": 2, "waves": 4}),
+)  # fmt: skip
 
 
 def sized(name: str) -> ModelConfig:
-    """The model of a size: 39M active of 113M, or 116M active of 721M, vocabulary 16K."""
+    """The model of a size: 39M active of 113M, or 116M active of 721M, vocabulary 16K; XS is to try commands on."""
     hidden, layers, heads, experts, width = SIZES[name]
     return dataclasses.replace(
         nano(), vocab_size=16384, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
@@ -184,6 +194,60 @@ def top(trainer: Trainer, count: int) -> None:
         print(f"{row.self_device_time_total / 1e3:9.2f} ms {row.count:6} {name[:110]}", file=sys.stderr)
 
 
+def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) -> None:
+    """Under torchrun: steps of each process by itself, then of both together; losses must agree, rank 0 says it all."""
+    number, one_s = int(os.environ["LOCAL_RANK"]), 0.0
+    place, model, cuda = torch.device(device, number), sized(size), device == "cuda"
+    if cuda:
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = shards(Path(scratch), model.vocab_size)
+        for name, settings in WORLDS:
+            if cases and name not in cases.split(";"):
+                continue
+            config = TrainConfig(
+                steps=1000, batch_rows=rows, accumulate=accumulate, quantise_from=1, sparse_from=1,
+                repeats={"docs": 1}, log_every=10**6, **settings,
+            )  # fmt: skip
+            ranks, started = Ranks(config, place, alone=name == "one"), time.monotonic()
+            trainer = Trainer(model, config, data=data, out=Path(scratch) / "run", device=str(place), ranks=ranks)
+            held = torch.cuda.memory_allocated() if cuda else 0
+            times, losses = [], []
+            for _ in range(4):  # the first one compiles
+                begun = time.monotonic()
+                terms, _ = trainer._update()
+                trainer.step += 1
+                losses.append(float(terms.next_token))  # waits for the device
+                times.append(time.monotonic() - begun)
+                if cuda and len(times) == 1:
+                    torch.cuda.reset_peak_memory_stats()
+            took, tokens = sorted(times[1:])[1], rows * accumulate * config.row_tokens
+            one_s = took if name == "one" else one_s
+            mfu = training_flops(model, config.row_tokens) * tokens / one_s / PEAKS["H200"] if one_s else 0.35
+            shape = {"tokens": tokens, "row": config.row_tokens, "rows": rows, "utilised": mfu}
+            dry = layout(model, ranks.size, 1, config.ep, 1, **shape)
+            peak = torch.cuda.max_memory_allocated() if cuda else 0
+            row = {
+                "bench": "worlds", "case": name, "size": size, "processes": ranks.size, **settings, "tokens": tokens,
+                "ms": took * 1e3, "tokens_per_s": tokens / took, "speedup": one_s / took if one_s else None,
+                "losses": losses, "dry_run_ms": dry.step_s * 1e3, "dry_run_from_mfu": mfu,
+                "dry_run_experts_ms": dry.experts_s * 1e3, "dry_run_sync_ms": dry.sync_s * 1e3,
+                "weights_gb": held / 1e9, "peak_gb": peak / 1e9, "dry_run_gb": dry.bytes / 1e9,
+                "dry_run_state_gb": (dry.weights + dry.gradients + dry.optimizer) / 1e9,
+                "first_step_s": times[0], "whole_s": time.monotonic() - started,
+                "device": torch.cuda.get_device_name() if cuda else "CPU",
+            }  # fmt: skip
+            if number == 0:
+                say(row)
+            del trainer
+            if cuda:
+                torch.cuda.empty_cache()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def everything() -> None:
     """Device tests of the training kernels, their figures, then S and M, beside a plain residual and in FP8."""
     names = ("mhc", "training_attention", "index_training", "compressor", "grouped_experts", "norm_rope",
@@ -201,7 +265,7 @@ def everything() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kernels", "steps", "all"))
+    parser.add_argument("what", choices=("kernels", "steps", "worlds", "all"))
     parser.add_argument("--tokens", type=int, default=32768, help="of the kernels' inputs")
     parser.add_argument("--size", choices=tuple(SIZES), default="S")
     parser.add_argument("--rows", type=int, default=16, help="rows of 2,048 tokens a micro-batch")
@@ -210,13 +274,19 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0, help="kernels of a step to list, the longest first")
     for flag in ("sparse", "plain", "released"):
         parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--cases", default="", help="of `worlds`, semicolon between (default: all)")
+    parser.add_argument("--device", default="cuda", help="of `worlds`; cpu to try it")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.what == "worlds" and "LOCAL_RANK" not in os.environ:
+        sys.exit("benchmarks.training worlds: start it with torchrun, a process a device")
+    if not torch.cuda.is_available() and (args.what != "worlds" or args.device != "cpu"):
         sys.exit("benchmarks.training: no CUDA device here; speed is only measured where it is used")
     if args.what == "all":
         everything()
     elif args.what == "kernels":
         kernels(args.tokens)
+    elif args.what == "worlds":
+        worlds(args.size, **{name: getattr(args, name) for name in ("device", "rows", "accumulate", "cases")})
     else:
         names = ("precision", "rows", "accumulate", "sparse", "plain", "released", "profile")
         steps(args.size, **{name: getattr(args, name) for name in names})

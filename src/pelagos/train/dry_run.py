@@ -136,12 +136,16 @@ class Layout:
         return (self.compute_s + self.seen_s + self.stages_s) / (1 - self.bubble) + self.sync_s
 
 
-def layout(config: ModelConfig, gpus: int, pp: int, ep: int, cp: int, *, tokens: int, row: int) -> Layout:
-    """Simulate one layout for steps of `tokens` in rows of `row`, a row a micro-batch; raises ConfigError."""
+def layout(
+    config: ModelConfig, gpus: int, pp: int, ep: int, cp: int, *, tokens: int, row: int, rows: int = 1,
+    utilised: float = UTILISED,
+) -> Layout:  # fmt: skip
+    """Simulate one layout for steps of `tokens` in micro-batches of `rows` rows of `row`; raises ConfigError."""
     layers, data = config.num_hidden_layers + config.num_nextn_predict_layers, gpus // pp
-    micro = tokens * cp // row // data
+    micro = tokens * cp // (row * rows) // data
     if gpus % pp or data % ep or data % cp or config.n_routed_experts % ep or layers < 2 * pp or micro < pp:
         raise ConfigError(f"{gpus} GPUs as pp={pp}, ep={ep}, cp={cp} with {tokens // row} rows a step do not divide")
+    part = row * rows // cp  # tokens of a micro-batch on a device
     parts = cost.parameters_by_part(config, draft=True)
     routed = sum(g.parameters for g in cost.inventory(config, draft=True) if ".experts." in g.name)
     ends = max(parts["embedding"], parts["head"])  # on the first and the last stage
@@ -152,17 +156,17 @@ def layout(config: ModelConfig, gpus: int, pp: int, ep: int, cp: int, *, tokens:
     # BF16 a token and layer: streams of both sites, a dozen vectors beside, and each pick's rows and three widths.
     kept = 2 * (2 * n * d + 12 * d + k * (2 * d + 3 * f))
     flops = training_flops(config, row) * tokens / gpus
-    compute = flops / (UTILISED * PEAKS["H200"])
+    compute = flops / (utilised * PEAKS["H200"])
     own = tokens / data * layers / pp  # tokens times layers of a device
     link = LINK if ep <= NODE else FAR_LINK
     sent = 8 * d * k * (ep - 1) / ep * own  # BF16 there and back, forward and backward
     # What waves hide: the experts' products of the other waves.
-    hidden = 18.0 * d * f * k * own / (UTILISED * PEAKS["H200"]) * (1 - 1 / WAVES)
+    hidden = 18.0 * d * f * k * own / (utilised * PEAKS["H200"]) * (1 - 1 / WAVES)
     return Layout(
         gpus=gpus, pp=pp, ep=ep, cp=cp, micro_batches=micro, weights=4 * (dense + experts),
         gradients=8 * dense + 4 * experts * (2 if replicas > 1 else 1),  # autograd's, and those on their way
         optimizer=12 * -(-dense // data) + 8 * -(-experts // replicas),  # sums, momentum; AdamW's second moments
-        activations=int(min(pp, micro) * row // cp * kept * layers / pp) + row // cp * config.vocab_size,
+        activations=int(min(pp, micro) * part * kept * layers / pp) + part * config.vocab_size,
         compute_s=compute, experts_s=sent / link, seen_s=max(0.0, sent / link - hidden),
         stages_s=0.0 if pp == 1 else 4 * (n + 1) * d * tokens / data / FAR_LINK,
         sync_s=8 * dense / (FAR_LINK if data > NODE else LINK) + (2 * experts / FAR_LINK if replicas > 1 else 0.0),
