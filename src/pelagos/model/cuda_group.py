@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from torch import Tensor
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels import prefill_cache, prefill_experts, skinny_gemm
-from pelagos.kernels.batch_rows import Halves, Parts
+from pelagos.kernels.batch_rows import Halves, Parts, sum_of
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.prefill_products import BLOCK, quantise
 from pelagos.kernels.ragged import turns
@@ -174,7 +173,7 @@ class GroupPrefill(Prefill):
         self._join()
         begin, end = self._bounds[group.rank]
         parts = self._parts[group.rank][:, : end - begin].unbind(0)
-        return None if shared is None else functools.reduce(torch.add, (*parts, shared))
+        return None if shared is None else sum_of((*parts, shared))
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._group.size) if rank != self._group.rank]
@@ -255,14 +254,11 @@ class Exchanges:
             every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self._ranks)]
             dist.all_gather(every, x.contiguous())
             width, part, row = (2 * sizes[name] for name in ("width", "send_rank", "send_row"))
-            sent = [
-                each.view(-1).as_strided((2 * total // width, width), (row, 1), self._rank * part) for each in every
-            ]
+            place = (2 * total // width, width), (row, 1), self._rank * part
+            sent = [each.view(-1).as_strided(*place) for each in every]
             if given.get("source") is not None:
                 sent = [sent[given["source"]]]
-            whole = (
-                functools.reduce(torch.add, (each.float() for each in sent)) if given.get("add") else torch.cat(sent)
-            )
+            whole = sum_of(each.float() for each in sent) if given.get("add") else torch.cat(sent)
             return out.copy_(whole.view(out.shape))
         from pelagos.kernels.triton.exchange import exchange
 
