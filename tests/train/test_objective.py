@@ -168,13 +168,14 @@ def test_bias_moves_towards_the_idle_experts():
 
 
 def test_bias_levels_the_load():
-    """Rule and router together: with every step the busiest expert's share falls."""
+    """Rule and router together: the busiest expert's share falls, here from 1.33 of the mean to within a tenth of it."""
     model = small_model()
     batch = packed([[128], [128]], 128)
     peaks = []
     with torch.no_grad():
-        for _ in range(12):
+        for _ in range(32):
             load = losses(model, *batch, WEIGHTS, dense=True).load
             peaks.append((load.max(-1).values / load.float().mean(-1))[1:].mean().item())
-            update_balance_bias(model, load, 0.02)
-    assert peaks[-1] - 1 < 0.5 * (peaks[0] - 1)
+            update_balance_bias(model, load, 0.005)  # larger steps overshoot: with 0.02 it stays at 1.09
+    assert peaks[-1] < 0.8 * peaks[0]
+    assert peaks[-1] - 1 < 0.25 * (peaks[0] - 1)
