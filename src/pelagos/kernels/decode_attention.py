@@ -13,7 +13,6 @@ from pelagos.kernels.batch_rows import Halves, Rows
 from pelagos.kernels.cache_write import check_pools
 from pelagos.kernels.dispatch import contract, select
 from pelagos.kernels.layout import CacheLayout
-from pelagos.kernels.skinny_gemm import COUNTERS
 
 WIDTHS = (128, 512)  # of a head
 
@@ -52,7 +51,5 @@ def attend(
             f"decode_attention: most={most}, expected 0..{rows.table.shape[1] * place.main.rows}, what the table holds"
         )
     check_pools(rows, layout, pages, slots)
-    if arrived is None:
-        arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=q.device)
     inputs = (q, rows, layout, layer, pages, slots, sink, picks, turn, most, whole, arrived, norm_eps)
     return select("decode_attention", q).forward(*inputs)

@@ -350,7 +350,7 @@ def _combine_kernel(
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor,
+    picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor | None,
     norm_eps: float | None = None,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
@@ -382,6 +382,8 @@ def forward(
         **formats.launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
+        if arrived is None:
+            arrived = rows.positions if sections == 1 else rows.positions.new_zeros(tokens * heads * width // 128)
         options = formats.launch(made_for, num_warps=1, enable_fp_fusion=False)
         if sections > 1 and made_for == formats.PTX:  # an early start crams all onto the first that are free
             options["launch_pdl"] = False
