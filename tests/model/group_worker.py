@@ -90,8 +90,13 @@ class Halved(CudaForward):
             found.append(skinny_gemm.product(*own, *wo_b, self._arrived).float())
         return (found[0] + found[1]).bfloat16()
 
-    def _mixture(self, layer: LayerWeights, *inputs: Any, **named: Any) -> Any:
-        found: Any = [super(Halved, self)._mixture(half, *inputs, **named) for half in self._parts_of[id(layer)]]
+    def _mixture(
+        self, layer: LayerWeights, step: _Step, normed: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    ) -> Any:
+        if not self._helped:
+            codes, scales = quantise(normed)
+        parts = self._parts_of[id(layer)]
+        found: list[Any] = [super(Halved, self)._mixture(half, step, normed, codes, scales) for half in parts]
         return (found[0].float() + found[1].float()).bfloat16()
 
 
