@@ -5,7 +5,9 @@ backward, in GB/s and as a share of the measured copy rate. `python -m benchmark
 steps on random tokens, with four streams and with a plain residual, and says what Muon takes of them. `all` runs the
 device tests and everything (some minutes). `torchrun --standalone --nproc-per-node 2 -m benchmarks.training worlds
 --size M --rows 32 --accumulate 8` times one process and then both, by replicas and by experts in waves, with the dry
-run's bytes and seconds beside. One JSON object a line on stdout, a table on stderr.
+run's bytes and seconds beside. `... served --data SHARDS` takes a quantised step of nano and says how far the logits of
+training's forward are from those that the export gets from `model.cuda_forward`. One JSON object a line on stdout, a
+table on stderr.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ import torch
 
 from pelagos.config import ModelConfig, nano
 from pelagos.kernels import mhc, training_attention
+from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.ref import mhc as mhc_ref
 from pelagos.kernels.ref import training_attention as attention_ref
+from pelagos.load import load_model
+from pelagos.model.cuda_forward import CudaForward
+from pelagos.model.cuda_weights import Weights
 from pelagos.train.data import ShardWriter, write_meta
 from pelagos.train.dry_run import layout
 from pelagos.train.meter import PEAKS, peak_flops, training_flops
+from pelagos.train.objective import prepare
 from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
@@ -248,6 +255,45 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
         torch.distributed.destroy_process_group()
 
 
+def served(data: Path, *, device: str, tokens: int, rows: int) -> None:
+    """Compare training's quantised forward over held-out rows with prompts of the export, sample by sample."""
+    config = TrainConfig(
+        steps=10, batch_rows=rows, row_tokens=tokens, sparse_from=0, quantise_from=0, lr=1e-4, warmup_steps=0
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        out, names = Path(scratch), Path("models/nano")
+        trainer = Trainer(nano(), config, data=data, out=out / "run", device=device, tokenizer=names, start="nano")
+        trainer._update()
+        trainer.export(out / "model")
+        batch = next(trainer._packed(trainer.heldout, 0, {"docs": 1}, 0).epoch())
+        prepared = prepare(trainer.model, *(torch.from_numpy(part).to(trainer.device) for part in batch), dense=False)
+        streams = trainer.forward.run(prepared.step, prepared.cache, [])
+        trained = trainer.model.logits(trainer.forward.collapse(trainer.model, streams)).detach().cpu()
+        server = load_model(out / "model", mode="released")
+    plan = CacheLayout(server.config, "released")
+    weights = Weights(server.config, torch.device(device)).fill((n, t) for n, t, _ in server.released_tensors())
+    table, apart = np.arange(plan.pages_for(tokens), dtype=np.int32), []
+    sizes = ((len(table), plan.page_bytes), (2, plan.slot_bytes))
+    for row, number in ((r, n) for r, own in enumerate(batch.segments) for n in range(own.max() + 1)):
+        at = np.flatnonzero(batch.segments[row] == number)
+        pools = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+        forward = CudaForward(weights, plan, *pools, positions=tokens)
+        output = forward.forward([Span(batch.ids[row, at], 0, 1, table, 0, len(at))])
+        got, want, aims = torch.tensor(output.logits), trained[row, at], torch.from_numpy(batch.targets[row, at])
+        asked = aims >= 0
+        chances = [x.log_softmax(-1)[asked].gather(1, aims[asked, None]) for x in (got, want)]
+        level = [x - x.mean(-1, keepdim=True) for x in (got, want)]
+        apart.append([len(at), *(float(x) for x in (
+            (level[0] - level[1]).norm() / level[1].norm(), (got.argmax(-1) == want.argmax(-1)).float().mean(),
+            (chances[0] - chances[1]).abs().mean(), chances[0].mean(), chances[1].mean(),
+        ))])  # fmt: skip
+    counts, *rest = np.array(apart).T
+    names = ("logits_apart", "same_best", "logprob_apart", "served_logprob", "trained_logprob")
+    means = {name: float(values @ counts / counts.sum()) for name, values in zip(names, rest, strict=True)}
+    shape = {"device": device, "samples": len(apart), "tokens": int(counts.sum())}
+    say({"bench": "trainer beside server", **shape, **means})
+
+
 def everything() -> None:
     """Device tests of the training kernels, their figures, then S and M, beside a plain residual and in FP8."""
     names = ("mhc", "training_attention", "index_training", "compressor", "grouped_experts", "norm_rope",
@@ -265,7 +311,7 @@ def everything() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kernels", "steps", "worlds", "all"))
+    parser.add_argument("what", choices=("kernels", "steps", "worlds", "served", "all"))
     parser.add_argument("--tokens", type=int, default=32768, help="of the kernels' inputs")
     parser.add_argument("--size", choices=tuple(SIZES), default="S")
     parser.add_argument("--rows", type=int, default=16, help="rows of 2,048 tokens a micro-batch")
@@ -275,16 +321,20 @@ def main() -> None:
     for flag in ("sparse", "plain", "released"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--cases", default="", help="of `worlds`, semicolon between (default: all)")
-    parser.add_argument("--device", default="cuda", help="of `worlds`; cpu to try it")
+    parser.add_argument("--data", type=Path, help="of `served`: shards with nano's tokenizer")
+    parser.add_argument("--row", type=int, default=2048, help="of `served`: tokens a row")
+    parser.add_argument("--device", default="cuda", help="of `worlds` and `served`; cpu to try it")
     args = parser.parse_args()
     if args.what == "worlds" and "LOCAL_RANK" not in os.environ:
         sys.exit("benchmarks.training worlds: start it with torchrun, a process a device")
-    if not torch.cuda.is_available() and (args.what != "worlds" or args.device != "cpu"):
+    if not torch.cuda.is_available() and (args.what not in ("worlds", "served") or args.device != "cpu"):
         sys.exit("benchmarks.training: no CUDA device here; speed is only measured where it is used")
     if args.what == "all":
         everything()
     elif args.what == "kernels":
         kernels(args.tokens)
+    elif args.what == "served":
+        served(args.data, device=args.device, tokens=args.row, rows=args.rows)
     elif args.what == "worlds":
         worlds(args.size, **{name: getattr(args, name) for name in ("device", "rows", "accumulate", "cases")})
     else:
