@@ -111,7 +111,7 @@ def stream_rows(
                 "us": round(took * 1e6, 1), "tok_s": round(prompt / took, 1), "outside_bytes": outside,
             }  # fmt: skip
     if engine:
-        del forward
+        forward = staged = None  # and what they hold
         torch.cuda.empty_cache()
         yield head | engine_row(weights, blocks, context, engine)
 

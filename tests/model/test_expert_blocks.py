@@ -89,14 +89,30 @@ def test_a_copy_under_way_is_waited_for() -> None:
     check(blocks, want)
 
 
-def test_bases_are_those_of_stacked_experts() -> None:
-    blocks, _ = filled(120)
-    for layer, found in enumerate(blocks.bases()):
-        parts = [
-            torch.stack(each) for each in zip(*(blocks.parts(layer, e) for e in range(blocks.experts)), strict=True)
-        ]
-        assert torch.equal(found[0], base_bytes(*parts[:2]))
-        assert torch.equal(found[1], base_bytes(*parts[2:]))
+def test_bases_are_those_of_stacked_experts_wherever_they_are() -> None:
+    """Before, during and after exchanges: an engine may be built over weights that have been stepped for long."""
+    blocks, want = filled(120)
+    views = [torch.stack(each) for each in zip(*map(blocks._views, want), strict=True)]
+    first, second = (base_bytes(*views[at : at + 2]).view(blocks.layers, blocks.experts, -1) for at in (0, 2))
+
+    def check_bases() -> None:
+        for layer, found in enumerate(blocks.bases()):
+            assert torch.equal(found[0], first[layer])
+            assert torch.equal(found[1], second[layer])
+
+    check_bases()
+    blocks.slow[blocks.spares] = 255  # nobody's: scales that no product could hold
+    for hot in np.array_split(np.flatnonzero(blocks.cache.place < 0), 12):
+        for _ in range(60):
+            blocks.cache.note(hot, 1)
+        for _ in range(2):  # cold ones on their way out, then nobody in their places
+            blocks.turn()
+            assert blocks._moving
+            check_bases()
+    assert (blocks.cache.held < 0).any()
+    blocks.turn()
+    assert blocks.home.max() >= (blocks.home >= 0).sum()
+    check_bases()
 
 
 def test_all_may_be_inside_and_too_little_is_refused() -> None:

@@ -336,17 +336,14 @@ class ExpertBlocks:
         return [self._stacked(self.fast[:1], part) for part in range(len(self._shapes))]
 
     def bases(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each layer's `base_bytes` of w13 and w2, (E, O/128) each, of filled blocks before any exchange."""
-        outside = np.flatnonzero(self.home >= 0)
+        """Return each layer's `base_bytes` of w13 and w2, (E, O/128) each, of filled blocks wherever they are."""
         found = []
-        for at in (0, 2):
-            rows = [base_bytes(*(self._stacked(blocks, part) for part in (at, at + 1)))
-                    for blocks in (self.fast, self.slow[: max(1, len(outside))])]  # fmt: skip
-            whole = torch.empty((len(self.home), rows[0].shape[1]), dtype=torch.uint8, device=self.table.device)
-            whole[torch.from_numpy(self.cache.held).to(whole.device)] = rows[0]
-            whole[torch.from_numpy(outside).to(whole.device)] = rows[1][self.home[outside]].to(whole.device)
-            found.append(whole.view(self.layers, self.experts, -1).unbind(0))
-        return list(zip(*found, strict=True))
+        for layer in range(self.layers):
+            blocks = [self.parts(layer, expert) for expert in range(self.experts)]
+            pairs = ([base_bytes(*(part[None] for part in own[at : at + 2])) for own in blocks] for at in (0, 2))
+            first, second = (torch.cat([each.to(self.table.device) for each in pair]) for pair in pairs)
+            found.append((first, second))
+        return found
 
     def note(self, first_layer: int, chosen: np.ndarray) -> None:
         """Count what a step over (N layers, T, K) chose."""
