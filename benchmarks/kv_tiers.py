@@ -35,7 +35,7 @@ from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, Stream, b
 from pelagos.engine.disk import DiskCache
 from pelagos.engine.pages import PagePool
 from pelagos.engine.runner import Pools
-from pelagos.engine.tiers import Restore, Tiers, pinned
+from pelagos.engine.tiers import Tiers, pinned
 from pelagos.evals.commit import commit
 from pelagos.evals.engine_bench import forget_files, kv_budget
 from pelagos.evals.step_bench import cut_config, fill_caches
@@ -150,7 +150,8 @@ class Served:
 def serve(engine: LocalEngine, ids: list[int], tokens: int, **changes: Any) -> Served:
     """Run one request to its end by hand."""
     times: list[float] = []
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=True, **{"temperature": 0} | changes)
+    options: dict[str, Any] = {"temperature": 0} | changes
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=True, **options)
     stream = engine.submit(ids, params, on_step=lambda: times.append(time.perf_counter()))
     while stream.finish_reason is None:
         engine.step()
@@ -178,31 +179,40 @@ def evict(tiers: Tiers, pool: PagePool, keys: Sequence[bytes], source: str, fold
     assert tiers.known_pages("", keys) == len(keys)
 
 
+@dataclasses.dataclass
+class Coming:
+    """A prefix on its way up: the pages that it gets, and how many have come once that is known."""
+
+    pages: list[int]
+    came: int | None = None
+
+
 def restored(tiers: Tiers, pool: PagePool, keys: Sequence[bytes], source: str, folder: Path) -> tuple[float, list[int]]:
     """Seconds to bring a prefix back, from the call to the last byte in its page, and its pages, let go of."""
     evict(tiers, pool, keys, source, folder)
     begun = time.perf_counter()
-    restore = begin(tiers, pool, keys)
-    while not restore.done():
+    coming = begin(tiers, pool, keys)
+    while coming.came is None:
         time.sleep(POLL_S)
         tiers.poll()
     took = time.perf_counter() - begun
-    finish(tiers, pool, restore)
-    return took, list(restore.asked)
+    finish(pool, coming)
+    return took, coming.pages
 
 
-def begin(tiers: Tiers, pool: PagePool, keys: Sequence[bytes]) -> Restore:
+def begin(tiers: Tiers, pool: PagePool, keys: Sequence[bytes]) -> Coming:
     """Start to bring a prefix into pages of its own, as a request would."""
     pages = pool.alloc(len(keys))
     assert pages is not None
-    return tiers.read("", keys, None, sorted(pages))
+    coming = Coming(sorted(pages))
+    tiers.read("", keys, None, coming.pages, lambda came, _: setattr(coming, "came", came))
+    return coming
 
 
-def finish(tiers: Tiers, pool: PagePool, restore: Restore) -> None:
+def finish(pool: PagePool, coming: Coming) -> None:
     """Let go of the pages again, and check that all came."""
-    assert len(restore.pages) == len(restore.keys)
-    tiers.poll()
-    pool.release(restore.asked)
+    assert coming.came == len(coming.pages)
+    pool.release(coming.pages)
 
 
 def name_of(device: torch.device) -> str:
@@ -275,14 +285,14 @@ def beside_row(
             times.append(1e3 * (time.perf_counter() - begun))
         return times
 
-    under_way: list[Restore] = []
+    under_way: list[Coming] = []
     brought = 0
 
     def again() -> None:
         nonlocal brought
         tiers.poll()
-        if under_way and under_way[0].done():
-            finish(tiers, pool, under_way.pop())
+        if under_way and under_way[0].came is not None:
+            finish(pool, under_way.pop())
             brought += 1
         if not under_way:
             under_way.append(begin(tiers, pool, keys))
@@ -292,7 +302,7 @@ def beside_row(
         plain += timed(lambda: None)
         beside += timed(again)
         tiers.drain()
-        finish(tiers, pool, under_way.pop())
+        finish(pool, under_way.pop())
     took = {name: round(what(beside) / what(plain) - 1, 4) for name, what in
             (("slower_median", statistics.median), ("slower_mean", statistics.mean))}  # fmt: skip
     return {"what": "steps beside restores", "ms": round(statistics.median(plain), 3), "steps": 3 * steps,
@@ -330,7 +340,8 @@ def copy_rows(shape: str, device: torch.device, context: int, batch: int, steps:
     pool = PagePool(len(pools.pages))
     disk = DiskCache(folder / "cache", fingerprint=b"copies", page_bytes=layout.page_bytes,
                      quota_bytes=4 * count * layout.page_bytes, queue_bytes=2 * count * layout.page_bytes)  # fmt: skip
-    tiers = Tiers(pools, 2 * count + 64, disk)
+    tiers = Tiers(pools, 2 * count + 64)
+    tiers.disk = disk
     head = {"bench": "kv_tiers", "device": name_of(device), "commit": commit(), "case": f"{shape} copies",
             "torch": torch.__version__, "context": context, "batch": batch, "pages": count,
             "bytes": (size := count * layout.page_bytes)}  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from pelagos import LLM
 from pelagos.config import preset
+from pelagos.engine import EngineOptions, build_engine
 from pelagos.engine.sampler import SamplingParams
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.model.cuda_forward import CudaForward
@@ -57,6 +58,17 @@ def test_bits_do_not_depend_on_where_experts_are(monkeypatch) -> None:
     assert report["exchanges"] > 0
     assert report["tokens"] == 111  # prompts are not counted: they route nearly everywhere
     assert 0.5 < report["hit_rate"] < 1
+    answers = []
+    for weights in (whole, streamed):  # an engine over weights whose experts are no longer where they began
+        engine = build_engine(weights, None, EngineOptions(
+            chunk_tokens=64, max_requests=1, kv_bytes=1 << 22, prefix_cache=False, preemption="recompute",
+            speculation=False,
+        ))  # fmt: skip
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=True)
+        answers.append([(each.token_id, each.logprob) for each in engine.submit(list(range(3, 150)), params)])
+        engine.close()
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 4
 
 
 @pytest.mark.gpu
