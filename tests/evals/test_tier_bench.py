@@ -1,4 +1,4 @@
-"""The bench of the KV tiers on a CPU: all that it does goes through, and what it says of bits holds. Rates mean nothing."""
+"""The bench of the KV tiers on a CPU: all of it goes through, and what it says of bits holds; rates mean nothing."""
 
 from __future__ import annotations
 
