@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -249,6 +250,7 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
             if number == 0:
                 say(row)
             del trainer
+            gc.collect()  # it and what it calls back hold each other, and with them weights, momentum and gradients
             if cuda:
                 torch.cuda.empty_cache()
     if torch.distributed.is_initialized():

@@ -205,9 +205,9 @@ class Optimizer:
             views = [self._matrices(key, update[key])[index].reshape(-1, *shape) for key, index in present]
             orthogonal = orthogonalise(torch.cat(views), self.config)
             scale = -lr * self.config.update_rms * max(shape) ** 0.5
-            for (key, index), part in zip(present, orthogonal.split([len(v) for v in views]), strict=True):
-                target = self._matrices(key, self.own[key].value)[index]
-                target.add_(part.view(target.shape), alpha=scale)
+            targets = [self._matrices(key, self.own[key].value)[index] for key, index in present]
+            parts = zip(orthogonal.split([len(view) for view in views]), targets, strict=True)
+            torch._foreach_add_(targets, [part.view(target.shape) for part, target in parts], alpha=scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return this rank's momentum and moments by names that are the same in every world: to save, or to fill."""

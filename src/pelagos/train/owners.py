@@ -3,10 +3,11 @@
 Dense matrices are dealt by a knapsack over a capped group, experts evenly: all down, then up, then gate. No matrix is
 cut, so Newton-Schulz asks nobody. Source: technical report 3.4.1.
 """
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,14 +54,18 @@ class Share:
         `rounding` sends them in BF16, rounded stochastically; they are added in float32 all the same.
         """
         sent = self.total.new_zeros((len(self.buckets), len(sources), self.width))
-        for owner, bucket in enumerate(self.buckets):
-            for number, gradients in enumerate(sources):
-                for place, piece in zip(_views(sent[owner, number], bucket), bucket, strict=True):
-                    if piece.key in gradients:
-                        place.copy_(gradients[piece.key])
+        _copy(
+            (place, gradients[piece.key])
+            for owner, bucket in enumerate(self.buckets)
+            for number, gradients in enumerate(sources)
+            for place, piece in zip(_views(sent[owner, number], bucket), bucket, strict=True)
+            if piece.key in gradients
+        )
         if self.line.size > 1:
             sent = stochastic_bf16(sent, rounding) if rounding else sent
-            sent = self.line.swap(sent[[rank % len(self.buckets) for rank in range(self.line.size)]])
+            if len(self.buckets) < self.line.size:
+                sent = sent[[rank % len(self.buckets) for rank in range(self.line.size)]]
+            sent = self.line.swap(sent)
         for part in sent.flatten(0, 1):
             self.total += part
 
@@ -69,11 +74,15 @@ class Share:
         if self.owners.size == 1:
             return
         mine = torch.zeros_like(self.total)
-        for place, piece in zip(_views(mine, self.own), self.own, strict=True):
-            place.copy_(piece.value)
+        _copy(zip(_views(mine, self.own), (piece.value for piece in self.own), strict=True))
         for bucket, values in zip(self.buckets, self.owners.gather(mine), strict=True):
-            for place, piece in zip(_views(values, bucket), bucket, strict=True):
-                piece.value.copy_(place)
+            _copy(zip((piece.value for piece in bucket), _views(values, bucket), strict=True))
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first of each pair what the second holds: thousands of experts' matrices in a few launches."""
+    if found := list(pairs):
+        torch._foreach_copy_([into for into, _ in found], [value for _, value in found])
 
 
 def _views(flat: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
@@ -144,8 +153,8 @@ class Owners(Optimizer):
             self._exchange()
         squares = torch.zeros((), dtype=torch.float64, device=self._shares[0].total.device)
         for share in self._shares:
-            for total in share.sums if share.counted else []:
-                squares += torch.linalg.vector_norm(total, dtype=torch.float64).square()
+            if share.counted and share.sums:
+                squares += torch.stack(torch._foreach_norm(share.sums, 2, torch.float64)).square().sum()
         norm = self._ranks.world.sum(squares).sqrt().float()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for share in self._shares:
