@@ -107,8 +107,8 @@ for box in made:
         traces.append(box.exec("wc -l < trace; pgrep -c -f '^cat' ; true").text)
     box.close()
 Sandbox.create(store=store).close()
-store.collect()
 left = end()
+store.collect()  # now that nobody who was killed waits to be reaped, which looks like life
 groups = [str(g) for g in pathlib.Path("/sys/fs/cgroup").glob("*/pelagos/*-*") if int(g.name.split("-")[0]) in keepers]
 files = sorted(str(p.relative_to(store.root)) for p in store.root.glob("[!l]*/*"))
 print(json.dumps({"made": len(made), "refused": refused, "left": left, "groups": groups, "files": files}))
