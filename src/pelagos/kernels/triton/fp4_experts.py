@@ -56,7 +56,7 @@ def turn_block(codes, spread, token, cut, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _plan_kernel(
     chosen, codes, table, slot_expert, slot_rows, spread,
-    picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, CAPACITY, COLUMNS: tl.constexpr, CUT: tl.constexpr,
+    picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, COLUMNS: tl.constexpr, CUT: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     formats.let_next_start(TARGET)
@@ -74,7 +74,7 @@ def _plan_kernel(
             rows = tl.where(earlier > 0, 0, rows)
         tl.store(slot_expert + at, own)
         tl.store(slot_rows + at, rows)
-        tl.store(table + at * CAPACITY + rank, place, mask=(match > 0) & (rank < CAPACITY))
+        tl.store(table + at * picks + rank, place, mask=match > 0)
     else:
         turn_block(codes, spread, (at - slots) // CUT, (at - slots) % CUT, width, COLUMNS)
 
@@ -136,7 +136,7 @@ def _hidden_block(
 
 @triton.jit
 def _product_kernel(
-    x, xs, table, slot_expert, slot_rows, w, scale, homes, partial, CAPACITY, picks,
+    x, xs, table, slot_expert, slot_rows, w, scale, homes, partial, picks,
     shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
     weights, hidden, hs, shared, arrived, limit, HIDDEN: tl.constexpr,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
@@ -180,9 +180,9 @@ def _product_kernel(
             pick, wide_pick = tl.zeros((tokens_at,), tl.int32) + slot, tl.zeros((COLUMNS,), tl.int32) + slot
         else:
             rows = tl.load(slot_rows + slot)
-            own = table + slot * CAPACITY
-            pick = tl.load(own + at, mask=at < CAPACITY, other=0)
-            wide_pick = tl.load(own + column // 4, mask=column // 4 < CAPACITY, other=0)
+            own = table + slot * picks
+            pick = tl.load(own + at, mask=at < picks, other=0)
+            wide_pick = tl.load(own + column // 4, mask=column // 4 < picks, other=0)
         stride: tl.constexpr = DEPTH // 2
         blocks: tl.constexpr = DEPTH // 128
         share: tl.constexpr = blocks // PARTS
@@ -230,8 +230,8 @@ def _product_kernel(
             first += tokens_at
             if not SINGLE:
                 own += tokens_at
-                pick = tl.load(own + at, mask=first + at < CAPACITY, other=0)
-                wide_pick = tl.load(own + column // 4, mask=first + column // 4 < CAPACITY, other=0)
+                pick = tl.load(own + at, mask=first + at < picks, other=0)
+                wide_pick = tl.load(own + column // 4, mask=first + column // 4 < picks, other=0)
         if HIDDEN:
             inner: tl.constexpr = OUTPUTS // 2
             column = tl.program_id(0) * ROWS % inner // 128
@@ -289,15 +289,15 @@ def list_rows(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return rows by expert and turned activations (4T, D) if there are any, for chosen (T, K).
 
-    Rows by expert are table (S, T) of picks, slot_expert (S,) and slot_rows (S,) int32.
+    Rows by expert are table (S, T * K) of picks (a token may repeat one), slot_expert (S,) and slot_rows (S,) int32.
     """
     (tokens, _), picks, made_for = chosen.shape, chosen.numel(), formats.target()
     slots, width = min(picks, experts), 0 if codes is None else codes.shape[1]
     columns, spread = triton.cdiv(width, COLUMNS), chosen.new_empty((4 * tokens, width), dtype=torch.uint8)
-    table, (expert, rows) = chosen.new_empty((slots, tokens)), chosen.new_empty((2, slots))
+    table, (expert, rows) = chosen.new_empty((slots, picks)), chosen.new_empty((2, slots))
     _plan_kernel[(slots + tokens * columns,)](
         chosen, spread if codes is None else codes, table, expert, rows, spread, picks, slots, width,
-        BY_PICK=picks <= experts, PICKS=max(16, triton.next_power_of_2(picks)), CAPACITY=tokens, COLUMNS=COLUMNS,
+        BY_PICK=picks <= experts, PICKS=max(16, triton.next_power_of_2(picks)), COLUMNS=COLUMNS,
         CUT=max(columns, 1), TARGET=made_for, **formats.launch(made_for),
     )  # fmt: skip
     return (table, expert, rows), spread
@@ -350,7 +350,7 @@ def site(
     homes = chosen if place is None else place
     options = formats.launch(made_for, num_stages=STAGES)
     _product_kernel[(2 * inner // ROWS, first["PARTS"], slots + (fused and fp8_parts > 0))](
-        as_operand(spread), xs, *lists, w13, s13, homes, up, tokens, picks, *first_lent,
+        as_operand(spread), xs, *lists, w13, s13, homes, up, picks, *first_lent,
         HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
     )  # fmt: skip
     if not fused:
@@ -359,7 +359,7 @@ def site(
             PARTS=first["PARTS"], TARGET=made_for, **formats.launch(made_for, num_warps=1),
         )  # fmt: skip
     _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
-        as_operand(hidden), hs, *lists, w2, s2, homes, down, tokens, picks, *lent,
+        as_operand(hidden), hs, *lists, w2, s2, homes, down, picks, *lent,
         HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
     )  # fmt: skip
     if out is not None:
