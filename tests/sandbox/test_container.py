@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +166,7 @@ def test_same_request_at_the_same_time_runs_once(store: Store) -> None:
 
 SCRIPT = """
 import sys
+import threading
 from pathlib import Path
 from pelagos.sandbox import Sandbox, Store
 box = Sandbox.open(sys.argv[2], replay=True, store=Store(Path(sys.argv[1])))
@@ -285,6 +288,7 @@ def test_replay_has_the_network_and_the_flags_of_what_it_replays(make: Any, stor
 
 
 def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
+    before = sorted(store.boxes.iterdir())
     for options, word in (
         ({"substrate": "nothing"}, "expected one of"), ({"network": "full"}, "expected 'none'"),
         ({"network": ["a b"]}, "expected"),
@@ -292,12 +296,19 @@ def test_create_refuses_what_it_cannot_do(store: Store, make: Any) -> None:
         ({"memory_mb": 0}, "number > 0"), ({"cpu": float("inf")}, "number > 0"), ({"processes": 1.5}, "whole number"),
         ({"require": {"pause": "checkpoint"}}, "require pause='checkpoint'"),
         ({"image": Image("none", ())}, "at least one layer"),
-        ({"id": "../x"}, "sandbox id"), ({"ttl_s": "x"}, "ttl_s"),
+        ({"id": "../x"}, "sandbox id"), ({"ttl_s": "x"}, "ttl_s"), ({"ttl_s": float("nan")}, "ttl_s"),
+        ({"id": 5}, "sandbox id 5"), ({"substrate": 3}, "substrate=3: expected str"), ({"require": 5}, "require=5"),
+        ({"image": "debian"}, "image='debian': expected"), ({"network": 5}, "expected 'none'"),
+        ({"network": [5]}, "expected 'none'"), ({"network": ["a.example:99999"]}, "expected 'none'"),
+        ({"network": ["a.example:0"]}, "expected 'none'"), ({"disk_mb": 1e300}, "number > 0, < 1e"),
         ({"image": Image("host", ("../boxes",))}, "is not in"),
         ({"image": Image("host", ("0" * 64,))}, "is not in"),
     ):  # fmt: skip
         with pytest.raises(SandboxError, match=word):
             Sandbox.create(store=store, **options)
+    assert sorted(store.boxes.iterdir()) == before, "what is refused leaves nothing"
+    with pytest.raises(SandboxError, match="expected a tar"):
+        Image.host(store).with_tar("/nowhere", store=store)
     box = make(id="taken")
     with pytest.raises(SandboxError, match="exists"):
         make(id="taken")
@@ -314,6 +325,50 @@ def test_too_little_memory_is_said_at_once(make: Any, substrate: str) -> None:
         pytest.skip("needs control groups")
     with pytest.raises(SandboxError, match="memory_mb=1"):
         make(memory_mb=1, substrate=substrate)
+
+
+def test_a_timeout_that_no_clock_has_is_refused_and_a_long_one_is_not(make: Any) -> None:
+    box = make()
+    keeper = box.info()["pid"]
+    for timeout in (float("nan"), float("inf"), -1, "x", 10**400):
+        with pytest.raises(SandboxError, match=r"exec: timeout=.*: expected seconds"):
+            box.exec("echo no >> ran", timeout=timeout)
+    # The keeper looks at the disk meanwhile and so has no other timer: poll(2) itself would take no more than 24 days.
+    assert box.exec("sleep 1; cat ran", timeout=1e9).exit_code == 1
+    assert box.exec("sleep 60", timeout=0.2).timed_out
+    assert box.info()["pid"] == keeper
+
+
+def test_who_waits_while_another_closes_starts_nothing_again(store: Store) -> None:
+    for _ in range(6):
+        box, said = Sandbox.create(store=store, ttl_s=120), []
+
+        def wait(box: Sandbox = box, said: list[str] = said) -> None:
+            try:
+                Sandbox.open(box.id, store=store).exec("touch began; sleep 60")
+            except SandboxError as error:
+                said.append(str(error))
+
+        waits = threading.Thread(target=wait)
+        waits.start()
+        while b"began" not in bytes(box.pack_diff()):
+            time.sleep(0.01)
+        box.close()
+        waits.join(60)
+        assert "closed" in said[0]
+        assert not box.directory.exists()
+
+
+def test_a_killed_forker_is_made_again_for_the_very_next_request(make: Any) -> None:
+    box = make()
+    for turn in range(5):
+        keeper = box.info()["pid"]
+        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
+            ended = os.pidfd_open(int(pid))
+            os.kill(int(pid), signal.SIGKILL)
+            assert select.select([ended], [], [], 60)[0]
+            os.close(ended)
+        assert box.exec(f"echo {turn}").text == f"{turn}\n"
 
 
 def test_a_request_that_nobody_expected_is_answered_and_noted(make: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from pelagos.errors import SandboxError
 
+MOST = 1e12  # of any limit, and of seconds: megabytes as bytes still fit the kernel's numbers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -23,8 +25,8 @@ class Limits:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             kinds = (int, float) if f.name in ("cpu", "memory_mb", "disk_mb") else int
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-                raise SandboxError(f"{f.name}={value!r}: expected a {'whole ' * (kinds is int)}number > 0")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MOST:
+                raise SandboxError(f"{f.name}={value!r:.40}: not a {'whole ' * (kinds is int)}number > 0, < {MOST:.0e}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ PARENT = "pelagos"
 CONTROLLERS = ("memory", "pids", "cpu", "freezer")
 SPARE_PROCESSES = 12  # beside the limit: bubblewrap, the first process, the ready ones of a function sandbox
 END_S = 5.0
+_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class Group:
             directory = root / PARENT / name
             try:
                 directory.parent.mkdir(mode=0o700, exist_ok=True)  # nobody else may hold a lock there
-                if unified:
-                    _enable(root, root / PARENT)
+                for above in (root, root / PARENT) if unified else ():
+                    (above / "cgroup.subtree_control").write_text("+memory +pids +cpu", encoding="ascii")
                 gate = linux.lock(root / PARENT, linux.LOCK_SH)  # none is swept before it is held
                 try:
                     directory.mkdir(exist_ok=True)
@@ -132,9 +133,6 @@ class Group:
                 self.freeze(False)  # in version 1 what is frozen does not die
 
 
-_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max")
-
-
 def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str, str]]:
     memory, quota = str(int(limits.memory_mb * 1024 * 1024)), int(limits.cpu * 100_000)
     pids = [("pids.max", str(limits.processes + SPARE_PROCESSES))]
@@ -163,12 +161,6 @@ def _hierarchies() -> tuple[dict[str, Path], bool]:
         found = {c: unified for c in CONTROLLERS if c in offered or (c == "freezer" and "memory" in offered)}
         return found, True
     return {c: found[c] for c in CONTROLLERS if c in found}, False
-
-
-def _enable(root: Path, parent: Path) -> None:
-    parent.mkdir(exist_ok=True)
-    for directory in (root, parent):
-        (directory / "cgroup.subtree_control").write_text("+memory +pids +cpu", encoding="ascii")
 
 
 def sweep() -> None:

@@ -583,7 +583,8 @@ class Container(Substrate):
         return self.apart(work)
 
     def alive(self) -> bool:
-        return self._first >= 0 and not select.select([self._first], [], [], 0)[0]
+        ends = [self._first, self._home.control] if self._home else []  # the second with who forks commands
+        return self._first >= 0 and not select.select(ends, [], [], 0)[0]
 
     def pause(self, on: bool) -> None:
         if self._group and "freezer" in self._group.directories:

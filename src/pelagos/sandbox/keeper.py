@@ -25,7 +25,7 @@ from typing import Any
 
 from pelagos.errors import PelagosError, SandboxError, TrajectoryError, UnknownOutcome
 from pelagos.sandbox import cgroups, function, linux  # noqa: F401  `function` is loaded once for all keepers
-from pelagos.sandbox.api import Command, Spec
+from pelagos.sandbox.api import MOST, Command, Spec
 from pelagos.sandbox.container import ASK_BYTES, Container, Home, Substrate, bubblewrap, take_notes
 from pelagos.sandbox.inside import FILE_BYTES
 from pelagos.sandbox.log import Begun, Stored, TrajectoryLog
@@ -271,6 +271,9 @@ class Keeper:
                 return {"status": "ok", "value": self._control(op, args), "blobs": {}}
             if payload is not None:
                 args = args | {"data": payload}
+            most = args.get("timeout")
+            if most is not None and not (isinstance(most, (int, float)) and 0 <= most < MOST):
+                raise SandboxError(f"{op}: timeout={most!r:.40}: expected seconds from 0 to {MOST:.0e}, or None")
             if (known := self._running.get(request)) and known[:2] == (op, args):
                 return dict(await known[2])
             self._revive()
@@ -322,7 +325,9 @@ class Keeper:
 
     def _control(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         if op == "close":
-            self._discards = not args["keep"]
+            if not args["keep"]:
+                self._discards = True
+                (self._box / SPEC).unlink(missing_ok=True)  # so that whoever else waits for an answer starts no other
             self._done.settle()
             return {}
         if op == "resolve":

@@ -120,7 +120,7 @@ class Store:
         And what killed keepers left, of whatever age.
         """
         cgroups.sweep()
-        used = {path.parent.name for path in self.boxes.glob("*/log.jsonl")}
+        used = {path.parent.name for path in self.boxes.glob("*/log.jsonl") if path.with_name("spec.json").exists()}
         for path in self.boxes.glob("*/spec.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):  # on its way in or out: then its layers are fresh
                 spec = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ class Store:
 
     def box(self, name: str) -> Path:
         """Return the directory of a sandbox; raises SandboxError for an id that is no plain name."""
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", name):
             raise SandboxError(f"sandbox id {name!r}: expected up to 64 letters, digits, '-', '_' or '.', no '.' first")
         return self.boxes / name
 
@@ -203,8 +203,11 @@ class Image:
 
     def with_tar(self, path: Path | str, *, store: Store | None = None) -> Self:
         """Return this image with a tar on top (a root file system, or what `pack_diff` gave)."""
-        with Path(path).open("rb") as file:
-            return replace(self, layers=(*self.layers, (store or default_store()).add_tar(file)))
+        try:
+            with Path(path).open("rb") as file:
+                return replace(self, layers=(*self.layers, (store or default_store()).add_tar(file)))
+        except OSError as error:
+            raise SandboxError(f"{path}: {error.strerror}; expected a tar to make a layer of") from None
 
     def compose(self, *others: "Image") -> Self:
         """Return this image with the layers of others on top, each layer once: a base, a workspace, a toolkit."""

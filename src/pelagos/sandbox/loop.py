@@ -113,7 +113,7 @@ class Loop:
                 self.ready.popleft()()
             if done.settled:
                 break
-            wait = max(0.0, self._timers[0][0] - time.monotonic()) * 1e3 if self._timers else None
+            wait = min(max(0.0, self._timers[0][0] - time.monotonic()), 1e6) * 1e3 if self._timers else None
             for fd, events in self._poll.poll(wait):
                 for event, act in list(self._acts.get(fd, {}).items()):
                     if events & (event | select.POLLHUP | select.POLLERR):

@@ -26,7 +26,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from pelagos.errors import SandboxError
 from pelagos.sandbox import keeper, linux, log
-from pelagos.sandbox.api import Capabilities, ExecResult, FileInfo, Limits, Spec
+from pelagos.sandbox.api import MOST, Capabilities, ExecResult, FileInfo, Limits, Spec
 from pelagos.sandbox.layers import Image, Store, default_store, remove_tree
 
 T = TypeVar("T")
@@ -115,11 +115,16 @@ class AsyncSandbox:
         require: Mapping[str, str] | None = None, store: Store | None = None,
     ) -> Self:  # fmt: skip
         """Start a sandbox; SandboxError names what the host lacks, or the first flag of `require` it has not."""
+        for name, value, kind in (("substrate", substrate, str), ("image", image, Image | None),
+                                  ("store", store, Store | None), ("require", require, Mapping | None)):  # fmt: skip
+            if not isinstance(value, kind):
+                raise SandboxError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
         store = store or default_store()
         image = image or Image.host(store)
-        names = () if network == "none" else tuple(network)
-        good = all(re.fullmatch(r"[a-z0-9.-]+(:\d{1,5})?", name) for name in names)
-        if not good or (isinstance(network, str) and names):
+        listed = isinstance(network, Sequence) and not isinstance(network, str)
+        names = tuple(network) if listed else ()
+        parts = [re.fullmatch(r"[a-z0-9.-]+(?::(\d{1,5}))?", n) if isinstance(n, str) else None for n in names]
+        if not (listed or network == "none") or not all(p and 0 < int(p[1] or 80) < 65536 for p in parts):
             said = "expected 'none' or names like example.org, .example.net, 10.0.0.1:8080"
             raise SandboxError(f"network={network!r}: {said}")
         limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, processes=processes, open_files=open_files,
@@ -131,8 +136,8 @@ class AsyncSandbox:
         missing = [d for d in image.layers if not re.fullmatch("[0-9a-f]{64}", d) or not (store.layers / d).is_dir()]
         if missing:
             raise SandboxError(f"layer {missing[0][:12]} is not in {store.layers}; make the image with this store")
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not ttl_s > 0:
-            raise SandboxError(f"ttl_s={ttl_s!r}: expected a number > 0")
+        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not 0 < ttl_s <= MOST:
+            raise SandboxError(f"ttl_s={ttl_s!r:.40}: expected a number > 0, <= {MOST:.0e}")
         for digest in image.layers:
             os.utime(store.layers / digest)  # `Store.collect` leaves what was used lately
         box = cls(store, spec, "")
@@ -195,8 +200,7 @@ class AsyncSandbox:
     ) -> int:  # fmt: skip
         """Type into a terminal that is open, and give it another size; return how many bytes it took."""
         args = {"name": name, "size": list(size) if size else None}
-        typed = data.encode() if isinstance(data, str) else data
-        return (await self._ask("type", args, typed, request_id))[0]["written"]
+        return (await self._ask("type", args, data, request_id))[0]["written"]
 
     async def call(self, source: str, *arguments: Any, timeout: float | None = 60.0, request_id: str | None = None
                    ) -> ExecResult:  # fmt: skip
@@ -238,12 +242,9 @@ class AsyncSandbox:
     async def close(self, *, keep: bool = False) -> None:
         """End the sandbox; files and log are deleted unless `keep`. Closing twice is no error."""
         _hang_up(self._idle)  # to a keeper that may have ended since, and another be there
-        if self.directory.exists():
-            with contextlib.suppress(OSError):  # no keeper, nothing to tell
-                await self._exchange({"op": "close", "args": {"keep": keep}, "request": ""}, None, {})
+        with contextlib.suppress(OSError):  # no keeper, nothing to tell
+            await self._exchange({"op": "close", "args": {"keep": keep}, "request": ""}, None, {})
         _hang_up(self._idle)
-        if not self.directory.exists():
-            return
         deadline = time.monotonic() + CLOSE_S
         while not _unlocked(self.directory / log.NAME):
             if time.monotonic() > deadline:
@@ -259,7 +260,7 @@ class AsyncSandbox:
         await self.close()
 
     async def _ask(
-        self, op: str, args: dict[str, Any], payload: bytes | None, request_id: str | None,
+        self, op: str, args: dict[str, Any], payload: bytes | str | None, request_id: str | None,
         on_stdout: Sink | None = None, on_stderr: Sink | None = None,
     ) -> tuple[dict[str, Any], dict[str, bytes], bool]:  # fmt: skip
         """Return (value, blobs, replayed) of a request, starting the keeper where there is none."""
@@ -270,6 +271,7 @@ class AsyncSandbox:
             self._count += 1
             request_id = f"{self._session}{self._count}"
         ask = {"op": op, "args": args, "request": request_id}
+        payload = payload.encode() if isinstance(payload, str) else payload
         sinks = {"stdout": on_stdout, "stderr": on_stderr}
         attempts = 4
         while True:
@@ -280,7 +282,7 @@ class AsyncSandbox:
                 if error.errno not in (None, errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE):
                     raise
                 attempts -= 1
-                if not attempts or not (self.directory / log.NAME).exists():
+                if not attempts or not (self.directory / keeper.SPEC).exists():
                     raise SandboxError(f"sandbox {self.id}: closed, or its keeper does not stay ({error})") from None
                 with contextlib.suppress(ConnectionError):  # that one was killed too
                     await self._start_keeper()
@@ -355,8 +357,7 @@ class AsyncFiles:
 
     async def write(self, path: str, data: bytes | str, *, mode: int = 0o644, request_id: str | None = None) -> None:
         """Write a file, making its directories."""
-        payload = data.encode() if isinstance(data, str) else data
-        await self._box._ask("write", {"path": _absolute(path), "mode": mode}, payload, request_id)
+        await self._box._ask("write", {"path": _absolute(path), "mode": mode}, data, request_id)
 
     async def list(self, path: str = "/workspace", *, request_id: str | None = None) -> list[FileInfo]:
         """Return a directory's entries by name."""
@@ -486,10 +487,8 @@ def _absolute(path: str) -> str:
 def _unlocked(path: Path) -> bool:
     try:
         os.close(linux.lock(path))
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
+    except (FileNotFoundError, BlockingIOError) as error:
+        return isinstance(error, FileNotFoundError)
     return True
 
 

@@ -117,11 +117,11 @@ class Edge:
                 tar = io.BytesIO(base64.b64decode(body["tar"]))
                 image = Image(image.base, (*image.layers, await asyncio.to_thread(self._store.add_tar, tar)))
             elif body.get("layers"):
-                image = Image("host", tuple(body["layers"]))
+                image = Image("host", tuple(map(str, body["layers"])))
             options = {name: value for name, value in body.items() if name in OPTIONS}
             directory = self._store.box(box_id)
             async with self._making.setdefault(box_id, asyncio.Lock()):
-                if (directory / log.NAME).exists():  # the gateway asks again after an answer was lost
+                if all((directory / name).exists() for name in (log.NAME, "spec.json")):  # an answer was lost
                     box = await AsyncSandbox.open(box_id, store=self._store)
                 else:
                     remove_tree(directory)  # of an edge that was killed while it made this
