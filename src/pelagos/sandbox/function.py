@@ -60,8 +60,7 @@ class Function(Container):
                 if not select.select([self._control], [], [], SLOT_S if self._calls < READY else 0)[0]:
                     self._control.send(b"more")
                     if not select.select([self._control], [], [], START_S)[0]:
-                        said = f"no process was ready in {START_S:.0f} s; {self.kills()} were killed for memory"
-                        raise SandboxError(f"function {self._spec.id}: {said}")
+                        raise OSError(f"no process was ready in {START_S:.0f} s")
                 fds = socket.recv_fds(self._control, 16, 1)[1]
                 if not fds:
                     raise OSError("no answer")
@@ -71,7 +70,8 @@ class Function(Container):
                     self._calls += 1
                     return call
         except OSError as error:
-            raise SandboxError(f"function {self._spec.id}: its warm interpreter ended ({error}); ask again") from None
+            said = f"function {self._spec.id}: no process is ready ({error}, {self.kills()} killed for memory)"
+            raise SandboxError(f"{said}; ask again") from None
         finally:
             os.close(text)
 
