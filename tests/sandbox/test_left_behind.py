@@ -110,7 +110,8 @@ Sandbox.create(store=store).close()
 left = end()
 store.collect()  # now that nobody who was killed waits to be reaped, which looks like life
 groups = [str(g) for g in pathlib.Path("/sys/fs/cgroup").glob("*/pelagos/*-*") if int(g.name.split("-")[0]) in keepers]
-files = sorted(str(p.relative_to(store.root)) for p in store.root.glob("[!l]*/*"))
+others = {p for p in store.root.glob("warm/*") if int(p.name) not in keepers}  # spares of who else uses the store
+files = sorted(str(p.relative_to(store.root)) for p in store.root.glob("[!l]*/*") if p not in others)
 print(json.dumps({"made": len(made), "refused": refused, "left": left, "groups": groups, "files": files}))
 """
 # Bubblewrap with a full pipe for what it tells before its word to go on: its inner half waits, as long as that lasts.
