@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.readme import RESULTS, ROOT
+from benchmarks.readme import RESULTS, ROOT, rewrite
 
 PAGE = ROOT / "docs" / "kernels.md"
-OPEN, CLOSE = "<!-- goals -->\n", "<!-- /goals -->\n"
+MARKS = "<!-- goals -->\n", "<!-- /goals -->\n"
 Row = dict[str, Any]
 
 
@@ -73,15 +73,7 @@ GOALS = (
 
 def main() -> None:
     """Rewrite the table between its two marks."""
-    before, _, after = split(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(before + OPEN + table() + CLOSE + after, encoding="utf-8")
-
-
-def split(text: str) -> tuple[str, str, str]:
-    """Return what stands before, between and after the marks; raises ValueError where one is missing."""
-    before, rest = text.split(OPEN)
-    inside, after = rest.split(CLOSE)
-    return before, inside, after
+    rewrite(PAGE, MARKS, table())
 
 
 def table() -> str:

@@ -16,21 +16,26 @@ from pelagos import cost
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-OPEN, CLOSE = "<!-- figures -->\n", "<!-- /figures -->\n"
+MARKS = "<!-- figures -->\n", "<!-- /figures -->\n"
 MILLION = 1 << 20
 KINDS = {"docs": "docs", "code": "Python", "books": "books"}
 
 
 def main() -> None:
     """Rewrite the table between its two marks."""
-    before, _, after = split(README.read_text(encoding="utf-8"))
-    README.write_text(before + OPEN + table() + CLOSE + after, encoding="utf-8")
+    rewrite(README, MARKS, table())
 
 
-def split(text: str) -> tuple[str, str, str]:
+def rewrite(page: Path, marks: tuple[str, str], inside: str) -> None:
+    """Put `inside` between a page's two marks; raises ValueError where one is missing."""
+    before, _, after = split(page.read_text(encoding="utf-8"), marks)
+    page.write_text(inside.join((before + marks[0], marks[1] + after)), encoding="utf-8")
+
+
+def split(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:
     """Return what stands before, between and after the marks; raises ValueError where one is missing."""
-    before, rest = text.split(OPEN)
-    inside, after = rest.split(CLOSE)
+    before, rest = text.split(marks[0])
+    inside, after = rest.split(marks[1])
     return before, inside, after
 
 

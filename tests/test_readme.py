@@ -48,13 +48,13 @@ def test_every_command_is_covered() -> None:
 
 
 def test_figures_are_those_of_the_results() -> None:
-    _, written, _ = readme.split(TEXT)
+    _, written, _ = readme.split(TEXT, readme.MARKS)
     assert written == readme.table(), "run `python -m benchmarks.readme`"
-    assert readme.split(readme.OPEN + readme.CLOSE) == ("", "", "")
+    assert readme.split("".join(readme.MARKS), readme.MARKS) == ("", "", "")
 
 
 def test_the_kernels_table_is_up_to_date() -> None:
-    _, written, _ = kernel_goals.split(kernel_goals.PAGE.read_text(encoding="utf-8"))
+    _, written, _ = readme.split(kernel_goals.PAGE.read_text(encoding="utf-8"), kernel_goals.MARKS)
     assert written == kernel_goals.table(), "run `python -m benchmarks.kernel_goals`"
 
 
