@@ -2,8 +2,9 @@
 
 `python -m benchmarks.recall make OUT --shards DATA` writes shards with all samples of DATA and two more kinds: `mqar`
 (pairs `key=value`, then each key once more, in another order; 4 to 64 pairs) and `needle` (such pairs behind a phrase,
-anywhere in up to 16K tokens of text, asked for at its end). Only values carry loss. `... score MODEL --kind mqar` asks
-64 pairs, `--kind needle` one among 16K tokens of held-out text, and prints the share of right answers, one JSON object.
+anywhere in 256 to 16K tokens of text, asked for at its end; all scales alike). Only values carry loss, and rows too
+short for a sample leave it out. `... score MODEL --kind mqar` asks 64 pairs, `--kind needle` one among 16K tokens of
+held-out text, and prints the share of right answers, one JSON object.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pelagos.train.prepare import text_encoder
 FIRST_WORD = 300  # tokens before are special ones and single bytes
 PHRASE = "\nRemember: "
 TEXTS = ("docs", "code", "books")
+RECALL = ("mqar", "needle")
+SHORTEST, ASKED = 256, 640  # tokens of text of the shortest needle, and room for all that one tells and asks
 
 
 class Tasks:
@@ -40,19 +43,19 @@ class Tasks:
     def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         return self.rng.choice(self.words, count, replace=False), self.rng.choice(self.words, count)
 
-    def line(self, key: int, value: int, *, answer: bool) -> list[np.ndarray]:
-        """`key=value`, the value with loss if it is an answer."""
-        shown = np.array([value if answer else value | NO_LOSS], np.uint16)
-        return [np.array([key | NO_LOSS], np.uint16), self.equals | NO_LOSS, shown, self.stop | NO_LOSS]
+    def lines(self, keys: np.ndarray, values: np.ndarray, *, answers: bool) -> np.ndarray:
+        """`key=value` lines (N, 4), the values with loss if they are answers."""
+        rows = np.empty((len(keys), 4), np.uint16)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = keys, self.equals[0], values, self.stop[0]
+        rows[:, [0, 1, 3]] |= NO_LOSS
+        rows[:, 2] |= 0 if answers else NO_LOSS
+        return rows
 
     def mqar(self, count: int) -> np.ndarray:
         keys, values = self.pairs(count)
-        parts = [np.array([self.begin | NO_LOSS], np.uint16)]
-        for i in range(count):
-            parts += self.line(keys[i], values[i], answer=False)
-        for i in self.rng.permutation(count):
-            parts += self.line(keys[i], values[i], answer=True)
-        return np.concatenate(parts)
+        order = self.rng.permutation(count)
+        told, asked = self.lines(keys, values, answers=False), self.lines(keys[order], values[order], answers=True)
+        return np.concatenate([self.begin[None] | NO_LOSS, told.ravel(), asked.ravel()])
 
     def needle(self, count: int, length: int) -> np.ndarray:
         keys, values = self.pairs(count)
@@ -61,13 +64,15 @@ class Tasks:
             place = self.rng.choice(self.places)
             hay.append(self.text.tokens[self.text.offsets[place] + 1 : self.text.offsets[place + 1] - 1])
         straw = np.concatenate(hay)[:length] | NO_LOSS
-        parts, last = [np.array([self.begin | NO_LOSS], np.uint16)], 0
-        for i, depth in enumerate(np.sort(self.rng.integers(0, length, count))):
-            parts += [straw[last:depth], self.phrase | NO_LOSS, *self.line(keys[i], values[i], answer=False)]
+        parts, last = [self.begin[None] | NO_LOSS], 0
+        depths, told = np.sort(self.rng.integers(0, length, count)), self.lines(keys, values, answers=False)
+        for depth, line in zip(depths, told, strict=True):
+            parts += [straw[last:depth], self.phrase | NO_LOSS, line]
             last = depth
         parts.append(straw[last:])
-        for i in self.rng.permutation(count):
-            parts += [self.phrase | NO_LOSS, *self.line(keys[i], values[i], answer=True)]
+        order = self.rng.permutation(count)
+        for line in self.lines(keys[order], values[order], answers=True):
+            parts += [self.phrase | NO_LOSS, line]
         return np.concatenate(parts)
 
 
@@ -77,17 +82,19 @@ def make(out: Path, shards: Path, tokenizer: Path, *, mqar: int, needles: int, l
     entries = {}
     for split, share in (("train", 1.0), ("heldout", 0.002)):
         shard = read_shard(shards, split)
-        writer, tasks = ShardWriter(out, split, (*KINDS, "mqar", "needle")), Tasks(tokenizer, shard, seed)
+        writer, tasks = ShardWriter(out, split, (*KINDS, *RECALL)), Tasks(tokenizer, shard, seed)
         for i, kind in enumerate(shard.kinds):
             sample = shard.tokens[shard.offsets[i] : shard.offsets[i + 1]]
             writer.add(np.asarray(sample), shard.meta["kinds"][kind], int(shard.text_bytes[i]))
         for _ in range(max(16, round(mqar * share))):
             writer.add(tasks.mqar(int(tasks.rng.integers(4, 65))), "mqar", 1)
-        for _ in range(max(4, round(needles * share))):
-            length = int(longest * tasks.rng.uniform(0.05, 1)) - 512
-            writer.add(tasks.needle(int(tasks.rng.integers(1, 33)), max(256, length)), "needle", 1)
+        number = max(4, round(needles * share))
+        for i in range(number):  # lengths evenly over the scales, so that there are short ones however few
+            length = int(SHORTEST * ((longest - ASKED) / SHORTEST) ** (i / number))
+            writer.add(tasks.needle(int(tasks.rng.integers(1, 33)), length), "needle", 1)
         entries[split] = writer.close()
-    write_meta(out, tokenizer / "tokenizer.json", entries, {"recall": {"seed": seed}}, kinds=(*KINDS, "mqar", "needle"))
+    notes = {"recall": {"seed": seed}, "whole": RECALL}
+    write_meta(out, tokenizer / "tokenizer.json", entries, notes, kinds=(*KINDS, *RECALL))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from pelagos.config import ModelConfig, nano
+from pelagos.evals.commit import commit
 from pelagos.kernels import mhc, training_attention
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.ref import mhc as mhc_ref
@@ -80,7 +81,10 @@ def seconds(run: Callable[[], object], *, repeats: int = 10) -> float:
 
 
 def say(row: dict) -> None:
-    print(json.dumps(row), flush=True)
+    count = os.environ.get("WORLD_SIZE")
+    start = f"torchrun --standalone --nproc-per-node {count}" if count else "python"
+    words = " ".join([start, "-m benchmarks.training", *sys.argv[1:]])
+    print(json.dumps(row | {"commit": commit(), "torch": torch.__version__, "command": words}), flush=True)
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), file=sys.stderr)
 
 

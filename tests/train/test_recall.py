@@ -56,4 +56,6 @@ def test_shards_hold_the_text_and_both_kinds(shards: Path, tmp_path: Path) -> No
     counts = {kind: entry["samples"] for kind, entry in shard.meta["splits"]["train"]["kinds"].items()}
     assert {kind: n for kind, n in counts.items() if n} == {"docs": 1, "code": 1, "chat": 1, "mqar": 20, "needle": 6}
     assert np.array_equal(shard.tokens[: shard.offsets[3]], text.tokens)
-    assert np.diff(shard.offsets).max() <= 1024
+    lengths = np.diff(shard.offsets)[shard.of_kind("needle")]
+    assert 256 < lengths.min() < lengths.max()
+    assert lengths.max() <= 1024

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def test_long_samples_are_cut_elsewhere_each_epoch():
     firsts = [sorted(int(ids[0]) for b in batches.epoch(e) for ids, *_ in pieces_of(b)) for e in range(8)]
     assert len({tuple(f) for f in firsts}) > 1
     assert all(first % ALIGN == 0 for epoch in firsts for first in epoch)
+
+
+def test_a_sample_that_must_be_whole_is_left_out_of_rows_too_short():
+    shard = make_shard([200, 258, 257, 900], ["docs", "chat", "chat", "docs"])
+    shard = dataclasses.replace(shard, meta={**shard.meta, "whole": ["chat"]})
+    seen = {size: [len(ids) for b in batches_of(shard, {"docs": 1, "chat": 1}, size=size).epoch()
+                   for ids, *_ in pieces_of(b)] for size in (256, 384)}  # fmt: skip
+    assert sum(seen[256]) == 199 + 256 + 899
+    assert sum(seen[384]) == 199 + 256 + 257 + 899
 
 
 def test_packing_leaves_little_padding():

@@ -181,7 +181,8 @@ class PackedBatches:
     """Endless (B, S) batches of whole samples, each starting at a multiple of ALIGN in its row.
 
     A sample longer than `row_tokens` is cut into pieces (at a different place each epoch); the token after a cut stays
-    the target of the last token before it. `repeats` says how often a kind is seen per epoch (0.5: every other epoch).
+    the target of the last token before it; of a kind that the shards call `whole` it is left out. `repeats` says how
+    often a kind is seen per epoch (0.5: every other epoch).
     The order depends on `seed`, the epoch and `repeats` alone; `state` and `restore` resume it to the row.
     """
 
@@ -195,6 +196,8 @@ class PackedBatches:
         self.shard, self.batch_rows, self.row_tokens, self.seed = shard, batch_rows, row_tokens, seed
         per_kind = np.array([repeats.get(kind, 0.0) for kind in kinds], dtype=np.float64)
         self._repeats = per_kind[shard.kinds]  # (N,)
+        whole = np.isin(shard.kinds, [kinds.index(kind) for kind in shard.meta.get("whole", ())])
+        self._repeats[whole & (np.diff(shard.offsets) - 1 > row_tokens)] = 0
         if per_kind.min() < 0 or not self._repeats.any():
             raise ConfigError(f"mixture {dict(repeats)} selects no sample: expected repeats >= 0 of kinds that exist")
         self._phase = np.random.default_rng(seed).random(self._repeats.size)  # (N,)
