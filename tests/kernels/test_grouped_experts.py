@@ -41,8 +41,9 @@ def results(mixture, inputs, limit: float) -> list[torch.Tensor]:
 def worst(tokens, picks, experts, width, inner, limit, *, device="cpu", dtype=torch.float32) -> float:
     inputs = make_inputs(tokens, picks, experts, width, inner, device, dtype)
     got = results(grouped_experts.mixture, inputs, limit)
-    exact = [t.float() if t.is_floating_point() else t for t in inputs]
-    want = results(ref.mixture, [t.cpu() for t in exact], limit)
+    exact = [t.float().cpu() if t.is_floating_point() else t.cpu() for t in inputs]
+    # Who meets a clamp decides a gradient, so where many do the reference has to round its products as well.
+    want = [t.cpu() for t in results(ref.mixture, inputs if limit < 10 else exact, limit)]
     assert not got[4][-1].any()
     assert not got[5][-1].any()
     if dtype == torch.float32:

@@ -55,10 +55,10 @@ def _scaled_mm(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
     recipes, rows = functional.ScalingType, len(x)
     codes, scale = numerics.encode_fp8(functional.pad(x, (0, 0, 0, -rows % ROWS)), numerics.ACT_BLOCK)
     other, other_scale = (t.contiguous() for t in numerics.encode_fp8(weight, block))
-    square = block == numerics.FP8_BLOCK
-    second = other_scale.float()
+    by_rows, square = recipes.BlockWise1x128, block == numerics.FP8_BLOCK
+    # In memory scales of rows lie block after block, those of squares row after row; the call sees the former turned.
+    second = other_scale.float() if square else other_scale.float().T.contiguous()
     return functional.scaled_mm(
-        codes, other.T, scale.float().T.contiguous().T, recipes.BlockWise1x128,
-        second.T if square else second.T.contiguous(),
-        recipes.BlockWise128x128 if square else recipes.BlockWise1x128, output_dtype=x.dtype,
+        codes, other.T, scale.float().T.contiguous().T, by_rows,
+        second.T, recipes.BlockWise128x128 if square else by_rows, output_dtype=x.dtype,
     )[:rows]  # fmt: skip
