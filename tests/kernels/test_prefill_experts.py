@@ -26,10 +26,12 @@ for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (65, 3, 2, 128, 256), (13
     inputs = inputs_ref.make_inputs(*case)
     bases = tuple(prefill_experts.base_bytes(inputs[i], inputs[i + 1]) for i in (4, 6))
     shared = torch.randn(case[0], case[3]).bfloat16() / 64 if case[0] % 2 else None
-    got = kernel.forward(*inputs, bases, shared, {LIMIT})
-    want = ref.forward(*inputs, None, shared, {LIMIT})
-    off = error(got, want)
+    added = kernel.apart(*inputs, bases, {LIMIT})
+    got = added(slice(None), shared)
+    off = error(got, ref.apart(*inputs, None, {LIMIT})(slice(None), shared))
     assert off < 1e-3, (case, off)
+    for rows in (slice(0, case[0] // 3), slice(case[0] // 3, None)):
+        assert torch.equal(added(rows, None if shared is None else shared[rows]), got[rows])
 for experts, table in ((20, None), (20, torch.rand(9, 20).topk(4).indices), (48, None)):
     logits, bias, ids = torch.randn(5, 64), torch.randn(experts), torch.arange(5)
     some = (logits[:, :48] if experts > 32 else logits).contiguous()
@@ -85,11 +87,12 @@ def test_kernels_on_the_device(case):
     inputs = inputs_ref.make_inputs(*case, device="cuda")
     bases = bases_of(inputs)
     got = prefill_experts.mixture(*inputs, bases, LIMIT)
-    assert error(got, ref.forward(*inputs, None, None, LIMIT)) < TOLERANCE
+    assert error(got, ref.apart(*inputs, None, LIMIT)(slice(None))) < TOLERANCE
     assert torch.equal(got, prefill_experts.mixture(*inputs, bases, LIMIT))
     for part in (slice(0, 1), slice(case[0] // 3, None)):
         some = (each[part].contiguous() for each in inputs[:4])
         assert torch.equal(prefill_experts.mixture(*some, *inputs[4:], bases, LIMIT), got[part])
+        assert torch.equal(prefill_experts.apart(*inputs, bases, LIMIT)(part), got[part])
 
 
 @pytest.mark.gpu

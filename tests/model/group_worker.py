@@ -1,6 +1,6 @@
 """One of two ranks: divided steps and prompts against whole ones, on a CPU by the references or, with `cuda`, on GPUs.
 
-Started by test_cuda_group.
+With `halves SEED` one process alone, which computes experts by halves as two ranks do. Started by test_cuda_group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from pelagos.config import preset
 from pelagos.errors import CapacityError
-from pelagos.kernels import prefill_experts, skinny_gemm
+from pelagos.kernels import prefill_experts, prefill_products, skinny_gemm
 from pelagos.kernels.layout import CacheLayout, Output, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model import cuda_weights
@@ -32,7 +32,10 @@ SITE = 0.01  # of an expert site, relative to its norm: both halves are rounded 
 # which is why `Halved`, one process that rounds where two ranks do, has to give their very bits. The references'
 # products on a CPU depend on their company, so bits can be compared on CUDA alone.
 BOUND, ALIKE = 0.12, 0.06
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if sys.argv[1:] == ["cuda"] else torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if "cuda" in sys.argv else torch.device("cpu")
+# Who holds which sequence ([0, 2, 4]: one rank has all), whether others follow it, and in fused launches.
+PLACEMENTS = (([0, 1, 2], True, True), ([0, 2, 4], True, True), ([0, 1, 2], True, False), ([0, 2, 4], True, False),
+              ([0, 1, 2], False, False), ([1, 0, 3], False, False))  # fmt: skip
 
 
 def cut(whole: Weights, rank: int, ranks: int) -> Weights:
@@ -58,7 +61,7 @@ class HalvedPrefill(Prefill):
         inputs, limit = (codes, scales, *self._choose(layer, normed, ids)), float(self.weights.config.swiglu_limit)
         operands: list[Any] = [(*inputs, *half.w13, *half.w2, half.bases, limit) for half in self._parts[id(layer)]]
         first, second = (prefill_experts.mixture(*each) for each in operands)
-        state[0] = first + second + self._shared(layer, codes, scales)
+        state[0] = first + second + prefill_products.product(*self._hidden(layer, codes, scales), *layer.shared2)
 
 
 class Halved(CudaForward):
@@ -155,21 +158,54 @@ def off(got: list[Output], want: list[Output]) -> float:
     )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
+def made(seed: int) -> Weights:
+    """Random weights, the same on every rank."""
     cuda_weights._RANDOM_BLOCK = 1 << 20  # pyright: ignore[reportPrivateUsage]
     config = dataclasses.replace(
         preset("nano"), num_hidden_layers=4, compress_ratios=(0, 4, 128, 4, 0), num_hash_layers=1, vocab_size=512,
         moe_intermediate_size=256, n_routed_experts=8,
     )  # fmt: skip
-    whole = Weights(config, torch.device("cpu")).fill_random()  # the same on every rank
+    whole = Weights(config, torch.device("cpu")).fill_random(seed)
+    if DEVICE.type == "cpu":
+        return whole
+    there = Weights(config, DEVICE)
+    for into, source in zip(there.tensors(), whole.tensors(), strict=True):
+        into.copy_(source)
+    return there
+
+
+def single(kind: Any, whole: Weights, *more: Any) -> CudaForward:
+    layout = CacheLayout(whole.config, "released", 4)
+    sizes = ((64, layout.page_bytes), (6, layout.slot_bytes))
+    pools = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for size in sizes)
+    return kind(whole, *more, layout, *pools, positions=512)
+
+
+def by_halves(whole: Weights, want: list[Output]) -> tuple[list[list[Output]], list[str]]:
+    """What one process gives that computes as two ranks do, in all placements, and what is wrong with it."""
+    cuts, found, wrong = [cut(whole, rank, 2) for rank in range(2)], [], []
+    for slots, follow, fuses in PLACEMENTS:
+        halved = single(Halved, whole, cuts, follow)
+        halved.fuses = fuses  # pyright: ignore[reportAttributeAccessIssue]
+        found.append(run(halved, slots))
+        errors = [off([a], [b]) for a, b in zip(found[-1], want, strict=True)]
+        print(slots, follow, fuses, "halved from whole", [round(each, 4) for each in errors], flush=True)
+        if not np.max(errors) < BOUND:
+            wrong.append(f"{slots} {follow} {fuses}: {errors} from whole experts, computed by halves")
+    return found, wrong
+
+
+def main() -> None:
+    torch.set_num_threads(1)
     if DEVICE.type == "cuda":
-        there = Weights(config, DEVICE)
-        for into, source in zip(there.tensors(), whole.tensors(), strict=True):
-            into.copy_(source)
-        whole = there
+        torch.cuda.set_device(DEVICE)
+    seed = int(sys.argv[-1]) if "halves" in sys.argv else 0
+    whole = made(seed)
+    want = run(single(CudaForward, whole), [0, 1, 2])
+    halved, wrong = by_halves(whole, want)
+    if "halves" in sys.argv:
+        assert not wrong, "\n".join(wrong)
+        return
     group = Group(DEVICE)
     weights = cut(whole, group.rank, group.size)
 
@@ -182,34 +218,18 @@ def main() -> None:
         forward.fuses = fuses
         return forward
 
-    cuts = [cut(whole, rank, group.size) for rank in range(group.size)]
-
-    def single(kind: Any, *more: Any) -> CudaForward:
-        layout = CacheLayout(config, "released", 4)
-        sizes = ((64, layout.page_bytes), (6, layout.slot_bytes))
-        pools = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for size in sizes)
-        return kind(whole, *more, layout, *pools, positions=512)
-
-    summed = single(CudaForward)
+    summed = single(CudaForward, whole)
     summed.left = False  # on CUDA, too, sites' outputs are to be seen
     worst = sites(divided(), summed, group.rank)
-    want, wrong = run(single(CudaForward), [0, 1, 2]), []
     if not worst < SITE:
         wrong.append(f"expert sites {worst:.4f} off")
-    # Who holds which sequence ([0, 2, 4]: one rank has all). All are run before any is called wrong.
     results = []
-    placements = (([0, 1, 2], True, True), ([0, 2, 4], True, True), ([0, 1, 2], True, False), ([0, 2, 4], True, False),
-                  ([0, 1, 2], False, False), ([1, 0, 3], False, False))  # fmt: skip
-    for slots, follow, fuses in placements:
+    for (slots, follow, fuses), alone in zip(PLACEMENTS, halved, strict=True):  # all, before any is called wrong
         results.append(run(divided(follow, fuses), slots))
-        halved = single(Halved, cuts, follow)
-        halved.fuses = fuses  # pyright: ignore[reportAttributeAccessIssue]
-        halved = run(halved, slots)
         errors = [off([a], [b]) for a, b in zip(results[-1], want, strict=True)]
-        apart = [off([a], [b]) for a, b in zip(results[-1], halved, strict=True)]
+        apart = [off([a], [b]) for a, b in zip(results[-1], alone, strict=True)]
         if group.rank == 0:
-            own = [off([a], [b]) for a, b in zip(halved, want, strict=True)]
-            for name, values in (("whole", errors), ("halved", apart), ("halved from whole", own)):
+            for name, values in (("whole", errors), ("halved", apart)):
                 print(slots, follow, fuses, f"from {name}", [round(each, 4) for each in values], flush=True)
         if not np.max(apart) <= (0 if DEVICE.type == "cuda" else ALIKE):  # a lost rank makes NaN
             wrong.append(f"{slots} {follow} {fuses}: {apart} from one process that rounds alike")

@@ -20,17 +20,24 @@ from pelagos.model.cuda_group import cut_width
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("group_worker.py")), *arguments]  # fmt: skip
+def start(*arguments: str, ranks: int = 2) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *command, str(Path(__file__).with_name("group_worker.py")), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert all(f"rank {rank} of 2:" in done.stdout for rank in range(2))
+    assert all(f"rank {rank} of {ranks}:" in done.stdout for rank in range(ranks))
 
 
 def test_two_ranks_are_one() -> None:
     start()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+def test_halves_of_experts_are_experts_on_the_device(seed: int) -> None:
+    """One process that adds up two halves of every expert, random hash tables choosing some twice for a token."""
+    start("cuda", "halves", str(seed), ranks=0)
 
 
 @pytest.mark.gpu

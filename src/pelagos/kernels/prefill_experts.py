@@ -5,6 +5,9 @@ On CUDA nine launches without a host synchronisation; elsewhere `ref.prefill_exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,16 +19,22 @@ SPARE = 8  # places at which an expert's picks begin
 BINADES = 14  # of group scales that E4M3 holds beside the codes' own
 
 
-def mixture(
-    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    bases: tuple[Tensor, Tensor], limit: float, *, shared: Tensor | None = None, place: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return the chosen experts' weighted sum, plus `shared`, (T, D) bfloat16.
+def mixture(*operands: Any, shared: Tensor | None = None, place: Tensor | None = None) -> Tensor:
+    """Return the sum of all rows (T, D) bfloat16, plus `shared`; operands and errors as `apart` has them."""
+    contract("prefill_experts", {"shared": (shared, tuple(operands[0].shape))})
+    return apart(*operands, place=place)(slice(None), shared)
 
-    Operands as `fp4_experts.mixture` takes them; `bases` are `base_bytes` of (w13, s13) and (w2, s2), shared (T, D)
-    bfloat16; with `place` weights are blocks, as `fp4_experts.site` takes them. As released with a BF16 carrier: every
-    product's result and the weighted hidden vector are rounded to bfloat16, the sum is float32. Raises ConfigError for
-    other shapes. Source: inference/model.py Expert, MoE.
+
+def apart(
+    codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+    bases: tuple[Tensor, Tensor], limit: float, *, place: Tensor | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Compute what chosen experts add; return what sums it, called with a slice of rows and `shared` of those, or None.
+
+    Operands as `fp4_experts.mixture` takes them; `bases` are `base_bytes` of (w13, s13) and (w2, s2); with `place`
+    weights are blocks, as `fp4_experts.site` takes them. As released with a BF16 carrier: every product's result and
+    the weighted hidden vector are rounded to bfloat16, the sum is float32. Raises ConfigError for other shapes. Source:
+    inference/model.py Expert, MoE.
     """
     (tokens, width), (count, outputs, inner) = codes.shape, w2.shape
     inner, experts = 2 * inner, count if place is None else len(place)
@@ -35,12 +44,10 @@ def mixture(
         "w13": (w13, (count, 2 * inner, width // 2)), "s13": (s13, (count, 2 * inner, width // 32)),
         "w2": (w2, (count, width, inner // 2)), "s2": (s2, (count, width, inner // 32)),
         "bases[0]": (bases[0], (experts, 2 * inner // BLOCK)), "bases[1]": (bases[1], (experts, width // BLOCK)),
-        "shared": (shared, (tokens, width)),
     })  # fmt: skip
     if width % BLOCK or inner % BLOCK:
         raise ConfigError(f"prefill_experts: widths {width} and {inner}: expected multiples of {BLOCK}")
-    inputs = (codes, scales, chosen, weights, w13, s13, w2, s2, bases, shared, limit, place)
-    return select("prefill_experts", codes).forward(*inputs)
+    return select("prefill_experts", codes).apart(codes, scales, chosen, weights, w13, s13, w2, s2, bases, limit, place)
 
 
 def choose(

@@ -8,9 +8,9 @@ heads.
 
 Of a prompt a rank computes consecutive rows. Pools are memory of all ranks: what a row leaves goes straight into the
 owner's, and a rank decodes what its rows attend from there, layer by layer behind the ranks that have earlier rows. For
-the experts codes of all rows are brought together, beside the router, and partial results sent back, beside the shared
-expert, of which every rank has the whole. A row's bits do not depend on who computes it. Meaning:
-docs/log/0009-placement.md.
+the experts codes of all rows are brought together, beside the router and the first product of the shared expert, of
+which every rank has the whole; partial results are sent back beside the sum of a rank's own and the second product. A
+row's bits do not depend on who computes it. Meaning: docs/log/0009-placement.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, ConfigError
 from pelagos.kernels import prefill_cache, prefill_experts, skinny_gemm
+from pelagos.kernels import prefill_products as products
 from pelagos.kernels.batch_rows import Halves, Parts, sum_of
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.prefill_products import BLOCK, quantise
@@ -84,7 +85,8 @@ class GroupPrefill(Prefill):
         self._chosen = [group.memory((tokens, k), dtype) for dtype in (torch.int32, torch.float32)]
         self._parts = group.memory((group.size, each, d), torch.bfloat16)  # of this rank's rows, by who computed them
         cuda = self.weights.device.type == "cuda"
-        self._side = torch.cuda.Stream(self.weights.device) if cuda else None
+        # First in line: a signal must not wait until all of a product's programs have begun.
+        self._side = torch.cuda.Stream(self.weights.device, priority=-1) if cuda else None
         self._bounds: list[tuple[int, int]] = []
         self._layers = [self._whole(*each) for each in zip(alone.weights.layers, alone._layers, strict=True)]
 
@@ -134,49 +136,65 @@ class GroupPrefill(Prefill):
         return keys
 
     def _feed(self, state: list[Tensor | None], layer: LayerWeights, ids: Tensor) -> None:
-        normed, codes, scales = self._site(state, layer.ffn_site)
-        self._spread(self._codes, (codes, scales))
-        self._spread(self._chosen, self._choose(layer, normed, ids), last=True)
-        self._join()
+        normed, *quantised = self._site(state, layer.ffn_site)
+        self._spread(self._codes, quantised)
+        chosen = self._choose(layer, normed, ids)  # kept, like the codes, until it has been copied
+        self._spread(self._chosen, chosen, last=True)
         del normed
-        state[0] = self._experts(layer, (codes, scales))
+        state[0] = self._experts(layer, self._hidden(layer, *quantised))
 
-    def _spread(self, memories: list[list[Tensor]], values: tuple[Tensor, Tensor], *, last: bool = False) -> None:
+    def _spread(self, memories: list[list[Tensor]], values: Sequence[Tensor], *, last: bool = False) -> None:
         """Give every rank this one's rows, beside what is computed next; tell the others of the `last`."""
         rows = slice(*self._bounds[self._group.rank])
         with self._beside():
-            for rank in range(self._group.size):
+            for rank in self._others():
                 for memory, each in zip(memories, values, strict=True):
-                    memory[rank][rows].copy_(each)
-            for other in self._others() if last else ():
-                self._group.signal(other, _ROWS)
+                    self._copy(memory[rank][rows], each)
+                if last:
+                    self._group.signal(rank, _ROWS)
+            for memory, each in zip(memories, values, strict=True):
+                self._copy(memory[self._group.rank][rows], each)
 
-    def _experts(self, layer: LayerWeights, own: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """Compute this rank's part of the experts of all rows, send it; return the sum of this rank's rows."""
+    def _experts(self, layer: LayerWeights, hidden: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Compute this rank's part of the experts of all rows, send it; return the sum of this rank's rows.
+
+        The others' rows are added up first, so that they are on their way beside this rank's own and the second product
+        of the shared expert, of which `hidden` is the operand.
+        """
         group, total = self._group, self._bounds[-1][1]
-        filled = [rank for rank, (begin, end) in enumerate(self._bounds) if begin < end]
-        for rank in {*filled} - {group.rank}:
+        filled = [rank for rank in self._others() if self._bounds[rank][0] < self._bounds[rank][1]]
+        self._join()
+        for rank in filled:
             group.wait(rank, _ROWS)
         assert layer.bases is not None
         limit = float(self.weights.config.swiglu_limit)
         codes, scales, chosen, weights = (each[group.rank][:total] for each in (*self._codes, *self._chosen))
-        part = prefill_experts.mixture(codes, scales, chosen, weights, *layer.w13, *layer.w2, layer.bases, limit)
-        with self._beside():
-            for rank in filled:
-                begin, end = self._bounds[rank]
-                self._parts[rank][group.rank, : end - begin].copy_(part[begin:end])
-                if rank != group.rank:
-                    group.signal(rank, _PARTS)
-        shared = None if own is None else self._shared(layer, *own)
-        for rank in self._others() if own else ():
+        added = prefill_experts.apart(codes, scales, chosen, weights, *layer.w13, *layer.w2, layer.bases, limit)
+        sent = []  # whose memory is theirs until it has been copied
+        for rank in filled:
+            begin, end = self._bounds[rank]
+            sent.append(added(slice(begin, end)))
+            with self._beside():
+                self._copy(self._parts[rank][group.rank, : end - begin], sent[-1])
+                group.signal(rank, _PARTS)
+        if hidden is None:
+            return self._join()
+        begin, end = self._bounds[group.rank]
+        own = added(slice(begin, end))
+        shared = products.product(*hidden, *layer.shared2)
+        for rank in self._others():
             group.wait(rank, _PARTS)
         self._join()
-        begin, end = self._bounds[group.rank]
         parts = self._parts[group.rank][:, : end - begin].unbind(0)
-        return None if shared is None else sum_of((*parts, shared))
+        return sum_of((*(own if rank == group.rank else part for rank, part in enumerate(parts)), shared))
+
+    def _copy(self, into: Tensor, values: Tensor) -> None:
+        into.copy_(values)
 
     def _others(self) -> list[int]:
-        return [rank for rank in range(self._group.size) if rank != self._group.rank]
+        """The other ranks, the next one first, so that no two send to one at once."""
+        rank, size = self._group.rank, self._group.size
+        return [(rank + step) % size for step in range(1, size)]
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:

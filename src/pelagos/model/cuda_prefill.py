@@ -123,7 +123,7 @@ class Prefill:
     def _feed(self, state: list[Tensor | None], layer: LayerWeights, ids: Tensor) -> None:
         c = self.weights.config
         normed, codes, scales = self._site(state, layer.ffn_site)
-        shared = self._shared(layer, codes, scales)
+        shared = products.product(*self._hidden(layer, codes, scales), *layer.shared2)
         chosen, weights = self._choose(layer, normed, ids)
         del normed
         assert layer.bases is not None
@@ -132,9 +132,10 @@ class Prefill:
             place=layer.place,
         )  # fmt: skip
 
-    def _shared(self, layer: LayerWeights, codes: Tensor, scales: Tensor) -> Tensor:
+    def _hidden(self, layer: LayerWeights, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """What the shared expert's second product takes."""
         up = products.product(codes, scales, *layer.shared13)
-        return products.product(*products.swiglu(up, float(self.weights.config.swiglu_limit)), *layer.shared2)
+        return products.swiglu(up, float(self.weights.config.swiglu_limit))
 
     def _choose(self, layer: LayerWeights, normed: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         c = self.weights.config

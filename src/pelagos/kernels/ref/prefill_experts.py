@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -34,11 +36,11 @@ def choose(
     return chosen.int(), route(scores, chosen, scaling)
 
 
-def forward(
+def apart(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    bases: tuple[Tensor, Tensor] | None, shared: Tensor | None, limit: float, place: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return (T, D) bfloat16, expert by expert; see `kernels.prefill_experts.mixture`. Nothing here needs `bases`."""
+    bases: tuple[Tensor, Tensor] | None, limit: float, place: Tensor | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Compute picks expert by expert; see `kernels.prefill_experts.apart`. Nothing here needs `bases`."""
     if place is not None:
         w13, s13, w2, s2 = (placed(each, place) for each in (w13, s13, w2, s2))
     x = numerics.decode_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), numerics.ACT_BLOCK)
@@ -50,5 +52,9 @@ def forward(
         hidden = swiglu(gate, other, limit) * weights[token, pick][:, None]
         hidden = numerics.fake_quant_fp8(hidden.bfloat16().float(), numerics.ACT_BLOCK)
         parts[token, pick] = (hidden @ decode(w2[expert], s2[expert]).T).bfloat16().float()
-    total = ordered_sum(parts, 1)
-    return (total if shared is None else total + shared.float()).bfloat16()
+
+    def added(rows: slice, shared: Tensor | None = None) -> Tensor:
+        total = ordered_sum(parts[rows], 1)
+        return (total if shared is None else total + shared.float()).bfloat16()
+
+    return added

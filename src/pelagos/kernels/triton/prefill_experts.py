@@ -8,6 +8,8 @@ A pick's bits depend on its own activations and weights alone: columns of a prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -221,17 +223,14 @@ def choose(
     return chosen, weights
 
 
-def forward(
+def apart(
     codes: Tensor, scales: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
-    bases: tuple[Tensor, Tensor], shared: Tensor | None, limit: float, place: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return (T, D) bfloat16; operands as in `kernels.prefill_experts`."""
+    bases: tuple[Tensor, Tensor], limit: float, place: Tensor | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Compute every pick by itself; operands and result as in `kernels.prefill_experts`."""
     (tokens, width), picked, experts, inner = codes.shape, chosen.shape[1], bases[0].shape[0], w2.shape[2] * 2
-    picks, made_for, tile = (
-        tokens * picked,
-        formats.target(),
-        hopper_experts.TILE if formats.hopper(codes.device) else TILE,
-    )
+    picks, made_for = tokens * picked, formats.target()
+    tile = hopper_experts.TILE if formats.hopper(codes.device) else TILE
     blocks, tiles = triton.cdiv(picks, PICKS), picks // tile + min(experts, picks)
     padded = max(16, triton.next_power_of_2(experts))
 
@@ -243,13 +242,12 @@ def forward(
     counts, order, place_of = new(blocks, experts), new(room), new(picks)
     lists = torch.zeros(3 * tiles + experts, dtype=torch.int32, device=codes.device)
     *table, totals = lists.split((tiles, tiles, tiles, experts))
-    common = {"EXPERTS": experts, "PICKS": PICKS}
-    _count_kernel[(blocks,)](chosen, counts, totals, picks, PADDED=padded, **common)
+    _count_kernel[(blocks,)](chosen, counts, totals, picks, EXPERTS=experts, PADDED=padded, PICKS=PICKS)
     _offset_kernel[(experts,)](
         counts, totals, *table, blocks, BLOCKS=max(16, triton.next_power_of_2(blocks)), EXPERTS=experts, PADDED=padded,
         TILE=tile, ALIGN=SPARE,
     )  # fmt: skip
-    _place_kernel[(blocks,)](chosen, counts, order, place_of, picks, **common)
+    _place_kernel[(blocks,)](chosen, counts, order, place_of, picks, EXPERTS=experts, PICKS=PICKS)
     turned, xs = torch.empty_like(codes), new(width // 128, room, dtype=torch.float32)
     _turn_kernel[(tokens, triton.cdiv(width, COLUMNS))](
         codes, scales, place_of, turned, xs, room, PICKED=picked, WIDTH=width, COLUMNS=COLUMNS
@@ -261,8 +259,7 @@ def forward(
         sizes = {"SHARED": each, "DEPTH": x.shape[1], "OUTPUTS": out.shape[1], "PLACED": place is not None}
         homes = chosen if place is None else place
         if tile != TILE:
-            hopper_experts.product(tiles, x, xs, order, *table, weight, scale, base, homes, out, room, **sizes)
-            return
+            return hopper_experts.product(tiles, x, xs, order, *table, weight, scale, base, homes, out, room, **sizes)
         _product_kernel[(out.shape[1] // 128, tiles)](
             x, xs, order, *table, weight, scale.view(torch.int32), base, homes, out, room, **sizes, TILE=TILE,
             TARGET=made_for, num_warps=WARPS, num_stages=STAGES,
@@ -273,9 +270,11 @@ def forward(
         up, place_of, weights, hidden, hs, limit, room, INNER=inner, GROUPS=GROUPS, TARGET=made_for
     )
     product(hidden, hs, w2, s2, bases[1], down, 0)
-    out = new(tokens, width, dtype=torch.bfloat16)
-    _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](
-        down, place_of, shared, out, PICKED=picked, WIDTH=width, HAS_SHARED=shared is not None, COLUMNS=COLUMNS,
-        TARGET=made_for,
-    )  # fmt: skip
-    return out
+
+    def added(rows: slice, shared: Tensor | None = None) -> Tensor:
+        own, kind = place_of.view(tokens, picked)[rows], {"PICKED": picked, "WIDTH": width, "COLUMNS": COLUMNS}
+        out, kind["HAS_SHARED"] = new(len(own), width, dtype=torch.bfloat16), shared is not None
+        _combine_kernel[(len(own), triton.cdiv(width, COLUMNS))](down, own, shared, out, **kind, TARGET=made_for)
+        return out
+
+    return added
