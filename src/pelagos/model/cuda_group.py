@@ -298,7 +298,7 @@ class GroupForward(CudaForward):
     """
 
     left = False  # sums are whole where they are exchanged
-    fuses = False  # whether the launches of a followed step are `fused`
+    fuses = True  # whether the launches of a followed step are `fused`
 
     def __init__(
         self, weights: Weights, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, *,
