@@ -2,22 +2,24 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/group_decode.py decode:4K:1 verify:4K:1:2 prompt:8K
 
-decode:CONTEXT:SEQUENCES is a step, verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many
-calls of the draft layer before it, prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
+decode:CONTEXT:SEQUENCES is a step, fused: and unfused: one with these launches whatever `GroupForward.fuses` says,
+verify:CONTEXT:SEQUENCES:DRAFTS one of DRAFTS + 1 tokens a sequence with as many calls of the draft layer before it,
+prompt:CONTEXT a prompt from its first token to its last. Random weights and caches.
 `--apart` leaves every sequence its rank's bits (no rank helps another); `--alone 0` (1) has one process compute the
 part of the first (second) of two ranks, whose peer answers at once: what is left is a rank's own time. `--profile` adds
 a step's kernels.
 
 Of a step host_us is each rank's time until its graph was started, skew_us what lies between the ranks' starts. Of a
-prompt of one call `overlap` has, by rank: its time with exchanges beside what is computed and with `serial` ones, the
-exchanges' own time, the share of it that is hidden, and where a stream stood: for keys of rows before (`keys`), for the
-others' rows and partial results, for the hosts. On a CPU (`--device cpu --shape nano`) it only shows that it runs.
+prompt of one call `overlap` has, by rank: its times with copies between ranks beside what is computed, in line with it,
+and without any (what others have is then left from before), one of each in turn. By their medians an exchange costs
+what lies between in line and without, and the share of it that is hidden is what lies between in line and beside.
+Further where a stream stood: for keys of rows before (`keys`), for the others' rows and partial results, for the hosts.
+On a CPU (`--device cpu --shape nano`) it only shows that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -40,7 +42,7 @@ from pelagos.model.cuda_group import GroupForward, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
-PROMPT_ROUNDS, WATCHED_ROUNDS = 2, 3
+PROMPT_ROUNDS, WATCHED_ROUNDS = 2, 8
 WAITS = ("keys", "rows", "parts", "call")  # by channel
 
 
@@ -152,8 +154,9 @@ def prompt(
 
 
 def overlap(forward: Any, span: Span, length: int, group: Any) -> dict[str, Any]:
-    """Times of a prompt's exchanges in ms on this rank: beside, one after the other, and where streams stood."""
+    """Times of a prompt's exchanges in ms on this rank: what they cost beside what is computed and in line."""
     prefill, cuda = forward.prefill, forward.weights.device.type == "cuda"
+    side = prefill._side
     marks: list[tuple[str, Any, Any]] = []
 
     def now() -> Any:
@@ -169,35 +172,40 @@ def overlap(forward: Any, span: Span, length: int, group: Any) -> dict[str, Any]
         marks.append((name, begin, now()))
         return found
 
-    @contextlib.contextmanager
-    def beside() -> Iterator[None]:
-        with type(prefill)._beside(prefill):
-            begin = now()
-            yield
-            marks.append(("copies", begin, now()))
-
     def waiting() -> dict[str, float]:
         marks.clear()
         group.wait = lambda rank, channel: marked(WAITS[channel], lambda: type(group).wait(group, rank, channel))
         group.gather = lambda thing: marked("hosts", lambda: type(group).gather(group, thing))
-        prefill._beside = beside
+        prefill._copy = lambda into, values: marked("copies", lambda: type(prefill)._copy(prefill, into, values))
         try:
             prompt(forward, span, length, group, 1)
         finally:
-            del group.wait, group.gather, prefill._beside
+            del group.wait, group.gather, prefill._copy
         took: dict[str, float] = {}
         for name, begin, end in marks:
             took[name] = took.get(name, 0.0) + (begin.elapsed_time(end) if cuda else 1e3 * (end - begin))
         return {name: round(each, 2) for name, each in took.items()}
 
-    found: dict[str, Any] = {"ms": statistics.median(prompt(forward, span, length, group, WATCHED_ROUNDS))}
-    found["waits_ms"], side = waiting(), prefill._side
-    prefill._side = None
-    found["serial_ms"] = statistics.median(prompt(forward, span, length, group, WATCHED_ROUNDS))
-    found["serial_waits_ms"], prefill._side = waiting(), side
-    found |= {name: round(1e3 * found[name], 2) for name in ("ms", "serial_ms")}
-    exchange = found["serial_waits_ms"]["copies"]
-    return found | {"exchange_ms": exchange, "hidden": round((found["serial_ms"] - found["ms"]) / exchange, 3)}
+    def timed(how: str) -> float:
+        prefill._side = side if how == "beside" else None
+        if how == "without":
+            prefill._copy = lambda into, values: None
+        try:
+            return 1e3 * prompt(forward, span, length, group, 1)[0]
+        finally:
+            vars(prefill).pop("_copy", None)
+            prefill._side = side
+
+    ways = ("beside", "in_line", "without")
+    found: dict[str, Any] = {"waits_ms": waiting()}
+    times = {how: [] for how in ways}
+    for _ in range(WATCHED_ROUNDS):  # in turns, so that a change of clocks falls on all three
+        for how in ways:
+            times[how].append(timed(how))
+    beside, in_line, without = (statistics.median(times[how]) for how in ways)
+    found |= {f"{how}_ms": [round(each, 2) for each in times[how]] for how in ways}
+    found["exchange_ms"] = round(in_line - without, 2)
+    return found | {"hidden": round((in_line - beside) / (in_line - without), 3) if in_line > without else None}
 
 
 def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> Iterator[dict[str, Any]]:
@@ -215,16 +223,20 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
         if forward is None or forward.positions < context or (kind != "prompt" and forward.positions > 2 * context):
             forward = None
             forward = GroupForward(weights, layout, pages, slots, group, positions=context, follow=not args.apart)  # pyright: ignore[reportArgumentType]
-            forward.fuses = args.fused
             if isinstance(group, Alone):
                 forward.exchanges = group  # pyright: ignore[reportAttributeAccessIssue]
+        fuses = {"fused": True, "unfused": False}.get(kind, GroupForward.fuses)
+        if forward.fuses != fuses:
+            forward.fuses = fuses
+            forward._calls.clear()
         spans, begun = spans_of(layout, context, batch, ranks, drafts + 1), time.perf_counter()
         extra: dict[str, Any] = {}
         if kind == "prompt":
             given = spans[0]._replace(decode=False, draws=())
-            times = prompt(forward, given, context, group)
-            took, made = times[-1], context
-            if context <= PROMPT_TOKENS * ranks and args.alone is None:
+            short = context <= PROMPT_TOKENS * ranks
+            times = prompt(forward, given, context, group, WATCHED_ROUNDS if short else PROMPT_ROUNDS)
+            took, made = statistics.median(times[1:]), context  # the first compiles
+            if short and args.alone is None:
                 extra["overlap"] = group.gather(overlap(forward, given, context, group))
         else:
             points = steps(forward, spans, args.steps + 3, drafts)
@@ -238,7 +250,6 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
         if args.profile and kind != "prompt":
             extra["kernels"] = profiled(forward, spans)
         case = f"{args.shape} layers={config.num_hidden_layers} {kind} context={context} batch={batch} drafts={drafts}"
-        case += " fused" if args.fused else ""
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         yield {"bench": "group", "case": case, "device": name, "commit": commit(), "torch": torch.__version__,
                "ranks": ranks, "alone": args.alone,
@@ -247,6 +258,20 @@ def rows(args: argparse.Namespace, group: Group | Alone, weights: Weights) -> It
                "first_s": round(times[0], 2), "case_s": round(time.perf_counter() - begun, 1),
                "weight_bytes": weights.bytes, "kv_bytes_a_token": layout.page_bytes / layout.page_tokens,
                "kv_bytes_a_sequence": layout.slot_bytes} | extra  # fmt: skip
+
+
+def build(shape: str, layers: str | None, where: str, alone: int | None = None) -> tuple[Group | Alone, Weights]:
+    """Join the other ranks, or be `alone` as one of two; make this one's random weights."""
+    device = torch.device(where)
+    if device.type == "cuda":
+        device = torch.device("cuda", 0 if alone is not None else int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    config = cut_config(shape, layers)
+    config = dataclasses.replace(config, num_nextn_predict_layers=preset(shape).num_nextn_predict_layers)
+    if shape == "nano":
+        config = dataclasses.replace(config, moe_intermediate_size=256)
+    group = Group(device) if alone is None else Alone(device, config.n_routed_experts, alone)
+    return group, Weights(cut_width(config, group.size), device).fill_random()
 
 
 def main() -> None:
@@ -259,20 +284,8 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--alone", type=int, choices=(0, 1))
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument(
-        "--fused", action="store_true", help="followed steps leave a site's end to the launch behind it"
-    )
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", 0 if args.alone is not None else int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    config = cut_config(args.shape, args.layers)
-    config = dataclasses.replace(config, num_nextn_predict_layers=preset(args.shape).num_nextn_predict_layers)
-    if args.shape == "nano":
-        config = dataclasses.replace(config, moe_intermediate_size=256)
-    group = Group(device) if args.alone is None else Alone(device, config.n_routed_experts, args.alone)
-    weights = Weights(cut_width(config, group.size), device).fill_random()
+    group, weights = build(args.shape, args.layers, args.device, args.alone)
     with torch.inference_mode():
         for row in rows(args, group, weights):
             if group.rank == 0 or args.alone is not None:
