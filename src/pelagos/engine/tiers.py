@@ -382,25 +382,25 @@ class Tiers:
     def _move(self, lane: Lane, copy: Copy, pages: Sequence[int], blocks: Sequence[int]) -> int:
         """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
         pool, size, out = self.pools.pages, self._layout.page_bytes, lane is self._out
-        with lane.turn():
-            index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
-        for turn, at in enumerate(range(0, len(pages), lane.most)):
+        direct = len(pages) * size >= DIRECT_BYTES * sum(1 for _ in _runs(pages, blocks))
+        most, index = max(lane.most, CLEAN_BYTES // size) if direct else lane.most, None
+        if not direct:
+            with lane.turn():
+                index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
+        for turn, at in enumerate(range(0, len(pages), most)):
             if copy.cancelled:
                 return at
-            part = slice(at, at + lane.most)
-            here, there, rows = pages[part], blocks[part], index[part]
-            runs = list(_runs(here, there))
-            direct = len(here) * size >= DIRECT_BYTES * len(runs)
+            here, there = pages[at : at + most], blocks[at : at + most]
             with lane.turn(turn) as staging:
-                if out and not direct:
-                    torch.index_select(_words(pool), 0, rows, out=_words(staging[: len(here)]))
-                for place, count in runs if direct else _runs(there):
+                if out and index is not None:
+                    torch.index_select(_words(pool), 0, index[at : at + most], out=_words(staging[: len(here)]))
+                for place, count in _runs(here, there) if direct else _runs(there):
                     host = self._blocks[there[place] : there[place] + count, :size]
                     begin = here[place] if direct else place
                     device = (pool if direct else staging)[begin : begin + count]
                     (host if out else device).copy_(device if out else host, non_blocking=True)
-                if not (out or direct):
-                    _words(pool).index_copy_(0, rows, _words(staging[: len(here)]))
+                if not out and index is not None:
+                    _words(pool).index_copy_(0, index[at : at + most], _words(staging[: len(here)]))
         return len(pages)
 
     # Whole sequences, and states.
