@@ -36,8 +36,8 @@ def weights_of(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def scalar(results: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """One number that depends on every result, each by weights of its own."""
-    parts = [(weights_of(t.shape, i).to(t.device) * t.float()).sum() for i, t in enumerate(results)]
+    """One number that depends on every result, each by weights of its own, which BFloat16 holds: so it does grads."""
+    parts = [(weights_of(t.shape, i).bfloat16().to(t.device) * t.float()).sum() for i, t in enumerate(results)]
     return torch.stack(parts).sum()
 
 
@@ -52,10 +52,12 @@ def collected(named: dict[str, torch.Tensor], results: tuple[torch.Tensor, ...])
     return found | dict(zip(RESULTS, (t.detach() for t in results), strict=False))
 
 
-def through_reference(inputs, pending=True, mixing=True) -> dict[str, torch.Tensor]:
-    """Under plain autograd in the inputs' dtype."""
+def through_reference(inputs, pending=True, mixing=True, stored: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Under plain autograd in the inputs' dtype; with `stored` the streams have its values and gradients do not."""
     t = leaves(inputs)
     entered = hc.hc_post(t["y"], t["streams"], t["post"], t["comb"]) if pending else t["streams"] * 1
+    if stored:
+        entered = entered + (entered.to(stored).to(entered.dtype) - entered).detach()
     entering = ref.enter(entered, t["fn"], t["base"], t["scale"], ordered=False, **ref.OPTIONS) if mixing else ()
     return collected(t, (entered, *entering))
 
@@ -136,8 +138,10 @@ def test_kernels_in_the_interpreter():
 def test_kernels_on_the_device(case):
     inputs = ref.make_inputs(*case, device="cuda")
     got = through_kernels(inputs)
-    want = through_reference(tuple(t.double() if t.dtype == torch.float32 else t for t in inputs))
-    for name, value in want.items():
-        assert error(got[name], value) < (1e-2 if value.dtype == torch.bfloat16 else 2e-3), name
+    # In BFloat16 autograd rounds gradients of streams at each use, 3e-3 in `comb`'s: more than the kernels do.
+    want = through_reference(tuple(t.double() for t in inputs), stored=torch.bfloat16)
+    off = {name: error(got[name], value) for name, value in want.items()}
+    least = {name: 1e-2 if got[name].dtype == torch.bfloat16 else 2e-3 for name in want}
+    assert all(off[name] < least[name] for name in want), off
     again = through_kernels(inputs)
     assert all(torch.equal(got[name], again[name]) for name in got)

@@ -342,7 +342,7 @@ class AdaptiveDepth:
         self._hold = self._left = 0  # steps the plan holds: in all, from now on
         self._probes: list[int] | None = None  # the depths of a running probe
         self._turn = 0  # probes so far
-        self._loss = 1.0  # what the last probe cost; of the first, one step is expected
+        self._loss = _CATCH_UP / 2  # what the last probe cost; the first will have something to catch up on
         self._rests: dict[int, int] = {}  # steps without a thought of drafts that are left, by requests
         self._resting_for = 0  # requests of the last step
         self._rested: list[float] = []  # what its steps in a rest took
