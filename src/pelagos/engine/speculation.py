@@ -36,7 +36,7 @@ _GAIN = 1.1
 # may lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that
 # had to catch up counts as so many steps at most. Losses are counted in plain steps of the batch that had them: what
 # large batches earn would else be spent by single requests, whose steps are short.
-_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 5, 8, 4, 6
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 2, 8, 4, 6
 
 
 class Draft(NamedTuple):
