@@ -43,8 +43,9 @@ def test_every_weight_has_one_owner_and_no_matrix_is_cut() -> None:
     assert len(pieces) == sum(len(cut(one, one.value, model)) for one in whole.values())
     owners = Owners(model, OptimConfig(), Ranks(run_config(), torch.device("cpu"), alone=True), run_config())
     leaves = [key.rpartition(".")[2] for key in owners.own if EXPERTS in key]
-    assert leaves == sorted(leaves, key=ORDER.index)  # all down, then up, then gate
-    assert owners.own.keys() == pieces.keys()
+    assert leaves == sorted(leaves, key=list(ORDER).index)  # all down, then up, then gate
+    assert sum(p.value.numel() for p in owners.own.values()) == sum(part.numel() for _, part in pieces.values())
+    assert {one.key for one in owners.own.values() if EXPERTS not in one.key} == {k for k in pieces if EXPERTS not in k}
     assert owners.tensors().keys() == Optimizer(model).tensors().keys()
     shapes = {part.shape for one, part in pieces.values() if EXPERTS in one.name}
     assert shapes == {torch.Size((64, 32)), torch.Size((32, 64))}

@@ -104,7 +104,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A whole parameter (`key` is its name), or what `cut` makes of it; `value` is a view of it."""
+    """A whole parameter (`key` is its name), what `cut` makes of it, or several experts of it; `value` is a view."""
 
     key: str
     name: str
@@ -214,7 +214,10 @@ class Optimizer:
         found: dict[str, Tensor] = {}
         for one in self.own.values():
             for leaf, held in ({"muon": self._buffers[one.key]} if one.muon else self._moments(one.value)).items():
-                if one.key != one.name:
+                if held.dim() == 3 and one.key != one.name:  # consecutive experts, of which the key is the first's
+                    prefix, number, kind = one.key.rsplit(".", 2)
+                    found |= {f"{leaf}/{prefix}.{int(number) + i}.{kind}": each for i, each in enumerate(held)}
+                elif one.key != one.name:
                     found[f"{leaf}/{one.key}"] = held
                 else:  # of every part the number of steps is the same
                     parts = cut(one, one.value.detach() if leaf == "step" else held, self._model)

@@ -7,19 +7,25 @@ cut, so Newton-Schulz asks nobody. Source: technical report 3.4.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pelagos.model import Transformer
-from pelagos.train.optim import EXPERTS, OptimConfig, Optimizer, Piece, cut, trained
-from pelagos.train.ranks import Line, Ranks, stochastic_bf16
+from pelagos.model.experts import Experts
+from pelagos.train.optim import EXPERTS, OptimConfig, Optimizer, Piece, cut, first_expert, logical_matrices, trained
+from pelagos.train.ranks import Line, Ranks, Trip, stochastic_bf16
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.waves import Waves
 
-ORDER = ("w2", "w3", "w1")  # of the experts' matrices: down, up, gate
+# Of the experts' matrices, down, up, gate: in which parameter they lie, and as which of its `logical_matrices`.
+ORDER = {"w2": ("w2", 0), "w3": ("w13", 1), "w1": ("w13", 0)}
+UNDER_WAY = 2  # layers whose experts' gradients travel while the backward makes the next: more for ranks out of step
+Gradients = Callable[[Piece], Tensor | None]
 
 
 def knapsack(sizes: Sequence[int], owners: int) -> list[int]:
@@ -34,53 +40,69 @@ def knapsack(sizes: Sequence[int], owners: int) -> list[int]:
 class Share:
     """Pieces dealt over `line`: gradients go to the owners, new values come back to all `owners`.
 
-    Ranks of `line` beyond the owners own the same again. `own` are this rank's pieces, `total` their summed gradients.
+    Gradients travel in parts, those pieces of which `part_of` says the same. Ranks of `line` beyond the owners own the
+    same again. `own` are this rank's pieces, `total` their summed gradients.
     """
 
-    def __init__(self, line: Line, owners: Line, pieces: Sequence[Piece], dealt: Sequence[int]) -> None:
+    def __init__(
+        self, line: Line, owners: Line, pieces: Sequence[Piece], dealt: Sequence[int], part_of: Callable[[Piece], str]
+    ) -> None:
         self.line, self.owners = line, owners
         self.buckets: list[list[Piece]] = [[] for _ in range(owners.size)]
+        self.parts: dict[str, list[list[Piece]]] = {}
         for piece, owner in zip(pieces, dealt, strict=True):
+            part = self.parts.setdefault(part_of(piece), [[] for _ in range(owners.size)])
             self.buckets[owner].append(piece)
+            part[owner].append(piece)
         self.width = max(sum(p.value.numel() for p in bucket) for bucket in self.buckets)
         self.own = self.buckets[owners.rank]
         self.total = torch.zeros(self.width, device=pieces[0].value.device)
-        self.sums = _views(self.total, self.own)
+        self.sums = dict(zip((piece.key for piece in self.own), _views(self.total, self.own), strict=True))
         self.counted = line.rank < owners.size  # whether the norm counts this rank's pieces
+        self._going: deque[tuple[Callable[[], Tensor], str, int]] = deque()
 
-    def add(self, sources: Sequence[Mapping[str, Tensor]], rounding: torch.Generator | None = None) -> None:
-        """Add gradients by piece to the owners' sums: those of each rank in turn, of each its sources in turn.
+    def send(self, part: str, sources: Sequence[Gradients], rounding: torch.Generator | None = None) -> set[str]:
+        """Start to bring gradients of a part to the owners' sums; return the names of parameters that have one.
 
-        `rounding` sends them in BF16, rounded stochastically; they are added in float32 all the same.
+        All ranks send the same parts in the same order. `rounding` sends in BF16, rounded stochastically; sums are
+        float32 all the same.
         """
-        sent = self.total.new_zeros((len(self.buckets), len(sources), self.width))
-        _copy(
-            (place, gradients[piece.key])
-            for owner, bucket in enumerate(self.buckets)
-            for number, gradients in enumerate(sources)
-            for place, piece in zip(_views(sent[owner, number], bucket), bucket, strict=True)
-            if piece.key in gradients
-        )
+        self.land(min(UNDER_WAY, len(self.parts)) - 1)
+        count, buckets = len(sources), [self.parts[part][rank % self.owners.size] for rank in range(self.line.size)]
+        sizes = [count * sum(piece.value.numel() for piece in bucket) for bucket in buckets]
+        sent = self.total.new_zeros(sum(sizes))
+        laid = [(piece, source(piece)) for bucket in buckets for source in sources for piece in bucket]
+        views = _views(sent, [piece for piece, _ in laid])
+        _copy((view, gradient) for view, (_, gradient) in zip(views, laid, strict=True) if gradient is not None)
+        wait = functools.partial(torch.Tensor.float, sent)
         if self.line.size > 1:
-            sent = stochastic_bf16(sent, rounding) if rounding else sent
-            if len(self.buckets) < self.line.size:
-                sent = sent[[rank % len(self.buckets) for rank in range(self.line.size)]]
-            sent = self.line.swap(sent)
-        for part in sent.flatten(0, 1):
-            self.total += part
+            trip = Trip(self.line, sizes, [sizes[self.line.rank]] * self.line.size)
+            trip.start(stochastic_bf16(sent, rounding) if rounding else sent)
+            wait = trip.wait
+        self._going.append((wait, part, count))
+        return {piece.name for piece, gradient in laid if gradient is not None}
+
+    def land(self, most: int = 0) -> None:
+        """Wait until at most `most` parts are under way; add what came: of each rank in turn its sources in turn."""
+        while len(self._going) > most:
+            wait, part, count = self._going.popleft()
+            own, came = self.parts[part][self.owners.rank], wait().float()
+            for each in came.chunk(count * self.line.size) if own else ():
+                torch._foreach_add_([self.sums[piece.key] for piece in own], _views(each, own))
 
     def publish(self) -> None:
         """Bring the owners' new values to every rank."""
         if self.owners.size == 1:
             return
-        mine = torch.zeros_like(self.total)
+        mine = torch.empty_like(self.total)
         _copy(zip(_views(mine, self.own), (piece.value for piece in self.own), strict=True))
         for bucket, values in zip(self.buckets, self.owners.gather(mine), strict=True):
-            _copy(zip((piece.value for piece in bucket), _views(values, bucket), strict=True))
+            if bucket is not self.own:
+                _copy(zip((piece.value for piece in bucket), _views(values, bucket), strict=True))
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy into the first of each pair what the second holds: thousands of experts' matrices in a few launches."""
+    """Copy into the first of each pair what the second holds, in a few launches."""
     if found := list(pairs):
         torch._foreach_copy_([into for into, _ in found], [value for _, value in found])
 
@@ -99,62 +121,102 @@ class Owners(Optimizer):
         """Deal out every matrix."""
         self.config, self._model, self._ranks, self._seed = config, model, ranks, run.seed
         self._ordered = run.grad_sync == "fp32_ordered"
-        self._sites = [(n, m.forward) for n, m in model.named_modules() if isinstance(m.forward, Waves)]
         self._whole = {one.name: one for one in trained(model, config)}
-        cuts = [(one, self._cut({one.name: one.value.detach()})) for one in self._whole.values()]
-        pieces = [replace(one, key=key, value=value) for one, parts in cuts for key, value in parts.items()]
-        dense = [piece for piece in pieces if EXPERTS not in piece.name]
-        experts = [p for leaf in ORDER for p in pieces if EXPERTS in p.name and p.key.endswith(leaf)]
-        even = -(-len(experts) // ranks.replicas.size)
+        parts = self._cut({one.name: one.value.detach() for one in self._whole.values() if EXPERTS not in one.name})
+        dense = [replace(self._whole[name], key=key, value=value) for key, (name, value) in parts.items()]
+        dealt = knapsack([p.value.numel() for p in dense], ranks.owners.size)
+        experts = list(self._runs(ranks.replicas.size))
         self._shares = [
-            Share(ranks.data, ranks.owners, dense, knapsack([p.value.numel() for p in dense], ranks.owners.size)),
-            Share(ranks.replicas, ranks.replicas, experts, [place // max(1, even) for place in range(len(experts))]),
-        ]
+            Share(ranks.data, ranks.owners, dense, dealt, lambda _: ""),
+            Share(ranks.replicas, ranks.replicas, [piece for piece, _ in experts], [owner for _, owner in experts],
+                  lambda piece: piece.name.rpartition(".")[0]),
+        ]  # fmt: skip
         self._live: set[str] = set()
         self._steps = 0
         self._hold(piece for share in self._shares for piece in share.own)
+        self._experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
+        self._waiting = list(self._experts)
+        for module in self._experts.values() if self._ordered else ():
+            if isinstance(module.forward, Waves):
+                module.forward.done = self._send
+            for parameter in module.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda _: self._send())
+
+    def _runs(self, owners: int) -> Iterator[tuple[Piece, int]]:
+        """Deal the experts' matrices evenly, in ORDER; an owner's of a layer and kind are one piece (N, R, C)."""
+        stacks = [(leaf, one, logical_matrices(one.name, one.value.detach(), self._model)[index])
+                  for leaf, (parameter, index) in ORDER.items()
+                  for one in self._whole.values() if one.name.endswith(f"{EXPERTS}{parameter}")]  # fmt: skip
+        even, place = -(-sum(len(stack) for *_, stack in stacks) // owners), 0
+        for leaf, one, stack in stacks:
+            prefix, first, begin = one.name.rpartition(".")[0], first_expert(self._model, one.name), 0
+            while begin < len(stack):
+                owner = (place + begin) // even
+                end = min(len(stack), (owner + 1) * even - place) if one.muon else begin + 1
+                yield replace(one, key=f"{prefix}.{first + begin}.{leaf}", value=stack[begin:end]), owner
+                begin = end
+            place += len(stack)
 
     def collect(self) -> None:
-        """After each micro-batch of this rank: with ordered sums take its gradients to their owners."""
+        """After each micro-batch of this rank: with ordered sums send its gradients to their owners.
+
+        Those of experts are under way since the backward had them.
+        """
         if self._ordered:
             self._exchange()
 
     def _exchange(self) -> None:
-        dense: dict[str, Tensor] = {}
-        own: dict[str, Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            if parameter.grad is not None:
-                (own if EXPERTS in name else dense)[name] = parameter.grad
-                parameter.grad = None
-        sources = [own]
-        if self._sites and self._ordered:
-            sources = [
-                {f"{name}.{leaf}": g for name, site in self._sites if site.sources
-                 for leaf, g in zip(("w13", "w2"), site.sources[rank], strict=True)}
-                for rank in range(self._ranks.ep.size)
-            ]  # fmt: skip
-            for _, site in self._sites:
-                site.sources = []
-        self._live.update(dense, *sources)
         generator = None
         if not self._ordered:
             generator = torch.Generator(self._shares[0].total.device)
             generator.manual_seed((self._seed * 1_000_003 + self._steps) * 1_000_003 + self._ranks.rank)
-        self._shares[0].add([self._cut(dense)])
-        self._shares[1].add([self._cut(source) for source in sources], generator)
+        self._send(generator, complete=False)
+        self._waiting = list(self._experts)
+        dense: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None:
+                dense[name], parameter.grad = parameter.grad, None
+        parts = {key: part for key, (_, part) in self._cut(dense).items()}
+        self._live |= self._shares[0].send("", [lambda piece: parts.get(piece.key)])
 
-    def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {k: part for name, t in tensors.items() for k, part in cut(self._whole[name], t, self._model).items()}
+    def _send(self, rounding: torch.Generator | None = None, *, complete: bool = True) -> None:
+        """Send experts' gradients, those of the last layer first, as far as they are complete or all that are left."""
+        while self._waiting:
+            name = self._waiting[-1]
+            module = self._experts[name]
+            sources: Sequence[tuple[Tensor | None, ...]] = [(module.w13.grad, module.w2.grad)]
+            if self._ordered and isinstance(site := module.forward, Waves):
+                sources, site.sources = site.sources or [(None, None)] * self._ranks.ep.size, []
+            if complete and any(gradient is None for source in sources for gradient in source):
+                return
+            self._waiting.pop()
+            module.w13.grad = module.w2.grad = None
+            found = [functools.partial(self._gradient, module.first, *source) for source in sources]
+            self._live |= self._shares[1].send(name, found, rounding)
+
+    def _gradient(self, first: int, w13: Tensor | None, w2: Tensor | None, piece: Piece) -> Tensor | None:
+        """Return what gradients of a layer's experts say of a piece of theirs."""
+        *_, number, leaf = piece.key.split(".")
+        whole, begin = w2 if leaf == "w2" else w13, int(number) - first
+        if whole is None:
+            return None
+        return logical_matrices(piece.name, whole, self._model)[ORDER[leaf][1]][begin : begin + len(piece.value)]
+
+    def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+        cuts = ((name, cut(self._whole[name], tensor, self._model)) for name, tensor in tensors.items())
+        return {key: (name, part) for name, parts in cuts for key, part in parts.items()}
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Scale the summed gradients to a norm of at most `max_norm` over all ranks; return what it was."""
         if not self._ordered:
             self._exchange()
+        for share in self._shares:
+            share.land()
         squares = torch.zeros((), dtype=torch.float64, device=self._shares[0].total.device)
         for share in self._shares:
             if share.counted and share.sums:
-                squares += torch.stack(torch._foreach_norm(share.sums, 2, torch.float64)).square().sum()
+                squares += torch.stack(torch._foreach_norm(list(share.sums.values()), 2, torch.float64)).square().sum()
         norm = self._ranks.world.sum(squares).sqrt().float()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for share in self._shares:
@@ -165,8 +227,8 @@ class Owners(Optimizer):
     def step(self, lr: float) -> None:
         """Apply one update at learning rate `lr` from the summed gradients; parameters without one are left."""
         for share in self._shares:
-            for piece, total in zip(share.own, share.sums, strict=True):
-                piece.value.grad = total if piece.name in self._live else None
+            for piece in share.own:
+                piece.value.grad = share.sums[piece.key] if piece.name in self._live else None
         super().step(lr)
         for share in self._shares:
             share.publish()

@@ -44,10 +44,10 @@ class Line:
         """Return the parts of all ranks, (size, ...); they bring the same shape."""
         if self.size == 1:
             return part.unsqueeze(0)
-        got = [torch.empty_like(part) for _ in range(self.size)]
+        got = part.new_empty((self.size, *part.shape))
         with exchange():
-            dist.all_gather(got, part.contiguous(), group=self.group)
-        return torch.stack(got)
+            dist.all_gather([*got.unbind()], part.contiguous(), group=self.group)
+        return got
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, added in their order."""

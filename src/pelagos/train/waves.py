@@ -6,6 +6,7 @@ back, while a wave computes; the backward is the same with gradients. Source: te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Waves:
         parts = (w[experts.first : experts.first + own].clone() for w in (experts.w13.detach(), experts.w2.detach()))
         experts.w13, experts.w2 = map(nn.Parameter, parts)
         self.sources: list[tuple[Tensor, Tensor]] = []
+        self.done: Callable[[], None] = lambda: None  # called when they are there
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, multiple: int = 0) -> Tensor:
         """Return the weighted sum (T, D) float32 of the chosen experts; compare `Experts.forward`."""
@@ -102,6 +104,7 @@ class _Apart(torch.autograd.Function):
         if not site.ordered:
             return None, to_rows, *whole
         site.sources = list(zip(whole[::2], whole[1::2], strict=True))
+        site.done()
         return None, to_rows, None, None
 
 
