@@ -157,13 +157,16 @@ class Mixture(torch.autograd.Function):
         hidden = swiglu(both, scale, limit, hits)
         hidden = quantize(hidden) if quantize else hidden
         out = _product(hidden, narrow.transpose(1, 2), ends)
-        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, wide, narrow)
+        # Masters are there anyway; casting them again is cheaper than keeping casts for each micro-batch under way.
+        weights = (wide, narrow) if quantize else (w13, w2)
+        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, *weights)
         ctx.limit, ctx.fp8, ctx.masters = limit, fp8, (w13.dtype, w2.dtype)
         return sum_rows(out, places, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        rows, order, places, ends, scale, both, hidden, wide, narrow = ctx.saved_tensors
+        rows, order, places, ends, scale, both, hidden, *weights = ctx.saved_tensors
+        wide, narrow = (weight.to(rows.dtype) for weight in weights)
         to_out = grad.to(rows.dtype)[order // places.shape[1]]
         to_out = numerics.fake_quant_fp8(to_out, numerics.ACT_BLOCK) if ctx.fp8 else to_out
         to_hidden = _product(to_out, narrow, ends)
