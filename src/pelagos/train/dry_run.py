@@ -19,12 +19,15 @@ import torch
 from pelagos import cost
 from pelagos.config import ModelConfig
 from pelagos.errors import CapacityError, ConfigError
+from pelagos.model.attention import CSA_RATIO
 from pelagos.train.meter import PEAKS, training_flops
+from pelagos.train.owners import UNDER_WAY
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
 
 BYTES_A_PARAMETER = 16  # float32 master, gradient, momentum, and the second moment or an update in flight
 MEMORY, RESERVED = 150_754_820_096, 8 << 30  # bytes of an H200, and what driver and scratch take of them
+COPIED = 4.0e12  # bytes that it reads and writes a second
 UTILISED = 0.35  # share of the BF16 peak that compute alone is assumed to reach
 NODE, LINK, FAR_LINK = 8, 394e9, 50e9  # bytes a second of a GPU within a node (measured) and beyond (assumed)
 WAVES = 4
@@ -136,11 +139,34 @@ class Layout:
         return (self.compute_s + self.seen_s + self.stages_s) / (1 - self.bubble) + self.sync_s
 
 
+def kept(config: ModelConfig, row: int) -> float:
+    """Bytes a token that the forward keeps for the backward on CUDA, in BF16 and rows of `row`, all layers."""
+    d, n, k, f, c = (
+        config.hidden_size, config.hc_mult, config.num_experts_per_tok, config.moe_intermediate_size, config.head_dim
+    )  # fmt: skip
+    heads, ratios = config.num_attention_heads, (*config.layer_ratios, *[0] * config.num_nextn_predict_layers)
+    # Of a site: streams, what enters (and its norm's input) and what leaves it; gates and Sinkhorn's divisors.
+    sites = 2 * (2 * (n + 3) * d + 4 * (n * (n + 2) + 2 + 2 * n + n * n + (2 * config.hc_sinkhorn_iters - 1) * n))
+    # Latent and row before and after their norms; queries likewise, what they found, and that turned back; its groups.
+    attention = 2 * (2 * config.q_lora_rank + 2 * c + 4 * heads * c + config.o_groups * config.o_lora_rank) + 8 * heads
+    # The router's float32; a pick's row, gate, up and product, and where it lies; the shared expert's.
+    experts = 4 * d + 12 * config.n_routed_experts + k * (2 * d + 6 * f + 20) + 6 * f
+    # Compressors' keys and scores, float32; of the indexer also queries, gates and the divergence's gradient.
+    pooled = 8 * c * (sum(ratio > 0 for ratio in ratios) + ratios.count(CSA_RATIO))
+    indexer = 16 * config.index_head_dim + config.index_n_heads * (2 * config.index_head_dim + 2) + row
+    # Twice the head's site, the streams that leave and what the loss makes; the draft's entry.
+    ends = 2 * (2 * (2 * n * d + 2 * d) + (n + 2) * d)
+    return len(ratios) * (sites + attention + experts) + pooled + ratios.count(CSA_RATIO) * indexer + ends
+
+
 def layout(
     config: ModelConfig, gpus: int, pp: int, ep: int, cp: int, *, tokens: int, row: int, rows: int = 1,
-    utilised: float = UTILISED,
+    utilised: float = UTILISED, ordered: bool = False,
 ) -> Layout:  # fmt: skip
-    """Simulate one layout for steps of `tokens` in micro-batches of `rows` rows of `row`; raises ConfigError."""
+    """Simulate one layout for steps of `tokens` in micro-batches of `rows` rows of `row`; raises ConfigError.
+
+    `ordered` sums gradients after each micro-batch (fp32_ordered), else once a step.
+    """
     layers, data = config.num_hidden_layers + config.num_nextn_predict_layers, gpus // pp
     micro = tokens * cp // (row * rows) // data
     if gpus % pp or data % ep or data % cp or config.n_routed_experts % ep or layers < 2 * pp or micro < pp:
@@ -148,28 +174,43 @@ def layout(
     part = row * rows // cp  # tokens of a micro-batch on a device
     parts = cost.parameters_by_part(config, draft=True)
     routed = sum(g.parameters for g in cost.inventory(config, draft=True) if ".experts." in g.name)
-    ends = max(parts["embedding"], parts["head"])  # on the first and the last stage
     stage = -(-layers // pp) / layers
+    # Embedding and head, of AdamW: on one device where there is one stage, else on the first and the last.
+    ends = (sum if pp == 1 else max)((parts["embedding"], parts["head"]))
     dense = int((sum(parts.values()) - routed - parts["embedding"] - parts["head"]) * stage) + ends
     experts, replicas = int(routed * stage / ep), data // ep
+    own, own_ends = dense // data + experts // replicas, ends // data
     d, n, k, f = config.hidden_size, config.hc_mult, config.num_experts_per_tok, config.moe_intermediate_size
-    # BF16 a token and layer: streams of both sites, a dozen vectors beside, and each pick's rows and three widths.
-    kept = 2 * (2 * n * d + 12 * d + k * (2 * d + 3 * f))
+    # All gradients while they add up; of several ranks the own sums too, and of ordered ones what is sent and comes.
+    held = 4 * (dense + experts)
+    if gpus > 1:
+        way = 8 * (dense + UNDER_WAY * ep * experts // max(1, round(layers * stage)))
+        held = 4 * own + (way if ordered else held)
+    casts = 2 * (dense - ends)  # of float32 weights to BF16; those of experts are made again
+    # On top: notes of indexers and counted choices in the loss, or an expert's backward before it lets go of anything.
+    notes = 2 * row * config.layer_ratios.count(CSA_RATIO) / pp + 8 * k * config.n_routed_experts
+    last = max(notes, 2 * k * (2 * d + 3 * f))
     flops = training_flops(config, row) * tokens / gpus
     compute = flops / (utilised * PEAKS["H200"])
-    own = tokens / data * layers / pp  # tokens times layers of a device
-    link = LINK if ep <= NODE else FAR_LINK
-    sent = 8 * d * k * (ep - 1) / ep * own  # BF16 there and back, forward and backward
+    passed = tokens / data * layers / pp  # tokens times layers of a device
+    link, far = LINK if ep <= NODE else FAR_LINK, FAR_LINK if data > NODE else LINK
+    sent = 8 * d * k * (ep - 1) / ep * passed  # BF16 there and back, forward and backward
+    # Gradients: zeros, copy and two sums of what comes, their way as far as the backward does not hide it; then values.
+    spread = dense * (1 - 1 / data) + experts * (1 - 1 / replicas)
+    moved, times = 24 * (dense + (ep if ordered else 1) * experts) / COPIED, micro if ordered else 1
+    way = 4 * (spread + ordered * (ep - 1) * experts * (1 - 1 / replicas)) * times / far
+    sync = (
+        moved * times + max(4 * dense / far, way - ordered * compute * 2 / 3) + 4 * spread / far + 20 * spread / COPIED
+    )
     # What waves hide: the experts' products of the other waves.
-    hidden = 18.0 * d * f * k * own / (utilised * PEAKS["H200"]) * (1 - 1 / WAVES)
+    hidden = 18.0 * d * f * k * passed / (utilised * PEAKS["H200"]) * (1 - 1 / WAVES)
     return Layout(
-        gpus=gpus, pp=pp, ep=ep, cp=cp, micro_batches=micro, weights=4 * (dense + experts),
-        gradients=8 * dense + 4 * experts * (2 if replicas > 1 else 1),  # autograd's, and those on their way
-        optimizer=12 * -(-dense // data) + 8 * -(-experts // replicas),  # sums, momentum; AdamW's second moments
-        activations=int(min(pp, micro) * part * kept * layers / pp) + part * config.vocab_size,
+        gpus=gpus, pp=pp, ep=ep, cp=cp, micro_batches=micro, weights=4 * (dense + experts), gradients=held,
+        optimizer=4 * own + 4 * own_ends,
+        activations=int(min(pp, micro) * (part * kept(config, row) / pp + casts) + part * last),
         compute_s=compute, experts_s=sent / link, seen_s=max(0.0, sent / link - hidden),
         stages_s=0.0 if pp == 1 else 4 * (n + 1) * d * tokens / data / FAR_LINK,
-        sync_s=8 * dense / (FAR_LINK if data > NODE else LINK) + (2 * experts / FAR_LINK if replicas > 1 else 0.0),
+        sync_s=sync if gpus > 1 else 0.0,
         bubble=(pp - 1) / (micro + pp - 1),
     )  # fmt: skip
 
