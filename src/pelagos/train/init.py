@@ -1,5 +1,7 @@
 """Random initialisation of a V4-architecture model for training from zero."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,16 +12,21 @@ EMBED_STD = 0.5
 STREAM_BIAS = 4.0  # comb starts near the identity: softmax of (4, 0, 0, 0) keeps 95 % of a stream in place
 
 
-@torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
     """Fill every parameter and routing table in place, the same for a seed on every device, and in a part of a model.
 
     Each tensor is drawn by its released name, each expert apart. Projections get N(0, 1/fan_in), those that write to
     the streams a third of that; streams start nearly separate; hash tables hold distinct experts a token.
     """
-    for name, tensor, _ in model.released_tensors():
+
+    def fill(name: str, tensor: Tensor) -> None:
         draw = np.random.default_rng((seed, *name.encode()))
-        tensor.copy_(_values(name, tensor.shape, model.config.hc_mult, model.config.n_routed_experts, draw))
+        with torch.no_grad():
+            tensor.copy_(_values(name, tensor.shape, model.config.hc_mult, model.config.n_routed_experts, draw))
+
+    with ThreadPoolExecutor() as pool:
+        for drawn in [pool.submit(fill, name, tensor) for name, tensor, _ in model.released_tensors()]:
+            drawn.result()
 
 
 def _values(name: str, shape: torch.Size, n: int, experts: int, draw: np.random.Generator) -> Tensor:
