@@ -16,12 +16,13 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ RATIOS = (0, 4, 128, 4, 128, 4, 128, 4, 128, 4, 128, 4)
 SIZES = {"S": (512, 8, 8, 32, 256), "M": (768, 12, 8, 64, 384), "XS": (128, 4, 8, 8, 32)}
 # (what, settings): how two processes divide M. The first is each by itself.
 WORLDS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("one", {}), ("dp", {}), ("ep", {"ep": 2}), ("waves in turn", {"ep": 2, "waves": 4, "overlap": False}),
-    ("waves overlapping", {"ep": 2, "waves": 4}),
+    ("one", {}), ("dp", {}), ("dp in BF16", {"grad_sync": "bf16_stochastic"}), ("ep", {"ep": 2}),
+    ("waves in turn", {"ep": 2, "waves": 4, "overlap": False}), ("waves overlapping", {"ep": 2, "waves": 4}),
 )  # fmt: skip
 
 
@@ -206,6 +207,31 @@ def top(trainer: Trainer, count: int) -> None:
         print(f"{row.self_device_time_total / 1e3:9.2f} ms {row.count:6} {name[:110]}", file=sys.stderr)
 
 
+def exchanged(trainer: Trainer) -> dict[str, float]:
+    """Return milliseconds of a step in which the device exchanges, waiting included, and computes as well meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer._update()
+        torch.cuda.synchronize()
+    spans: list[tuple[float, float, bool]] = []
+    for event in profile.events() or ():
+        if event.device_type == torch.profiler.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end, "nccl" in event.name.lower()))
+    every, ours, theirs = (
+        covered((begin, end) for begin, end, nccl in spans if nccl in kinds)
+        for kinds in ((True, False), (False,), (True,))
+    )
+    return {"busy_ms": every / 1e3, "exchange_ms": theirs / 1e3, "hidden_ms": (ours + theirs - every) / 1e3}
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length that spans cover together."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
 def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) -> None:
     """Under torchrun: steps of each process by itself, then of both together; losses must agree, rank 0 says it all."""
     number, one_s = int(os.environ["LOCAL_RANK"]), 0.0
@@ -239,6 +265,7 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
             one_s = took if name == "one" else one_s
             mfu = training_flops(model, config.row_tokens) * tokens / one_s / PEAKS["H200"] if one_s else 0.35
             shape = {"tokens": tokens, "row": config.row_tokens, "rows": rows, "utilised": mfu}
+            shape |= {"ordered": config.grad_sync == "fp32_ordered"}
             dry = layout(model, ranks.size, 1, config.ep, 1, **shape)
             peak = torch.cuda.max_memory_allocated() if cuda else 0
             row = {
@@ -246,6 +273,7 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
                 "ms": took * 1e3, "tokens_per_s": tokens / took, "speedup": one_s / took if one_s else None,
                 "losses": losses, "dry_run_ms": dry.step_s * 1e3, "dry_run_from_mfu": mfu,
                 "dry_run_experts_ms": dry.experts_s * 1e3, "dry_run_sync_ms": dry.sync_s * 1e3,
+                **(exchanged(trainer) if cuda and ranks.size > 1 else {}),
                 "weights_gb": held / 1e9, "peak_gb": peak / 1e9, "dry_run_gb": dry.bytes / 1e9,
                 "dry_run_state_gb": (dry.weights + dry.gradients + dry.optimizer) / 1e9,
                 "first_step_s": times[0], "whole_s": time.monotonic() - started,
