@@ -115,19 +115,10 @@ def next_of(ids: Tensor, targets: Tensor, segments: Tensor) -> tuple[Tensor, Ten
 
 
 def losses(
-    model: Transformer,
-    ids: Tensor,
-    positions: Tensor,
-    segments: Tensor,
-    targets: Tensor,
-    weights: LossWeights,
-    *,
-    dense: bool,
-    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = token_loss,
-    forward: Forward | None = None,
-    notes: list[dict[str, Tensor]] | None = None,
-    context: Context | None = None,
-) -> Losses:
+    model: Transformer, ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor, weights: LossWeights, *,
+    dense: bool, cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = token_loss,
+    forward: Forward | None = None, notes: list[dict[str, Tensor]] | None = None, context: Context | None = None,
+) -> Losses:  # fmt: skip
     """Run one packed batch, all (B, S), and return its loss terms.
 
     `dense` attends every visible entry; `cross_entropy` is `token_loss` or the chunked one; `notes` receives what each

@@ -25,6 +25,7 @@ from pelagos.train.waves import Waves
 # Of the experts' matrices, down, up, gate: in which parameter they lie, and as which of its `logical_matrices`.
 ORDER = {"w2": ("w2", 0), "w3": ("w13", 1), "w1": ("w13", 0)}
 UNDER_WAY = 2  # layers whose experts' gradients travel while the backward makes the next: more for ranks out of step
+Dealt = tuple[Piece, int]  # and its owner
 Gradients = Callable[[Piece], Tensor | None]
 
 
@@ -44,19 +45,14 @@ class Share:
     same again. `own` are this rank's pieces, `total` their summed gradients.
     """
 
-    def __init__(
-        self, line: Line, owners: Line, pieces: Sequence[Piece], dealt: Sequence[int], part_of: Callable[[Piece], str]
-    ) -> None:
+    def __init__(self, line: Line, owners: Line, dealt: Sequence[Dealt], part_of: Callable[[Piece], str]) -> None:
         self.line, self.owners = line, owners
-        self.buckets: list[list[Piece]] = [[] for _ in range(owners.size)]
-        self.parts: dict[str, list[list[Piece]]] = {}
-        for piece, owner in zip(pieces, dealt, strict=True):
-            part = self.parts.setdefault(part_of(piece), [[] for _ in range(owners.size)])
-            self.buckets[owner].append(piece)
-            part[owner].append(piece)
+        self.buckets = [[piece for piece, to in dealt if to == owner] for owner in range(owners.size)]
+        self.parts = {part: [[p for p in bucket if part_of(p) == part] for bucket in self.buckets]
+                      for part in dict.fromkeys(part_of(piece) for piece, _ in dealt)}  # fmt: skip
         self.width = max(sum(p.value.numel() for p in bucket) for bucket in self.buckets)
         self.own = self.buckets[owners.rank]
-        self.total = torch.zeros(self.width, device=pieces[0].value.device)
+        self.total = torch.zeros(self.width, device=dealt[0][0].value.device)
         self.sums = dict(zip((piece.key for piece in self.own), _views(self.total, self.own), strict=True))
         self.counted = line.rank < owners.size  # whether the norm counts this rank's pieces
         self._going: deque[tuple[Callable[[], Tensor], str, int]] = deque()
@@ -124,12 +120,10 @@ class Owners(Optimizer):
         self._whole = {one.name: one for one in trained(model, config)}
         parts = self._cut({one.name: one.value.detach() for one in self._whole.values() if EXPERTS not in one.name})
         dense = [replace(self._whole[name], key=key, value=value) for key, (name, value) in parts.items()]
-        dealt = knapsack([p.value.numel() for p in dense], ranks.owners.size)
-        experts = list(self._runs(ranks.replicas.size))
+        dealt = list(zip(dense, knapsack([p.value.numel() for p in dense], ranks.owners.size), strict=True))
+        layered = list(self._runs(ranks.replicas.size)), lambda piece: piece.name.rpartition(".")[0]
         self._shares = [
-            Share(ranks.data, ranks.owners, dense, dealt, lambda _: ""),
-            Share(ranks.replicas, ranks.replicas, [piece for piece, _ in experts], [owner for _, owner in experts],
-                  lambda piece: piece.name.rpartition(".")[0]),
+            Share(ranks.data, ranks.owners, dealt, lambda _: ""), Share(ranks.replicas, ranks.replicas, *layered)
         ]  # fmt: skip
         self._live: set[str] = set()
         self._steps = 0
@@ -142,7 +136,7 @@ class Owners(Optimizer):
             for parameter in module.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda _: self._send())
 
-    def _runs(self, owners: int) -> Iterator[tuple[Piece, int]]:
+    def _runs(self, owners: int) -> Iterator[Dealt]:
         """Deal the experts' matrices evenly, in ORDER; an owner's of a layer and kind are one piece (N, R, C)."""
         stacks = [(leaf, one, logical_matrices(one.name, one.value.detach(), self._model)[index])
                   for leaf, (parameter, index) in ORDER.items()
@@ -158,10 +152,7 @@ class Owners(Optimizer):
             place += len(stack)
 
     def collect(self) -> None:
-        """After each micro-batch of this rank: with ordered sums send its gradients to their owners.
-
-        Those of experts are under way since the backward had them.
-        """
+        """After each micro-batch: with ordered sums send its gradients; experts' are under way since the backward."""
         if self._ordered:
             self._exchange()
 
@@ -172,12 +163,9 @@ class Owners(Optimizer):
             generator.manual_seed((self._seed * 1_000_003 + self._steps) * 1_000_003 + self._ranks.rank)
         self._send(generator, complete=False)
         self._waiting = list(self._experts)
-        dense: dict[str, Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            if parameter.grad is not None:
-                dense[name], parameter.grad = parameter.grad, None
-        parts = {key: part for key, (_, part) in self._cut(dense).items()}
-        self._live |= self._shares[0].send("", [lambda piece: parts.get(piece.key)])
+        dense = self._cut({name: p.grad for name, p in self._model.named_parameters() if p.grad is not None})
+        self._live |= self._shares[0].send("", [lambda piece: dense.get(piece.key, ("", None))[1]])
+        self._model.zero_grad()
 
     def _send(self, rounding: torch.Generator | None = None, *, complete: bool = True) -> None:
         """Send experts' gradients, those of the last layer first, as far as they are complete or all that are left."""

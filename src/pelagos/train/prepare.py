@@ -47,14 +47,9 @@ FIM_CHARS = 2_400
 
 
 def prepare(
-    corpus: Path,
-    directory: Path,
-    *,
-    tokenizer_dir: Path,
-    learn_vocab_size: int | None = None,
-    heldout_text: bool = False,
-    archive: Path | None = None,
-) -> dict[str, Any]:
+    corpus: Path, directory: Path, *, tokenizer_dir: Path, learn_vocab_size: int | None = None,
+    heldout_text: bool = False, archive: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Split a corpus directory and write its shards; return their `meta.json`.
 
     `learn_vocab_size` first learns a tokenizer into `tokenizer_dir`; `heldout_text` also writes `heldout_KIND.jsonl`;

@@ -55,17 +55,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        config: TrainConfig,
-        *,
-        data: Path,
-        out: Path,
-        device: str,
-        tokenizer: Path | None = None,
-        start: str | Path | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
+        self, model: ModelConfig, config: TrainConfig, *, data: Path, out: Path, device: str,
+        tokenizer: Path | None = None, start: str | Path | None = None, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.out, self.tokenizer, self.start = config, out, tokenizer, start
         self.device = usable_device(device)
         self.ranks = ranks or Ranks(config, self.device, alone=True)
