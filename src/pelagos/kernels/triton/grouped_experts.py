@@ -146,9 +146,8 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, chosen, weights, w13, w2, limit, quantize, hits, fp8):
-        experts = torch.arange(len(w13), device=x.device)
         flat, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(flat, experts, right=True, out_int32=True)
+        ends = torch.searchsorted(flat, torch.arange(len(w13), device=x.device), right=True, out_int32=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=x.device)
         places, wide, narrow = places.view(chosen.shape), w13.to(x.dtype), w2.to(x.dtype)
@@ -157,22 +156,20 @@ class Mixture(torch.autograd.Function):
         hidden = swiglu(both, scale, limit, hits)
         hidden = quantize(hidden) if quantize else hidden
         out = _product(hidden, narrow.transpose(1, 2), ends)
-        # Masters are there anyway; casting them again is cheaper than keeping casts for each micro-batch under way.
-        weights = (wide, narrow) if quantize else (w13, w2)
-        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, *weights)
+        held = (wide, narrow) if quantize else (w13, w2)  # masters are cast again: a cast for each micro-batch is dear
+        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, *held)
         ctx.limit, ctx.fp8, ctx.masters = limit, fp8, (w13.dtype, w2.dtype)
         return sum_rows(out, places, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        rows, order, places, ends, scale, both, hidden, *weights = ctx.saved_tensors
-        wide, narrow = (weight.to(rows.dtype) for weight in weights)
+        rows, order, places, ends, scale, both, hidden, wide, narrow = ctx.saved_tensors
         to_out = grad.to(rows.dtype)[order // places.shape[1]]
         to_out = numerics.fake_quant_fp8(to_out, numerics.ACT_BLOCK) if ctx.fp8 else to_out
-        to_hidden = _product(to_out, narrow, ends)
+        to_hidden = _product(to_out, narrow.to(rows.dtype), ends)
         to_both, to_scale = swiglu_backward(both, scale, to_hidden, ctx.limit)
         to_both = numerics.fake_quant_fp8(to_both, numerics.ACT_BLOCK) if ctx.fp8 else to_both
         to_wide, to_narrow = _product(to_both.T, rows, ends), _product(to_out.T, hidden, ends)
-        to_x = sum_rows(_product(to_both, wide, ends), places, rows.dtype)
+        to_x = sum_rows(_product(to_both, wide.to(rows.dtype), ends), places, rows.dtype)
         masters = to_wide.to(ctx.masters[0]), to_narrow.to(ctx.masters[1])
         return to_x, None, to_scale[places], *masters, *[None] * 4
