@@ -13,7 +13,7 @@ import torch
 from tests.train.small import packed, run_config, small_config, trainer_of, write_shards
 
 from pelagos.checkpoint import open_checkpoint
-from pelagos.config import tiny
+from pelagos.config import nano, tiny
 from pelagos.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.load import load_model
@@ -311,6 +311,25 @@ def test_trainer_is_server(data, tmp_path, seed):
             span = Span(batch[0][row, begin:end].numpy(), begin, row, table, 0, end - begin, 0)
             served.append(torch.from_numpy(forward.forward([span]).logits))
         assert torch.equal(torch.cat(served), trained[row, :length])
+
+
+@pytest.mark.slow
+def test_nano_trains_on_as_it_is_served(data, tmp_path):
+    """The released nano as it stands: the bits of its quantised training forward are those of the engine's forward."""
+    config = run_config(sparse_from=0, quantise_from=0)
+    trainer = Trainer(nano(), config, data=data, out=tmp_path, device="cpu", start="nano")
+    batch = packed([[700], [90, 300]], 768)
+    trained, server = training_logits(trainer, batch), load_model("nano", mode="released")
+    layout = CacheLayout(server.config, "released")
+    table = np.arange(layout.pages_for(768), dtype=np.int32)
+    for row, first, length in ((0, 0, 700), (1, 0, 90), (1, 128, 300)):
+        sizes = ((len(table), layout.page_bytes), (1, layout.slot_bytes))
+        forward = PagedForward(server, layout, *(torch.zeros(s, dtype=torch.uint8) for s in sizes), exact=True)
+        served = []
+        for begin, end in ((0, 60), (60, 61), (61, length)):
+            span = Span(batch[0][row, first + begin : first + end].numpy(), begin, 0, table, 0, end - begin, 0)
+            served.append(torch.from_numpy(forward.forward([span]).logits))
+        assert torch.equal(torch.cat(served), trained[row, first : first + length])
 
 
 def test_export_holds_the_masters_rounded_once(finished, tmp_path):
