@@ -14,7 +14,7 @@ from torch.nn import functional
 from pelagos.config import ModelConfig
 from pelagos.kernels import grouped_experts
 from pelagos.kernels.ref import experts as ops
-from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear, quantized_linear
+from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear
 from pelagos.model.layers import Linear, quantize_activations, quantize_weight
 
 FEW_TOKENS = 3  # up to here a loop over the chosen experts is quicker than sorting tokens
@@ -37,8 +37,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return chosen (T, K) int64, weights (T, K) and all scores (T, E) float32 for x (T, D), ids (T,)."""
-        exact = quantized_linear if x.is_cuda else ordered_linear  # bags of columns are slow on a device
-        product = exact if self.simulate else linear
+        product = ordered_linear if self.simulate and not x.is_cuda else linear  # a device has an order of its own
         scores = elementwise(functional.softplus, product(x.float(), self.weight)).sqrt()
         if self.routes is not None:
             chosen = self.routes
