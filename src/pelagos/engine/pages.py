@@ -56,34 +56,38 @@ class PagePool:
             return None
         while len(free) < count:
             self._evict(rank)
-        pages = [free.pop() for _ in range(count)]
+        pages, references, uses = free[: -count - 1 : -1], self._references, self.uses
+        del free[len(free) - count :]
         for page in pages:
-            self._references[page] = 1
-            self.uses[page] += 1
+            references[page] = 1
+            uses[page] += 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
         """Add a reference to each page, which must be in use or cached."""
+        references, uses, cached = self._references, self.uses, self._cached  # a long prefix has a thousand pages
         for page in pages:
-            assert self._references[page] or page in self._cached, f"page {page} is free"
-            self._references[page] += 1
-            self.uses[page] += 1
-            self._cached.pop(page, None)
+            if not references[page]:
+                assert page in cached, f"page {page} is free"
+                del cached[page]
+            references[page] += 1
+            uses[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
         """Drop a reference of each page, in this order; the last one makes a page with a key cached, others free.
 
         A private duplicate of a page that is found by the same key becomes free and counts as a use of that one.
         """
+        references, keys, cached, owners = self._references, self._keys, self._cached, self._by_key
         for page in pages:
-            assert self._references[page] > 0, f"page {page} is released more often than held"
-            self._references[page] -= 1
-            if self._references[page]:
+            assert references[page] > 0, f"page {page} is released more often than held"
+            references[page] -= 1
+            if references[page]:
                 continue
-            key = self._keys[page]
-            owner = page if key is None else self._by_key.setdefault(key, page)
+            key = keys[page]
+            owner = page if key is None else owners.setdefault(key, page)
             if key is not None and owner == page:
-                self._cached[page] = None
+                cached[page] = None
                 continue
             self._keys[page] = None
             self._free[page % len(self._free)].append(page)

@@ -341,9 +341,10 @@ class Tiers:
 
     def _take(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Hold a block for each key as far as there is room; which of them do not hold its content yet."""
-        blocks: list[int] = []
         new: list[int] = []
-        for at, key in enumerate(keys):
+        blocks = list(iter(map(self.index.lookup, keys).__next__, None))  # up to the first that is missing
+        self.index.share(blocks)  # all at once: steps wait for this
+        for at, key in enumerate(keys[len(blocks) :], len(blocks)):
             block = self.index.lookup(key)
             if block is not None:
                 self.index.share([block])
@@ -383,10 +384,9 @@ class Tiers:
         """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
         pool, size, out = self.pools.pages, self._layout.page_bytes, lane is self._out
         direct = len(pages) * size >= DIRECT_BYTES * sum(1 for _ in _runs(pages, blocks))
-        most, index = max(lane.most, CLEAN_BYTES // size) if direct else lane.most, None
-        if not direct:
-            with lane.turn():
-                index = torch.tensor(pages, dtype=torch.int64).to(pool.device)
+        most = max(lane.most, CLEAN_BYTES // size) if direct else lane.most
+        with lane.turn():
+            index = None if direct else torch.tensor(pages, dtype=torch.int64).to(pool.device)
         for turn, at in enumerate(range(0, len(pages), most)):
             if copy.cancelled:
                 return at
