@@ -10,11 +10,11 @@ part of the first (second) of two ranks, whose peer answers at once: what is lef
 a step's kernels.
 
 Of a step host_us is each rank's time until its graph was started, skew_us what lies between the ranks' starts. Of a
-prompt of one call `overlap` has, by rank: its times with copies between ranks beside what is computed, in line with it,
-and without any (what others have is then left from before), one of each in turn. By their medians an exchange costs
-what lies between in line and without, and the share of it that is hidden is what lies between in line and beside.
-Further where a stream stood: for keys of rows before (`keys`), for the others' rows and partial results, for the hosts.
-On a CPU (`--device cpu --shape nano`) it only shows that it runs.
+prompt of one call `overlap` has, by rank: its times, no logits asked for, with copies between ranks beside what is
+computed, in line with it, and without any (what others have is then left from before), one of each in turn. By their
+medians an exchange costs what lies between in line and without, and the share of it that is hidden is what lies between
+in line and beside. Further where a stream stood: for keys of rows before (`keys`), for the others' rows and partial
+results, for the hosts. On a CPU (`--device cpu --shape nano`) it only shows that it runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pelagos.model.cuda_group import GroupForward, cut_width
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
 
-PROMPT_ROUNDS, WATCHED_ROUNDS = 2, 8
+PROMPT_ROUNDS, WATCHED_ROUNDS = 2, 10
 WAITS = ("keys", "rows", "parts", "call")  # by channel
 
 
@@ -137,16 +137,22 @@ def graph(forward: CudaForward, spans: list[Span], count: int) -> list[float]:
 
 
 def prompt(
-    forward: CudaForward, span: Span, length: int, group: Group | Alone, rounds: int = PROMPT_ROUNDS
+    forward: CudaForward,
+    span: Span,
+    length: int,
+    group: Group | Alone,
+    rounds: int = PROMPT_ROUNDS,
+    *,
+    ask: bool = True,
 ) -> list[float]:
-    """Seconds of a whole prompt in calls of the most tokens that one takes."""
+    """Seconds of a whole prompt in calls of the most tokens one takes; logits, which hosts exchange, if `ask`."""
     ids = np.random.default_rng(0).integers(0, forward.weights.config.vocab_size, length)
     most, found = PROMPT_TOKENS * group.size, []
     for _ in range(rounds):
         group.gather(None)
         begun = time.perf_counter()
         for start in range(0, length, most):
-            last = start + most >= length and isinstance(group, Group)  # alone the last row is not here
+            last = ask and start + most >= length and isinstance(group, Group)  # alone the last row is not here
             forward.prefill.run([span._replace(tokens=ids[start : start + most], start=start, logits=int(last))])
         synchronize(forward)
         found.append(time.perf_counter() - begun)
@@ -191,7 +197,7 @@ def overlap(forward: Any, span: Span, length: int, group: Any) -> dict[str, Any]
         if how == "without":
             prefill._copy = lambda into, values: None
         try:
-            return 1e3 * prompt(forward, span, length, group, 1)[0]
+            return 1e3 * prompt(forward, span, length, group, 1, ask=False)[0]
         finally:
             vars(prefill).pop("_copy", None)
             prefill._side = side
