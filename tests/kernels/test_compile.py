@@ -25,7 +25,8 @@ TYPES = dict(
 SITE = dict(WIDTH=512, HAS_POST=True, TARGET=made_for)
 MIX = dict(y=F32, routed=F32)
 FINISH = dict(ITERS=20, FIRST=1, WIDTH=512, PARTS=4, PADDED=4, TARGET=made_for)
-EXPERT = dict(HIDDEN=False, ROWS=64, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, TARGET=made_for)
+EXPERT = dict(HIDDEN=False, ROWS=64, PARTS=2, SINGLE=False, WIDE=16, DEPTH=512, OUTPUTS=256, UNITS=1, TALL=False,
+              TARGET=made_for)
 HERE, THERE = dict(PLACED=False), dict(PLACED=True)
 TILE = dict(DEPTH=512, PART=256, PARTS=2, TALL=64, WIDE=16, TARGET=made_for)
 PRODUCT = TILE | dict(QUANTISE=False, LEFT=False)
@@ -57,6 +58,9 @@ KERNELS = [
     (site._finish_kernel, dict(TILE=16, RUN=4, **FINISH), dict()),
     (fp4_experts._plan_kernel, dict(BY_PICK=True, PICKS=16, COLUMNS=1024, CUT=1, TARGET=made_for), dict()),
     (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, COLUMNS=32, **THERE, **EXPERT), MIXED),
+    (fp4_experts._product_kernel, dict(SHARED=6, FP8_PARTS=0, COLUMNS=32, **HERE, **EXPERT) | dict(UNITS=2), MIXED),
+    (fp4_experts._product_kernel,
+     dict(SHARED=1, FP8_PARTS=2, COLUMNS=32, **HERE, **EXPERT) | dict(UNITS=4, TALL=True, PARTS=1, WIDE=32), MIXED),
     (fp4_experts._product_kernel, dict(SHARED=1, FP8_PARTS=2, COLUMNS=16, **HERE, **EXPERT), MIXED),
     (fp4_experts._product_kernel,
      dict(SHARED=6, FP8_PARTS=0, **HERE, **EXPERT) | dict(SINGLE=True, HIDDEN=True, COLUMNS=16), GATES),
@@ -85,4 +89,4 @@ compile_all({target}, KERNELS, TYPES)
 def test_kernels_compile(target, tmp_path):
     path = tmp_path / "compile_script.py"
     path.write_text(SCRIPT.format(target=target), encoding="utf-8")
-    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 23\n"
+    assert run(f"import runpy; runpy.run_path({str(path)!r})", interpret=False) == "compiled 25\n"

@@ -32,6 +32,10 @@ for case in ((1, 8, 2, 128, 128), (3, 4, 4, 256, 128), (17, 8, 2, 128, 256), (5,
     off = error(kernel.forward(*inputs, {LIMIT}), ref.forward(*inputs, {LIMIT}))
     assert off < 1e-6, (case, off)
     check_parts(inputs, 1e-6, 0)
+kernel.LONG = 512  # k in two parts, which a program of many picks has one after another, as it has tiles of outputs
+inputs = ref.make_inputs(6, 2, 2, 512, 128)
+assert kernel.cut(512)["PARTS"] == 2
+check_parts(inputs, 1e-6, 0)
 print("compared")
 """
 REPEATS = f"""

@@ -1,20 +1,17 @@
 """Which experts a token goes to, and all else of the expert site that reads its input: contract, checks and dispatch.
 
-On CUDA one Triton launch for one token and three for up to 64: the router's product, the shared expert's first one and
+On CUDA one Triton launch for one token and three for more: the router's product, the shared expert's first one and
 the activations as the routed experts read them come out of the same; elsewhere `ref.router`, which defines the meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.batch_rows import Mixing, Routed
 from pelagos.kernels.ref import router as ref
-from pelagos.kernels.skinny_gemm import BLOCK, MAX_ROWS, TALL
+from pelagos.kernels.skinny_gemm import BLOCK, COUNTERS, MAX_ROWS, TALL
 
 
 def route(
@@ -22,7 +19,7 @@ def route(
     shared13: Tensor, shared13_scales: Tensor, arrived: Tensor, *, experts: int, picks: int, scaling: float,
     left: Mixing | None = None,
 ) -> Routed:  # fmt: skip
-    """Route T <= 64 tokens.
+    """Route T tokens.
 
     x (T, D) bfloat16, codes (T, D) E4M3 and scales (T, D/128) UE8M0 its quantised copy; gate (E', D) bfloat16, rows
     beyond `experts` are padding; bias (E,) float32 for the choice alone, or table (V, K) int64 of the experts of each
@@ -31,10 +28,11 @@ def route(
     `left` is finished beside. Raises ConfigError for other shapes. Source: inference/model.py Gate.
     """
     rows, depth = x.shape
-    if not 1 <= rows <= MAX_ROWS or depth % BLOCK or gate.shape[0] % TALL or not picks <= experts <= gate.shape[0]:
+    tiles = -(-rows // MAX_ROWS) * shared13.shape[0] // TALL
+    if not rows or tiles >= COUNTERS or depth % BLOCK or gate.shape[0] % TALL or not picks <= experts <= gate.shape[0]:
         raise ConfigError(
             f"router: x {tuple(x.shape)}, gate {tuple(gate.shape)}, {picks} of {experts} experts: expected "
-            f"1..{MAX_ROWS} rows, columns in multiples of {BLOCK} and a gate padded to {TALL} rows"
+            f"rows with fewer than {COUNTERS} tiles, columns in multiples of {BLOCK} and a gate padded to {TALL} rows"
         )
     if (bias is None) == (table is None):
         raise ConfigError("router: expected either a bias or a table of experts by token id")
@@ -49,16 +47,3 @@ def route(
     from pelagos.kernels.triton import router as kernel
 
     return kernel.forward(*inputs, arrived, **options, left=left)
-
-
-def joined(parts: Sequence[Routed], experts: int) -> Routed:
-    """Return what several calls of `route` found as that of one call."""
-    chosen, weights, shared = (
-        torch.cat(each) for each in zip(*((part.chosen, part.weights, part.shared) for part in parts), strict=True)
-    )
-    planes = [part.planes for part in parts if part.planes is not None]
-    if not planes:
-        return Routed(chosen, weights, shared)
-    from pelagos.kernels.triton.fp4_experts import list_rows
-
-    return Routed(chosen, weights, shared, torch.cat(planes), list_rows(chosen, experts)[0])

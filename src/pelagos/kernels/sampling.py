@@ -22,9 +22,9 @@ MAX_VOCAB = 1 << 20
 def packed(draws: Sequence[Draw]) -> np.ndarray:
     """Return draws as (T, FIELDS) int64: the bits of temperature, top_p and min_p as float64, then top_k and key."""
     words = np.empty((len(draws), FIELDS), np.int64)
-    for row, draw in zip(words, draws, strict=True):
-        row[:3] = np.array(draw[:3], np.float64).view(np.int64)
-        row[3:] = np.array((draw.top_k, draw.key), np.uint64).view(np.int64)
+    if draws:
+        words[:, :3] = np.array([draw[:3] for draw in draws], np.float64).view(np.int64)
+        words[:, 3:] = np.array([draw[3:] for draw in draws], np.uint64).view(np.int64)
     return words
 
 

@@ -25,7 +25,7 @@ from pelagos import numerics
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, sampling, skinny_gemm
 from pelagos.kernels.batch_rows import Halves, Mixing, Parts, Rows
-from pelagos.kernels.layout import CacheLayout, Drawn, Output, Span
+from pelagos.kernels.layout import CacheLayout, Draw, Drawn, Output, Span
 from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
 from pelagos.kernels.site import site
@@ -165,9 +165,9 @@ class CudaForward:
         """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
         begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
         streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
-        own = [self._own(which, span) for which, span in enumerate(spans)]
+        self._placed(spans)
         for part in self._parts(spans):
-            yield self._launch(own, *self._divided(spans, part), streams, begins)
+            yield self._launch(spans, *self._divided(spans, part), streams, begins)
 
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
         c, found = self.weights.config, self._found(spans, past)
@@ -201,8 +201,8 @@ class CudaForward:
     def _prompts(self, spans: Sequence[Span], found: list[_Found]) -> None:
         """Run what was given through the prompt kernels, and hand each span its rows, or what is picked from them."""
         given = [(which, span) for which, span in enumerate(spans) if not span.decode]
-        for which, span in given:
-            self._check(which, self._own(which, span), span.start + len(span.tokens), paged=True)
+        self._placed(spans)
+        self._checked(spans, [(which, 0, len(span.tokens)) for which, span in given], paged=True)
         parts = [
             (logits, streams.float().cpu())
             for logits, streams in map(self.prefill.run, turns([span for _, span in given], PROMPT_TOKENS * self.ranks))
@@ -252,26 +252,35 @@ class CudaForward:
         wanted: list[tuple[int, int]] = []
         drawn: list[tuple[int, int]] = []
         kept: list[tuple[int, int]] = []
+        picked: list[tuple[int, Draw]] = []
+        ids = self._checked(spans, part, paged=past is None)
         at = 0
         for owner, (which, begin, end) in enumerate(part):
             span = spans[which]
-            total, start, count = len(span.tokens), span.start + begin, end - begin
-            self._check(which, span, start + count, paged=past is None)
-            rows = slice(at, at + count)
-            head[0, rows], head[1, rows] = span.tokens[begin:end], np.arange(start, start + count)
-            head[2:, rows] = np.array([span.slot, start, owner, span.frozen])[:, None]
-            pages = min(self.layout.pages_for(start + count), len(span.pages))
-            tables[owner, :pages] = span.pages[:pages]
-            if past is not None:
-                first = begins[which] + begin
-                self._past[rows] = past[first : first + count].to(self._device, torch.bfloat16)
+            total, behind = len(span.tokens), at - begin
+            pages = min(self.layout.pages_for(span.start + end), len(span.pages))
+            tables[owner, :pages] = span.pages[:pages] // self.ranks
             asked = range(max(begin, total - span.logits), end)
-            (drawn if span.draws else wanted).extend((which, at + i - begin) for i in asked)
+            (drawn if span.draws else wanted).extend((which, behind + i) for i in asked)
             if span.draws:
-                first = len(span.draws) + asked.start - total
-                draws[rows][asked.start - begin :] = sampling.packed(span.draws[first : first + len(asked)])
-            kept += [(which, at + i - begin) for i in range(max(begin, total - span.streams), end)]
-            at, last = at + count, max(last, start + count)
+                picked += ((behind + i, span.draws[i - total]) for i in asked)
+            if span.streams:
+                kept += [(which, behind + i) for i in range(max(begin, total - span.streams), end)]
+            if past is not None:
+                rows = slice(begins[which] + begin, begins[which] + end)
+                self._past[at : at + end - begin] = past[rows].to(self._device, torch.bfloat16)
+            at += end - begin
+        if part:
+            own = [spans[which] for which, _, _ in part]
+            begin, counts = np.array([(begin, end - begin) for _, begin, end in part]).T
+            each = np.array([(span.slot // self.ranks, span.start, 0, span.frozen) for span in own]).T
+            each[1] += begin
+            each[2] = np.arange(len(part))
+            head[0, :at], head[2:, :at] = ids, np.repeat(each, counts, 1)
+            head[1, :at] = head[3, :at] + np.arange(at) - np.repeat(np.cumsum(counts) - counts, counts)
+            last = max(last, int(head[1, :at].max()) + 1)
+        if picked:
+            draws[[row for row, _ in picked]] = sampling.packed([draw for _, draw in picked])
         dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
         call = self._replay(bucket, dense, past is not None)
         if call.chosen is not None:
@@ -294,19 +303,26 @@ class CudaForward:
             self._routed = None
             self.weights.blocks.turn()
 
-    def _own(self, which: int, span: Span) -> Span:
-        """Return a span as the rank numbers slot and pages that has them."""
-        return span
+    def _placed(self, spans: Sequence[Span]) -> None:
+        """Raise CapacityError for pages that a span's rank does not have."""
 
-    def _check(self, which: int, span: Span, end: int, *, paged: bool) -> None:
-        pages = self.layout.pages_for(end)
-        if pages > self._width or (paged and pages > len(span.pages)) or not 0 <= span.slot < len(self.slots):
-            raise CapacityError(
-                f"span {which}: slot {span.slot} of {len(self.slots)}, {pages} pages for positions up to {end}, of "
-                f"which it has {len(span.pages)} and the step was planned for {self._width}"
-            )
-        if span.tokens.min() < 0 or span.tokens.max() >= self.weights.config.vocab_size:
-            raise RequestError(f"span {which}: token ids outside 0..{self.weights.config.vocab_size - 1}")
+    def _checked(self, spans: Sequence[Span], part: _Part, *, paged: bool) -> np.ndarray:
+        """Return the token ids of a call's rows, all of which were planned for."""
+        vocabulary, ids = self.weights.config.vocab_size, [spans[which].tokens[begin:end] for which, begin, end in part]
+        for which, _, end in part:
+            span = spans[which]
+            pages, slot = self.layout.pages_for(span.start + end), span.slot // self.ranks
+            if pages > self._width or (paged and pages > len(span.pages)) or not 0 <= slot < len(self.slots):
+                raise CapacityError(
+                    f"span {which}: slot {slot} of {len(self.slots)}, {pages} pages for positions up to "
+                    f"{span.start + end}, of which it has {len(span.pages)} and the step was planned for {self._width}"
+                )
+        found = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        if len(found) and not 0 <= found.min() <= found.max() < vocabulary:
+            which = next(at for at, own in enumerate(ids) if own.min() < 0 or own.max() >= vocabulary)
+            which = part[which][0]
+            raise RequestError(f"span {which}: token ids outside 0..{vocabulary - 1}")
+        return found
 
     def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
         """Run the graph of a bucket on what the host buffer holds, captured at its first use."""
@@ -420,23 +436,19 @@ class CudaForward:
         """Return the attention's output (T, D) bfloat16."""
         rows = attended if isinstance(attended, Halves) else (attended, None)
         own = skinny_gemm.quantised_product(*rows, *layer.wo_a, self._arrived, groups=self.weights.config.o_groups)
-        product = skinny_gemm.left_product if self.left else skinny_gemm.product
+        # Of several ranks whoever attends rows of its own has its own site behind them.
+        product = skinny_gemm.left_product if self.left or self.ranks > 1 else skinny_gemm.product
         return product(*own, *layer.wo_b, self._arrived)
 
     def _mixture(
         self, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor
     ) -> Tensor | Parts:
-        """Return the expert site's output (T, D) bfloat16; the router takes 64 rows at once."""
-        c, inputs = self.weights.config, (normed, codes, scales, step.ids)
-        parts = [
-            router.route(
-                x, own_codes, own_scales, layer.gate, layer.bias, layer.table, ids, *layer.shared13, self._arrived,
-                experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor,
-                left=self._left if len(normed) <= skinny_gemm.MAX_ROWS else None,
-            )
-            for x, own_codes, own_scales, ids in zip(*(x.split(skinny_gemm.MAX_ROWS) for x in inputs), strict=True)
-        ]  # fmt: skip
-        routed = parts[0] if len(parts) == 1 else router.joined(parts, c.n_routed_experts)
+        """Return the expert site's output (T, D) bfloat16."""
+        c = self.weights.config
+        routed = router.route(
+            normed, codes, scales, layer.gate, layer.bias, layer.table, step.ids, *layer.shared13, self._arrived,
+            experts=c.n_routed_experts, picks=c.num_experts_per_tok, scaling=c.routed_scaling_factor, left=self._left,
+        )  # fmt: skip
         step.chosen.append(routed.chosen)  # kept, so that the graph gives its memory to nothing else
         return fp4_experts.site(
             codes, scales, routed, *layer.w13, *layer.w2, *layer.shared2, float(c.swiglu_limit), layer.place, self.left,

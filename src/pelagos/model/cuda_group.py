@@ -331,7 +331,7 @@ class GroupForward(CudaForward):
             self._apart = True
             ids = np.zeros((self.ranks, bucket), np.int32)
             for own, each in zip(rows, ids, strict=True):
-                found = [token for which, begin, end in own for token in spans[which].tokens[begin:end]]
+                found = np.concatenate([ids[0, :0], *(spans[which].tokens[begin:end] for which, begin, end in own)])
                 each[: len(found)] = found
             self._everyone[: ids.size].copy_(torch.from_numpy(ids.ravel()))
         mine = rows[self._group.rank if self._owner is None else self._owner]
@@ -345,8 +345,12 @@ class GroupForward(CudaForward):
         every = self._group.gather(found)
         return [every[span.slot % self.ranks][which] for which, span in enumerate(spans)]
 
-    def _own(self, which: int, span: Span) -> Span:
-        return own_span(which, span, self.ranks)
+    def _placed(self, spans: Sequence[Span]) -> None:
+        pages = np.concatenate([np.empty(0, np.int32), *(span.pages for span in spans)])
+        ranks = np.repeat([span.slot % self.ranks for span in spans], [len(span.pages) for span in spans])
+        if (pages % self.ranks != ranks).any():
+            for which, span in enumerate(spans):
+                own_span(which, span, self.ranks)
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         found = super()._step(bucket, dense, drafts)

@@ -24,6 +24,7 @@ from pelagos.kernels.triton.query import turned
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
 PROGRAMS = 600  # up to here every chunk is a program
+FEW, FEW_ROWS = 3, 32  # so few chunks of more rows are folded where they are made: another launch takes longer
 RESIDENT = 132  # up to here every block of its columns too
 NOTHING = tl.constexpr(-1e30)  # the largest logit of no keys
 
@@ -362,7 +363,8 @@ def forward(
     chunks = triton.cdiv(layout.config.sliding_window + most, KEYS)
     tall = 64 if heads >= 64 else max(16, triton.next_power_of_2(heads))
     tiles = triton.cdiv(heads, tall)
-    each = 1 if tokens * tiles * chunks <= PROGRAMS else SECTION
+    many = tokens * tiles * chunks > PROGRAMS or (chunks <= FEW and tokens * tiles > FEW_ROWS)
+    each = SECTION if many else 1
     parts = triton.cdiv(chunks, each)
     cut = width // 128 if each == 1 < parts and tokens * tiles * chunks * (width // 128) <= RESIDENT else 1
     stored = new((tokens, heads * width)) if whole else new((2 * tokens, heads * width), dtype=torch.uint8)

@@ -10,6 +10,8 @@ order, so a token's bits do not depend on the others.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,8 @@ LONG = 4096  # from here on k is cut in two
 STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
 FEW = 2  # picks a slot up to which a pass takes 4 tokens; beyond it takes 8, with fewer programs at a time
-MOST = 64  # tokens of a program of the shared expert
+UNITS = 4  # tiles of the second product that a program has one after another where a pass takes 8
+MOST = 32  # tokens of a program of the shared expert: more of them cost the routed ones' programs registers
 SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed expert's
 
 
@@ -140,10 +143,12 @@ def _product_kernel(
     shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
     weights, hidden, hs, shared, arrived, limit, HIDDEN: tl.constexpr,
     SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
-    SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
+    SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
+    TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one token.
+
+    A program has UNITS of them one after another without a pause: tiles of outputs if TALL, else the parts of k.
 
     A token is four of the COLUMNS columns of the product, one for each group of 32: scales are applied to sums.
 
@@ -159,13 +164,14 @@ def _product_kernel(
             share: tl.constexpr = DEPTH // max(FP8_PARTS, 1)
             cut = tl.program_id(2) % max(FP8_PARTS, 1)
             token = tl.program_id(2) // max(FP8_PARTS, 1) * WIDE + tl.arange(0, WIDE)
-            first = tl.program_id(0) * ROWS
-            total = fp8_tile(
-                shared_codes, shared_scales, shared_w, shared_w_scales, first, cut * share,
-                token, token < tokens, DEPTH, DEPTH, share, ROWS, WIDE, TARGET,
-            )  # fmt: skip
-            place = (cut * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
-            tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
+            for unit in range(UNITS):
+                first = (tl.program_id(0) * UNITS + unit) * ROWS
+                total = fp8_tile(
+                    shared_codes, shared_scales, shared_w, shared_w_scales, first, cut * share,
+                    token, token < tokens, DEPTH, DEPTH, share, ROWS, WIDE, TARGET,
+                )  # fmt: skip
+                place = (cut * tokens + token)[None, :] * OUTPUTS + (first + tl.arange(0, ROWS))[:, None]
+                tl.store(shared_partial + place, total, mask=(token < tokens)[None, :])
     elif HIDDEN and slot >= picks:
         if (part == 0) & (tl.program_id(0) < OUTPUTS // 256):
             _hidden_block(partial, weights, hidden, hs, shared, shared_codes, shared_scales, limit, picks, slot,
@@ -187,7 +193,7 @@ def _product_kernel(
         blocks: tl.constexpr = DEPTH // 128
         share: tl.constexpr = blocks // PARTS
         step: tl.constexpr = 2 - share % 2
-        row = tl.program_id(0) * ROWS
+        row = tl.program_id(0) * (ROWS * UNITS if TALL else ROWS)
         turned_row = row + _turned_row(tl.arange(0, ROWS))
         row += tl.arange(0, ROWS)
         if PLACED:  # bytes from the first block, the same for codes and scales
@@ -196,37 +202,49 @@ def _product_kernel(
         else:
             weight, words = w + expert * (OUTPUTS * stride), scale + expert * (OUTPUTS * (stride // 16))
         weight += turned_row[:, None] * stride + part * (share * 64) + tl.arange(0, 64)[None, :]
-        words = words.to(tl.pointer_type(tl.int32), bitcast=True) + row * blocks + part * share
-        shift = column % 4 * 8
+        # A step is two blocks where their number is even, and scales of a step are one load.
+        kind: tl.constexpr = tl.int64 if step == 2 else tl.int32
+        near_kind: tl.constexpr = tl.uint16 if step == 2 else tl.uint8
+        words = words.to(tl.pointer_type(kind), bitcast=True) + (row * blocks + part * share) // step
+        shift = tl.arange(0, 2)[None, None, :] * 16
+        steps: tl.constexpr = share // step
         first = 0
         while first < rows:  # not range(): the interpreter takes no tensor there
             live = first + column // 4 < rows
             token = tl.where(live, wide_pick, 0) // SHARED
             values = x + (4 * token + column % 4)[:, None] * DEPTH + part * (share * 128) + tl.arange(0, 128)[None, :]
-            factors = xs + token * blocks + part * share
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            pick = tl.where(first + at < rows, pick, 0)
+            factors = xs.to(tl.pointer_type(near_kind), bitcast=True) + (pick // SHARED * blocks + part * share) // step
+            total = tl.zeros((ROWS, tokens_at, 2), tl.float32)
+            place = partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None]
+            stored = (first + at < rows)[None, :]
             # One step ahead: bytes are too narrow for the asynchronous copies that bring the rest.
-            near = formats.power_of_two(tl.load(factors, mask=live, other=127))
-            far = formats.power_of_two(tl.load(factors + step - 1, mask=live, other=127))
-            word, second = tl.load(words), tl.load(words + step - 1)
-            for k in tl.range(0, share // step):
-                inside = live & (k + 1 < share // step)
-                next_near = formats.power_of_two(tl.load(factors + (k + 1) * step, mask=inside, other=127))
-                next_far = formats.power_of_two(tl.load(factors + (k + 2) * step - 1, mask=inside, other=127))
-                ahead = k + 1 < share // step
-                next_word = tl.load(words + (k + 1) * step, mask=ahead, other=0)
-                next_second = tl.load(words + (k + 2) * step - 1, mask=ahead, other=0)
+            near, word = tl.load(factors).to(tl.int32), tl.load(words)
+            for i in tl.range(0, UNITS * steps):
+                k, ahead, unit, away = i, tl.minimum(i + 1, UNITS * steps - 1), 0, 0
+                next_near, next_word = ahead, ahead
+                if UNITS > 1:
+                    unit = i // steps
+                if TALL:
+                    k, away, next_near = i % steps, unit * (ROWS * stride), ahead % steps
+                    next_word = ahead // steps * (ROWS * blocks // step) + next_near
+                then_near, then_word = tl.load(factors + next_near).to(tl.int32), tl.load(words + next_word)
                 for half in tl.static_range(step):
-                    tall = _weights(tl.load(weight + (k * step + half) * 64), TARGET, ROWS)
+                    tall = _weights(tl.load(weight + away + (k * step + half) * 64), TARGET, ROWS)
                     wide = operand(tl.load(values + (k * step + half) * 128, mask=live[:, None], other=0.0))
                     found = formats.dot(tall, tl.trans(wide), tl.zeros((ROWS, COLUMNS), tl.float32), TARGET)
-                    factor = formats.power_of_two(((word if half == 0 else second)[:, None] >> shift[None, :]) & 0xFF)
-                    total += found * (near if half == 0 else far)[None, :] * factor
-                near, far, word, second = next_near, next_far, next_word, next_second
-            total = tl.sum(total.reshape(ROWS, tokens_at, 4), 2) * 64.0
-            pick = tl.where(first + at < rows, pick, 0)
-            tl.store(partial + (part * picks + pick)[None, :] * OUTPUTS + row[:, None], total,
-                     mask=(first + at < rows)[None, :])  # fmt: skip
+                    # Groups in pairs, which a lane has beside each other.
+                    even, odd = tl.split(found.reshape(ROWS, tokens_at, 2, 2))
+                    bits = (word >> 32 * half).to(tl.int32)[:, None, None] >> shift
+                    both = even * formats.power_of_two(bits & 0xFF) + odd * formats.power_of_two((bits >> 8) & 0xFF)
+                    total += both * formats.power_of_two((near >> 8 * half) & 0xFF)[None, :, None]
+                near, word = then_near, then_word
+                if UNITS > 1 and i % steps == steps - 1:
+                    behind = unit * (ROWS if TALL else picks * OUTPUTS)
+                    tl.store(place + behind, tl.sum(total, 2) * 64.0, mask=stored)
+                    total = tl.zeros((ROWS, tokens_at, 2), tl.float32)
+            if UNITS == 1:
+                tl.store(place, tl.sum(total, 2) * 64.0, mask=stored)
             first += tokens_at
             if not SINGLE:
                 own += tokens_at
@@ -345,22 +363,27 @@ def site(
     first_lent = (codes, *lent[1:], routed.weights, hidden, hs, routed.shared)
     first_lent += (up if arrived is None else arrived, limit)
     lent += (up, up, up, up, up, limit)
-    shape = {"SINGLE": single, "ROWS": ROWS, "COLUMNS": 16 if picks <= FEW * slots else 32, "TARGET": made_for}
+    few = picks <= FEW * slots
+    shape = {"SINGLE": single, "ROWS": ROWS, "COLUMNS": 16 if few else 32, "TARGET": made_for}
     shape |= {"WIDE": min(MOST, wide_of(tokens)), "PLACED": place is not None}
     homes = chosen if place is None else place
     options = formats.launch(made_for, num_stages=STAGES)
-    _product_kernel[(2 * inner // ROWS, first["PARTS"], slots + (fused and fp8_parts > 0))](
+    units = 1 if few else first["PARTS"]
+    _product_kernel[(2 * inner // ROWS, first["PARTS"] // units, slots + (fused and fp8_parts > 0))](
         as_operand(spread), xs, *lists, w13, s13, homes, up, picks, *first_lent,
-        HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, **first, **shape, **options,
+        HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, UNITS=units, TALL=False,
+        **first, **shape, **options,
     )  # fmt: skip
     if not fused:
         _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
             up, routed.weights, hidden, hs, routed.shared, codes, scales, limit, picks, INNER=inner,
             PARTS=first["PARTS"], TARGET=made_for, **formats.launch(made_for, num_warps=1),
         )  # fmt: skip
-    _product_kernel[(width // ROWS, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
+    units = 1 if few else math.gcd(UNITS, width // ROWS)
+    _product_kernel[(width // ROWS // units, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
         as_operand(hidden), hs, *lists, w2, s2, homes, down, picks, *lent,
-        HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, **second, **shape, **options,
+        HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, UNITS=units, TALL=units > 1,
+        **second, **shape, **options,
     )  # fmt: skip
     if out is not None:
         _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](

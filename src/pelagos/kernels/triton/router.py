@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelagos.kernels.batch_rows import Mixing, Routed
+from pelagos.kernels.skinny_gemm import MAX_ROWS
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
 from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, turn_block
 from pelagos.kernels.triton.site import mixing, owed
@@ -84,16 +85,18 @@ def _route_kernel(
     PICKS: tl.constexpr, BY_TABLE: tl.constexpr, CHOOSE: tl.constexpr, CUT: tl.constexpr, COLUMNS: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
+    """WIDE rows a product; those of one tile of weights lie beside each other, so that one brings them to the L2."""
+    calls = (rows + WIDE - 1) // WIDE
     at = tl.program_id(0)
-    row = tl.arange(0, WIDE)
+    row = at % calls * WIDE + tl.arange(0, WIDE)
     live = row < rows
     tall = tl.arange(0, TALL)
-    gates: tl.constexpr = EXPERTS // TALL * GATE_PARTS
-    shares = outputs // TALL * PARTS
+    gates = EXPERTS // TALL * GATE_PARTS * calls
+    shares = outputs // TALL * PARTS * calls
     wait_for_inputs(TARGET)
     if at < gates:
-        first = at // GATE_PARTS * TALL
-        part = at % GATE_PARTS
+        first = at // calls // GATE_PARTS * TALL
+        part = at // calls % GATE_PARTS
         share: tl.constexpr = DEPTH // GATE_PARTS
         total = bf16_tile(x, gate, first, part * share, row, live, DEPTH, share, TALL, WIDE, TARGET)
         let_next_start(TARGET)
@@ -107,21 +110,22 @@ def _route_kernel(
                         GATE_PARTS, PADDED, PICKS, BY_TABLE)  # fmt: skip
                 tl.store(arrived, 0)
     elif at < gates + shares:
-        tile = (at - gates) // PARTS
-        part = (at - gates) % PARTS
+        tile = (at - gates) // calls // PARTS
+        part = (at - gates) // calls % PARTS
         total = fp8_tile(
             codes, scales, shared, shared_scales, tile * TALL, part * (DEPTH // PARTS), row, live, DEPTH,
             DEPTH, DEPTH // PARTS, TALL, WIDE, TARGET,
         )  # fmt: skip
         let_next_start(TARGET)
         place = row[None, :] * outputs + (tile * TALL + tall)[:, None]
-        store_parts(total, out, shared_partial, arrived + 1 + tile, place, live[None, :], rows * outputs, part, PARTS)
+        counter = arrived + 1 + tile * calls + at % calls
+        store_parts(total, out, shared_partial, counter, place, live[None, :], rows * outputs, part, PARTS)
     elif at < gates + shares + rows * CUT:
         block = at - gates - shares
         turn_block(pairs, planes, block // CUT, block % CUT, DEPTH, COLUMNS)
     elif ITERS > 0:
         let_next_start(TARGET)
-        token = at - gates - shares - rows * CUT + tl.arange(0, 1)
+        token = at - gates - shares - rows * CUT
         mixing(mix_parts, mix_base, mix_scale, post, comb, token, token < rows, eps, norm_eps, ITERS, DEPTH,
                DEPTH // 128, SUMS, TARGET)  # fmt: skip
 
@@ -156,12 +160,13 @@ def forward(
     lookup = (arrived if bias is None else bias, arrived if table is None else table, ids, chosen, weights)
     common = {"PICKS": picks, "BY_TABLE": by_table, "TARGET": made_for}
     mix, constants = owed(left, x)
-    grid = gate.shape[0] // TALL * gate_parts + outputs // TALL * parts + rows * (columns + (left is not None))
-    _route_kernel[(grid,)](
+    wide = min(MAX_ROWS, wide_of(rows))
+    products = (gate.shape[0] // TALL * gate_parts + outputs // TALL * parts) * triton.cdiv(rows, wide)
+    _route_kernel[(products + rows * (columns + (left is not None)),)](
         x, as_operand(codes), codes, scales, gate, *lookup[:3], as_operand(shared13), shared13_scales,
         shared, planes, partial, shared_partial, arrived, chosen, weights, rows, experts, outputs, scaling,
         *mix, **constants, DEPTH=depth, GATE_PARTS=gate_parts, PARTS=parts, EXPERTS=gate.shape[0], PADDED=padded,
-        CHOOSE=rows == 1, CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide_of(rows), **common,
+        CHOOSE=rows == 1, CUT=columns, COLUMNS=COLUMNS, TALL=TALL, WIDE=wide, **common,
         **launch(made_for, num_stages=STAGES, enable_fp_fusion=False),
     )  # fmt: skip
     if rows == 1:

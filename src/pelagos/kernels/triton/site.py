@@ -107,39 +107,47 @@ def _mix_kernel(
 
 
 @triton.jit
-def _added(parts, token, live, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    """(T,) float32: sum `which` over all blocks of channels."""
+def _sums(parts, token, live, which, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    """Some sums over all blocks of channels, of a token or of several (T,); all are asked for before one is added up.
+
+    A sum of a vector of tokens meets in shared memory, behind which a load could only begin when the one before it has
+    ended.
+    """
     block = tl.arange(0, PADDED)
-    place = parts + token[:, None] * (40 * BLOCKS) + which * BLOCKS + block[None, :]
-    return tl.sum(tl.load(place, mask=live[:, None] & (block < BLOCKS)[None, :], other=0.0), 1)
+    if len(token.shape) == 0:
+        own, there = parts + token * (40 * BLOCKS) + block, live & (block < BLOCKS)
+    else:
+        own = parts + token[:, None] * (40 * BLOCKS) + block[None, :]
+        there = live[:, None] & (block < BLOCKS)[None, :]
+    found = [tl.load(own + each * BLOCKS, mask=there, other=0.0) for each in which]
+    return [tl.sum(each, len(token.shape)) for each in found]
 
 
 @triton.jit
-def _root(parts, token, live, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """(T,) reciprocal root mean square of the flattened streams, and the diagonal of their Gram matrix."""
-    g = [_added(parts, token, live, 24 + k, PARTS, PADDED) for k in (0, 1, 2, 3)]
-    return tl.rsqrt((g[0] + g[1] + g[2] + g[3]) / (4 * WIDTH) + norm_eps), g
+def _root(g, norm_eps, WIDTH: tl.constexpr):
+    """Reciprocal root mean square of the flattened streams, from the diagonal of their Gram matrix."""
+    return tl.rsqrt((g[0] + g[1] + g[2] + g[3]) / (4 * WIDTH) + norm_eps)
 
 
 @triton.jit
-def _gate(parts, token, live, offset, factor, root, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    logit = _added(parts, token, live, which, BLOCKS, PADDED) * root * factor + offset
-    return 1.0 / (1.0 + tl.exp(-logit))
+def _gate(total, offset, factor, root):
+    return 1.0 / (1.0 + tl.exp(-(total * root * factor + offset)))
 
 
 @triton.jit
 def _collapse_weights(
     parts, token, live, base, factor, eps, norm_eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """(T,) each: the four weights of the streams, for four numbers `base`, and the reciprocal RMS of what they give."""
-    root, g = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
-    p = [_gate(parts, token, live, base[k], factor, root, k, PARTS, PADDED) + eps for k in (0, 1, 2, 3)]
-    crossed = p[0] * p[1] * _added(parts, token, live, 28, PARTS, PADDED)
-    crossed += p[0] * p[2] * _added(parts, token, live, 29, PARTS, PADDED)
-    crossed += p[0] * p[3] * _added(parts, token, live, 30, PARTS, PADDED)
-    crossed += p[1] * p[2] * _added(parts, token, live, 31, PARTS, PADDED)
-    crossed += p[1] * p[3] * _added(parts, token, live, 32, PARTS, PADDED)
-    crossed += p[2] * p[3] * _added(parts, token, live, 33, PARTS, PADDED)
+    """The four weights of the streams, for four numbers `base`, and the reciprocal RMS of what they give."""
+    g = _sums(parts, token, live, (24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 0, 1, 2, 3), PARTS, PADDED)
+    root = _root(g, norm_eps, WIDTH)
+    p = [_gate(g[10 + k], base[k], factor, root) + eps for k in (0, 1, 2, 3)]
+    crossed = p[0] * p[1] * g[4]
+    crossed += p[0] * p[2] * g[5]
+    crossed += p[0] * p[3] * g[6]
+    crossed += p[1] * p[2] * g[7]
+    crossed += p[1] * p[3] * g[8]
+    crossed += p[2] * p[3] * g[9]
     square = p[0] * p[0] * g[0] + p[1] * p[1] * g[1] + p[2] * p[2] * g[2] + p[3] * p[3] * g[3] + 2.0 * crossed
     return p, tl.rsqrt(tl.maximum(square, 0.0) / WIDTH + norm_eps)
 
@@ -152,15 +160,9 @@ def _shares(x, eps, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _first_row(
-    parts, base, factor, root, token, live, eps, which: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
-    TARGET: tl.constexpr,
-):  # fmt: skip
+def _first_row(g, offsets, factor, root, eps, which: tl.constexpr, TARGET: tl.constexpr):
     """Softmax of four comb logits, plus eps."""
-    x = [
-        _added(parts, token, live, which + k, BLOCKS, PADDED) * root * factor + tl.load(base + which + k)
-        for k in (0, 1, 2, 3)
-    ]
+    x = [g[which + k] * root * factor + offsets[which + k] for k in (0, 1, 2, 3)]
     top = tl.maximum(tl.maximum(x[0], x[1]), tl.maximum(x[2], x[3]))
     return [each + eps for each in _shares([tl.exp(each - top) for each in x], 0.0, TARGET)]
 
@@ -171,15 +173,16 @@ def mixing(
     ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store post (T, 4) and the Sinkhorn-normalised comb (T, 4, 4)."""
-    root, _ = _root(parts, token, live, norm_eps, WIDTH, PARTS, PADDED)
-    factor = tl.load(scale + 1)
+    offsets = [tl.load(base + k) for k in (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)]
+    factor, last = tl.load(scale + 1), tl.load(scale + 2)
+    found = _sums(
+        parts, token, live, (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27),
+        PARTS, PADDED,
+    )  # fmt: skip
+    root = _root(found[20:], norm_eps, WIDTH)
     for i in tl.static_range(4):
-        gate = _gate(parts, token, live, tl.load(base + 4 + i), factor, root, 4 + i, PARTS, PADDED)
-        tl.store(post + token * 4 + i, 2.0 * gate, mask=live)
-    factor = tl.load(scale + 2)
-    rows = [
-        _first_row(parts, base, factor, root, token, live, eps, 8 + 4 * k, PARTS, PADDED, TARGET) for k in (0, 1, 2, 3)
-    ]
+        tl.store(post + token * 4 + i, 2.0 * _gate(found[i], offsets[i], factor, root), mask=live)
+    rows = [_first_row(found, offsets, last, root, eps, 4 + 4 * k, TARGET) for k in (0, 1, 2, 3)]
     for i in range(ITERS):
         if i > 0:
             rows = [_shares(row, eps, TARGET) for row in rows]
@@ -191,19 +194,26 @@ def mixing(
 
 @triton.jit
 def _emit(x, p, inverse, weight, normed, codes, scales, token, live, block, WIDTH: tl.constexpr):
-    """Collapse, norm and quantise 128 channels."""
+    """Collapse, norm and quantise 128 channels, of a token or of several."""
     column = block * 128 + tl.arange(0, 128)
-    z = p[0][:, None] * x[0].to(tl.float32)
+    if len(token.shape) > 0:
+        p, inverse, column = [each[:, None] for each in p], inverse[:, None], column[None, :]
+        place, both = token.to(tl.int64)[:, None] * WIDTH + column, live[:, None]
+        weight = weight[None, :]
+    else:
+        place, both = token.to(tl.int64) * WIDTH + column, live & (column >= 0)
+    z = p[0] * x[0].to(tl.float32)
     for k in tl.static_range(1, 4):
-        z += p[k][:, None] * x[k].to(tl.float32)
-    z = z.to(tl.bfloat16).to(tl.float32) * inverse[:, None] * weight.to(tl.float32)[None, :]
+        z += p[k] * x[k].to(tl.float32)
+    z = z.to(tl.bfloat16).to(tl.float32) * inverse * weight.to(tl.float32)
     z = z.to(tl.bfloat16)
-    both = live[:, None]
-    place = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(normed + place, z, mask=both)
     wide = z.to(tl.float32)
-    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), 1))
-    tl.store(codes + place, formats.e4m3_block(wide, exponent[:, None]), mask=both)
+    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), len(token.shape)))
+    shared = exponent
+    if len(token.shape) > 0:
+        shared = exponent[:, None]
+    tl.store(codes + place, formats.e4m3_block(wide, shared), mask=both)
     tl.store(scales + token * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=live)
 
 
@@ -289,12 +299,11 @@ def _mix_token_kernel(
                 tl.store(place + (24 + j) * blocks, gram[j])
             if ONE:
                 formats.meet(arrived + token, blocks, TARGET)
-                own = token + tl.arange(0, 1)
+                there = token < tokens
                 p, inverse = _collapse_weights(
-                    parts, own, own >= 0, offsets, factor, eps, norm_eps, WIDTH, blocks, PADDED
+                    parts, token, there, offsets, factor, eps, norm_eps, WIDTH, blocks, PADDED
                 )
-                x = [each[None, :] for each in x]
-                _emit(x, p, inverse, channels, normed, codes, scales, own, own >= 0, block, WIDTH)
+                _emit(x, p, inverse, channels, normed, codes, scales, token, there, block, WIDTH)
                 formats.part(arrived + token, blocks)
 
 
@@ -304,18 +313,30 @@ def _finish_kernel(
     ITERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     RUN: tl.constexpr, FIRST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A part from FIRST on of a tile of tokens: 0 gives post and comb, others collapse RUN blocks of channels each."""
+    """A part from FIRST on of a tile of tokens: 0 gives post and comb, others collapse RUN blocks of channels each.
+
+    One token is no vector: nothing then meets in shared memory.
+    """
     formats.let_next_start(TARGET)
-    formats.wait_for_inputs(TARGET)
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles + FIRST
-    token = tile * TILE + tl.arange(0, TILE)
+    token = tile if TILE == 1 else tile * TILE + tl.arange(0, TILE)
     live = token < tokens
+    offsets, factor = [tl.load(base + k) for k in (0, 1, 2, 3)], tl.load(scale)
+    formats.wait_for_inputs(TARGET)
     if part == 0:
         mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
+    elif TILE == 1:
+        place = streams + token.to(tl.int64) * (4 * WIDTH) + (part - 1) * (RUN * 128) + tl.arange(0, 128)
+        channels = norm + (part - 1) * (RUN * 128) + tl.arange(0, 128)
+        found = [[tl.load(place + step * 128 + k * WIDTH) for k in (0, 1, 2, 3)] for step in (0, 1, 2, 3)[:RUN]]
+        weights = [tl.load(channels + step * 128) for step in (0, 1, 2, 3)[:RUN]]
+        p, inverse = _collapse_weights(parts, token, live, offsets, factor, eps, norm_eps, WIDTH, PARTS, PADDED)
+        for step in tl.static_range(RUN):
+            block = (part - 1) * RUN + step
+            _emit(found[step], p, inverse, weights[step], normed, codes, scales, token, live, block, WIDTH)
     else:
-        offsets = [tl.load(base + k) for k in (0, 1, 2, 3)]
-        p, inverse = _collapse_weights(parts, token, live, offsets, tl.load(scale), eps, norm_eps, WIDTH, PARTS, PADDED)
+        p, inverse = _collapse_weights(parts, token, live, offsets, factor, eps, norm_eps, WIDTH, PARTS, PADDED)
         for step in tl.range(0, RUN, num_stages=2):
             block = (part - 1) * RUN + step
             column = block * 128 + tl.arange(0, 128)
@@ -354,7 +375,7 @@ def forward(
     exact = {"enable_fp_fusion": False} if few else {}
     one = leave and arrived is not None and made_for == formats.PTX and tokens * blocks <= _processors(streams.device)
     padded = triton.next_power_of_2(count)
-    tile, run, warps = (1, 1, 4) if few else (TILE, math.gcd(blocks, 4), 8)
+    tile, run, warps = (1, 1 if tokens <= TILE else math.gcd(blocks, 4), 4) if few else (TILE, math.gcd(blocks, 4), 8)
     if few:
         each = 1 if tokens <= TILE else 4
         routed = None if left is None else left.routed

@@ -265,7 +265,7 @@ def _mix_behind(
 ):  # fmt: skip
     """A token's post and comb, by one of the programs behind the tiles."""
     formats.let_next_start(TARGET)
-    token = behind * PARTS + part + tl.arange(0, 1)
+    token = behind * PARTS + part
     mixing(parts, base, scale, post, comb, token, token < rows, eps, norm_eps, ITERS, DEPTH, DEPTH // 128, SUMS, TARGET)
 
 
