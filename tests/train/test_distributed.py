@@ -10,11 +10,12 @@ import torch
 from benchmarks import distributed as bench
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.small import run_config, small_model, write_shards
+from tests.train.small import packed, run_config, small_model, write_shards
 
 from pelagos.errors import CheckpointError, ConfigError
 from pelagos.load import load_model
 from pelagos.model.experts import Experts
+from pelagos.train.objective import LossWeights, losses
 from pelagos.train.optim import EXPERTS, OptimConfig, Optimizer, cut, trained
 from pelagos.train.owners import ORDER, Owners, knapsack
 from pelagos.train.ranks import Ranks, data_ranks, stochastic_bf16
@@ -49,6 +50,27 @@ def test_every_weight_has_one_owner_and_no_matrix_is_cut() -> None:
     assert owners.tensors().keys() == Optimizer(model).tensors().keys()
     shapes = {part.shape for one, part in pieces.values() if EXPERTS in one.name}
     assert shapes == {torch.Size((64, 32)), torch.Size((32, 64))}
+
+
+def test_experts_gradients_leave_in_the_backward_and_add_up_to_autograds() -> None:
+    """Last layer first, each as soon as both its gradients are there; nothing is left for `collect` to send."""
+    model, plain = small_model(), small_model()
+    owners = Owners(model, OptimConfig(), Ranks(run_config(), torch.device("cpu"), alone=True), run_config())
+    sent, send = [], owners._shares[1].send
+    owners._shares[1].send = lambda part, *rest: (sent.append(part), send(part, *rest))[1]
+    for seed in (1, 2):
+        batch = packed([[100], [60]], 128, seed=seed)
+        for each in (model, plain):
+            losses(each, *batch, LossWeights(), dense=True).total.backward()
+        assert not owners._waiting
+        owners.collect()
+    assert sent == 2 * [f"{name}.ffn.experts" for name in ("mtp.0", "layers.2", "layers.1", "layers.0")]
+    norm = owners.clip(1e9)
+    found = {p.key: owners._shares[1].sums[p.key] for p in owners._shares[1].own if p.key.endswith(".w2")}
+    assert norm == Optimizer(plain).clip(1e9)
+    assert all(
+        torch.equal(total, plain.get_parameter(f"{key.rsplit('.', 2)[0]}.w2").grad) for key, total in found.items()
+    )
 
 
 @pytest.mark.parametrize("value", [1.0 + 3 / 512, -(1.0 + 1 / 512), 3.7e-12, 1.0 + 2**-20, -0.75])
