@@ -52,12 +52,12 @@ def test_every_weight_has_one_owner_and_no_matrix_is_cut() -> None:
     assert shapes == {torch.Size((64, 32)), torch.Size((32, 64))}
 
 
-def test_experts_gradients_leave_in_the_backward_and_add_up_to_autograds() -> None:
+def test_experts_gradients_leave_in_the_backward_and_add_up_to_autograds(monkeypatch) -> None:
     """Last layer first, each as soon as both its gradients are there; nothing is left for `collect` to send."""
     model, plain = small_model(), small_model()
     owners = Owners(model, OptimConfig(), Ranks(run_config(), torch.device("cpu"), alone=True), run_config())
     sent, send = [], owners._shares[1].send
-    owners._shares[1].send = lambda part, *rest: (sent.append(part), send(part, *rest))[1]
+    monkeypatch.setattr(owners._shares[1], "send", lambda part, *rest: (sent.append(part), send(part, *rest))[1])
     for seed in (1, 2):
         batch = packed([[100], [60]], 128, seed=seed)
         for each in (model, plain):
