@@ -1,11 +1,13 @@
 # make run: set everything up, serve the bundled model.   make test: set everything up, check, test.
-# Needs Python >= 3.11 with pip, nothing else. PYTHON=python3.12 picks one, MODEL= and PORT= go to the server.
+# Needs Python >= 3.11 with pip, nothing else. PYTHON=python3.12 picks one, MODEL= and PORT= go to the server, WORKERS= says
+# how many processes share the tests.
 
 PYTHON ?= $(firstword $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p"; done))
 MODEL ?= nano
 HOST ?= 127.0.0.1
 PORT ?= 8000
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # A stamp carries the hash of what it installed, so a changed pin installs again and nothing else does.
@@ -19,7 +21,7 @@ run: $(RUN_READY)
 	@exec $(BIN)/pelagos serve --model $(MODEL) --host $(HOST) --port $(PORT)
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 check: $(TEST_READY)
 	$(BIN)/ruff check src tests benchmarks

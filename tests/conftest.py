@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     from pelagos.sandbox import Store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Sandboxes of one test at a time, of all processes that test: some count mounts and groups of the whole host."""
+    if "sandbox" not in item.path.parts and "store" not in getattr(item, "fixturenames", ()):
+        return (yield)
+    import fcntl
+
+    with Path(tempfile.gettempdir(), f"pelagos-tests-{os.getuid()}.lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

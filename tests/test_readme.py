@@ -144,7 +144,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHON", str(python))
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAIL_ON", "nothing of that")
-    for name in ("MODEL", "HOST", "PORT", "MAKEFLAGS", "MAKELEVEL"):
+    for name in ("MODEL", "HOST", "PORT", "WORKERS", "MAKEFLAGS", "MAKELEVEL"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -188,7 +188,7 @@ def test_make_test(house: Path, command: tuple[str, ...]) -> None:
         ["pyright", "--pythonpath"],
         ["python", "-m"],
     ]
-    assert checks[-1] == "python -m pytest"
+    assert checks[-1] == "python -m pytest --numprocesses 2 --dist worksteal"
     assert calls(house, "make", "run") == [SERVE]  # what tests need includes what the server needs
 
 
