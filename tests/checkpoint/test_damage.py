@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -70,14 +71,19 @@ def test_truncation_at_any_byte(good: Path) -> None:
         open_checkpoint(good)
 
 
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A checkpoint and the bytes of its shard, which a test may overwrite."""
+    path = tmp_path_factory.mktemp("flip")
+    write_checkpoint(path / "m", [("a.weight", torch.ones(32, 32), "fp8"), ("b", torch.ones(3), "f32")], tiny())
+    return path, (path / "m" / SHARD).read_bytes()
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_a_changed_header_is_never_a_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    path = tmp_path_factory.mktemp("flip")
-    named: list[Named] = [("a.weight", torch.ones(32, 32), "fp8"), ("b", torch.ones(3), "f32")]
-    write_checkpoint(path / "m", named, tiny())
-    file = path / "m" / SHARD
-    raw = bytearray(file.read_bytes())
+def test_a_changed_header_is_never_a_crash(flipped: tuple[Path, bytes], data: st.DataObject) -> None:
+    path, whole = flipped
+    raw, file = bytearray(whole), path / "m" / SHARD
     header = 8 + int.from_bytes(raw[:8], "little")
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
@@ -358,31 +364,41 @@ def test_without_an_atomic_exchange(good: Path, monkeypatch: pytest.MonkeyPatch)
     assert [p.name for p in good.parent.iterdir()] == ["good"]
 
 
+# Forks, for each line it is given, a writer that tells its number when it has written once, and waits until it is killed.
 WRITER = """
-import sys, torch
+import os, sys, torch
 from pelagos.checkpoint import write_checkpoint
 from pelagos.config import tiny
-for i in range(10**6):
-    tensors = [(f"t{k}", torch.full((5000,), float(i)), "f32") for k in range(8)]
-    write_checkpoint(sys.argv[1], tensors, tiny(), shard_bytes=1)
-    if i == 0: print("ready", flush=True)
+for _ in sys.stdin:
+    if os.fork():
+        os.wait()
+        continue
+    for i in range(10**6):
+        tensors = [(f"t{k}", torch.full((5000,), float(i)), "f32") for k in range(8)]
+        write_checkpoint(sys.argv[1], tensors, tiny(), shard_bytes=1)
+        if i == 0: print(os.getpid(), flush=True)
 """
 
 
 def test_killed_for_real(tmp_path: Path) -> None:
     moments = random.Random(5)
     target = tmp_path / "m"
-    for _ in range(2):
-        source = os.environ | {"PYTHONPATH": str(Path(pelagos.__file__).parents[1])}
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, env=source)
-        with child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"ready\n"
+    source = os.environ | {"PYTHONPATH": str(Path(pelagos.__file__).parents[1])}
+    words, pipe = [sys.executable, "-c", WRITER, str(target)], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=source) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        for _ in range(2):
+            print(file=child.stdin, flush=True)
+            writer = int(child.stdout.readline())
             for _ in range(40):  # a reader beside the writer sees whole files or a clear error
                 check_one_version(target, allow_change=True)
                 time.sleep(moments.random() * 0.01)
-            child.send_signal(signal.SIGKILL)
-        check_one_version(target, allow_change=False)
+            ended = os.pidfd_open(writer)
+            os.kill(writer, signal.SIGKILL)
+            assert select.select([ended], [], [], 60)[0]
+            os.close(ended)
+            check_one_version(target, allow_change=False)
 
 
 def check_one_version(target: Path, *, allow_change: bool) -> None:
