@@ -69,19 +69,19 @@ def test_batch_ramp_and_lengths():
 def test_a_run_through_every_phase_resumes_bitwise(data, tmp_path):
     """Ramp, two row lengths, indexer warm-up, FP8 products, quantised end; stopped at each step, continued, equal."""
     changes = {
-        "steps": 8, "batch_rows": 2, "row_tokens_from": {"0.4": 256}, "ramp_from_frac": 0.5, "ramp_until": 0.2,
-        "sparse_from": 0.5, "indexer_steps": 1, "quantise_from": 0.75, "precision": "fp8", "eval_every": 4,
+        "steps": 5, "batch_rows": 2, "row_tokens_from": {"0.4": 256}, "ramp_from_frac": 0.5, "ramp_until": 0.2,
+        "sparse_from": 0.6, "indexer_steps": 1, "quantise_from": 0.8, "precision": "fp8", "eval_every": 3,
         "recompute": True, "anticipate": 2, "anticipate_steps": 3,
     }  # fmt: skip
     whole = trainer_of(data, tmp_path / "whole", **changes)
-    whole.ahead.until = 5  # routes two steps old in the first five
+    whole.ahead.until = 4  # routes two steps old in the first four
     assert whole.run()
-    assert whole.tokens == 2 * 128 + 6 * 256
+    assert whole.tokens == 128 + 4 * 256
     parts = trainer_of(data, tmp_path / "parts", **changes)
-    parts.ahead.until = 5
-    for step in range(1, 9):
+    parts.ahead.until = 4
+    for step in range(1, 6):
         parts.stop()
-        assert parts.run() is (step > 8)
+        assert parts.run() is (step > 5)
         assert parts.step == step
         parts = trainer_of(data, tmp_path / "parts", **changes)
         assert parts.resume()
@@ -121,8 +121,9 @@ def test_spike_rule():
 
 def test_a_spike_rolls_back_and_anticipates(data, tmp_path, monkeypatch, capsys):
     trainer = trainer_of(
-        data, tmp_path, steps=40, save_every=5, anticipate=2, anticipate_steps=4, sparse_from=1, quantise_from=1
-    )
+        data, tmp_path, steps=34, batch_rows=1, save_every=25, anticipate=2, anticipate_steps=4, sparse_from=1,
+        quantise_from=1,
+    )  # fmt: skip
     plain, used = trainer._losses, []
 
     def spiked(batch, weights, *, dense, notes=None):
@@ -138,12 +139,12 @@ def test_a_spike_rolls_back_and_anticipates(data, tmp_path, monkeypatch, capsys)
     assert trainer.run()
     steps = [step for step, _ in used]
     assert steps[:28] == list(range(28))
-    assert steps[28:] == list(range(25, 40))  # back to the state of step 25, then on
+    assert steps[28:] == list(range(25, 34))  # back to the state of step 25, then on
     assert [step for step, fixed in used if fixed] == list(range(25, 32))  # until 28 + 4
     assert "step 28: loss 50.0000 is above" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"step": 25, "spike_at": 28, "anticipate_until": 32} in rows
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 35))
 
 
 def test_routes_are_taken_and_weights_stay_the_routers_own():
@@ -211,12 +212,12 @@ def test_fine_tuning_starts_from_a_checkpoint(data, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_killed_run_resumes_bitwise(data, tmp_path, capsys):
-    """kill -9 after step 3 of 6, of which step 2's state is kept, then the same command again: the same weights."""
-    settings = ["batch_rows=2", "row_tokens=128", "warmup_steps=2", "log_every=1", "save_every=2", "eval_rows=1"]
+    """kill -9 after step 3 of 4, of which step 2's state is kept, then the same command again: the same weights."""
+    settings = ["batch_rows=1", "row_tokens=128", "warmup_steps=2", "log_every=1", "save_every=2", "eval_rows=1"]
     sets = [part for setting in settings for part in ("--set", setting)]
 
     def command(out):
-        fixed = ["--model", "tiny", "--data", str(data), "--out", str(out), "--steps", "6", "--device", "cpu", *sets]
+        fixed = ["--model", "tiny", "--data", str(data), "--out", str(out), "--steps", "4", "--device", "cpu", *sets]
         return ["train", *fixed]
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
