@@ -34,7 +34,7 @@ def cache_write(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return main keys, index codes and their scales; see `kernels.prefill_cache.cache_write`.
 
-    The tokens go through `ref.cache_write` a window's worth at a time, as rings allow.
+    The tokens go through `ref.cache_write` as many at a time as the smallest ring holds.
     """
     kept, size, rows = pools.LayerRows(layout, layer, pages, slots), layout.config.sliding_window, call.rows
     latent = layout.config.q_lora_rank
@@ -45,9 +45,10 @@ def cache_write(
         old = kept.window.read(call.slot[owner].long(), at.clamp_min(0) % kept.window.count)
         windows += [old.masked_fill((at < 0).unsqueeze(1), 0), fresh[rows.owner == owner]]
     projected = torch.cat((first.float(), *(() if wide is None else (wide,))), 1)
+    most = min(ring.count for ring in (kept.window, *(kept.main_tail or ()), *(kept.index_tail or ())))
     for owner in range(len(call.start)):
         own = (rows.owner == owner).nonzero()[:, 0]
-        for part in own.split(max(1, layout.rewind)):
+        for part in own.split(most):
             some = Rows(
                 *(each if name == "table" else each[part] for name, each in zip(rows._fields, rows, strict=True))
             )
