@@ -364,7 +364,7 @@ def test_without_an_atomic_exchange(good: Path, monkeypatch: pytest.MonkeyPatch)
     assert [p.name for p in good.parent.iterdir()] == ["good"]
 
 
-# Forks, for each line it is given, a writer that tells its number when it has written once, and waits until it is killed.
+# Forks a writer for each line it is given, which tells its number when it has written once, and waits for its end.
 WRITER = """
 import os, sys, torch
 from pelagos.checkpoint import write_checkpoint

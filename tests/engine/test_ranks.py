@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests import two_ranks
 
 from pelagos.config import preset
 from pelagos.engine.memory import MemoryPlan
@@ -35,23 +33,15 @@ def test_nano_over_two_gpus_gives_the_same_bits_in_any_company() -> None:
 
 
 def start(*arguments: str) -> None:
-    said = run(Path(__file__).with_name("ranks_worker.py"), *arguments)
+    said = two_ranks.run(Path(__file__).with_name("ranks_worker.py"), *arguments)
     assert all(f"rank {rank} of 2: done" in said for rank in range(2))
-
-
-def run(script: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_as_many_as_the_budget_holds_run_at_once_and_one_more_waits() -> None:
     """The bench of thirty requests of a million, with four of a thousand; what no memory is there for is refused."""
     sizes = ("--shape", "nano", "--device", "cpu", "--layers", "0:3", "--context", "1024", "--requests", "4")
-    row = json.loads(run(ROOT / "benchmarks" / "group_admit.py", *sizes, "--beyond", "100000000", "--steps", "1"))
+    bench = ROOT / "benchmarks" / "group_admit.py"
+    row = json.loads(two_ranks.run(bench, *sizes, "--beyond", "100000000", "--steps", "1"))
     assert row["good"]
     assert (row["running"], row["waiting"], row["shortest"] > 896) == (4, 1, True)
     assert "ask for at most" in row["refusal"]

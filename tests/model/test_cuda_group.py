@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests import two_ranks
 
 from pelagos.config import preset
 from pelagos.errors import ConfigError
@@ -17,16 +15,10 @@ from pelagos.kernels.layout import Span
 from pelagos.kernels.ragged import turns
 from pelagos.model.cuda_group import cut_width
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def start(*arguments: str, ranks: int = 2) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *command, str(Path(__file__).with_name("group_worker.py")), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert all(f"rank {rank} of {ranks}:" in done.stdout for rank in range(ranks))
+    said = two_ranks.run(Path(__file__).with_name("group_worker.py"), *arguments, ranks=ranks)
+    assert all(f"rank {rank} of {ranks}:" in said for rank in range(ranks))
 
 
 def test_two_ranks_are_one() -> None:
