@@ -27,7 +27,7 @@ LONG = 4096  # from here on k is cut in two
 STAGES = 3  # of the pipeline, the best of 2 to 6 on an H200
 COLUMNS = 1024  # of the elementwise kernels
 FEW = 2  # picks a slot up to which a pass takes 4 tokens; beyond it takes 8, with fewer programs at a time
-UNITS = 4  # tiles of the second product that a program has one after another where a pass takes 8
+UNITS = 4  # tiles or parts of k that a program has one after another, at most, where a pass takes 8
 MOST = 32  # tokens of a program of the shared expert: more of them cost the routed ones' programs registers
 SHARED_PARTS = 2  # of the shared expert's k: its bytes are twice a routed expert's
 
@@ -368,7 +368,7 @@ def site(
     shape |= {"WIDE": min(MOST, wide_of(tokens)), "PLACED": place is not None}
     homes = chosen if place is None else place
     options = formats.launch(made_for, num_stages=STAGES)
-    units = 1 if few else first["PARTS"]
+    units = 1 if few else math.gcd(UNITS, first["PARTS"])
     _product_kernel[(2 * inner // ROWS, first["PARTS"] // units, slots + (fused and fp8_parts > 0))](
         as_operand(spread), xs, *lists, w13, s13, homes, up, picks, *first_lent,
         HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, UNITS=units, TALL=False,

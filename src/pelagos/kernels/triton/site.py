@@ -22,6 +22,7 @@ from pelagos.kernels.batch_rows import Mixing, Parts
 from pelagos.kernels.triton import formats
 
 BLOCK = 128  # channels a part, and of an activation scale
+RUN = 4  # blocks of channels that a program collapses, at most
 FEW_TOKENS = 128  # up to here each token is a program, so that a token's bits are its own
 TILE = 16  # tokens of a tile
 WIDE_TILE, SPAN, STEP, STAGES = 64, 1024, 32, 3  # tokens and channels of a program of the products, channels a step
@@ -375,7 +376,8 @@ def forward(
     exact = {"enable_fp_fusion": False} if few else {}
     one = leave and arrived is not None and made_for == formats.PTX and tokens * blocks <= _processors(streams.device)
     padded = triton.next_power_of_2(count)
-    tile, run, warps = (1, 1 if tokens <= TILE else math.gcd(blocks, 4), 4) if few else (TILE, math.gcd(blocks, 4), 8)
+    run = 1 if tokens <= TILE else math.gcd(blocks, RUN)
+    tile, warps = (1, 4) if few else (TILE, 8)
     if few:
         each = 1 if tokens <= TILE else 4
         routed = None if left is None else left.routed

@@ -21,6 +21,7 @@ from pelagos.kernels.triton.site import mixing, owed
 
 BLOCK = 128
 STAGES = 3  # of the pipeline: residency counts for more than a fourth
+FAT_STAGES = 2  # of products of 64 bfloat16 rows that quantise, so that all their programs fit on the device
 TILES = 256  # programs that a weight should at least be cut into
 MERGED_TALL = 64  # outputs a program of a merged product
 
@@ -121,17 +122,20 @@ def _quantise_parts(
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS * (128 // TALL) - 1:
         tl.debug_barrier()
-        token = tl.arange(0, WIDE // HALVES)
-        own = token < rows // HALVES
-        block = token[None, :] * width + (first // 128 * 128 + tl.arange(0, 128))[:, None]
-        upper = partial + block + token[None, :] * ((HALVES - 1) * width)
-        whole = tl.zeros((128, WIDE // HALVES), tl.float32)
-        for other in tl.static_range(HALVES * PARTS):
-            whole += tl.load(upper + other % PARTS * size + other // PARTS * width, mask=own[None, :], other=0.0)
-        wide = whole.to(tl.bfloat16).to(tl.float32)
-        exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), 0))
-        tl.store(out + block, formats.e4m3_block(wide, exponent[None, :]), mask=own[None, :])
-        tl.store(out_scales + token * (width // 128) + first // 128, exponent.to(tl.uint8), mask=own)
+        # A few tokens at a time: all together would cost the products' programs registers.
+        few: tl.constexpr = WIDE // HALVES if WIDE // HALVES < 16 else 16
+        for turn in range(WIDE // HALVES // few):
+            token = turn * few + tl.arange(0, few)
+            own = token < rows // HALVES
+            block = token[None, :] * width + (first // 128 * 128 + tl.arange(0, 128))[:, None]
+            upper = partial + block + token[None, :] * ((HALVES - 1) * width)
+            whole = tl.zeros((128, few), tl.float32)
+            for other in tl.static_range(HALVES * PARTS):
+                whole += tl.load(upper + other % PARTS * size + other // PARTS * width, mask=own[None, :], other=0.0)
+            wide = whole.to(tl.bfloat16).to(tl.float32)
+            exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), 0))
+            tl.store(out + block, formats.e4m3_block(wide, exponent[None, :]), mask=own[None, :])
+            tl.store(out_scales + token * (width // 128) + first // 128, exponent.to(tl.uint8), mask=own)
         tl.store(counter, 0)
 
 
@@ -413,7 +417,7 @@ def forward(
     out_scales = new((shape[0], shape[1] // BLOCK), dtype=torch.uint8) if quantise else out
     made_for = formats.target()
     # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
-    options = formats.launch(made_for, num_stages=STAGES)
+    options = formats.launch(made_for, num_stages=FAT_STAGES if scales is None and wide_of(rows) == 64 else STAGES)
     if quantise and made_for == formats.PTX:
         options["launch_pdl"] = False
     if scales is not None:
