@@ -41,6 +41,10 @@ for case in ((1, 128, 128, 1), (3, 256, 512, 1), (17, 128, 256, 2), (33, 128, 38
             off = error(kernel.merged(*operands, wide, arrived), ref.merged(*operands, wide))
             assert off < 1e-6, (case, off)
     assert not arrived.any()
+x, wide = torch.randn(17, 256).bfloat16(), torch.randn(128, 256).bfloat16()
+narrow = kernel.merged(None, None, x, None, None, wide, arrived)
+kernel.HUGE = 128  # what a vocabulary has: larger tiles for many rows, of the same sums
+assert torch.equal(kernel.merged(None, None, x, None, None, wide, arrived), narrow)
 assert kernel.cut(128, 2048, 1)[1] > 1
 for outputs, depth, groups in ((1536, 4096, 1), (32768, 1024, 1), (1024, 4096, 8), (4096, 8192, 1), (7168, 16384, 1)):
     tall, parts = kernel.cut(outputs, depth, groups)

@@ -24,6 +24,7 @@ STAGES = 3  # of the pipeline: residency counts for more than a fourth
 FAT_STAGES = 2  # of products of 64 bfloat16 rows that quantise, so that all their programs fit on the device
 TILES = 256  # programs that a weight should at least be cut into
 MERGED_TALL = 64  # outputs a program of a merged product
+HUGE = 1 << 15  # outputs of a vocabulary
 
 
 def as_operand(codes: Tensor) -> Tensor:
@@ -459,8 +460,10 @@ def merged(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return (T, O + O') float32, or with `cache` what `cache_write` returns; operands as in the front."""
     (rows, depth), narrow, wide = x.shape, 0 if weight is None else weight.shape[0], wide_weight.shape[0]
-    tiles = (narrow + wide) // MERGED_TALL
-    parts = parts_of(tiles, depth, TILES)
+    parts = parts_of((narrow + wide) // MERGED_TALL, depth, TILES)
+    # Of a vocabulary's products with many rows the rows are what the L2 has most to give of.
+    tall = 2 * MERGED_TALL if rows > 16 and not narrow and wide >= HUGE and wide % 128 == 0 else MERGED_TALL
+    tiles = (narrow + wide) // tall
     out = x.new_empty((rows, narrow + wide), dtype=torch.float32)
     keeps = cache is not None
     partial = x.new_empty(parts * out.numel() if parts > 1 or keeps else 1, dtype=torch.float32)
@@ -472,7 +475,7 @@ def merged(
     mix, constants = owed(left, out)
     more = 0 if left is None else triton.cdiv(rows, parts)
     inputs = (codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide, *mix)
-    constants |= {"DEPTH": depth, "PART": depth // parts, "PARTS": parts, "TALL": MERGED_TALL, "WIDE": wide_of(rows)}
+    constants |= {"DEPTH": depth, "PART": depth // parts, "PARTS": parts, "TALL": tall, "WIDE": wide_of(rows)}
     options = {"TARGET": made_for, **formats.launch(made_for, num_stages=STAGES, enable_fp_fusion=False)}
     if cache is None:
         _merged_kernel[(tiles + more, parts)](*inputs, **constants, **options)
