@@ -24,7 +24,7 @@ from pelagos.kernels.triton.query import turned
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
 PROGRAMS = 600  # up to here every chunk is a program
-FEW, FEW_ROWS = 3, 32  # so few chunks of more rows are folded where they are made: another launch takes longer
+FEW, FEW_ROWS = 3, 32  # so few chunks of more rows become whole results where they are made, a launch less
 RESIDENT = 132  # up to here every block of its columns too
 NOTHING = tl.constexpr(-1e30)  # the largest logit of no keys
 
@@ -363,7 +363,7 @@ def forward(
     chunks = triton.cdiv(layout.config.sliding_window + most, KEYS)
     tall = 64 if heads >= 64 else max(16, triton.next_power_of_2(heads))
     tiles = triton.cdiv(heads, tall)
-    many = tokens * tiles * chunks > PROGRAMS or (chunks <= FEW and tokens * tiles > FEW_ROWS)
+    many = tokens * tiles * chunks > PROGRAMS or (whole and chunks <= FEW and tokens * tiles > FEW_ROWS)
     each = SECTION if many else 1
     parts = triton.cdiv(chunks, each)
     cut = width // 128 if each == 1 < parts and tokens * tiles * chunks * (width // 128) <= RESIDENT else 1
