@@ -158,6 +158,11 @@ def same_attention(shape: str, ratio: int, spans: tuple, padding: int, device: s
     live = call.rows.positions >= 0
     assert error(got[live], want[live]) < 3e-3, error(got[live], want[live])
     assert torch.equal(kernel.forward(views, *own, 1e-6), got)
+    for name in ("RESIDENT", "PROGRAMS"):  # cut another way
+        kept = getattr(kernel, name)
+        setattr(kernel, name, 0)
+        assert torch.equal(kernel.forward(views, *own, 1e-6)[live], got[live])
+        setattr(kernel, name, kept)
 
 
 def same_hidden(tokens: int, experts: int, picks: int, width: int, inner: int, device: str = "cpu") -> None:

@@ -164,10 +164,13 @@ def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARG
 def _normed(blocks, eps, turn, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
     """Heads (HEADS, 128) a block of columns over their root mean square, the last 64 columns turned; float32."""
     wide = [each.to(tl.float32) for each in blocks]
-    square = tl.sum(wide[0] * wide[0], 1)
+    square = wide[0] * wide[0]
     for b in tl.static_range(1, BLOCKS):
-        square += tl.sum(wide[b] * wide[b], 1)
-    root = tl.rsqrt(square / (BLOCKS * 128) + eps)[:, None]
+        square += wide[b] * wide[b]
+    for _ in tl.static_range(7):  # by neighbours: a sum's order is its layout's, which each way to cut has of its own
+        even, odd = tl.split(square.reshape(square.shape[0], square.shape[1] // 2, 2))
+        square = even + odd
+    root = tl.rsqrt(square / (BLOCKS * 128) + eps)
     wide = [formats.rounded(each * root, TARGET) for each in wide]
     last = turned(wide[BLOCKS - 1], turn, 64, TARGET)
     return [last if b == BLOCKS - 1 else wide[b] for b in (0, 1, 2, 3)[:BLOCKS]]
