@@ -46,7 +46,7 @@ def test_bits_do_not_depend_on_where_experts_are(monkeypatch) -> None:
     for step in steps:
         rng = np.random.default_rng(0)
         found = [step.forward([Span(rng.integers(0, 512, 9), 0, 0, table, logits=2, streams=1)])]
-        for at in range(9, 120):
+        for at in range(9, 60):
             # Few ids: some experts of the layer routed by ids become hot.
             found.append(step.forward([Span(rng.integers(0, 4, 1), at, 0, table, decode=True)]))
         found.append(step.draft([Span(np.array([5]), 8, 0, table, decode=True)], found[0].streams))
@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_where_experts_are(monkeypatch) -> None:
         assert np.array_equal(got.streams, want.streams)
     report = blocks.report()
     assert report["exchanges"] > 0
-    assert report["tokens"] == 111  # prompts are not counted: they route nearly everywhere
+    assert report["tokens"] == 51  # prompts are not counted: they route nearly everywhere
     assert 0.5 < report["hit_rate"] < 1
     answers = []
     for weights in (whole, streamed):  # an engine over weights whose experts are no longer where they began
