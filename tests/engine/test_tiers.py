@@ -36,17 +36,21 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def alone() -> list[Answer]:
+def singly(native: bool) -> list[Answer]:
     """What each prompt gets by itself, cold, without drafts and tiers."""
-    engine = engine_of(native=False, threaded=False, prefix_cache=False, speculation=False)
+    engine = engine_of(native=native, threaded=False, prefix_cache=False, speculation=False)
     found = [run(engine, [each])[0] for each in PROMPTS]
     engine.close()
     return found
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[Answer]:
+    return singly(HELPER)
+
+
 def tiered(**options: Any) -> LocalEngine:
-    return engine_of(**{"native": False, "threaded": False, "speculation": 2} | TIGHT | options)
+    return engine_of(**{"native": HELPER, "threaded": False, "speculation": 2} | TIGHT | options)
 
 
 def run(engine: LocalEngine, prompts: list[list[int]], **changes: Any) -> list[Answer]:
@@ -119,10 +123,12 @@ def wait_for(gate: Gate, engine: LocalEngine) -> None:
         assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_tokens": 50, "speculation": False}], ids=["drafts", "chunks"])
+@pytest.mark.parametrize(
+    "options", [{}, {"native": False}, {"chunk_tokens": 50, "speculation": False}], ids=["drafts", "torch", "chunks"]
+)
 def test_the_same_bits_through_host_memory(options: dict[str, Any], alone: list[Answer]) -> None:
     """Pages come back, sequences are parked and come back, states go out and in."""
-    engine = tiered(**options)
+    engine, alone = tiered(**options), singly(False) if "native" in options else alone
     for _ in range(3):
         assert run(engine, PROMPTS) == alone
     forget(engine)
@@ -312,12 +318,13 @@ def test_a_state_that_does_not_fit_ends_its_request_alone(monkeypatch: pytest.Mo
     engine.close()
 
 
-@pytest.mark.parametrize("disk", [False, True])
-def test_a_storm_leaves_nothing_in_any_tier(tmp_path: Path, disk: bool) -> None:
+@pytest.mark.parametrize(("native", "disk", "rounds"), [(False, False, 20), (HELPER, False, 60), (HELPER, True, 60)])
+def test_a_storm_leaves_nothing_in_any_tier(tmp_path: Path, native: bool, disk: bool, rounds: int) -> None:
     choose = random.Random(5)
-    engine = tiered(host_kv_bytes=550_000, **({"disk_dir": tmp_path / "cache", "disk_bytes": 1 << 20} if disk else {}))
+    place = {"disk_dir": tmp_path / "cache", "disk_bytes": 1 << 20} if disk else {}
+    engine = tiered(native=native, host_kv_bytes=550_000, **place)
     streams: list[Any] = []
-    for _ in range(60):
+    for _ in range(rounds):
         roll = choose.random()
         running = [stream for stream in streams if stream.finish_reason is None]
         if roll < 0.45 or not running:
@@ -423,7 +430,7 @@ def test_the_disk_gets_all_pages_through_few_blocks(tmp_path: Path) -> None:
         assert engine.stats().disk["dropped"] == 0
         cached.append((engine.plan.host_pages, stream.cached_tokens))
         engine.close()
-        engine = engine_of(**(options | {"threaded": False, "native": False, "host_kv_bytes": 0}))
+        engine = engine_of(**(options | {"threaded": False, "native": HELPER, "host_kv_bytes": 0}))
         chain = engine._prefix.chain("", long)
         assert tiers_of(engine).known_pages("", chain.keys) == 19
         engine.close()
@@ -462,5 +469,5 @@ def test_states_leave_while_pages_are_copied_out(alone: list[Answer]) -> None:
     assert answers[-1] == alone[3]
     opened.set()
     check_empty(engine)
-    assert engine.stats().states_cached == len(prompts)
+    assert engine.stats().states_cached == (1 + HELPER) * len(prompts)  # behind answers too where those have their bits
     engine.close()
