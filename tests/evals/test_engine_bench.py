@@ -162,7 +162,7 @@ PATHS = ("torch", "helper") if native.build().path else ("torch",)
 # A seeded sample of the factorial, the whole is a command; torch takes seconds where the helper takes tenths.
 SAMPLE = [
     case
-    for path, largest, count in (("torch", 2, 4), ("helper", 7, 8))
+    for path, largest, count in (("torch", 2, 3), ("helper", 7, 6))
     if path in PATHS
     for case in random.Random(5).sample([c for c in exactness.factorial("tiny", [path]) if c.batch <= largest], count)
 ]

@@ -52,7 +52,7 @@ def test_bits_do_not_depend_on_the_budget(mode: str, native: bool) -> None:
     whole = load_model("nano", mode=mode)
     want = outputs(whole, native)
     each = BF16 if native else F32
-    for places in (20, 47, 180):
+    for places in (20, 47, 180) if native else (20, 180):  # torch takes seconds for each
         model = load_model("nano", mode=mode, expert_bytes=places * each + 1)
         assert sum(p.numel() for p in model.parameters()) < 0.4 * sum(p.numel() for p in whole.parameters())
         assert_equal(outputs(model, native), want)
