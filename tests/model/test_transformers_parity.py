@@ -7,6 +7,7 @@ avoids what hides errors: zero sinks and biases, equal experts, too few index he
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -22,9 +23,6 @@ from pelagos.config import ModelConfig, RopeScaling, bundled_model_dir
 from pelagos.load import load_model, save_model
 from pelagos.model import ContiguousCache, Transformer
 
-transformers = pytest.importorskip("transformers")
-DeepseekV4ForCausalLM = transformers.DeepseekV4ForCausalLM
-
 TOLERANCE = 1e-4  # largest difference of a logit
 TIE_MARGIN = 1e-5  # below this the choice of an expert or entry is not defined by the mathematics
 TIE_SHARE = 1e-3  # of all positions
@@ -32,16 +30,22 @@ CASES, MORE = 16, 240  # in every run, and with `-m slow`
 NANO = bundled_model_dir("nano")
 
 
+@functools.cache
+def transformers() -> Any:
+    """Imported where it is used: it takes seconds, of each process that shares the tests."""
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> Iterator[None]:
     """One thread for these small products, no progress bars or YaRN advice from the oracle; settings restored after."""
-    level, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    level, threads = transformers().logging.get_verbosity(), torch.get_num_threads()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers().logging.set_verbosity_error()
+    transformers().logging.disable_progress_bar()
     yield
-    transformers.logging.set_verbosity(level)
-    transformers.logging.enable_progress_bar()
+    transformers().logging.set_verbosity(level)
+    transformers().logging.enable_progress_bar()
     torch.set_num_threads(threads)
 
 
@@ -134,7 +138,7 @@ def random_model(case: Case) -> Transformer:
 
 def load_oracle(path: Path) -> Any:
     """Load our checkpoint there, in float32, with no missing and no unexpected key."""
-    oracle, info = DeepseekV4ForCausalLM.from_pretrained(
+    oracle, info = transformers().DeepseekV4ForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert {name: list(keys) for name, keys in info.items() if keys} == {}
@@ -190,7 +194,7 @@ def compare(model: Transformer, oracle: Any, case: Case) -> tuple[int, int]:
     margins = Margins(oracle, case.config.index_topk)
     wanted = oracle(ids, use_cache=False).logits
     tied = margins.ties(ids.shape)
-    cache, past = ContiguousCache(case.config), transformers.DynamicCache(config=oracle.config)
+    cache, past = ContiguousCache(case.config), transformers().DynamicCache(config=oracle.config)
     chunks, oracle_chunks = [], []
     for begin, end in zip((0, *case.cuts), case.cuts, strict=False):
         chunks.append(model(ids[:, begin:end], cache))
@@ -257,7 +261,7 @@ def test_their_checkpoint_loads_here(tmp_path: Path, original_names: bool) -> No
 @torch.no_grad()
 def test_their_random_weights_load_here(tmp_path: Path) -> None:
     """A model made there, never touched by our writer."""
-    oracle_config = transformers.DeepseekV4Config(
+    oracle_config = transformers().DeepseekV4Config(
         vocab_size=128, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=6, num_attention_heads=4,
         head_dim=32, qk_rope_head_dim=8, q_lora_rank=24, o_groups=2, o_lora_rank=16, n_routed_experts=8,
         num_experts_per_tok=2, num_hash_layers=2, compress_ratios=[0, 4, 128, 4, 128, 0, 0], compress_rate_hca=8,
@@ -265,7 +269,7 @@ def test_their_random_weights_load_here(tmp_path: Path) -> None:
         rope_scaling={"type": "yarn", "factor": 16, "original_max_position_embeddings": 64},
     )  # fmt: skip
     torch.manual_seed(0)
-    oracle = DeepseekV4ForCausalLM(oracle_config).float().eval()
+    oracle = transformers().DeepseekV4ForCausalLM(oracle_config).float().eval()
     for parameter in oracle.parameters():
         parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
     oracle.save_pretrained(tmp_path)
@@ -288,8 +292,8 @@ def test_quantised_checkpoint_loads_there(tmp_path: Path) -> None:
 def load_dequantised(path: Path) -> Any:
     """Load a released FP8/FP4 checkpoint there with every weight expanded to float32."""
     pytest.importorskip("accelerate", reason="transformers expands FP8 only where accelerate is installed")
-    settings = transformers.FineGrainedFP8Config(dequantize=True)
-    oracle, info = DeepseekV4ForCausalLM.from_pretrained(
+    settings = transformers().FineGrainedFP8Config(dequantize=True)
+    oracle, info = transformers().DeepseekV4ForCausalLM.from_pretrained(
         path,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -309,7 +313,7 @@ def test_nano_decodes_the_same_tokens_there() -> None:
     model, oracle = load_model(NANO), load_dequantised(NANO)
     vocabulary = json.loads((NANO / "config.json").read_text())["vocab_size"]
     ids = torch.randint(vocabulary, (1, 150), generator=torch.Generator().manual_seed(1))
-    cache, past = ContiguousCache(model.config), transformers.DynamicCache(config=oracle.config)
+    cache, past = ContiguousCache(model.config), transformers().DynamicCache(config=oracle.config)
     chunk = ids
     tokens: list[int] = []
     for _ in range(40):

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.engine.scripted import scripted_llm
@@ -42,13 +41,16 @@ def is_quiet(served: Served) -> bool:
     return served.app.traffic.in_flight == 0 and llm.stats().requests_running == 0 and not served.app._answers
 
 
-SCHEMA = schemathesis.openapi.from_dict(document())
+@pytest.fixture(scope="module")
+def operations() -> list[Any]:
+    import schemathesis  # takes seconds, and in the process that runs this alone
+
+    return [result.ok() for result in schemathesis.openapi.from_dict(document()).get_all_operations()]
 
 
 @FAST
 @given(st.data())
-def test_no_request_of_the_document_is_a_5xx(served: Served, data: st.DataObject) -> None:
-    operations = [result.ok() for result in SCHEMA.get_all_operations()]
+def test_no_request_of_the_document_is_a_5xx(served: Served, operations: list[Any], data: st.DataObject) -> None:
     assert len(operations) >= 11
     for operation in operations:
         case = data.draw(operation.as_strategy())
