@@ -7,9 +7,11 @@ official GEMMs do. With `master` weights (training) the weight is quantised on t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pelagos import numerics
 from pelagos.kernels.norm_rope import rms_norm
@@ -58,6 +60,30 @@ class Linear(nn.Module):
         if self.quantizes_input:
             return quantized_linear(quantize_activations(x), weight)
         return ordered_linear(x, weight) if self.simulate else linear(x, weight)
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of weight (V, D) for ids; the gradient of a row adds its tokens' in their order, torch's on CUDA in any."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ids, weight = ctx.saved_tensors
+        own, order = ids.flatten().sort(stable=True)
+        bounds = torch.searchsorted(own, torch.arange(len(weight) + 1, device=ids.device))
+        rows = grad.flatten(0, -2)[order].float()
+        return None, torch.segment_reduce(rows, "sum", offsets=bounds, initial=0, unsafe=True).to(weight.dtype)
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings whose gradient has the same bits every time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return Lookup.apply(input, self.weight) if input.is_cuda else super().forward(input)
 
 
 class RMSNorm(nn.Module):

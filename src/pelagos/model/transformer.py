@@ -18,7 +18,7 @@ from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.model.attention import CSA_RATIO, Attention, Indexer, Step
 from pelagos.model.cache import Cache, FullSequence, LayerCache
 from pelagos.model.experts import Experts, MoE, Router
-from pelagos.model.layers import Linear, RMSNorm
+from pelagos.model.layers import Embedding, Linear, RMSNorm
 from pelagos.numerics import FP4_GROUP
 
 MODES = ("reference", "released")
@@ -127,7 +127,7 @@ class Transformer(Collapse):
         self.config = config
         with torch.device(device or "cpu"):
             table = torch.empty(config.vocab_size, config.hidden_size)
-            self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
+            self.embed = Embedding(config.vocab_size, config.hidden_size, _weight=table)
             self.layers = nn.ModuleList(
                 Block(config, ratio, index < config.num_hash_layers) for index, ratio in enumerate(config.layer_ratios)
             )
