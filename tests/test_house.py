@@ -35,7 +35,7 @@ LINE_CEILINGS = {
     "model": 3690, "checkpoint": 735, "tasks": 750, "kernels": 11215, "parallel": 130, "chat": 975, "cost": 750,
     "sandbox": 5650, "config": 385, "errors": 150, "numerics": 210,
 }  # fmt: skip
-HOUSE_CEILING = 41_645
+HOUSE_CEILING = 41_670
 FILE_CEILING = 800
 # Rooms whose code never sees a device.
 DEVICE_FREE = ("chat", "cost", "sandbox")
