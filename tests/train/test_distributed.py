@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,15 @@ def test_experts_gradients_leave_in_the_backward_and_add_up_to_autograds(monkeyp
     assert all(
         torch.equal(total, plain.get_parameter(f"{key.rsplit('.', 2)[0]}.w2").grad) for key, total in found.items()
     )
+
+
+def test_an_optimizer_that_is_let_go_of_takes_its_weights_with_it() -> None:
+    model = small_model()
+    held = weakref.ref(model)
+    owners = Owners(model, OptimConfig(), Ranks(run_config(), torch.device("cpu"), alone=True), run_config())
+    del model, owners
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("value", [1.0 + 3 / 512, -(1.0 + 1 / 512), 3.7e-12, 1.0 + 2**-20, -0.75])

@@ -8,6 +8,7 @@ cut, so Newton-Schulz asks nobody. Source: technical report 3.4.1.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -125,16 +126,16 @@ class Owners(Optimizer):
         self._shares = [
             Share(ranks.data, ranks.owners, dealt, lambda _: ""), Share(ranks.replicas, ranks.replicas, *layered)
         ]  # fmt: skip
-        self._live: set[str] = set()
-        self._steps = 0
+        self._live, self._steps = set[str](), 0
         self._hold(piece for share in self._shares for piece in share.own)
         self._experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
         self._waiting = list(self._experts)
+        mine = weakref.proxy(self)  # what a parameter's hook holds on to, Python's collector does not see
         for module in self._experts.values() if self._ordered else ():
             if isinstance(module.forward, Waves):
                 module.forward.done = self._send
             for parameter in module.parameters():
-                parameter.register_post_accumulate_grad_hook(lambda _: self._send())
+                parameter.register_post_accumulate_grad_hook(lambda _: mine._send())
 
     def _runs(self, owners: int) -> Iterator[Dealt]:
         """Deal the experts' matrices evenly, in ORDER; an owner's of a layer and kind are one piece (N, R, C)."""
