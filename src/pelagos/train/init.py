@@ -21,7 +21,7 @@ def initialise(model: Transformer, seed: int) -> None:
 
     def fill(name: str, tensor: Tensor) -> None:
         draw = np.random.default_rng((seed, *name.encode()))
-        with torch.no_grad():
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # whose caller's modes a thread has not
             tensor.copy_(_values(name, tensor.shape, model.config.hc_mult, model.config.n_routed_experts, draw))
 
     with ThreadPoolExecutor() as pool:
