@@ -165,9 +165,9 @@ class CudaForward:
         """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
         begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
         streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
-        self._placed(spans)
+        pages = self._placed(spans)
         for part in self._parts(spans):
-            yield self._launch(spans, *self._divided(spans, part), streams, begins)
+            yield self._launch(spans, pages, *self._divided(spans, part), streams, begins)
 
     def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
         c, found = self.weights.config, self._found(spans, past)
@@ -222,7 +222,8 @@ class CudaForward:
     def _parts(self, spans: Sequence[Span]) -> Iterator[_Part]:
         """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
         longest, done = self.layout.rewind + 1, [0] * len(spans)
-        while True:
+        left = sum(len(span.tokens) for span in spans)
+        while left:
             part: _Part = []
             room = [BUCKETS[-1]] * self.ranks
             for which, span in enumerate(spans):
@@ -230,9 +231,7 @@ class CudaForward:
                 count = min(len(span.tokens) - done[which], longest, room[owner])
                 if count > 0:
                     part.append((which, done[which], done[which] + count))
-                    done[which], room[owner] = done[which] + count, room[owner] - count
-            if not part:
-                return
+                    done[which], room[owner], left = done[which] + count, room[owner] - count, left - count
             yield part
 
     def _divided(self, spans: Sequence[Span], part: _Part) -> tuple[_Part, int, int]:
@@ -240,8 +239,9 @@ class CudaForward:
         return part, 1, 0
 
     def _launch(
-        self, spans: Sequence[Span], part: _Part, bucket: int, last: int, past: Tensor | None, begins: list[int]
-    ) -> Staged:
+        self, spans: Sequence[Span], tables_of: Sequence[np.ndarray], part: _Part, bucket: int, last: int,
+        past: Tensor | None, begins: list[int],
+    ) -> Staged:  # fmt: skip
         """Tell one graph its rows and run it."""
         if self._cuda:
             torch.cuda.current_stream().synchronize()  # the pinned buffer may still be on its way
@@ -259,7 +259,7 @@ class CudaForward:
             span = spans[which]
             total, behind = len(span.tokens), at - begin
             pages = min(self.layout.pages_for(span.start + end), len(span.pages))
-            tables[owner, :pages] = span.pages[:pages] // self.ranks
+            tables[owner, :pages] = tables_of[which][:pages]
             asked = range(max(begin, total - span.logits), end)
             (drawn if span.draws else wanted).extend((which, behind + i) for i in asked)
             if span.draws:
@@ -303,8 +303,9 @@ class CudaForward:
             self._routed = None
             self.weights.blocks.turn()
 
-    def _placed(self, spans: Sequence[Span]) -> None:
-        """Raise CapacityError for pages that a span's rank does not have."""
+    def _placed(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
+        """Return spans' pages as the rank numbers them that has them; CapacityError for those it does not have."""
+        return [span.pages for span in spans]
 
     def _checked(self, spans: Sequence[Span], part: _Part, *, paged: bool) -> np.ndarray:
         """Return the token ids of a call's rows, all of which were planned for."""
@@ -319,9 +320,8 @@ class CudaForward:
                 )
         found = np.concatenate(ids) if ids else np.empty(0, np.int64)
         if len(found) and not 0 <= found.min() <= found.max() < vocabulary:
-            which = next(at for at, own in enumerate(ids) if own.min() < 0 or own.max() >= vocabulary)
-            which = part[which][0]
-            raise RequestError(f"span {which}: token ids outside 0..{vocabulary - 1}")
+            odd = next(at for at, own in enumerate(ids) if own.min() < 0 or own.max() >= vocabulary)
+            raise RequestError(f"span {part[odd][0]}: token ids outside 0..{vocabulary - 1}")
         return found
 
     def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:

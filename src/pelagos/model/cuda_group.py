@@ -345,12 +345,13 @@ class GroupForward(CudaForward):
         every = self._group.gather(found)
         return [every[span.slot % self.ranks][which] for which, span in enumerate(spans)]
 
-    def _placed(self, spans: Sequence[Span]) -> None:
-        pages = np.concatenate([np.empty(0, np.int32), *(span.pages for span in spans)])
-        ranks = np.repeat([span.slot % self.ranks for span in spans], [len(span.pages) for span in spans])
-        if (pages % self.ranks != ranks).any():
+    def _placed(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
+        counts = [len(span.pages) for span in spans]
+        own, rank = np.divmod(np.concatenate([np.empty(0, np.int32), *(span.pages for span in spans)]), self.ranks)
+        if (rank != np.repeat([span.slot % self.ranks for span in spans], counts)).any():
             for which, span in enumerate(spans):
                 own_span(which, span, self.ranks)
+        return [own[end - count : end] for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         found = super()._step(bucket, dense, drafts)
