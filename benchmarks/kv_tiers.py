@@ -32,7 +32,7 @@ import torch
 from pelagos.cli.options import parse_tokens
 from pelagos.config import tiny
 from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, Stream, build_engine
-from pelagos.engine.disk import DiskCache
+from pelagos.engine.disk import _MAX_READERS, DiskCache
 from pelagos.engine.pages import PagePool
 from pelagos.engine.runner import Pools
 from pelagos.engine.tiers import Tiers, pinned
@@ -240,7 +240,7 @@ def disk_rate(folder: Path, size: int) -> tuple[float, bool]:
     for path in files:
         parts += [(path, at) for at in range(0, path.stat().st_size, PART_BYTES)]
     parts = parts[: -(-size // PART_BYTES)]
-    threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+    threads = max(1, min(_MAX_READERS, (os.cpu_count() or 1) // 2))
     buffers = [mmap.mmap(-1, PART_BYTES) for _ in range(threads)]
     for buffer in buffers:
         buffer.write(bytes(PART_BYTES))

@@ -56,8 +56,7 @@ class PagePool:
             return None
         while len(free) < count:
             self._evict(rank)
-        pages, references, uses = free[: -count - 1 : -1], self._references, self.uses
-        del free[len(free) - count :]
+        pages, references, uses = [free.pop() for _ in range(count)], self._references, self.uses
         for page in pages:
             references[page] = 1
             uses[page] += 1

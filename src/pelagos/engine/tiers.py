@@ -112,7 +112,8 @@ class Lane:
         self.most, self._device, self.failed = most, pages.device, 0
         self._thread = ThreadPoolExecutor(1, f"pelagos-{name}")
         self._staging = pages.new_empty((2, most, pages.shape[1]))
-        self._streams = [torch.cuda.Stream(pages.device, priority=-1) for _ in range(2)] if pages.is_cuda else []
+        first = -int(pages.shape[1] < DIRECT_BYTES)  # kernels that gather go before a step's, mere copies do not
+        self._streams = [torch.cuda.Stream(pages.device, priority=first) for _ in range(2)] if pages.is_cuda else []
 
     def start(self, job: Callable[[Copy], Any]) -> Copy:
         """Run a job on the thread, behind what the current stream has been given so far."""
@@ -134,8 +135,10 @@ class Lane:
                 self.wait()
 
     @contextlib.contextmanager
-    def turn(self, number: int = 0) -> Iterator[Tensor]:
-        """Let copies go to one of the streams in turn; yields its buffer."""
+    def turn(self, number: int = 0, *, paced: bool = False) -> Iterator[Tensor]:
+        """Let copies go to one of the streams in turn, `paced` when its last ones are over; yields its buffer."""
+        if paced and self._streams:  # a step's own copies then wait for two of these at most
+            self._streams[number % 2].synchronize()
         with torch.cuda.stream(self._streams[number % 2]) if self._streams else contextlib.nullcontext():
             yield self._staging[number % 2]
 
@@ -331,13 +334,13 @@ class Tiers:
         def over(error: BaseException | None) -> None:
             came = 0 if error or restore.copy is None else restore.copy.future.result()
             self.copied_in += came
+            restore.then(came, state)
             for at in restore.new[:read]:
                 self.index.register(blocks[at], restore.keys[at])
             self.index.release(blocks[::-1])
-            restore.then(came, state)
 
-        pages = restore.pages[:count]
-        restore.copy = self._start(self._in, lambda copy: self._move(self._in, copy, pages, blocks[:count]), over)
+        given = restore.pages[:count], blocks[:count]
+        restore.copy = self._start(self._in, lambda copy: self._move(self._in, copy, *given), over)
 
     def _take(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Hold a block for each key as far as there is room; which of them do not hold its content yet."""
@@ -383,24 +386,23 @@ class Tiers:
     def _move(self, lane: Lane, copy: Copy, pages: Sequence[int], blocks: Sequence[int]) -> int:
         """Copy pages out to blocks or in from them, on the lane's thread; return how many, all unless it is stopped."""
         pool, size, out = self.pools.pages, self._layout.page_bytes, lane is self._out
-        direct = len(pages) * size >= DIRECT_BYTES * sum(1 for _ in _runs(pages, blocks))
-        most = max(lane.most, CLEAN_BYTES // size) if direct else lane.most
+        direct = size >= DIRECT_BYTES or len(pages) * size >= DIRECT_BYTES * sum(1 for _ in _runs(pages, blocks))
         with lane.turn():
             index = None if direct else torch.tensor(pages, dtype=torch.int64).to(pool.device)
-        for turn, at in enumerate(range(0, len(pages), most)):
+        for turn, at in enumerate(range(0, len(pages), lane.most)):
             if copy.cancelled:
                 return at
-            here, there = pages[at : at + most], blocks[at : at + most]
-            with lane.turn(turn) as staging:
+            here, there = pages[at : at + lane.most], blocks[at : at + lane.most]
+            with lane.turn(turn, paced=direct) as staging:
                 if out and index is not None:
-                    torch.index_select(_words(pool), 0, index[at : at + most], out=_words(staging[: len(here)]))
+                    torch.index_select(_words(pool), 0, index[at : at + lane.most], out=_words(staging[: len(here)]))
                 for place, count in _runs(here, there) if direct else _runs(there):
                     host = self._blocks[there[place] : there[place] + count, :size]
                     begin = here[place] if direct else place
                     device = (pool if direct else staging)[begin : begin + count]
                     (host if out else device).copy_(device if out else host, non_blocking=True)
                 if not out and index is not None:
-                    _words(pool).index_copy_(0, index[at : at + most], _words(staging[: len(here)]))
+                    _words(pool).index_copy_(0, index[at : at + lane.most], _words(staging[: len(here)]))
         return len(pages)
 
     # Whole sequences, and states.
