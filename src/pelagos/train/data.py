@@ -180,10 +180,9 @@ def read_shard(directory: Path, split: str, *, tokenizer: Path | None = None) ->
 class PackedBatches:
     """Endless (B, S) batches of whole samples, each starting at a multiple of ALIGN in its row.
 
-    A sample longer than `row_tokens` is cut into pieces (at a different place each epoch); the token after a cut stays
-    the target of the last token before it; of a kind that the shards call `whole` it is left out. `repeats` says how
-    often a kind is seen per epoch (0.5: every other epoch).
-    The order depends on `seed`, the epoch and `repeats` alone; `state` and `restore` resume it to the row.
+    A sample longer than `row_tokens` is cut, elsewhere each epoch (the token after a cut stays a target), or left out
+    if the shards call its kind `whole`. `repeats` says how often a kind is seen per epoch (0.5: every other one). The
+    order depends on `seed`, the epoch and `repeats` alone; `state` and `restore` resume it to the row.
     """
 
     def __init__(self, shard: Shard, *, batch_rows: int, row_tokens: int, repeats: Mapping[str, float], seed: int):
