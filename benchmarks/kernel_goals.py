@@ -96,7 +96,7 @@ def table() -> str:
 def recorded(path: Path) -> dict[tuple[str, str], Row]:
     """The last row of each bench and case."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {(row["bench"], row["case"]): row for row in rows}
+    return {(row["bench"], row.get("case")): row for row in rows}
 
 
 if __name__ == "__main__":
