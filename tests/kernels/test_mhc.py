@@ -58,7 +58,7 @@ def through_reference(inputs, pending=True, mixing=True, stored: torch.dtype | N
     entered = hc.hc_post(t["y"], t["streams"], t["post"], t["comb"]) if pending else t["streams"] * 1
     if stored:
         entered = entered + (entered.to(stored).to(entered.dtype) - entered).detach()
-    entering = ref.enter(entered, t["fn"], t["base"], t["scale"], ordered=False, **ref.OPTIONS) if mixing else ()
+    entering = hc.enter(entered, t["fn"], t["base"], t["scale"], **ref.OPTIONS) if mixing else ()
     return collected(t, (entered, *entering))
 
 

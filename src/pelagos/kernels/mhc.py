@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pelagos.errors import ConfigError
 from pelagos.kernels.ref import hyper_connection as hc
-from pelagos.kernels.ref import mhc as ref
 
 BLOCK = 64  # channels that the kernels take as a whole
 Pending = tuple[Tensor, Tensor, Tensor]  # y (..., D), post (..., n), comb (..., n, n): a site that has not left yet
@@ -32,7 +31,7 @@ def site(
     if not streams.is_cuda or streams.shape[-2] == 1:
         entered = streams if pending is None else hc.hc_post(pending[0], streams, *pending[1:])
         options = {"iters": iters, "eps": eps, "norm_eps": norm_eps, "ordered": ordered}
-        return entered, *ref.enter(entered, fn, base, scale, **options)
+        return entered, *hc.enter(entered, fn, base, scale, **options)
     return _apply(pending, streams, fn, base, scale, iters, eps, norm_eps)
 
 

@@ -61,13 +61,12 @@ class Block(nn.Module):
     def site_input(self, streams: Tensor, site: str, aux: dict[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams to the site's input; return it with the weights its output comes back by."""
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
-        config = self.config
-        mix = hc.mix_logits(streams, fn, config.rms_norm_eps, ordered=self.simulate)
-        pre, post, logits = hc.split_mix(mix, base, scale, eps=config.hc_eps, n=config.hc_mult)
-        comb = hc.sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps)
+        c = self.config
+        options = {"iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps, "ordered": self.simulate}
+        x, post, comb = hc.enter(streams, fn, base, scale, **options)
         if aux is not None:
             aux[f"hc_{site}_comb"] = comb
-        return hc.collapse(streams, pre), post, comb
+        return x, post, comb
 
 
 class Collapse(nn.Module):

@@ -113,6 +113,16 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     return ordered_sum(pre.unsqueeze(-1) * streams.float(), -2).to(streams.dtype)
 
 
+def enter(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float,
+    ordered: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return a site's input (..., d) and the post (..., n) and comb (..., n, n) by which its output comes back."""
+    mix = mix_logits(streams, fn, norm_eps, ordered=ordered)
+    pre, post, logits = split_mix(mix, base, scale, eps=eps, n=streams.shape[-2])
+    return collapse(streams, pre), post, sinkhorn(logits, iters, eps)
+
+
 def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Return X'_k = post_k y + sum_j comb[j, k] X_j: the sum runs over the FIRST index of comb.
 

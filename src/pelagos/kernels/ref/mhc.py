@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from pelagos.kernels.ref import hyper_connection as hc
 
@@ -23,12 +22,3 @@ def make_inputs(tokens: int, width: int, *, seed: int = 0, device: str = "cpu", 
     fn = torch.randn(24, 4 * width, generator=generator) * (4 * width) ** -0.5
     base, scale = torch.randn(24, generator=generator), 0.5 + torch.rand(3, generator=generator)
     return tuple(each.to(device) for each in (y, streams, post, comb, fn, base, scale))
-
-
-def enter(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float, ordered: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (x, post, comb) of streams (..., 4, D); `ordered` as in `hyper_connection.mix_logits`."""
-    mix = hc.mix_logits(streams, fn, norm_eps, ordered=ordered)
-    pre, post, logits = hc.split_mix(mix, base, scale, eps=eps, n=streams.shape[-2])
-    return hc.collapse(streams, pre), post, hc.sinkhorn(logits, iters, eps)

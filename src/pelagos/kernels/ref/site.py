@@ -40,8 +40,7 @@ def forward(
         assert old_post is not None
         assert old_comb is not None
         streams = hc.hc_post(y, streams, old_post, old_comb)
-    pre, post, logits = hc.split_mix(hc.mix_logits(streams, fn, norm_eps), base, scale, eps=eps, n=4)
-    comb = hc.sinkhorn(logits, iters, eps)
-    normed = rms_norm(hc.collapse(streams, pre), norm, norm_eps)
+    x, post, comb = hc.enter(streams, fn, base, scale, iters=iters, eps=eps, norm_eps=norm_eps)
+    normed = rms_norm(x, norm, norm_eps)
     codes, scales = numerics.encode_fp8(normed, numerics.ACT_BLOCK)
     return streams, post, comb, normed, codes.view(torch.uint8), scales.view(torch.uint8)
