@@ -467,16 +467,27 @@ def product_kernel(outputs: int, depth: int, tokens: int, groups: int = 1) -> Ke
     return KernelCost(weights + activations, 2 * outputs * depth * tokens)
 
 
-def decode_step(c: ModelConfig, context: int, batch: int) -> KernelCost:
-    """Cost one token of each of `batch` sequences: weights read once, of experts those that even routing chooses."""
-    count, picks = c.n_routed_experts, c.num_experts_per_tok
-    share = 1 - (1 - picks / count) ** batch
-    weights = 0.0
+def weights_read(c: ModelConfig, sequences: int, element: float | None = None) -> float:
+    """Return the bytes of weights a step over that many sequences reads: every matrix once, experts as expected.
+
+    Each as released, or of `element` bytes a number. An expert that routes `active` of `count` is read with probability
+    1 - (1 - active/count)^sequences.
+    """
+    read = 0.0
     for group in inventory(c):
-        size = sum(size for _, size in group.stored().values())
         if group.format != "i64" and group.part != "embedding":
-            weights += size * (share if group.part == "routed_experts" else 1)
-    return KernelCost(weights + batch * kv_read_bytes(c, context), batch * sum(flops(c, context).values()))
+            stored = sum(size for _, size in group.stored().values())
+            size = stored if element is None else element * group.count * group.elements
+            read += size * (1 - (1 - group.active / group.count) ** sequences)
+    return read
+
+
+def decode_step(
+    c: ModelConfig, context: int, batch: int, layout: str = "released", element: float | None = None
+) -> KernelCost:
+    """Cost one token of each of `batch` sequences: `weights_read`, and what each reads of its cache."""
+    moved = weights_read(c, batch, element) + batch * kv_read_bytes(c, context, layout)
+    return KernelCost(moved, batch * sum(flops(c, context).values()))
 
 
 def attention_kernel(c: ModelConfig, ratio: int, context: int, tokens: int) -> KernelCost:

@@ -28,10 +28,10 @@ CASE = exactness.Case("tiny", "torch", 2, 128, "cold", False, "greedy", "none")
 
 def test_weights_read_are_the_active_ones_alone_and_all_for_many() -> None:
     config = nano()
-    assert bench.weights_read(config, 1) == pytest.approx(4 * cost.active_parameters(config))
+    assert cost.weights_read(config, 1, 4) == pytest.approx(4 * cost.active_parameters(config))
     whole = cost.parameters_by_part(config)
-    assert bench.weights_read(config, 10**4) == pytest.approx(4 * (sum(whole.values()) - whole["embedding"]))
-    sizes = [bench.weights_read(config, n) for n in range(1, 17)]
+    assert cost.weights_read(config, 10**4, 4) == pytest.approx(4 * (sum(whole.values()) - whole["embedding"]))
+    sizes = [cost.weights_read(config, n, 4) for n in range(1, 17)]
     assert sizes == sorted(sizes)
 
 

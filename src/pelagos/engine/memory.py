@@ -14,7 +14,7 @@ from pelagos.errors import CapacityError, ConfigError
 
 EMPTY_BLOCK = 1 << 20  # bytes of a host block where pages are empty
 USUAL_CONTEXT = 32_768  # positions a request is planned with when nobody says how much memory to use
-_LAYOUTS = {"reference": "float32", "released": "released"}  # number mode -> how the cost model calls its rows
+LAYOUTS = {"reference": "float32", "released": "released"}  # number mode -> how the cost model calls its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ def plan_memory(
     """
     kv_bytes, host_kv_bytes = options.kv_bytes, options.host_kv_bytes
     max_requests, chunk_tokens = options.max_requests, options.chunk_tokens
-    if mode not in _LAYOUTS:
-        raise ConfigError(f"mode={mode!r}: expected {' or '.join(_LAYOUTS)}")
-    layout, tokens = _LAYOUTS[mode], cost.page_tokens(config)
+    if mode not in LAYOUTS:
+        raise ConfigError(f"mode={mode!r}: expected {' or '.join(LAYOUTS)}")
+    layout, tokens = LAYOUTS[mode], cost.page_tokens(config)
     page = sum(cost.page_bytes(config, tokens=tokens, layout=layout).values())
     slot = sum(cost.state_bytes(config, layout=layout, draft=True, rewind=rewind).values())
     slots = max_requests * slot

@@ -24,13 +24,13 @@ from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine.api import MAX_DRAFT, Engine, Step, Stream
 from pelagos.engine.llm import LLM
+from pelagos.engine.memory import LAYOUTS
 from pelagos.engine.sampler import SamplingParams
 from pelagos.errors import ConfigError
 from pelagos.evals.commit import commit
 
 PREFILL_TOKENS = 2048  # measured at each frontier
 TAIL_TOKENS = 16  # each sequence of a batch has its own, behind the shared context
-LAYOUTS = {"reference": "float32", "released": "released"}  # of cost.py, by number mode
 
 
 class Rates(NamedTuple):
@@ -131,33 +131,8 @@ def first_token(engine: Engine, prompt: Sequence[int], *, cuts: Sequence[int] = 
 def element_bytes(llm: LLM) -> float:
     """Return the bytes an element of the weights takes where the forward reads it: packed by the helper, or float32."""
     packed = llm.stats().bytes_planned["weight_bytes"] - cost.weights_bytes(llm.config, "float32")
-    groups = [group for group in cost.inventory(llm.config, draft=True) if _is_read(group)]
+    groups = [g for g in cost.inventory(llm.config, draft=True) if g.part != "embedding" and g.format != "i64"]
     return packed / sum(group.count * group.elements for group in groups) if packed > 0 else 4.0
-
-
-def _is_read(group: cost.TensorGroup) -> bool:
-    return group.part != "embedding" and group.format != "i64"
-
-
-def weights_read(config: ModelConfig, sequences: int, *, element: float = 4.0) -> float:
-    """Return the bytes of weights one step over that many sequences reads: every matrix once, experts as expected.
-
-    An expert that routes `active` of `count` is read with probability 1 - (1 - active/count)^sequences.
-    """
-    read = 0.0
-    for group in cost.inventory(config):
-        share = group.active / group.count
-        if _is_read(group):
-            read += group.count * group.elements * (1 - (1 - share) ** sequences)
-    return element * read
-
-
-def step_costs(
-    config: ModelConfig, batch: int, context: int, *, layout: str = "float32", element: float = 4.0
-) -> tuple[float, float]:
-    """Return (bytes read, FLOPs) of one decode step of `batch` sequences at that context."""
-    moved = weights_read(config, batch, element=element) + batch * cost.kv_read_bytes(config, context, layout)
-    return moved, float(batch * sum(cost.flops(config, context).values()))
 
 
 def measure_rates(repeats: int = 5) -> Rates:
@@ -265,16 +240,16 @@ def _frontier(
         first_token(engine, ids[: context - PREFILL_TOKENS])
     seconds, cached = first_token(engine, ids[:context], cuts=(context,))
     done = context - cached
-    moved = weights_read(config, done, element=element)
+    moved = cost.weights_read(config, done, element)
     flops = done * sum(cost.flops(config, context - done // 2).values())
     yield _row("prefill", context, 1, done / seconds, None, moved / seconds, rates.floor(moved, flops) / seconds)
     yield _hit(engine, "hit_ram", ids, context)
     for batch in batches:
         tails = [ids[context + i * TAIL_TOKENS :][:TAIL_TOKENS] for i in range(batch)]
         got = decode_window(engine, [[*ids[:context], *tail] for tail in tails], tokens=tokens)
-        moved, flops = step_costs(config, batch, context, layout=layout, element=element)
-        floor = rates.floor(moved, flops) * got.steps_per_s
-        row = _row("decode", context, batch, got.tokens_per_s, got.steps_per_s, moved * got.steps_per_s, floor)
+        least = cost.decode_step(config, context, batch, layout, element)
+        floor, moved = rates.floor(least.moved, least.flops) * got.steps_per_s, least.moved * got.steps_per_s
+        row = _row("decode", context, batch, got.tokens_per_s, got.steps_per_s, moved, floor)
         yield row | {"acceptance": round(got.accepted / got.drafted, 3) if got.drafted else None}
 
 
