@@ -4,11 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pelagos.cli.options import counts, shared
+from pelagos.cli.options import counts, opened, shared
 
 _COLUMNS = ("case", "context", "batch", "tok_s", "steps_s", "gb_s", "floor_frac", "acceptance", "first_token_ms")
 _KERNEL_COLUMNS = ("us", "floor_us", "floor_frac", "gbps", "tflops", "launches", "case")
@@ -59,11 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if args.bench == "engine" and args.tokens < 1:
         parser.error(f"--tokens {args.tokens}: expected a whole number >= 1")
     columns = _COLUMNS if args.bench == "engine" else _KERNEL_COLUMNS
-    try:
-        out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    with out as sink:
+    with opened(parser, args.out) as sink:
         print("".join(f"{name:>15}" for name in columns), file=sys.stderr)
         for row in _rows(args):
             print(json.dumps(row), file=sink, flush=True)

@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
-from pelagos.cli.options import SAMPLING, parse_tokens, shared
+from pelagos.cli.options import SAMPLING, opened, parse_tokens, shared
 from pelagos.errors import RequestError
 
 LINES_AHEAD = 32
@@ -37,11 +36,7 @@ def main(argv: Sequence[str]) -> None:
     with source:
         llm = LLM(args.model, mode=args.mode, device=args.device, expert_bytes=args.expert_bytes)
         results = complete_lines(llm, source, defaults=defaults, ahead=ahead)
-        try:
-            out = nullcontext(sys.stdout) if args.out is None else args.out.open("w", encoding="utf-8")
-        except OSError as error:
-            parser.error(f"--out {args.out}: {error.strerror}")
-        with out as sink:
+        with opened(parser, args.out) as sink:
             for done, result in enumerate(results, 1):
                 print(json.dumps(result, ensure_ascii=False), file=sink, flush=True)
                 bad += "error" in result

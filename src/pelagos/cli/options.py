@@ -3,9 +3,10 @@
 import argparse
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pelagos.errors import ConfigError
 
@@ -44,6 +45,14 @@ def counts(parser: argparse.ArgumentParser, name: str, about: str, default: str 
     read = partial(parse_tokens, name=name)
     parser.add_argument(f"--{name}", type=lambda text: [read(each) for each in text.split(",")], default=default,
                         metavar="N,N", help=about + (f" (default: {default})" if default else ""))  # fmt: skip
+
+
+def opened(parser: argparse.ArgumentParser, out: Path | None) -> AbstractContextManager[TextIO]:
+    """Return where --out says that lines go, which is stdout without it."""
+    try:
+        return nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}")
 
 
 def tell(text: str, style: str = "2", end: str = "\n") -> None:
