@@ -593,8 +593,5 @@ class AdaptiveDepth:
         self._made.pop(key, None)
 
 
-DepthPolicy = AdaptiveDepth | FixedDepth
-
-
 def _bin(confidence: float) -> int:
     return min(int(confidence * _BINS), _BINS - 1)
