@@ -40,11 +40,7 @@ _RENAME_EXCHANGE = 2
 
 
 def write_checkpoint(
-    path: str | Path,
-    tensors: Iterable[tuple[str, Tensor, str]],
-    config: ModelConfig,
-    *,
-    shard_bytes: int = SHARD_BYTES,
+    path: str | Path, tensors: Iterable[tuple[str, Tensor, str]], config: ModelConfig, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write (released name, values, format) triples as a checkpoint directory, replacing one that is there.
 

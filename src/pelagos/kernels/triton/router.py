@@ -16,14 +16,7 @@ from pelagos.kernels.skinny_gemm import MAX_ROWS
 from pelagos.kernels.triton.formats import launch, let_next_start, target, wait_for_inputs
 from pelagos.kernels.triton.fp4_experts import COLUMNS, list_rows, turn_block
 from pelagos.kernels.triton.site import mixing, owed
-from pelagos.kernels.triton.skinny_gemm import (
-    as_operand,
-    bf16_tile,
-    fp8_tile,
-    parts_of,
-    store_parts,
-    wide_of,
-)
+from pelagos.kernels.triton.skinny_gemm import as_operand, bf16_tile, fp8_tile, parts_of, store_parts, wide_of
 
 TALL = 64  # outputs a program
 STAGES = 4  # of the pipeline
