@@ -34,7 +34,7 @@ from pelagos.engine.prefix import Cut, Match, PrefixCache
 from pelagos.engine.runner import Forward
 from pelagos.engine.sampler import Sampler, SamplingParams, token_logprobs
 from pelagos.engine.scheduler import Admitted, Preempted, Request, Scheduler, Work
-from pelagos.engine.speculation import AdaptiveDepth, Draft, Drafter, DraftRequest, FixedDepth, MTPDrafter, Outcome
+from pelagos.engine.speculation import AdaptiveDepth, Draft, DraftRequest, FixedDepth, MTPDrafter, Outcome
 from pelagos.engine.tiers import Copy, Over, Parked, Tiers
 from pelagos.errors import CapacityError, ConfigError, PelagosError, RequestError
 from pelagos.kernels.layout import Drawn, Output, Span
@@ -497,7 +497,7 @@ class LocalEngine:
                 self._drafter.feed(request.request_id, first, following, streams[: len(following)])
         return outcomes
 
-    def _draft(self, drafter: Drafter, outcomes: list[Outcome], step_s: float | None) -> None:
+    def _draft(self, drafter: MTPDrafter, outcomes: list[Outcome], step_s: float | None) -> None:
         """Draft for the requests that decode in the next step, as deep as has paid so far."""
         self._depth.observe(outcomes, step_s)
         decoding = [

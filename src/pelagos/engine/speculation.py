@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,32 +57,6 @@ class DraftRequest(NamedTuple):
     ends: AbstractSet[int] = frozenset()
 
 
-class Drafter(Protocol):
-    """Guesses the next tokens of running requests; may keep rows of its own in their slots and streams by request.
-
-    `window` is how many of a sequence's last streams it can use: spans need ask for no more.
-    """
-
-    window: int
-    max_depth: int
-
-    def feed(self, key: str, start: int, following: Sequence[int], streams: np.ndarray) -> None:
-        """Hand over what the backbone left at positions start.. of a request, computed and accepted.
-
-        `following` are the S tokens at start + 1.., the last one picked but not computed; streams (S, n, D) stay as
-        they are.
-        """
-        ...
-
-    def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """Return a draft for each request, shorter than its depth or empty where there is nothing to go on."""
-        ...
-
-    def forget(self, key: str) -> None:
-        """Drop what is kept of a request: it ended, or its slot was given away."""
-        ...
-
-
 @dataclass(slots=True)
 class _Fed:
     """What was fed and not yet run through the draft layer: consecutive positions that end before `end`."""
@@ -96,16 +70,12 @@ class MTPDrafter:
     """Drafts with the MTP block: all requests at once, depth by depth.
 
     Depth 1 runs over all positions fed since the last draft, which leaves the draft layer's window as if it had run
-    at each step; a deeper one goes on from the block's own streams. Later positions are overwritten when fed.
+    at each step; a deeper one goes on from the block's own streams. Later positions are overwritten when fed. `window`
+    is how many of a sequence's last streams it can use: spans need ask for no more.
     """
 
     def __init__(
-        self,
-        block: Callable[[Sequence[Span], np.ndarray], Output],
-        *,
-        window: int,
-        max_depth: int,
-        draws: bool = False,
+        self, block: Callable[[Sequence[Span], np.ndarray], Output], *, window: int, max_depth: int, draws: bool = False
     ) -> None:
         """`block`: a forward's `draft`; `window`: its layer's sliding window; max_depth: at most the layout's `rewind`.
 
@@ -118,7 +88,11 @@ class MTPDrafter:
         self._fed: dict[str, _Fed] = {}
 
     def feed(self, key: str, start: int, following: Sequence[int], streams: np.ndarray) -> None:
-        """See `Drafter.feed`; a start that does not follow the last position begins anew."""
+        """Hand over what the backbone left at positions start.. of a request, computed and accepted.
+
+        `following` are the S tokens at start + 1.., the last one picked but not computed; streams (S, n, D) stay as
+        they are. A start that does not follow the last position begins anew.
+        """
         fed = self._fed.get(key)
         if fed is None or fed.end != start:
             fed = self._fed[key] = _Fed(start, deque(maxlen=self.window), deque(maxlen=self.window))
@@ -127,7 +101,7 @@ class MTPDrafter:
         fed.streams.extend(streams[-self.window :])
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """See `Drafter.draft`."""
+        """Return a draft for each request, shorter than its depth or empty where there is nothing to go on."""
         tokens: list[list[int]] = [[] for _ in requests]
         chances: list[list[float]] = [[] for _ in requests]
         accepted = [0] * len(requests)
@@ -169,7 +143,7 @@ class MTPDrafter:
         return Span(following, end - len(following), request.slot, request.pages, streams=1, draws=draws or ())
 
     def forget(self, key: str) -> None:
-        """See `Drafter.forget`."""
+        """Drop what is kept of a request: it ended, or its slot was given away."""
         self._fed.pop(key, None)
 
 
