@@ -22,6 +22,7 @@ import heapq
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -389,6 +390,7 @@ def main() -> int:
         "bench": "trace",
         "commit": commit(),
         "command": "python -m benchmarks.trace " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "habits": asdict(Habits()),
         "page_tokens": layout.page_tokens,
         "page_bytes": layout.page_bytes,

@@ -219,6 +219,32 @@ def test_any_flipped_bit_or_cut_is_refused_and_counted(tmp_path_factory: pytest.
     assert not file.exists()
 
 
+def test_a_damaged_file_that_cannot_be_removed_is_counted_once_and_stops_nobody(
+    opened: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_TICK_S", 0.02)
+    caches, real = [opened(), opened()], Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".pages1":
+            raise OSError(errno.EROFS, "read-only file system")
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    caches[0].write_pages("u", chain("a", 2))
+    assert caches[0].flush(20)
+    os.truncate(files(root)[0], 500)
+    caches.append(opened())  # finds it at start, the second when it has missed something of that user
+    while not caches[1].stats()["damaged"]:
+        assert returns(caches[1], "u", chain("a", 2)) == 0
+        assert caches[1]._writer.is_alive()
+    for number, cache in enumerate(caches[1:]):
+        cache.write_pages("u", chain("b", 2, 2 * number))
+        assert cache.flush(20)
+        assert returns(cache, "u", chain("b", 2, 2 * number)) == 2
+        assert (cache.stats()["damaged"], cache.stats()["error_EROFS"]) == (1, 1)
+
+
 def test_intact_pages_before_the_damage_are_delivered(
     opened: Open, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +421,18 @@ def test_one_user_s_quota_is_his_own_loss(opened: Open) -> None:
         assert cache.flush(20)
     assert [cache.known_pages("u", keys_of(chain(name, 3))) for name in "abcd"] == [0, 0, 3, 3]
     assert cache.known_pages("v", keys_of(chain("v", 5))) == 5
+
+
+def test_a_lower_quota_of_a_user_holds_from_the_start(opened: Open) -> None:
+    cache = opened()
+    for name in "abc":
+        cache.write_pages("u", chain(name, 3))
+        cache.write_pages("v", chain(name, 1))
+        assert cache.flush(20)
+    assert cache.close(20)
+    cache = opened(user_quota_bytes=7000)
+    assert [cache.known_pages("u", keys_of(chain(name, 3))) for name in "abc"] == [0, 3, 3]
+    assert [cache.known_pages("v", keys_of(chain(name, 1))) for name in "abc"] == [1, 1, 1]
 
 
 def test_what_the_queue_has_no_room_for_is_dropped(opened: Open) -> None:

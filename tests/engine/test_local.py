@@ -18,7 +18,8 @@ from tests.engine.invariants import check_pool, check_prefix
 from tests.engine.small import HELPER, VOCAB, engine_of, finish, params, prompt, tiny_model
 
 from pelagos.config import tiny
-from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, build_engine
+from pelagos.engine import EngineOptions, LocalEngine, SamplingParams, build_engine, disk
+from pelagos.engine.disk_file import CacheDirectory
 from pelagos.engine.scheduler import Plan
 from pelagos.engine.speculation import MTPDrafter
 from pelagos.errors import CapacityError, ConfigError, ContextLengthError, RequestError
@@ -199,6 +200,20 @@ def test_rows_of_logits_of_scored_prompts_are_bounded_and_planned(monkeypatch: p
     engine.close()
 
 
+def test_copies_that_wait_for_the_disk_are_planned_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_LOCK_S", 60)
+    plain, engine = engine_of(threaded=False), engine_of(threaded=False, disk_dir=tmp_path / "cache")
+    with CacheDirectory(tmp_path / "cache").locked(10) as held:  # a disk that does not come on
+        assert held
+        for seed in range(1000):
+            finish(engine, engine.submit(prompt(1000, seed), params(1)))
+            if (waits := engine.stats().disk)["dropped"]:
+                break
+        assert 1 << 20 < waits["queued_bytes"] <= engine.plan.scratch_bytes - plain.plan.scratch_bytes
+    plain.close()
+    engine.close()
+
+
 def test_users_do_not_share_prefixes() -> None:
     engine = engine_of(threaded=False)
     for user, cached in (("a", 0), ("b", 0), ("a", 256)):
@@ -277,7 +292,7 @@ def test_what_can_never_fit_is_refused_and_bad_prompts_too() -> None:
     [
         {"speculation": None}, {"speculation": "yes"}, {"speculation": 1.5}, {"speculation": 5}, {"exact": "no"},
         {"native": 1}, {"prefix_cache": None}, {"disk_policy": 5}, {"chunk_tokens": 0}, {"max_requests": None},
-        {"kv_bytes": 1e9},
+        {"kv_bytes": 1e9}, {"disk_dir": 5},
     ],
     ids=str,
 )  # fmt: skip

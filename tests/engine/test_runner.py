@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ import torch
 from tests.engine.small import engine_of, finish, params, prompt
 
 from pelagos.config import tiny
-from pelagos.engine.runner import fingerprint
+from pelagos.engine import runner
+from pelagos.engine.runner import available_bytes, fingerprint
 
 
 def named(*tensors: torch.Tensor) -> bytes:
@@ -44,3 +46,26 @@ def test_without_the_helper_answers_are_shared_only_where_bits_may_differ(exact:
     assert stream.cached_tokens > 0
     assert (stream.cached_tokens > len(given)) != exact
     engine.close()
+
+
+def test_a_limit_of_a_control_group_bounds_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_CGROUPS", tmp_path)
+    host = available_bytes(torch.device("cpu"))
+    assert host is not None
+    (tmp_path / "memory").mkdir()
+    for folder, names, prefix in (
+        (tmp_path, ("max", "current"), ""),
+        (tmp_path / "memory", ("limit_in_bytes", "usage_in_bytes"), "total_"),
+    ):
+        for name, value in zip(names, ("max", "900"), strict=True):
+            (folder / f"memory.{name}").write_text(f"{value}\n", encoding="ascii")
+        stat = f"file 999\n{prefix}inactive_file 70\n{prefix}active_file 5\n"
+        (folder / "memory.stat").write_text(stat, encoding="ascii")
+    assert available_bytes(torch.device("cpu")) == pytest.approx(host, rel=0.2), "no limit"
+    for folder, name in ((tmp_path, "max"), (tmp_path / "memory", "limit_in_bytes")):
+        limit = folder / f"memory.{name}"
+        limit.write_text("1000\n", encoding="ascii")
+        assert available_bytes(torch.device("cpu")) == 1000 - 900 + 75
+        limit.write_text("800\n", encoding="ascii")
+        assert available_bytes(torch.device("cpu")) == 0
+        limit.unlink()

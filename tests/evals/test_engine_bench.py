@@ -185,7 +185,7 @@ def test_states_restored_at_cuts_go_on_with_the_same_bits(bed: exactness.Bed, po
 
 
 def test_a_storm_leaves_nothing_in_use(tiny: Path) -> None:
-    llm = LLM(tiny, max_requests=4, chunk_tokens=256, kv_bytes=limits.STORM_BYTES)
+    llm = LLM(tiny, max_requests=4, chunk_tokens=256, kv_bytes=1 << 20)
     figures = limits.storm(llm, 300)
     llm.close()
     assert figures["passed"], figures

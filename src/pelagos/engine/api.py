@@ -63,6 +63,8 @@ class EngineOptions:
         for name, also in (("prefix_cache", False), ("exact", None), ("native", None)):
             if type(value := getattr(self, name)) is not bool and value is not also:
                 raise ConfigError(f"{name}={value!r}: expected true or false")
+        if not isinstance(self.disk_dir, (str, Path, type(None))):
+            raise ConfigError(f"disk_dir={self.disk_dir!r}: expected a directory's name")
         if self.disk_dir is not None and not self.prefix_cache:
             raise ConfigError("disk_dir is given with prefix_cache=False: the disk holds prefixes, so switch it on")
         if self.host_kv_bytes and not self.keeps:
@@ -113,7 +115,7 @@ class Stream:
         self._steps: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
         self._on_step = on_step
         self._cancelled = threading.Event()
-        self._ended = False
+        self.is_ended = False  # the last step has been read and nothing follows
 
     def cancel(self) -> None:
         """Ask the engine to end this request at its next step; idempotent, returns at once."""
@@ -124,16 +126,13 @@ class Stream:
         """Whether `cancel` was called."""
         return self._cancelled.is_set()
 
-    def put(self, step: Step) -> None:
-        """Append a step (the engine's side)."""
-        self._tell(step)
-
     def close(self, reason: str | None, error: BaseException | None = None) -> None:
         """End the stream with a reason or an error, which iteration raises (the engine's side)."""
         self.finish_reason = reason
-        self._tell(error)
+        self.put(error)
 
-    def _tell(self, item: Step | BaseException | None) -> None:
+    def put(self, item: Step | BaseException | None) -> None:
+        """Append a step, or what reading ends with (the engine's side)."""
         self._steps.put(item)
         try:
             if self._on_step is not None:
@@ -143,17 +142,12 @@ class Stream:
             self._steps.put(error)
             self.cancel()
 
-    @property
-    def is_ended(self) -> bool:
-        """Whether the last step has been read and nothing follows."""
-        return self._ended
-
     def wait(self, timeout: float | None = None) -> Step | None:
         """Return the next step; None when none came in `timeout` seconds (None: no limit) or the stream has ended.
 
         Raises the error that ended the request.
         """
-        if self._ended:
+        if self.is_ended:
             return None
         try:
             item = self._steps.get(timeout=timeout)
@@ -161,7 +155,7 @@ class Stream:
             return None
         if isinstance(item, Step):
             return item
-        self._ended = True
+        self.is_ended = True
         if item is not None:
             raise item
         return None
@@ -171,14 +165,11 @@ class Stream:
             yield step
 
 
-class StepReader:
+class StepReader(Iterator[Step]):
     """Reads a stream until it ends or `cancel` is set; a stream that nobody reads any more is cancelled."""
 
     def __init__(self, stream: Stream, cancel: threading.Event | None) -> None:
         self._stream, self._cancel = stream, cancel
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
 
     def __next__(self) -> Step:
         while not self._stream.is_ended and not (self._cancel is not None and self._cancel.is_set()):

@@ -12,8 +12,8 @@ import torch
 
 from pelagos.chat.tokenizer import Tokenizer
 from pelagos.engine.api import MAX_DRAFT, PROMPT_LOGPROB_TOKENS, EngineOptions
-from pelagos.engine.disk import DiskCache, parse_policy
-from pelagos.engine.local import LocalEngine
+from pelagos.engine.disk import QUEUE_BYTES, DiskCache, parse_policy
+from pelagos.engine.local import WRITE_PAGES, LocalEngine
 from pelagos.engine.memory import plan_memory
 from pelagos.engine.runner import Pools, available_bytes, device_of, fingerprint, make_forward, weight_bytes
 from pelagos.engine.tiers import Tiers, staging_bytes
@@ -59,12 +59,13 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
     if isinstance(model, Transformer):
         weights += forward.weight_bytes
     scored = (PROMPT_LOGPROB_TOKENS + options.max_requests) * config.vocab_size * 4  # on its way to the host
+    queue = max(2 * WRITE_PAGES * layout.page_bytes, min(QUEUE_BYTES, plan.kv_bytes // 4))  # of writes
     scratch = forward.scratch_bytes(tokens) + scored + (staging_bytes(layout) if plan.host_pages else 0)
+    scratch += queue if options.disk_dir is not None and pools.on_cpu else 0
     plan = dataclasses.replace(plan, weight_bytes=weights, scratch_bytes=scratch)
     free = available_bytes(device)
     backed = 0 if not pools.on_cpu else plan.kv_bytes + plan.host_bytes  # a device has backed its pools already
-    needed = plan.scratch_bytes + backed
-    if free is not None and needed > free:
+    if free is not None and plan.scratch_bytes + backed > free:
         raise CapacityError(
             f"caches of {plan.kv_bytes:,} and scratch of {plan.scratch_bytes:,} bytes do not fit the {free:,} there "
             "are: lower kv_bytes, max_requests or chunk_tokens"
@@ -74,7 +75,7 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
     if options.disk_dir is not None:
         tiers.disk = DiskCache(
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
-            quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes,
+            quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes, queue_bytes=queue,
         )  # fmt: skip
     return LocalEngine(
         config, options, tiers=tiers, forward=forward, plan=plan, salt=salt,

@@ -28,6 +28,7 @@ from pelagos.engine.disk_file import PAGES, STATE, VERSION, Bytes, CacheDirector
 from pelagos.errors import CacheError, ConfigError
 
 KEY_BYTES = 16
+QUEUE_BYTES = 256 << 20  # the most that waits to be written
 _RUN_BYTES = 64 << 20  # the most page data in one file: what one eviction takes
 _PART_BYTES = 8 << 20  # what one reader takes at a time
 _PART_RECORDS = 512
@@ -171,7 +172,7 @@ class DiskCache:
         page_bytes: int,
         quota_bytes: int,
         user_quota_bytes: int | None = None,
-        queue_bytes: int = 256 << 20,
+        queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         """Open or create the cache directory `root` (mode 0700) and index what it holds for `fingerprint`.
 
@@ -203,8 +204,8 @@ class DiskCache:
         self._counts: collections.Counter[str] = collections.Counter(dict.fromkeys(names.split(), 0))
         with self._directory.locked(_TICK_S) as held:
             self._refresh(sweep=held)
-            if held:
-                self._make_room("", 0)
+            for tag in ("", *self._users) if held else ():
+                self._make_room(tag, 0)
         readers = max(1, min(_MAX_READERS, (os.cpu_count() or 1) // 2))  # the other half is for the model
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="pelagos-disk-reader")
         self._writer = threading.Thread(target=self._work, name="pelagos-disk-writer", daemon=True)
@@ -524,16 +525,16 @@ class DiskCache:
     def _admit(self, tag: str, listed: Listed) -> None:
         table = None
         try:
-            if (listed.fingerprint, listed.version) == (self._fingerprint, VERSION):
-                table = self._directory.read_table(tag, listed)
-        except DamagedFile:
-            with self._wake:
-                self._counts["damaged"] += 1
-            (self._directory.root / tag / listed.name).unlink(missing_ok=True)
-            return
+            try:
+                if (listed.fingerprint, listed.version) == (self._fingerprint, VERSION):
+                    table = self._directory.read_table(tag, listed)
+            except DamagedFile:
+                with self._wake:
+                    self._counts["damaged"] += 1
+                return (self._directory.root / tag / listed.name).unlink(missing_ok=True)
         except FileNotFoundError:
             return
-        except OSError as error:
+        except OSError as error:  # one that is damaged and stays is counted once, and its bytes like all others
             self._count_error(error)
         with self._wake:
             self._add(tag, listed, table)

@@ -71,12 +71,7 @@ class MemoryPlan:
 
     def describe(self) -> dict[str, int]:
         """Return every figure by name, for statistics and printing."""
-        return asdict(self) | {
-            "positions": self.positions,
-            "kv_bytes": self.kv_bytes,
-            "host_bytes": self.host_bytes,
-            "total_bytes": self.total_bytes,
-        }
+        return asdict(self) | {n: getattr(self, n) for n in ("positions", "kv_bytes", "host_bytes", "total_bytes")}
 
 
 def plan_memory(

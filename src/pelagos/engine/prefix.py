@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pelagos.engine.tiers import Tiers
 
 KEY_BYTES = 16
-STATE_INTERVAL = 512  # positions between states taken inside a prompt
 _ENDINGS = 64  # ended sequences remembered behind one page
 _TOKEN = np.dtype("<i4")
 
@@ -119,7 +118,7 @@ class PrefixCache:
     """The index over a page pool and a store of packed states bounded by `state_bytes`."""
 
     def __init__(
-        self, pool: PagePool, layout: CacheLayout, *, salt: bytes, state_bytes: int, interval: int = STATE_INTERVAL,
+        self, pool: PagePool, layout: CacheLayout, *, salt: bytes, state_bytes: int, interval: int = 512,
         stats: EngineStats | None = None,
     ) -> None:  # fmt: skip
         """`salt` names model, number mode and numeric path; `interval` is rounded up to whole pages.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -29,27 +29,23 @@ from pelagos.model.streaming import store_of
 
 _log = logging.getLogger(__name__)
 _WHOLE_BYTES, _ROW_BYTES = 1 << 20, 4096
+_CGROUPS = Path("/sys/fs/cgroup")  # by hierarchy ("" is version 2): limit, usage, start of memory.stat's fields
+_LIMITS = {"": ("max", "current", ""), "memory": ("limit_in_bytes", "usage_in_bytes", "total_")}
 
 
 class Forward(Protocol):
-    """A model over the pools; see `Span` and `Output`."""
+    """A model over the pools; see `Span` and `Output`. `draws`: it picks tokens itself where spans say how.
+
+    two_kinds: generated tokens (`Span.decode`) are computed by other kernels than a prompt's, to other last bits. What
+    they leave behind then stays with their request: as a part of a later prompt they are computed anew.
+    """
+
+    two_kinds: bool
+    draws: bool
 
     @property
     def numeric_path(self) -> str:
         """What decides the last bits besides the weights."""
-        ...
-
-    @property
-    def two_kinds(self) -> bool:
-        """Whether generated tokens (`Span.decode`) are computed by other kernels than a prompt's, to other last bits.
-
-        What they leave behind then stays with their request: as a part of a later prompt they are computed anew.
-        """
-        ...
-
-    @property
-    def draws(self) -> bool:
-        """Whether it picks tokens itself where spans say how."""
         ...
 
     @property
@@ -103,13 +99,30 @@ def weight_bytes(model: Transformer | Weights) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes a device can still give beside what is allocated there now; None when it cannot be told."""
+    """Bytes a device can still give beside what is allocated there now; None when it cannot be told.
+
+    Of the host the least of what the system has and what the limits of this process's control groups leave.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    found = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    return min((*found, *_group_room()), default=None)
+
+
+def _group_room() -> Iterator[int]:
+    """What each memory limit on the way to the root leaves; what is cached of files would be given back."""
+    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines() if _CGROUPS.is_dir() else ()
+    for _, kind, path in (line.split(":", 2) for line in lines):
+        own = _CGROUPS / kind / path.strip("/")  # in a container its own group may be the root
+        for folder in (own, *own.parents) if kind in _LIMITS else ():
+            with suppress(OSError, ValueError, KeyError):  # no such group, or no limit
+                *names, prefix = _LIMITS[kind]
+                most, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in names)
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                yield max(0, most - used + sum(int(stat[f"{prefix}{age}active_file"]) for age in ("", "in")))
 
 
 @torch.inference_mode()
