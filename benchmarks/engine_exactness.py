@@ -1,14 +1,14 @@
 """Exactness of the serving engine: every way of serving a prompt gives the bits of the plainest one.
 
-python -m benchmarks.engine_exactness [--tiny] [--nano] [--cuts] [--path helper|torch|cuda] [--sample FRACTION --seed N]
-                                      [--json FILE]
+python -m benchmarks.engine_exactness [--tiny] [--nano] [--cuts | --only-cuts] [--path helper|torch|cuda]
+                                      [--sample FRACTION --seed N] [--json FILE]
 
 The plain run of a prompt: alone, cold, in chunks of 1,024, without speculation, on the same numeric path. Each case
 serves a batch in another way and counts tokens that differ and log-probabilities that differ in any bit. A case that
 did not do what it is for (no hit, no accepted draft, no preemption) fails. tiny (random weights, made here) gets the
 full factorial, nano a list in which every pair of factors meets. `--cuts` restores one prompt at every cut point under
-each disk policy. `cuda` is released mode on a CUDA device. Finished cases are kept in FILE and not run again while the
-code of the engine stays the same.
+each disk policy, `--only-cuts` does nothing else. `cuda` is released mode on a CUDA device. Finished cases are kept in
+FILE and not run again while the code of the engine stays the same.
 """
 
 from __future__ import annotations
@@ -268,7 +268,8 @@ def run_case(bed: Bed, case: Case) -> Outcome:
         before = llm.stats()
         if case.speculation:
             llm.engine._depth = RandomDepth(MAX_DRAFT, case.key)  # type: ignore[attr-defined]
-        steps = draw.randint(1, 40) if case.pressure != "none" else None
+        most = OUTPUT_TOKENS // (1 + MAX_DRAFT) if case.speculation else 40  # the first must not end before
+        steps = draw.randint(1, most) if case.pressure != "none" else None
         running = serve(llm, prompts, params, steps=steps, alone=case.source == "cold")
         results = run(llm, running)
         after = llm.stats()
@@ -461,7 +462,7 @@ def by_code(known: dict[str, Outcome]) -> dict[str, dict[str, dict[str, int]]]:
 def main() -> int:
     """Run what is asked for and not yet done; the exit code says whether everything passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_exactness", description=__doc__.splitlines()[0])
-    for name in ("tiny", "nano", "cuts"):
+    for name in ("tiny", "nano", "cuts", "only-cuts"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--path", choices=PATHS, action="append", help="default: those of a CPU")
     parser.add_argument("--sample", type=float, default=1.0, help="share of the cases to run")
@@ -497,13 +498,13 @@ def main() -> int:
             bed = Bed(made, name=name, cuda=tuple(paths) == ("cuda",))
             cases = factorial(name, paths) if name == "tiny" else pairwise(name, paths, NANO_RUNS)
             draw = random.Random(args.seed)
-            for case in [case for case in cases if draw.random() < args.sample]:
+            for case in [case for case in cases if draw.random() < args.sample and not args.only_cuts]:
                 if case.key not in done:
                     try:
                         record(case.key, run_case(bed, case))
                     except Exception as error:  # a case that breaks has failed, the others go on
                         record(case.key, Outcome(missing=[repr(error)]))
-            for path, policy in itertools.product(paths, CUT_POLICIES if args.cuts else ()):
+            for path, policy in itertools.product(paths, CUT_POLICIES if args.cuts or args.only_cuts else ()):
                 points = [cut for cut in range(1, CUT_POINTS + 1) if draw.random() < args.sample]
                 key = f"cuts {name} {path} {policy} {len(points)}"
                 if key not in done:

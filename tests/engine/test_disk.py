@@ -332,8 +332,13 @@ def test_an_open_directory_is_closed_or_refused(root: Path, opened: Open, monkey
     for wrong in (shared / "thesis.txt", shared / "thesis.txt" / "cache"):
         with pytest.raises(CacheError, match="no cache directory can be had here"):
             CacheDirectory(wrong)
-    with pytest.raises(CacheError, match="holds no prefix cache"):
-        CacheDirectory(shared.parent, create=False)
+    empty = root.parent / "empty"
+    empty.mkdir()
+    os.chmod(empty, 0o755)
+    for none in (shared.parent, shared, empty):
+        with pytest.raises(CacheError, match="holds no prefix cache"):
+            CacheDirectory(none, create=False)
+    assert stat.S_IMODE(empty.stat().st_mode) == 0o755, "who only looks changes nothing"
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(CacheError, match="expected uid 12345"):
         CacheDirectory(root)

@@ -175,6 +175,11 @@ def test_every_way_of_serving_gives_the_same_bits(bed: exactness.Bed, case: exac
     assert outcome.tokens == case.batch * exactness.OUTPUT_TOKENS
 
 
+def test_pressure_comes_before_drafts_have_brought_a_request_to_its_end(bed: exactness.Bed) -> None:
+    outcome = exactness.run_case(bed, exactness.Case("tiny", PATHS[-1], 2, 256, "ssd", True, "greedy", "recompute"))
+    assert outcome.passed, outcome
+
+
 @pytest.mark.parametrize("policy", exactness.CUT_POLICIES)
 def test_states_restored_at_cuts_go_on_with_the_same_bits(bed: exactness.Bed, policy: str) -> None:
     draw = random.Random(policy)

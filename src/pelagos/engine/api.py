@@ -60,7 +60,7 @@ class EngineOptions:
             raise ConfigError(f"preemption={self.preemption!r}: expected swap or recompute")
         if type(self.speculation) not in (bool, int) or not 0 <= self.speculation <= MAX_DRAFT:
             raise ConfigError(f"speculation={self.speculation!r}: expected true, false or a depth to {MAX_DRAFT}")
-        for name, also in (("prefix_cache", False), ("exact", None), ("native", None)):
+        for name, also in (("prefix_cache", False), ("threaded", False), ("exact", None), ("native", None)):
             if type(value := getattr(self, name)) is not bool and value is not also:
                 raise ConfigError(f"{name}={value!r}: expected true or false")
         if not isinstance(self.disk_dir, (str, Path, type(None))):

@@ -119,6 +119,8 @@ class CacheDirectory:
                 f"{self.root}: owned by uid {info.st_uid}, expected uid {os.geteuid()} that runs this; "
                 "a cache holds prompts: give a directory of your own"
             )
+        if not create and not (self.root / "secret").exists():
+            raise CacheError(f"{self.root}: holds no prefix cache; give the directory that the server was given")
         if info.st_mode & 0o077:
             if os.listdir(self.root) and not (self.root / "secret").exists():
                 raise CacheError(
@@ -126,8 +128,6 @@ class CacheDirectory:
                     "0700; a cache holds prompts: `chmod 700` it or give another directory"
                 )
             os.chmod(self.root, 0o700)
-        if not create and not (self.root / "secret").exists():
-            raise CacheError(f"{self.root}: holds no prefix cache; give the directory that the server was given")
 
     def _read_secret(self) -> bytes | None:
         try:

@@ -150,11 +150,11 @@ class LocalEngine:
             text=TextStream(self._decoder(), params, self.config.eos_token_id),
             prompt_logprobs=[None] if params.prompt_logprobs else None,
         )  # fmt: skip
+        if os.getpid() != self._process:
+            raise CapacityError(f"the engine belongs to process {self._process} and this is a fork: make another")
         with self._wake:
             if self._closed:
                 raise CapacityError("the engine is closed and takes no more requests")
-            if os.getpid() != self._process:
-                raise CapacityError(f"the engine belongs to process {self._process} and this is a fork: make another")
             self._inbox.append(request)
             if self._threaded and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -195,6 +195,8 @@ class LocalEngine:
 
     def close(self) -> None:
         """Abort what runs, finish writes and end the thread; idempotent. Not for `on_step`, where it raises."""
+        if os.getpid() != self._process:
+            return  # a fork's: the threads are its parent's, and a lock may be held by one of them for ever
         with self._wake:
             if self._thread is threading.current_thread():
                 raise ConfigError("close was called from on_step: the engine's thread cannot wait for its own end")
@@ -635,9 +637,7 @@ class LocalEngine:
         request.parked, request.swapped_at = None, 0
 
     def _end_all(self) -> None:
-        while self._inbox:
-            request = self._inbox.popleft()
-            self._live[request.request_id] = request
+        self._take_notes()
         for request in list(self._live.values()):
             self._end(request, "cancelled")
         self._tiers.drain()
