@@ -8,6 +8,7 @@ the share of the floor; right, milliseconds to the first token behind a cached c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,14 @@ def main() -> None:
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    draw([json.loads(line) for path in args.rows for line in path.read_text(encoding="utf-8").splitlines()], args.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("it needs matplotlib; `pip install matplotlib`")
+    try:
+        rows = [json.loads(line) for path in args.rows for line in path.read_text(encoding="utf-8").splitlines()]
+        draw(rows, args.out)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        what = "expected rows of `pelagos bench engine --out FILE`, and a place for the picture"
+        parser.error(f"{what}: {type(error).__name__}: {error}")
 
 
 def series(rows: Sequence[Row], case: str, x: str, y: str, **fixed: int) -> tuple[list[float], list[float]]:
