@@ -94,6 +94,16 @@ def test_purge(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, "list")["users"] == []
 
 
+def test_a_user_is_found_by_the_key_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = DiskCache(root, fingerprint=b"m", page_bytes=PAGE, quota_bytes=1 << 20)
+    for user in ("team\0bob", "team\0"):  # as the server has it, whose tests see the same
+        cache.write_pages(user, [(b"k" * 16, b"p" * PAGE)])
+    assert cache.close(20)
+    assert [user["pages"] for user in report(capsys, "list", "--user", "bob", "--key", "team")["users"]] == [1]
+    for user, removed in ((["--user", "bob", "--key", "team"], 1), (["--key", "team"], 1), (["--user", "bob"], 2)):
+        assert report(capsys, "purge", *user)["removed"] == removed
+
+
 def test_a_directory_without_a_cache_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for directory in (tmp_path / "none", tmp_path):
         assert f"pelagos: {directory}: " in show(capsys, "list", "--dir", directory, code=1)

@@ -9,10 +9,8 @@ from typing import Any
 
 from pelagos.cli.options import shared
 from pelagos.config import read_environment
-from pelagos.engine.disk_file import KINDS, CacheDirectory, DamagedFile
+from pelagos.engine.disk_file import KINDS, USER_OF_KEY, CacheDirectory, DamagedFile
 from pelagos.errors import CacheError, ConfigError
-
-_SHOWN = 6  # positions a human listing names before it only counts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,18 +18,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="pelagos cache", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="list | verify | purge")
     for verb in (list_, verify, purge):
-        about = verb.__doc__
-        command = verbs.add_parser(verb.__name__.rstrip("_"), help=about, description=about)
+        command = verbs.add_parser(verb.__name__.rstrip("_"), help=verb.__doc__, description=verb.__doc__)
         command.set_defaults(run=verb)
-        place = "cache directory (default: pelagos/prefix in your cache)"
-        command.add_argument("--dir", type=Path, metavar="DIR", help=place)
+        command.add_argument("--dir", type=Path, help="cache directory (default: pelagos/prefix in your cache)")
         command.add_argument("--user", metavar="ID", help="only this user id (the directory has keyed hashes)")
+        command.add_argument("--key", metavar="NAME", help="the user's API key, where the server asks for keys")
         shared(command, "json")
         if verb is verify:
             command.add_argument("--delete", action="store_true", help="remove the damaged files")
         if verb is purge:
             command.add_argument("--all", action="store_true", help="remove what all users and models have")
     args = parser.parse_args(argv)
+    args.user = args.user if args.key is None else USER_OF_KEY.format(args.key, args.user or "")
     if args.verb == "purge" and (args.user is None) != args.all:
         raise ConfigError("pelagos cache purge: expected either --user ID or --all")
     usual = read_environment().cache_home / "pelagos" / "prefix"
@@ -119,9 +117,9 @@ def _lines(report: dict[str, Any], *, files: bool) -> Iterator[str]:
             yield f"  {file['file']}  {file['bytes']:,} bytes  {file['last_use']}  {about}"
 
 
-def _some(positions: list[int]) -> str:
-    more = f" and {len(positions) - _SHOWN} more" if len(positions) > _SHOWN else ""
-    return " ".join(map(str, positions[:_SHOWN])) + more
+def _some(positions: list[int], named: int = 6) -> str:
+    more = f" and {len(positions) - named} more" if len(positions) > named else ""
+    return " ".join(map(str, positions[:named])) + more
 
 
 def _moment(used: int) -> str:

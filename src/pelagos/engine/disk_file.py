@@ -34,6 +34,7 @@ RECORD = struct.Struct("<16s16sQII")  # key, node, position, remainder, crc32
 DIGEST_BYTES = 16
 _TABLE = HEADER.size + DIGEST_BYTES  # offset of the table
 _SECRET_BYTES = 32
+USER_OF_KEY = "{}\0{}"  # a user where a server asks for API keys: the name of the key, which has no NUL, and the id
 _NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\.(pages|state)(\d{1,4})")
 _TAG = re.compile(r"[0-9a-f]{32}")
 _TEMP = ".tmp"

@@ -118,8 +118,7 @@ class Scheduler:
         self.leaving = 0  # copies under way after which pages or slots come free: who lacks some waits for them
         self._pool, self._page_tokens, self._chunk_tokens = pool, page_tokens, chunk_tokens
         self._match, self._next_stop, self._save = match, next_stop, save
-        self._slots, self._ranks = list(range(slots))[::-1], ranks
-        self.slots_total = slots
+        self._slots, self.slots_total, self._ranks = list(range(slots))[::-1], slots, ranks
 
     @property
     def slots_in_use(self) -> int:

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from pelagos.chat.parser import Event
 from pelagos.engine import LLM, EngineStats
+from pelagos.engine.disk_file import USER_OF_KEY
 from pelagos.errors import CapacityError, ContextLengthError, FormError, MissingDependency, PelagosError, RequestError
 from pelagos.serve.answer import Answer, Shared, prompt_ids
 from pelagos.serve.ask import Ask, Card
@@ -196,7 +197,7 @@ class App:
 
         def prepare() -> tuple[Ask, Answer | int]:
             ask = api.read(parse_body(raw), card)
-            user = ask.user_id if exchange.key is None else f"{exchange.key.name}\0{ask.user_id}"
+            user = ask.user_id if exchange.key is None else USER_OF_KEY.format(exchange.key.name, ask.user_id)
             ask = dataclasses.replace(ask, user_id=user, timeout_s=self.settings.deadline_s)
             if exchange.path in self._counts:
                 return ask, len(prompt_ids(llm, ask, shared=self._shared))

@@ -90,8 +90,7 @@ class KeyFile:
     def add(self, name: str, *, concurrency: int | None = None, per_minute: int | None = None) -> str:
         """Make and store a key; returns the secret, which is kept nowhere. Raises ConfigError for a taken name."""
         secret = f"pk-{secrets.token_urlsafe(32)}"
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        key = Key(name, _digest(secret), created, concurrency, per_minute)
+        key = Key(name, _digest(secret), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), concurrency, per_minute)
         with self._locked() as keys:
             if any(each.name == name for each in keys):
                 raise ConfigError(f"{self.path}: a key named {name!r} exists; revoke it first or take another name")
