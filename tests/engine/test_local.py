@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
@@ -501,6 +502,21 @@ def test_put_aside_on_the_way_through_a_lost_window() -> None:
     assert engine.stats().hit_tokens >= 384
     assert finish(engine, stream) == expected
     engine.close()
+
+
+def test_an_engine_that_is_never_closed_leaves_no_thread(tmp_path: Path) -> None:
+    def serve() -> None:
+        assert len(list(engine_of(disk_dir=tmp_path / "cache").submit(prompt(300, 1), params(3)))) == 3
+
+    before = set(threading.enumerate())
+    serve()
+    deadline = time.monotonic() + 20
+    while left := {each.name for each in threading.enumerate() if each not in before}:
+        assert time.monotonic() < deadline, left
+        gc.collect()
+        time.sleep(0.05)
+    with CacheDirectory(tmp_path / "cache").locked(0) as held:
+        assert held
 
 
 @pytest.mark.parametrize("then", ["", "os.fork() and os.wait()\n"], ids=["alone", "forked"])

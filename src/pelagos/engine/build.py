@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +78,10 @@ def build_engine(model: Transformer | Weights, tokenizer: Tokenizer | None, opti
             Path(options.disk_dir), fingerprint=LAYOUT_VERSION + salt, page_bytes=layout.page_bytes,
             quota_bytes=options.disk_bytes, user_quota_bytes=options.user_disk_bytes, queue_bytes=queue,
         )  # fmt: skip
-    return LocalEngine(
+    engine = LocalEngine(
         config, options, tiers=tiers, forward=forward, plan=plan, salt=salt,
         disk_policy=policy, decoder=None if tokenizer is None else tokenizer.stream_decoder,
     )  # fmt: skip
+    if tiers.disk is not None:  # its writer's thread would keep it for ever
+        weakref.finalize(engine, tiers.disk.close, 30).atexit = False
+    return engine

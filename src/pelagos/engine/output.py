@@ -38,12 +38,7 @@ class TextStream:
 
     def push(self, picks: Iterable[Pick]) -> list[Step]:
         """Return the steps of consecutive picks, up to the one that ends the request; later picks are dropped."""
-        steps: list[Step] = []
-        for pick in picks:
-            if self.finish_reason is not None:
-                break
-            steps.append(self._step(pick))
-        return steps
+        return [self._step(pick) for pick in picks if self.finish_reason is None]
 
     def _step(self, pick: Pick) -> Step:
         self.left -= 1
