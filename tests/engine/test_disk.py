@@ -660,6 +660,7 @@ def test_wrong_payloads_and_keys_are_errors(opened: Open) -> None:
     [
         ("full", StatePolicy("full", 128)),
         (" periodic( 1024 ) ", StatePolicy("periodic", 1024)),
+        ("periodic", StatePolicy("periodic", 1024)),
         ("zero", StatePolicy("zero")),
         ("turns", StatePolicy("turns")),
     ],
@@ -669,7 +670,7 @@ def test_policies(text: str, policy: StatePolicy) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Full", "periodic", "periodic()", "periodic(0)", "periodic(100)", "periodic(-128)"]
+    "text", ["", "Full", "periodic 256", "periodic()", "periodic(0)", "periodic(100)", "periodic(-128)"]
 )
 def test_wrong_policies(text: str) -> None:
     with pytest.raises(ConfigError, match=r"disk_policy='.*': expected"):

@@ -62,13 +62,13 @@ class StatePolicy:
 
 
 def parse_policy(text: str, page_tokens: int) -> StatePolicy:
-    """Read `full`, `periodic(P)`, `zero` or `turns`; ConfigError otherwise or when P is no multiple of a page."""
-    found = re.fullmatch(r"\s*(?:(full|zero|turns)|periodic\(\s*(\d{1,12})\s*\))\s*", str(text))
+    """Read `full`, `periodic(P)` (alone: 8 pages), `zero` or `turns`; ConfigError otherwise or for P between pages."""
+    found = re.fullmatch(r"\s*(?:(full|zero|turns)|periodic(?:\(\s*(\d{1,12})\s*\))?)\s*", str(text))
     if found is None:
         raise ConfigError(f"disk_policy={text!r}: expected full, periodic(P), zero or turns, as in periodic(1024)")
     if found[1]:
         return StatePolicy(found[1], page_tokens if found[1] == "full" else 0)
-    period = int(found[2])
+    period = int(found[2] or 8 * page_tokens)
     if period == 0 or period % page_tokens:
         raise ConfigError(f"disk_policy={text!r}: expected a period > 0 that is a multiple of {page_tokens} tokens")
     return StatePolicy("periodic", period)
