@@ -13,8 +13,11 @@ pure torch, the latter exact and not, no draft), prefill, speculation (on agains
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
+import math
 import multiprocessing
 import operator
 import statistics
@@ -35,7 +38,11 @@ from pelagos.chat import Tokenizer
 from pelagos.checkpoint import resolve_model
 from pelagos.config import ModelConfig
 from pelagos.engine import LLM, SamplingParams
+from pelagos.engine.api import EngineOptions
+from pelagos.engine.build import aside, build_engine
+from pelagos.engine.local import LocalEngine
 from pelagos.evals.engine_bench import Decode, decode_window, first_token, forget_files, kv_budget, stamp, text_ids
+from pelagos.load import load_model
 
 PARTS = ("decode", "prefill", "speculation", "hits")
 SIDES = {  # what `LLM` is told; the helper has one path, exact or not
@@ -48,6 +55,7 @@ PROMPT = 512
 PREFILLS = (256, 4096)
 SPECULATION = ("on", "off", "control")
 SPECULATION_PROMPT = 64
+ROUNDS = 3  # of every batch, an opening of engines
 PREFIX = 1 << 16
 SLOW_PREFILLS = 1  # theirs of 4,096 tokens takes half a minute
 Figures = dict[str, Any]
@@ -261,51 +269,126 @@ def total(runs: Sequence[Decode]) -> float:
     return sum(each.tokens for each in runs) / sum(each.seconds for each in runs)
 
 
+class InTurns:
+    """A batch that decodes while others do, a step of each in turn: what disturbs the machine disturbs all of them."""
+
+    def __init__(self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        """Submit the prompts and compute until each has its first token; `engine` runs no thread of its own."""
+        self._engine, self._seconds, told = engine, 0.0, [0] * len(prompts)
+
+        def count(at: int) -> None:
+            told[at] += 1
+
+        self._before = engine.stats()
+        self._streams = [
+            engine.submit(prompt, params, on_step=functools.partial(count, at)) for at, prompt in enumerate(prompts)
+        ]
+        while not all(told):
+            engine.step()
+        self._emitted = engine.stats().generated_tokens
+
+    @property
+    def runs(self) -> bool:
+        """Whether none of its requests has ended."""
+        return self._engine.stats().requests_done == self._before.requests_done
+
+    def step(self) -> None:
+        """Run one step on the clock."""
+        started = time.perf_counter()
+        self._engine.step()
+        self._seconds += time.perf_counter() - started
+
+    def finish(self) -> Decode:
+        """Return the window from the last one's first token to the end of the first; the others end off the clock."""
+        tokens = self._engine.stats().generated_tokens - self._emitted
+        while self._engine.step():
+            pass
+        for stream in self._streams:
+            list(stream)
+        after, before = self._engine.stats(), self._before
+        return Decode(
+            len(self._streams), tokens, self._seconds, after.accepted_drafts - before.accepted_drafts,
+            after.drafted_tokens - before.drafted_tokens, after.generated_tokens - before.generated_tokens,
+        )  # fmt: skip
+
+
+def in_turns(
+    engines: dict[str, LocalEngine], prompts: Sequence[Sequence[int]], params: SamplingParams, first: int
+) -> dict[str, Decode]:
+    """Decode the prompts by all engines, a step of each in turn; `first` begins, and each next turn its follower."""
+    runs = {name: InTurns(engine, prompts, params) for name, engine in engines.items()}
+    names = list(engines)
+    while any(run.runs for run in runs.values()):
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            if runs[name].runs:
+                runs[name].step()
+        first += 1
+    return {name: run.finish() for name, run in runs.items()}
+
+
 def measure_speculation(args: argparse.Namespace) -> Figures:
     """Tokens per second with a draft over those without, at every batch from 1 to 16, greedy and sampled.
 
-    Two equal engines do without: a round's ratio is that to their mean, `control` of one to the other, both medians of
-    all rounds; `total` is that of all tokens over all seconds. Each of --repeats opens engines anew, for where their
-    memory lies alone makes some 2 % faster; two after one another have the engines take turns in every order.
+    Two equal engines do without: `ratio` is that to both, `control` of one to the other, each of all tokens over all
+    seconds. The three have the same weights in memory and take a step in turn, since on a busy host a run of 48 steps
+    differs from its repetition by a tenth, neighbouring steps by less. Each of --repeats opens engines anew.
     """
     prompts = text_prompts(args.model, 16, SPECULATION_PROMPT)
+    model = aside(lambda: load_model(resolve_model(args.model)))
     got: dict[tuple[int, float], dict[str, list[Decode]]] = {}
     for repeat in range(args.repeats):
-        orders = list(itertools.permutations(SPECULATION))[repeat % 2 :: 2]
-        engines = {name: open_side(args, "helper", speculation=name == "on", max_requests=16) for name in SPECULATION}
+        plain = EngineOptions(prefix_cache=False, max_requests=16, threaded=False, native=True, speculation=False)
+        options = {"on": dataclasses.replace(plain, speculation=True), "off": plain, "control": plain}
+        engines = {name: build_engine(model, None, options[name]) for name in SPECULATION}
+
+        def decode(batch: int, temperature: float, first: int, engines: dict[str, LocalEngine]) -> dict[str, Decode]:
+            params = SamplingParams(max_tokens=args.tokens, temperature=temperature, seed=0, ignore_eos=True)
+            return in_turns(engines, prompts[:batch], params, first)
+
         for batch in (1, 16):  # the first runs of an engine are slow, and teach the depth what drafts cost
-            for llm in engines.values():
-                decode_window(llm.engine, prompts[:batch], tokens=args.tokens)
+            decode(batch, 0.0, 0, engines)
         for batch, temperature in itertools.product(range(1, 17), (0.0, 1.0)):
             runs = got.setdefault((batch, temperature), {name: [] for name in engines})
-            for order in orders:
-                for name in order:
-                    window = decode_window(
-                        engines[name].engine, prompts[:batch], tokens=args.tokens, settle=24, temperature=temperature
-                    )
+            for turn in range(ROUNDS):
+                for name, window in decode(batch, temperature, repeat + turn, engines).items():
                     runs[name].append(window)
-        for llm in engines.values():
-            llm.close()
+        for engine in engines.values():
+            engine.close()
+        print(f"{repeat + 1} of {args.repeats} openings", file=sys.stderr, flush=True)
     rows = [
         {"batch": batch, "temperature": temperature} | speculation_row(runs)
         for (batch, temperature), runs in got.items()
     ]
-    return {"rows": rows, "tokens": args.tokens, "prompt": SPECULATION_PROMPT, "rounds": 3 * args.repeats}
+    return {"rows": rows, "tokens": args.tokens, "prompt": SPECULATION_PROMPT, "rounds": ROUNDS * args.repeats}
 
 
 def speculation_row(runs: dict[str, list[Decode]]) -> Figures:
-    """Ratios of the engine `on` and of the two without a draft, with what was drafted."""
-    rates = {name: [each.tokens_per_s for each in those] for name, those in runs.items()}
-    plain = [(one + other) / 2 for one, other in zip(rates["off"], rates["control"], strict=True)]
+    """Ratios of the engine `on` and of the two without a draft, with their standard errors and what was drafted."""
+    both = [*zip(runs["off"], runs["control"], strict=True)]
+
+    def ratio(rounds: Sequence[int]) -> float:
+        return total([runs["on"][i] for i in rounds]) / total([each for i in rounds for each in both[i]])
+
+    def control(rounds: Sequence[int]) -> float:
+        return total([both[i][0] for i in rounds]) / total([both[i][1] for i in rounds])
+
     drafted, accepted = (sum(getattr(each, name) for each in runs["on"]) for name in ("drafted", "accepted"))
+    count = len(both)
     return {
-        "ratio": round(statistics.median(map(operator.truediv, rates["on"], plain)), 3),
-        "control": round(statistics.median(map(operator.truediv, rates["off"], rates["control"])), 3),
-        "total": round(total(runs["on"]) / total([*runs["off"], *runs["control"]]), 3),
+        "ratio": round(ratio(range(count)), 3), "ratio_error": round(jackknife(ratio, count), 4),
+        "control": round(control(range(count)), 3), "control_error": round(jackknife(control, count), 4),
         "acceptance": round(accepted / drafted, 3) if drafted else None, "drafted": drafted,
-        "tok_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
+        "tok_s": {name: round(total(those), 1) for name, those in runs.items()},
         "steps_s": round(statistics.median(each.steps_per_s for each in runs["on"]), 1),
     }  # fmt: skip
+
+
+def jackknife(figure: Callable[[Sequence[int]], float], count: int) -> float:
+    """Return the standard error of a figure of `count` rounds, from what it is without each; 0 for a single round."""
+    if count < 2:
+        return 0.0
+    without = [figure([i for i in range(count) if i != left]) for left in range(count)]
+    return math.sqrt((count - 1) / count * sum((each - statistics.fmean(without)) ** 2 for each in without))
 
 
 def measure_hits(args: argparse.Namespace) -> Figures:
