@@ -28,6 +28,21 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MOST:
                 raise SandboxError(f"{f.name}={value!r:.40}: not a {'whole ' * (kinds is int)}number > 0, < {MOST:.0e}")
 
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_mb` in bytes."""
+        return int(self.memory_mb * (1 << 20))
+
+    @property
+    def disk_bytes(self) -> int:
+        """`disk_mb` in bytes."""
+        return int(self.disk_mb * (1 << 20))
+
+    def of_process(self, *, memory: bool, spare: int = 0) -> dict[str, Any]:
+        """Return what `linux.limit` sets, of memory only where nothing else limits that."""
+        return {"processes": self.processes + spare, "open_files": self.open_files, "file_bytes": self.disk_bytes,
+                "address_bytes": self.memory_bytes if memory else None}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:

@@ -134,7 +134,7 @@ class Group:
 
 
 def _settings(controller: str, limits: Limits, unified: bool) -> list[tuple[str, str]]:
-    memory, quota = str(int(limits.memory_mb * 1024 * 1024)), int(limits.cpu * 100_000)
+    memory, quota = str(limits.memory_bytes), int(limits.cpu * 100_000)
     pids = [("pids.max", str(limits.processes + SPARE_PROCESSES))]
     if unified:
         found = {"memory": [("memory.max", memory), ("memory.swap.max", "0")], "cpu": [("cpu.max", f"{quota} 100000")]}

@@ -202,6 +202,12 @@ class Substrate(ABC):
         if spec.network and not self.proxies:
             raise SandboxError(f"{spec.substrate}: network={list(spec.network)}; only containers reach a list of names")
 
+    @property
+    def home(self) -> Home:
+        """What the keeper's half has; the copy inside has none."""
+        assert self._home is not None, "made in the process that is inside already"
+        return self._home
+
     def begin(self) -> None:
         """Begin what takes time, for `start` to wait for; raises SandboxError for what is missing."""
         if self._home:
@@ -278,10 +284,9 @@ class Substrate(ABC):
 
     def hand_over(self, ask: dict[str, Any], stdio: tuple[int, int, int]) -> Running:
         """Send a command with its three descriptors to the process in `home`; SandboxError where that has ended."""
-        assert self._home is not None, "made in the process that is inside already"
         text, (link, theirs) = linux.file_of(json.dumps(ask).encode()), linux.link()
         try:
-            socket.send_fds(self._home.control, [b"run"], [text, *stdio, theirs.fileno()])
+            socket.send_fds(self.home.control, [b"run"], [text, *stdio, theirs.fileno()])
         except OSError as error:
             link.close()
             raise SandboxError(f"sandbox {self._spec.id}: what runs its commands ended ({error})") from None
@@ -313,20 +318,18 @@ class Container(Substrate):
         self._hold = self._said = self._info = self._first = self._upper = self._outer = self._pid = -1
 
     def begin(self) -> None:
-        assert self._home is not None, "made in the process that is inside already"
         if not self._spec.layers:
             raise SandboxError(f"sandbox {self._spec.id}: an image needs at least one layer; start from Image.host()")
         self._info, info_w = os.pipe()
         self._said, said_w = os.pipe()
         first, hold = self._first_process()
         ask = json.dumps([str(self._box), asdict(self._spec), first])
-        socket.send_fds(self._home.launcher, [ask.encode()], [info_w, said_w, hold])
+        socket.send_fds(self.home.launcher, [ask.encode()], [info_w, said_w, hold])
         linux.close(info_w, said_w, hold)
 
     def start(self) -> None:
-        assert self._home is not None, "made in the process that is inside already"
         try:
-            self._home.meet(self._box, self._spec)
+            self.home.meet(self._box, self._spec)
             facts = until_ready(self._info, START_S)
             if facts.startswith(b"{"):  # else it said why not
                 self._take_namespaces(json.loads(facts)["child-pid"])
@@ -351,9 +354,8 @@ class Container(Substrate):
             raise
 
     def settle(self) -> None:
-        assert self._home is not None, "made in the process that is inside already"
-        socket.send_fds(self._home.control, [b"enter"], [self._ns[name] for name in ENTERED])
-        self._upper, self._outer = socket.recv_fds(self._home.launcher, 16, 2)[1]
+        socket.send_fds(self.home.control, [b"enter"], [self._ns[name] for name in ENTERED])
+        self._upper, self._outer = socket.recv_fds(self.home.launcher, 16, 2)[1]
 
     def _first_process(self) -> tuple[list[str], int]:
         """Return the first program and a descriptor it reads; it says `ready`, and ends when ours of that closes."""
@@ -446,7 +448,7 @@ class Container(Substrate):
                  "--unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --hostname sandbox --die-with-parent",
                  "--new-session --as-pid-1 --cap-drop ALL --clearenv", self.root_bind, "/tmp /"]  # fmt: skip
         words += [f"--ro-bind /{name} /{name}" for name in host_parts(self._spec.base == "host")]
-        shared = int(self._spec.limits.memory_mb * 1024 * 1024) // 2
+        shared = self._spec.limits.memory_bytes // 2
         words += [f"--proc /proc --dev /dev --size {shared} --tmpfs /dev/shm --remount-ro /dev --chdir /",
                   f"--info-fd {info}", "--" if self.nested else f"--disable-userns --seccomp {rules} --"]  # fmt: skip
         return " ".join(map(str, words)).split()
@@ -459,14 +461,7 @@ class Container(Substrate):
         self._first, self._pid = os.pidfd_open(pid), pid
 
     def _limit(self) -> None:
-        limits = self._spec.limits
-        megabyte = 1024 * 1024
-        linux.limit(
-            processes=limits.processes + SPARE_PROCESSES,
-            open_files=limits.open_files,
-            file_bytes=int(limits.disk_mb * megabyte),
-            address_bytes=None if self.grouped else int(limits.memory_mb * megabyte),
-        )
+        linux.limit(**self._spec.limits.of_process(memory=not self.grouped, spare=SPARE_PROCESSES))
 
     def _enter(self, *names: str) -> None:
         for name in names:

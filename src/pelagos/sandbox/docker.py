@@ -123,7 +123,6 @@ class Docker(Guest):
     def _wanted(self, image: str, place: Path) -> dict[str, Any]:
         """Return what the engine is asked to make."""
         limits = self._spec.limits
-        megabyte = 1024 * 1024
         host = self._spec.base == "host"
         usr = "/usr" if host else f"{OURS}/usr"
         # An image of its own system may have no Python, or one for another C library: the host's goes in with its own.
@@ -139,9 +138,9 @@ class Docker(Guest):
             "Labels": self._labels | {"pelagos.box": self._box.name},
             "HostConfig": {
                 "NetworkMode": "none", "CapDrop": ["ALL"], "CapAdd": ["SETUID", "SETGID", "KILL"],
-                "SecurityOpt": ["no-new-privileges"], "Memory": int(limits.memory_mb * megabyte),
-                "MemorySwap": int(limits.memory_mb * megabyte), "NanoCpus": int(limits.cpu * 1e9),
-                "PidsLimit": limits.processes + 1, "ShmSize": int(limits.memory_mb * megabyte) // 2,
+                "SecurityOpt": ["no-new-privileges"], "Memory": limits.memory_bytes,
+                "MemorySwap": limits.memory_bytes, "NanoCpus": int(limits.cpu * 1e9),
+                "PidsLimit": limits.processes + 1, "ShmSize": limits.memory_bytes // 2,
                 "MaskedPaths": ["/sys", *(f"/proc/{name}" for name in _MASKED)],
                 "Mounts": [{"Type": "bind", "Source": s, "Target": t, "ReadOnly": True} for t, s in mounts.items()],
             },
@@ -162,8 +161,7 @@ class Docker(Guest):
     def _limits(self) -> dict[str, int | None]:
         # The uid inside may be anybody's outside, whose processes would count: the engine's limit is the limit.
         grouped = self.capabilities.memory_limit == "cgroup"
-        memory = None if grouped else int(self._spec.limits.memory_mb * 1024 * 1024)
-        return super()._limits() | {"processes": None, "address_bytes": memory}
+        return self._spec.limits.of_process(memory=not grouped) | {"processes": None}
 
     def inside(self, task: str, arguments: dict[str, Any]) -> tuple[int, Callable[[], bool]]:
         tasks = {"disk": self._disk, "pack": self._pack}

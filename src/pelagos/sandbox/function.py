@@ -35,12 +35,9 @@ class Function(Container):
     def _first_process(self) -> tuple[list[str], int]:
         self._control, theirs = linux.link()
         limits = self._spec.limits
-        disk = int(limits.disk_mb * 1024 * 1024)
-        address = None if self._group else int(limits.memory_mb * 1024 * 1024)
         settings = {
-            "ready": READY, "uid": INSIDE_UID, "disk": disk, "filter": self._filter.hex(),
-            "limits": {"processes": limits.processes + 1, "open_files": limits.open_files, "file_bytes": disk,
-                       "address_bytes": address},
+            "ready": READY, "uid": INSIDE_UID, "disk": limits.disk_bytes, "filter": self._filter.hex(),
+            "limits": limits.of_process(memory=not self._group, spare=1),
         }  # fmt: skip
         start = f"module.serve(c, {settings!r})"
         program = linux.file_of(f"{linux.modules_as_program('linux', 'worker')}{start}".encode())

@@ -208,7 +208,7 @@ class Keeper:
                 self._log.close()  # else it goes with this process, of which who waits for that finds nothing left
 
     async def _watch(self) -> None:
-        limit = self._spec.limits.disk_mb * 1024 * 1024
+        limit = self._spec.limits.disk_bytes
         pause, rest, last = WATCH_S, 1.0, -1
         while True:
             busy = self._active > 0
@@ -468,7 +468,7 @@ class Keeper:
             await before
             self._substrate.pause(True)
             try:
-                return await self._task("pack", most=int(self._spec.limits.disk_mb * 1024 * 1024))
+                return await self._task("pack", most=self._spec.limits.disk_bytes)
             finally:
                 self._substrate.pause(self._paused)
         finally:
@@ -488,7 +488,7 @@ class Keeper:
             raise SandboxError(f"{self._spec.substrate}: stateless, it has no files to reach (files=none)")
         out, ended = self._substrate.inside(name, arguments)
         try:
-            most = 2 * (FILE_BYTES + int(self._spec.limits.disk_mb * 1024 * 1024))  # a guest may send for ever
+            most = 2 * (FILE_BYTES + self._spec.limits.disk_bytes)  # a guest may send for ever
             data = await self._loop.until_end(out, most=most)
         finally:
             os.close(out)

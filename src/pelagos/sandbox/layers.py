@@ -243,16 +243,8 @@ class Image:
 
         with tempfile.TemporaryDirectory(dir=store.root) as place:
             # In mounts of its own: what it mounts and forgets ends with it.
-            words = [
-                "unshare",
-                "-m",
-                "debootstrap",
-                "--variant=minbase",
-                f"--include={','.join(packages)}",
-                suite,
-                f"{place}/root",
-            ]
-            words += [mirror] if mirror else []
+            words = "unshare -m debootstrap --variant=minbase".split()
+            words += [f"--include={','.join(packages)}", suite, f"{place}/root", *([mirror] if mirror else [])]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 raise SandboxError(f"debootstrap {suite}: {(done.stdout + done.stderr).strip()[-600:]}")

@@ -92,14 +92,13 @@ class TrajectoryLog:
             except BlockingIOError:
                 raise TrajectoryError(f"{path}: another process writes this log; one keeper at a time") from None
             log: Self | None = None
-            for offset, previous, head, record in _verified(path):
+            for previous, head, record, offset, end in _verified(path):
                 if log is None:
                     log = cls(directory, fd, record)
                 log._index(offset, previous, record)
-                log._seq, log._head = record["seq"], head
+                log._size, log._seq, log._head = end, record["seq"], head
             if log is None:
                 raise TrajectoryError(f"{path}: no header; the log is damaged")
-            log._size = _whole_bytes(path)
             if log._size < os.fstat(fd).st_size:
                 os.ftruncate(fd, log._size)
                 os.fsync(fd)
@@ -272,7 +271,7 @@ class TrajectoryLog:
 
 def read_records(directory: Path) -> Iterator[dict[str, Any]]:
     """Verify a log while reading it, without the writer's lock; a torn tail is left alone."""
-    return (record for _, _, _, record in _verified(directory / NAME))
+    return (record for _, _, record, *_ in _verified(directory / NAME))
 
 
 def read_blob(directory: Path, blob: Mapping[str, Any]) -> bytes:
@@ -295,7 +294,7 @@ def read_blob(directory: Path, blob: Mapping[str, Any]) -> bytes:
 def verify(directory: Path, *, head: str | None = None) -> tuple[int, str]:
     """Check every record and blob; return (records, head). TrajectoryError where `head` is not in the chain."""
     count, last, seen = 0, GENESIS, head is None
-    for _, _, last, record in _verified(directory / NAME):
+    for _, last, record, *_ in _verified(directory / NAME):
         count, seen = count + 1, seen or last == head
         for blob in [*record.get("blobs", {}).values(), *_named_blobs(record.get("args", {}))]:
             read_blob(directory, blob)
@@ -307,12 +306,12 @@ def verify(directory: Path, *, head: str | None = None) -> tuple[int, str]:
 def export(directory: Path, target: Path) -> str:
     """Write a verified log and its blobs as one tar, the same bytes for the same log; return the head."""
     _, head = verify(directory)
-    whole = _whole_bytes(directory / NAME)
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for path in [directory / NAME, *sorted((directory / "blobs").glob("*"))]:
             if path.suffix == ".new":
                 continue
-            data = path.read_bytes()[: whole if path.name == NAME else None]
+            data = path.read_bytes()
+            data = data[: data.rfind(b"\n") + 1] if path.name == NAME else data
             info = tarfile.TarInfo(str(path.relative_to(directory)))
             info.size, info.mode = len(data), 0o444
             tar.addfile(info, io.BytesIO(data))
@@ -367,8 +366,8 @@ def _checked(path: Path, offset: int, previous: str, line: bytes) -> tuple[str, 
     return head.decode("ascii"), json.loads(body)
 
 
-def _verified(path: Path) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-    """(offset, hash before, hash, record) of each acknowledged record; a tail without newline ends it quietly."""
+def _verified(path: Path) -> Iterator[tuple[str, str, dict[str, Any], int, int]]:
+    """(hash before, hash, record, offset, end) of each acknowledged record; a tail without newline ends it quietly."""
     offset, previous, seq = 0, GENESIS, 0
     with path.open("rb") as file:
         for line in file:
@@ -383,13 +382,8 @@ def _verified(path: Path) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
                     f"{path}: record {record['seq']} of format {record.get('format')} at byte {offset}, "
                     f"expected record {seq} of format {FORMAT}"
                 )
-            yield offset, previous, head, record
+            yield previous, head, record, offset, offset + len(line)
             offset, previous, seq = offset + len(line), head, seq + 1
-
-
-def _whole_bytes(path: Path) -> int:
-    data = path.read_bytes()
-    return data.rfind(b"\n") + 1
 
 
 def _sync_directory(path: Path) -> None:

@@ -39,11 +39,10 @@ class Guest(Substrate):
 
     def _hand_up(self, ask: dict[str, Any], *fds: int) -> str:
         """Have the process of `Home` bring the guest up; return "" or why it did not come."""
-        assert self._home is not None, "made in the process that is inside already"
-        self._home.meet(self._box, self._spec)
+        self.home.meet(self._box, self._spec)
         ready, ready_w = os.pipe()
         self._ended, ended_w = os.pipe()
-        socket.send_fds(self._home.control, [json.dumps(ask).encode()], [ready_w, ended_w, *fds])
+        socket.send_fds(self.home.control, [json.dumps(ask).encode()], [ready_w, ended_w, *fds])
         linux.close(ready_w, ended_w, *fds)
         said = until_ready(ready, self.boot_s)
         os.close(ready)
@@ -71,9 +70,7 @@ class Guest(Substrate):
             os.close(ended)
 
     def _limits(self) -> dict[str, int | None]:
-        limits = self._spec.limits
-        return {"processes": limits.processes, "open_files": limits.open_files, "address_bytes": None,
-                "file_bytes": int(limits.disk_mb * 1024 * 1024)}  # fmt: skip
+        return self._spec.limits.of_process(memory=False)
 
     def spawn(self, command: Command, stdio: tuple[int, int, int]) -> Running:
         ask = {"argv": command.argv, "env": ENVIRONMENT | dict(command.env), "cwd": command.cwd}

@@ -89,7 +89,6 @@ class VirtualMachine(Guest):
         )  # fmt: skip
 
     def start(self) -> None:
-        assert self._home is not None, "made in the process that is inside already"
         tools(self.program)
         limits = replace(self._spec.limits, memory_mb=self._spec.limits.memory_mb + OVERHEAD_MB,
                          processes=self._spec.limits.processes + 256)  # fmt: skip
