@@ -31,11 +31,11 @@ FLOORS = (
     ("__main__",),
 )
 LINE_CEILINGS = {
-    "cli": 1226, "posttrain": 2000, "evals": 1370, "serve": 4810, "agent": 250, "train": 4265, "engine": 5005,
+    "cli": 1226, "posttrain": 2000, "evals": 1369, "serve": 4808, "agent": 250, "train": 4265, "engine": 5005,
     "model": 3690, "checkpoint": 715, "tasks": 750, "kernels": 11205, "parallel": 110, "chat": 970, "cost": 750,
-    "sandbox": 5650, "config": 370, "errors": 65, "numerics": 195,
+    "sandbox": 5637, "config": 370, "errors": 65, "numerics": 195,
 }  # fmt: skip
-HOUSE_CEILING = 41_612
+HOUSE_CEILING = 41_599
 FILE_CEILING = 800
 # Rooms whose code never sees a device.
 DEVICE_FREE = ("chat", "cost", "sandbox")
