@@ -75,8 +75,7 @@ def ablate(
 
     Writes OUT/ARM (a run directory each), OUT/STUDY.json, OUT/STUDY.md and, where matplotlib is, OUT/STUDY.png.
     """
-    rows = []
-    arms = arms_of(study, model, config)
+    rows, arms = [], arms_of(study, model, config)
     budget = training_flops(dataclasses.replace(model, **arms[0].model), config.row_tokens) * config.steps
     for arm in arms:
         shape = dataclasses.replace(model, **arm.model)

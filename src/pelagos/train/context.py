@@ -15,17 +15,16 @@ from torch.nn import functional
 from pelagos.config import ModelConfig
 from pelagos.errors import ConfigError
 from pelagos.model.attention import CSA_RATIO, Step
+from pelagos.model.cache import FullSequence
 from pelagos.train.ranks import Line, Trip
 
 
-class Context:
+class Context(FullSequence):
     """The memory of a forward over one rank's part of the rows, a `Cache`; and that part itself.
 
     A part of whole compression windows needs the m rows of the one before it, any other up to 2m - 1: a window lies
     across the border, and the overlapping half of it before that. `capped` sends m all the same.
     """
-
-    position = 0
 
     def __init__(self, config: ModelConfig, line: Line, *, capped: bool = False) -> None:
         self.config, self.line, self.capped, self.size = config, line, capped, 0
@@ -50,12 +49,6 @@ class Context:
         """Return the memory of a layer."""
         return ContextLayer(self, self.config.compress_ratios[index] if index < len(self.config.compress_ratios) else 0)
 
-    def check_room(self, tokens: int) -> None:
-        """Nothing is held."""
-
-    def advance(self, tokens: int) -> None:
-        """Nothing is held."""
-
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the parts of the rows, without a gradient."""
         return self.line.sum(x.detach())
@@ -66,7 +59,7 @@ class Context:
         return count.clamp_min(1) / self.sum(count).clamp_min(1)
 
 
-class ContextLayer:
+class ContextLayer(FullSequence):
     """One layer's borders and entries of ratio `ratio`: a `LayerCache`."""
 
     def __init__(self, context: Context, ratio: int) -> None:

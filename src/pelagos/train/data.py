@@ -85,9 +85,7 @@ class ShardWriter:
     def __init__(self, directory: Path, split: str, kinds: Sequence[str] = KINDS, *, wide: bool = False) -> None:
         self.dtype = np.dtype("<u4" if wide else "<u2")
         self._directory, self._split, self._kinds = directory, split, list(kinds)
-        self._lengths: list[int] = []
-        self._kind_ids: list[int] = []
-        self._sizes: list[int] = []
+        self._lengths, self._kind_ids, self._sizes = list[int](), list[int](), list[int]()
         self._held: list[bytes] = []
         self._path = directory / f"{split}.tokens"
         self._path.write_bytes(b"")
@@ -216,8 +214,7 @@ class PackedBatches:
 
     def next(self, rows: int | None = None) -> Batch:
         """Return the next `rows` rows (default `batch_rows`), running on into the next epoch."""
-        parts: list[Batch] = []
-        missing = self.batch_rows if rows is None else rows
+        parts, missing = list[Batch](), self.batch_rows if rows is None else rows
         while missing:
             stop = min(self._cursor + missing, len(self._plan.row_starts) - 1)
             if stop > self._cursor:

@@ -51,9 +51,9 @@ class Share:
         self.buckets = [[piece for piece, to in dealt if to == owner] for owner in range(owners.size)]
         self.parts = {part: [[p for p in bucket if part_of(p) == part] for bucket in self.buckets]
                       for part in dict.fromkeys(part_of(piece) for piece, _ in dealt)}  # fmt: skip
-        self.width = max(sum(p.value.numel() for p in bucket) for bucket in self.buckets)
+        width = max(sum(p.value.numel() for p in bucket) for bucket in self.buckets)
         self.own = self.buckets[owners.rank]
-        self.total = torch.zeros(self.width, device=dealt[0][0].value.device)
+        self.total = torch.zeros(width, device=dealt[0][0].value.device)
         self.sums = dict(zip((piece.key for piece in self.own), _views(self.total, self.own), strict=True))
         self.counted = line.rank < owners.size  # whether the norm counts this rank's pieces
         self._going: deque[tuple[Callable[[], Tensor], str, int]] = deque()

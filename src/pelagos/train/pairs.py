@@ -111,8 +111,7 @@ def small_talk() -> list[Pair]:
 
 def conversations(groups: Iterable[list[Pair]], rng: random.Random) -> list[Conversation]:
     """Make conversations of 1 to 4 turns; a group holds the pairs of one document, some of which stay together."""
-    talks: list[list[Pair]] = []
-    loose: list[Pair] = []
+    talks, loose = list[list[Pair]](), list[Pair]()
     for group in groups:
         group = rng.sample(group, len(group))
         turns = rng.randint(2, 4) if len(group) > 2 and rng.random() < 0.3 else 0

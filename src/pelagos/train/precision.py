@@ -4,7 +4,6 @@ Source: technical report 4, 5.2.1; V3's FP8 framework.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +17,11 @@ from pelagos.model.experts import Experts
 from pelagos.model.layers import Linear
 
 
-class _Fp8Gradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return numerics.fake_quant_fp8(grad, numerics.ACT_BLOCK)
-
-
 def fp8_gradient(x: Tensor) -> Tensor:
     """Return x as it is; its gradient passes through FP8 in 1x128 blocks, for the experts' products before it."""
-    return _Fp8Gradient.apply(x)
+    if x.requires_grad:
+        x.register_hook(lambda grad: numerics.fake_quant_fp8(grad, numerics.ACT_BLOCK))
+    return x
 
 
 def set_precision(model: Transformer, kind: str, *, fp8: bool = False) -> None:

@@ -66,11 +66,11 @@ class Trip:
 
     def leave(self, rows: Tensor) -> Tensor:
         """Start to send; return a token of the rows' shape."""
-        return _Leave.apply(self, rows)
+        return _Way.apply(self, rows, True)
 
     def arrive(self, token: Tensor) -> Tensor:
         """Wait, and return what came."""
-        return _Arrive.apply(self, token)
+        return _Way.apply(self, token, False)
 
     def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
         """Start one of the two ways; return where rows arrive."""
@@ -90,27 +90,20 @@ class Trip:
         return got
 
 
-class _Leave(torch.autograd.Function):
+class _Way(torch.autograd.Function):
+    """Either end of a trip; the backward comes from the other one."""
+
     @staticmethod
-    def forward(ctx: Any, trip: Trip, rows: Tensor) -> Tensor:
-        ctx.trip = trip
+    def forward(ctx: Any, trip: Trip, rows: Tensor, leaves: bool) -> Tensor:
+        ctx.trip, ctx.leaves = trip, leaves
+        if not leaves:
+            return trip.wait()
         trip.start(rows)
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, ctx.trip.wait()
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, trip: Trip, token: Tensor) -> Tensor:
-        ctx.trip = trip
-        return trip.wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, ctx.trip.start(grad, back=True)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.trip.wait() if ctx.leaves else ctx.trip.start(grad, back=True), None
 
 
 class Ranks:

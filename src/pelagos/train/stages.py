@@ -44,19 +44,6 @@ def cut_layers(model: Transformer, stage: int, stages: int) -> None:
             delattr(model, f"hc_head_{name}")
 
 
-class Stage(PipelineStage):
-    """A stage that tells when a micro-batch's gradients are complete, so that they are added in their order."""
-
-    def __init__(self, done: Callable[[], None], *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._done = done
-
-    def backward_one_chunk(self, *args: Any, **options: Any) -> Any:
-        out = super().backward_one_chunk(*args, **options)
-        self._done()
-        return out
-
-
 class Pipeline(nn.Module):
     """Runs this rank's micro-batches through all stages; `done` is called after each one's backward here.
 
@@ -111,7 +98,9 @@ class Pipeline(nn.Module):
                    torch.empty(2, device=device, requires_grad=True))  # fmt: skip
         inputs = stacked[0][:rows] if self.first else between
         outputs = torch.empty(1, device=device, requires_grad=True) if self.last else between
-        stage = Stage(self._done, self, pp.rank, pp.size, device, inputs, outputs, group=pp.group)
+        stage = PipelineStage(self, pp.rank, pp.size, device, inputs, outputs, group=pp.group)
+        backward = stage.backward_one_chunk  # behind which a micro-batch's gradients are complete, added in their order
+        stage.backward_one_chunk = lambda *args, **options: (backward(*args, **options), self._done())[0]
         kind = Schedule1F1B if train else ScheduleGPipe
         schedule = kind(stage, len(batches), lambda out, _: out.sum() * share, scale_grads=False)
         target = torch.zeros(len(batches), device=device) if self.last else None

@@ -81,8 +81,7 @@ class Trainer:
             lora.attach(self.model, config.lora_rank, config.seed)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
-        schedule = SCHEDULES[config.newton_schulz]
-        options = OptimConfig(newton_schulz=schedule, muon=config.optimizer == "muon")
+        options = OptimConfig(newton_schulz=SCHEDULES[config.newton_schulz], muon=config.optimizer == "muon")
         alone = self.ranks.size == 1
         self.optimizer = Optimizer(self.model, options) if alone else Owners(self.model, options, self.ranks, config)
         self.step, self.best, self.stale, self.tokens = 0, math.inf, 0, 0
