@@ -149,7 +149,8 @@ class _StraightThrough(torch.autograd.Function):
     """Forward the second argument, hand the gradient to the first; exact where x + (q - x).detach() is not."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, quantised: Tensor) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, quantised: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # what has no gradient leaves none, not zeros
         return quantised.view_as(quantised)
 
     @staticmethod
@@ -157,7 +158,8 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _with_gradient(x: Tensor, quantised: Tensor) -> Tensor:
+def straight_through(x: Tensor, quantised: Tensor) -> Tensor:
+    """Return what stands for x; x takes its gradient, in its own dtype."""
     return _StraightThrough.apply(x, quantised) if x.requires_grad else quantised
 
 
@@ -168,7 +170,7 @@ def fake_quant_fp8(x: Tensor, block: tuple[int, int]) -> Tensor:
     """
     plain = x.detach().float()
     scale = _spread(_block_scale(plain, block, E4M3_MAX, FP8_AMAX_FLOOR), plain.shape, block)
-    return _with_gradient(x, (_to_e4m3(plain / scale).float() * scale).to(x.dtype))
+    return straight_through(x, (_to_e4m3(plain / scale).float() * scale).to(x.dtype))
 
 
 def fake_quant_fp4(x: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def fake_quant_fp4(x: Tensor) -> Tensor:
     _check_group(x.shape[-1])
     plain = x.detach().float().unflatten(-1, (-1, FP4_GROUP))
     scale = _scale(plain.abs().amax(-1, keepdim=True), E2M1_MAX, FP4_AMAX_FLOOR)
-    return _with_gradient(x, (_round_e2m1(plain / scale) * scale).flatten(-2).to(x.dtype))
+    return straight_through(x, (_round_e2m1(plain / scale) * scale).flatten(-2).to(x.dtype))
 
 
 def hadamard(x: Tensor) -> Tensor:

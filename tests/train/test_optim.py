@@ -227,3 +227,18 @@ def test_initialisation_is_a_function_of_the_seed():
     assert torch.equal(table, again.layers[0].ffn.gate.tid2eid)
     initialise(first, 4)
     assert all(torch.equal(a, c) for a, c in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_products_see_what_a_fused_update_changed() -> None:
+    """On a device AdamW is fused and counts no version of what it changes: casts kept for a step go all the same."""
+    model = small_model()
+    optimizer = Optimizer(model, OptimConfig(muon=False))
+    for group in optimizer._adam.param_groups:
+        group["fused"] = True
+    linear = model.layers[0].attn.wq_a
+    before = linear.effective_weight(torch.bfloat16).detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0.1)
+    assert not torch.equal(linear.effective_weight(torch.bfloat16), before)
+    assert torch.equal(linear.effective_weight(torch.bfloat16), linear.weight.bfloat16())

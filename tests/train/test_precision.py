@@ -7,6 +7,8 @@ import torch
 from tests.train.small import packed, small_model
 
 from pelagos import numerics
+from pelagos.model.experts import Experts
+from pelagos.model.layers import Linear
 from pelagos.train.objective import LossWeights, losses
 from pelagos.train.precision import Stored, fp4_binades, set_precision
 
@@ -75,3 +77,34 @@ def test_stored_rounds_and_keeps_masters():
     assert float(norm.detach().mean()) == pytest.approx(1.0201, abs=4e-3)
     assert float(stored.masters["norm.weight"].mean()) == pytest.approx(1.0201, abs=1e-5)
     assert {n.split(".")[-1] for n in stored.masters} == {"weight"}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "released"])
+def test_micro_batches_under_way_keep_one_cast_of_a_weight(kind):
+    """Autograd holds the same storage for two forwards, in BF16; after an update it is made anew."""
+    model, graphs = small_model(1), []
+    model.carrier = torch.bfloat16
+    set_precision(model, kind)
+    held: list[dict[int, torch.Tensor]] = [{}, {}]
+    for seen in held:
+
+        def keep(tensor, seen=seen):
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            graphs.append(losses(model, *packed([[128, 100]], 256), LossWeights(), dense=True).total)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shared = sum(held[0][place].untyped_storage().nbytes() for place in (held[0].keys() & held[1].keys()) - own)
+    # Compressors take float32 as it is, an indexer's inputs want no gradient, the head is the loss's own.
+    modules = [m for n, m in model.named_modules() if not {"compressor", "indexer", "head"} & set(n.split("."))]
+    linear = [m for m in modules if isinstance(m, Linear) and m.product is None]  # FP8 products quantise for each way
+    experts = [m for m in modules if isinstance(m, Experts) and m.master]
+    weights = [m.weight for m in linear] + [w for m in experts for w in (m.w13, m.w2)]
+    assert shared >= 2 * sum(weight.numel() for weight in weights) > 0
+    sum(graphs).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        fresh = [m.effective_weight(torch.bfloat16) for m in linear]
+    assert all(torch.equal(m.effective_weight(torch.bfloat16), weight) for m, weight in zip(linear, fresh, strict=True))

@@ -5,7 +5,6 @@ What it means: `model.attention.Compressor` with its rows and pool; there is not
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -17,4 +16,4 @@ def pool(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, opens: Tensor, *, r
     """
     from pelagos.kernels.triton.compressor import Pool
 
-    return Pool.apply(x, torch.cat((wkv, wgate)), ape, opens, ratio, width)
+    return Pool.apply(x, wkv, wgate, ape, opens, ratio, width)

@@ -15,7 +15,7 @@ from pelagos.config import ModelConfig
 from pelagos.kernels import grouped_experts
 from pelagos.kernels.ref import experts as ops
 from pelagos.kernels.ref.gemm import elementwise, linear, ordered_linear
-from pelagos.model.layers import Linear, quantize_activations, quantize_weight
+from pelagos.model.layers import Linear, in_product, quantize_activations
 
 FEW_TOKENS = 3  # up to here a loop over the chosen experts is quicker than sorting tokens
 
@@ -63,22 +63,23 @@ class Experts(nn.Module):
         self.limit = float(config.swiglu_limit)
         self.release = "fp8" if config.expert_dtype == "fp8" else "fp4"
         self.stored = self.release
-        self.simulate = False
-        self.master = False
+        self.simulate = self.master = False
         self.hits: Tensor | None = None  # training: counters of `ops.swiglu`, and what sees the products' gradients
         self.leave: ops.Quantizer | None = None
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, multiple: int = 0) -> Tensor:
         """Return the weighted sum (T, D) float32 of the chosen experts for x (T, D); for `multiple` see `mixture`."""
-        w13, w2 = self.w13, self.w2
-        if self.master:
-            w13, w2 = quantize_weight(w13, self.stored), quantize_weight(w2, self.stored)
-        quantize = quantize_activations if self.simulate and self.stored in ("fp8", "fp4") else None
-        inputs = (x, chosen, weights, w13, w2, self.limit, quantize)
+        inputs = (x, chosen, weights, *self.in_products(x.dtype))
         if x.is_cuda and x.dtype == torch.bfloat16:
             return grouped_experts.mixture(*inputs, self.hits, self.leave)
         few = x.shape[0] <= FEW_TOKENS and not x.is_cuda
         return ops.mixture_few(*inputs) if few else ops.mixture(*inputs, multiple, self.hits, self.leave)
+
+    def in_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float, ops.Quantizer | None]:
+        """Return w13, w2, limit and quantizer as `mixture` takes them; masters that nobody quantises as they are."""
+        own = [in_product(w, self.stored, dtype) if self.master else w for w in (self.w13, self.w2)]
+        quantized = self.simulate and self.stored in ("fp8", "fp4")
+        return own[0], own[1], self.limit, quantize_activations if quantized else None
 
     def released(self, dot: str) -> Iterator[tuple[str, Tensor, str]]:
         """Yield (official name after `dot`, live view, released format) of each expert's weights."""

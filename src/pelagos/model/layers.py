@@ -24,10 +24,20 @@ def quantize_activations(x: Tensor) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, stored: str) -> Tensor:
-    """Simulate a weight's stored format (`fp8` or `fp4`; others pass), with a straight-through gradient."""
+    """Simulate a weight's stored format (`fp8` or `fp4`, else as it is), with a straight-through gradient."""
     if stored == "fp8":
         return numerics.fake_quant_fp8(weight, numerics.FP8_BLOCK)
     return numerics.fake_quant_fp4(weight) if stored == "fp4" else weight
+
+
+def in_product(weight: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
+    """Return a weight as a product takes it, straight through; micro-batches share a trained one's until it changes."""
+    if not (weight.is_leaf and weight.requires_grad and torch.is_grad_enabled()):
+        return quantize_weight(weight, stored).to(dtype)
+    kept, key = weight.__dict__, (weight._version, weight.data_ptr(), stored, dtype)
+    if kept.get("made_of") != key:
+        kept["made"], kept["made_of"] = quantize_weight(weight.detach(), stored).to(dtype), key
+    return numerics.straight_through(weight, kept["made"])
 
 
 class Linear(nn.Module):
@@ -36,17 +46,14 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, release: str, *, simulate_input: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.release = release
-        self.stored = release
+        self.release = self.stored = release
         self.simulate_input = simulate_input
-        self.simulate = False
-        self.master = False
+        self.simulate = self.master = False
         self.product: Callable[[Tensor, Tensor], Tensor] | None = None  # training in FP8: x and master weight to x W^T
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight the product uses, in `dtype`."""
-        weight = quantize_weight(self.weight, self.stored) if self.master else self.weight
-        return weight.to(dtype)
+        return in_product(self.weight, self.stored if self.master else "", dtype)
 
     @property
     def quantizes_input(self) -> bool:

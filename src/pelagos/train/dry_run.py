@@ -186,7 +186,8 @@ def layout(
     if gpus > 1:
         way = 8 * (dense + UNDER_WAY * ep * experts // max(1, round(layers * stage)))
         held = 4 * own + (way if ordered else held)
-    casts = 2 * (dense - ends)  # of float32 weights to BF16; those of experts are made again
+    # Dense weights in BF16, once for all micro-batches; the head's gradients, of the forward (not on a first stage)
+    casts = 2 * (dense - ends) + 4 * (pp == 1) * (1 + config.num_nextn_predict_layers) * parts["head"]
     # On top: notes of indexers and counted choices in the loss, or an expert's backward before it lets go of anything.
     notes = 2 * row * config.layer_ratios.count(CSA_RATIO) / pp + 8 * k * config.n_routed_experts
     last = max(notes, 2 * k * (2 * d + 3 * f))
@@ -207,7 +208,7 @@ def layout(
     return Layout(
         gpus=gpus, pp=pp, ep=ep, cp=cp, micro_batches=micro, weights=4 * (dense + experts), gradients=held,
         optimizer=4 * own + 4 * own_ends,
-        activations=int(min(pp, micro) * (part * kept(config, row) / pp + casts) + part * last),
+        activations=int(min(pp, micro) * part * kept(config, row) / pp + casts + part * last),
         compute_s=compute, experts_s=sent / link, seen_s=max(0.0, sent / link - hidden),
         stages_s=0.0 if pp == 1 else 4 * (n + 1) * d * tokens / data / FAR_LINK,
         sync_s=sync if gpus > 1 else 0.0,
@@ -249,5 +250,6 @@ def simulated(name: str, config: ModelConfig, gpus: int, row: int = 4096) -> str
         )
     near = "stays in a node" if found[0].ep <= NODE else "crosses nodes: smaller groups do not fit or take longer"
     count = sum(one.fits for one in found)
+    near += "; parts of rows (cp) run on CPUs only as yet" if found[0].cp > 1 else ""
     lines.append(f"why: the quickest of {count} that fit, of {len(found)} layouts; its experts' exchange {near}")
     return "\n".join(lines)

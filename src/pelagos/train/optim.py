@@ -188,6 +188,7 @@ class Optimizer:
         """Apply one update at learning rate `lr` from the gradients in place; parameters without one are left."""
         for group in self._adam.param_groups:
             group["lr"] = lr
+            torch.autograd.graph.increment_version(group["params"])  # which a fused update does not
         self._adam.step()
         live = {key: g for key in self._buffers if (g := self.own[key].value.grad) is not None}
         if not live:

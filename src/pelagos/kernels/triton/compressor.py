@@ -74,11 +74,11 @@ def _shapes(ape: Tensor, ratio: int, width: int) -> dict[str, int]:
 
 
 class Pool(torch.autograd.Function):
-    """`kernels.compressor.pool` over joined weights (2 span, I)."""
+    """`kernels.compressor.pool`; the backward joins and casts masters again: no micro-batch keeps a cast."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, ape, opens, ratio, width):
-        flat, weight, count = x.reshape(-1, x.shape[-1]), weight.to(x.dtype), opens.shape[1]
+    def forward(ctx: Any, x, wkv, wgate, ape, opens, ratio, width):
+        flat, weight, count = x.reshape(-1, x.shape[-1]), torch.cat((wkv, wgate)).to(x.dtype), opens.shape[1]
         both = torch.mm(flat, weight.T, out_dtype=torch.float32) if x.is_cuda else flat @ weight.T
         pooled = x.new_empty((len(x), count, width))
         levels = torch.empty_like(pooled, dtype=torch.float32)
@@ -87,13 +87,13 @@ class Pool(torch.autograd.Function):
         _pool_kernel[(triton.cdiv(count, tile), len(x))](
             both, ape, opens.view(torch.uint8), pooled, levels, x.shape[1], count, BE=tile, **shapes
         )
-        ctx.save_for_backward(flat, weight, ape, opens, both, pooled, levels)
+        ctx.save_for_backward(flat, wkv, wgate, ape, opens, both, pooled, levels)
         ctx.ratio = ratio
         return pooled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        x, weight, ape, opens, both, pooled, levels = ctx.saved_tensors
+        x, wkv, wgate, ape, opens, both, pooled, levels = ctx.saved_tensors
         (batch, count, width), length, span = pooled.shape, len(x) // len(pooled), ape.shape[1]
         change = torch.empty((batch, length, 2 * span), dtype=grad.dtype, device=grad.device)
         _pool_grad_kernel[(triton.cdiv(length, ROWS), batch)](
@@ -102,5 +102,5 @@ class Pool(torch.autograd.Function):
         )  # fmt: skip
         flat = change.view(len(x), -1)
         to_ape = change[:, : count * ctx.ratio, span:].float().unflatten(1, (-1, ctx.ratio)).sum((0, 1))
-        to_x = (flat @ weight).view(batch, length, -1) if ctx.needs_input_grad[0] else None
-        return to_x, (flat.T @ x).float(), to_ape, None, None, None
+        to_x = (flat @ torch.cat((wkv, wgate)).to(x.dtype)).view(batch, length, -1) if ctx.needs_input_grad[0] else None
+        return to_x, *(flat.T @ x).float().chunk(2), to_ape, None, None, None
