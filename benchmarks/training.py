@@ -46,6 +46,7 @@ from pelagos.train.ranks import Ranks
 from pelagos.train.recipe import TrainConfig
 from pelagos.train.trainer import Trainer
 
+WARM = 2  # steps before those that are timed: the first compiles
 RATIOS = (0, 4, 128, 4, 128, 4, 128, 4, 128, 4, 128, 4)
 # (hidden, layers, heads, experts, expert width): specification of training, part F.
 SIZES = {"S": (512, 8, 8, 32, 256), "M": (768, 12, 8, 64, 384), "XS": (128, 4, 8, 8, 32)}
@@ -253,15 +254,17 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
             trainer = Trainer(model, config, data=data, out=Path(scratch) / "run", device=str(place), ranks=ranks)
             held = torch.cuda.memory_allocated() if cuda else 0
             times, losses = [], []
-            for _ in range(4):  # the first one compiles
+            for _ in range(WARM + 3):
                 begun = time.monotonic()
                 terms, _ = trainer._update()
                 trainer.step += 1
                 losses.append(float(terms.next_token))  # waits for the device
                 times.append(time.monotonic() - begun)
-                if cuda and len(times) == 1:
+                if number == 0:
+                    print(f"{name}: step {len(times)} took {times[-1]:.2f} s", file=sys.stderr, flush=True)
+                if cuda and len(times) == WARM:
                     torch.cuda.reset_peak_memory_stats()
-            took, tokens = sorted(times[1:])[1], rows * accumulate * config.row_tokens
+            took, tokens = sorted(times[WARM:])[1], rows * accumulate * config.row_tokens
             one_s = took if name == "one" else one_s
             mfu = training_flops(model, config.row_tokens) * tokens / one_s / PEAKS["H200"] if one_s else 0.35
             shape = {"tokens": tokens, "row": config.row_tokens, "rows": rows, "utilised": mfu}
@@ -273,14 +276,16 @@ def worlds(size: str, *, device: str, rows: int, accumulate: int, cases: str) ->
                 "ms": took * 1e3, "tokens_per_s": tokens / took, "speedup": one_s / took if one_s else None,
                 "losses": losses, "dry_run_ms": dry.step_s * 1e3, "dry_run_from_mfu": mfu,
                 "dry_run_experts_ms": dry.experts_s * 1e3, "dry_run_sync_ms": dry.sync_s * 1e3,
-                **(exchanged(trainer) if cuda and ranks.size > 1 else {}),
                 "weights_gb": held / 1e9, "peak_gb": peak / 1e9, "dry_run_gb": dry.bytes / 1e9,
                 "dry_run_state_gb": (dry.weights + dry.gradients + dry.optimizer) / 1e9,
-                "first_step_s": times[0], "whole_s": time.monotonic() - started,
+                "steps_s": times, "whole_s": time.monotonic() - started,
                 "device": torch.cuda.get_device_name() if cuda else "CPU",
             }  # fmt: skip
             if number == 0:
                 say(row)
+            busy = exchanged(trainer) if cuda and ranks.size > 1 else {}  # after the row: it may not come to its end
+            if number == 0 and busy:
+                say({"bench": "worlds, one step profiled", "case": name, **busy})
             del trainer
             gc.collect()  # it and what it calls back hold each other, and with them weights, momentum and gradients
             if cuda:

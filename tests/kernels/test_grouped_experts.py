@@ -12,11 +12,12 @@ from pelagos.kernels import grouped_experts
 from pelagos.kernels.ref import experts as ref
 
 SCRIPT = """
-from test_grouped_experts import shared_worst, worst
+from test_grouped_experts import apart_worst, shared_worst, worst
 for case in ((37, 3, 5, 48, 40, 1.5), (8, 2, 4, 32, 136, 10.0)):
     off = worst(*case)
     assert off < 1e-5, (case, off)
 assert shared_worst() < 1e-5
+assert apart_worst() < 1e-5
 print("compared")
 """
 
@@ -67,9 +68,33 @@ def shared_worst(device: str = "cpu", dtype: torch.dtype = torch.float32) -> flo
     return max(error(a, b) for a, b in zip(*found, strict=True))
 
 
+def apart_worst(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Rows of three sources in one call: their values, and the gradients of the weights each source's own."""
+    x, chosen, weights, w13, w2, up = make_inputs(60, 1, 5, 48, 40, device, dtype)
+    source = torch.arange(60, device=device) // 20
+    stacks = [w.unsqueeze(1).expand(-1, 3, -1, -1).detach().clone().requires_grad_() for w in (w13, w2)]
+    out = grouped_experts.mixture(x, chosen * 3 + source[:, None], weights, *stacks, 1.5, None)
+    found = [out.detach(), *torch.autograd.grad(out, stacks, up.to(out.dtype))]
+    own = [results(grouped_experts.mixture, (x[at], chosen[at], weights[at], w13, w2, up[at].to(dtype)), 1.5)
+           for at in (source == s for s in range(3))]  # fmt: skip
+    want = [torch.cat([one[0] for one in own]), *(torch.stack([one[i] for one in own], 1) for i in (4, 5))]
+    return max(error(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_kernels_in_the_interpreter():
     """Sum, clamp counters and the gradients of tokens, routing weights and both stacks, an idle expert among them."""
     assert run(SCRIPT, interpret=True) == "compared\n"
+
+
+def test_how_many_rows_come_compiles_nothing_anew():
+    """With divided experts that is another number each time: multiples of 16, ones and others are one kernel."""
+    script = """
+import torch
+from pelagos.kernels.triton import grouped_experts as made
+print([[p.name for p in k.params if p.do_not_specialize]
+       for k in (made._swiglu_kernel, made._swiglu_grad_kernel, made._sum_kernel)])
+"""
+    assert run(script, interpret=False) == "[['count'], ['count'], ['tokens']]\n"
 
 
 @pytest.mark.gpu
@@ -77,6 +102,7 @@ def test_kernels_in_the_interpreter():
 def test_grouped_experts_on_the_device(case):
     assert worst(*case, device="cuda", dtype=torch.bfloat16) < 2e-2
     assert shared_worst("cuda", torch.bfloat16) < 1e-2
+    assert apart_worst("cuda", torch.bfloat16) < 1e-2
     inputs = make_inputs(*case[:-1], "cuda", torch.bfloat16)
     first, again = (results(grouped_experts.mixture, inputs, case[-1]) for _ in range(2))
     assert all(map(torch.equal, first, again))

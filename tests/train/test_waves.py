@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.train.small import small_config, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pelagos.load import load_model, save_model
 from pelagos.model import Transformer
@@ -48,6 +49,32 @@ def test_rows_that_travel_have_the_bits_of_those_that_stay(line, kind, ordered, 
         found.append((out, *(site.sources[0] if forward is site and ordered else grads[2:]), *grads[:2]))
     assert len(site.sources) == ordered
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("waves", [1, 4])
+def test_a_forward_asks_its_device_once(line, monkeypatch, waves) -> None:
+    """How many rows go where is read in one go; nothing else has a size that only the device knows."""
+    asked, read = [], torch.Tensor.tolist
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            open_size = func is torch.ops.aten.repeat_interleave.Tensor and not (kwargs or {}).get("output_size")
+            if open_size or func.overloadpacket.__name__ in (
+                "bincount",
+                "nonzero",
+                "_local_scalar_dense",
+                "unique_dim",
+            ):
+                asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append("tolist") or read(tensor))
+    monkeypatch.setattr("pelagos.kernels.ref.experts.mixture", lambda x, chosen, weights, *_, **__: x * weights)
+    site = Waves(experts_of("bf16"), line, waves=waves, overlap=True, ordered=True)
+    inputs = torch.randn(40, 64), torch.rand(40, 8).topk(2).indices, torch.rand(40, 2)
+    with Watched():
+        site(*inputs)
+    assert asked == ["tolist"]
 
 
 def part_of(model: Transformer, rank: int, stage: int) -> None:

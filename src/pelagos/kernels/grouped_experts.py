@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pelagos.kernels.ref.experts import Quantizer
+from pelagos.kernels.ref.gemm import ordered_sum
 
 
 def mixture(
@@ -24,6 +25,15 @@ def mixture(
 
     prepared = quantize(x) if quantize else x
     return Mixture.apply(prepared, chosen, weights, w13, w2, limit, quantize, hits, leave is not None)
+
+
+def sum_rows(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums (T, D) in `dtype` of rows (R, D) at places (T, K), in order of K."""
+    if not rows.is_cuda:
+        return ordered_sum(rows[places].to(dtype), 1)
+    from pelagos.kernels.triton.grouped_experts import sum_rows as launch
+
+    return launch(rows.contiguous(), places, dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, hits: Tensor | None) -> Tensor:

@@ -74,8 +74,10 @@ def mixture(
 
     w13 (E, 2F, D) holds w1 over w3, w2 (E, D, F). `quantize` simulates the activation format before each
     product; the routing weight enters before w2, as released. A `multiple` pads an expert's rows (`_places`). Training
-    counts clamp `hits` (see `swiglu`) and passes what leaves a product through `leave`.
+    counts clamp `hits` (see `swiglu`) and passes what leaves a product through `leave`. Of weights (E, S, ...), the
+    same S times, number e S + s in `chosen` is expert e of source s: its rows are multiplied, its gradients kept apart.
     """
+    w13, w2 = w13.flatten(0, -3), w2.flatten(0, -3)
     tokens, picks = chosen.shape
     flat = chosen.flatten()
     prepared = quantize(x) if quantize else x

@@ -26,7 +26,7 @@ def _pair(both, row, column, mask, limit, WIDTH: tl.constexpr):
     return tl.where(gate > limit, limit, gate), level, gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _swiglu_kernel(
     both, weight, hidden, hits, count, limit, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _swiglu_kernel(
     tl.store(out + 2, tl.sum(tl.sum(below, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _swiglu_grad_kernel(
     both, weight, grad, grad_both, grad_weight, count, limit, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _swiglu_grad_kernel(
     tl.store(grad_weight + row, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _sum_kernel(
     rows, places, out, tokens, WIDTH: tl.constexpr, PICKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
@@ -125,6 +125,11 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return functional.grouped_mm(x, weight, offs=ends)
 
 
+def _whole(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight (E, S, ...), the same for all sources, or (E, ...), in x's dtype: a master is cast anew each time."""
+    return weight.view(len(weight), -1, *weight.shape[-2:])[:, 0].to(x.dtype)
+
+
 class Swiglu(torch.autograd.Function):
     """`kernels.grouped_experts.swiglu` of both (T, 2F)."""
 
@@ -147,29 +152,30 @@ class Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, chosen, weights, w13, w2, limit, quantize, hits, fp8):
         flat, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(flat, torch.arange(len(w13), device=x.device), right=True, out_int32=True)
+        apart = w13.shape[1:-2].numel()
+        parts = torch.searchsorted(flat, torch.arange(len(w13) * apart, device=x.device), right=True, out_int32=True)
+        ends = parts[apart - 1 :: apart].contiguous()  # of an expert's rows, where `parts` ends those of each source
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=x.device)
-        places, wide, narrow = places.view(chosen.shape), w13.to(x.dtype), w2.to(x.dtype)
+        places, wide, narrow = places.view(chosen.shape), _whole(w13, x), _whole(w2, x)
         rows, scale = x[order // chosen.shape[1]], weights.flatten()[order]
         both = _product(rows, wide.transpose(1, 2), ends)
         hidden = swiglu(both, scale, limit, hits)
         hidden = quantize(hidden) if quantize else hidden
         out = _product(hidden, narrow.transpose(1, 2), ends)
-        held = (wide, narrow) if quantize else (w13, w2)  # masters are cast again: a cast for each micro-batch is dear
-        ctx.save_for_backward(rows, order, places, ends, scale, both, hidden, *held)
-        ctx.limit, ctx.fp8, ctx.masters = limit, fp8, (w13.dtype, w2.dtype)
-        return sum_rows(out, places, torch.float32)
+        ctx.save_for_backward(rows, order, places, ends, parts, scale, both, hidden, w13, w2)
+        ctx.limit, ctx.fp8 = limit, fp8
+        return sum_rows(out, places, torch.float32 if chosen.shape[1] > 1 else out.dtype)  # one row is no sum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        rows, order, places, ends, scale, both, hidden, wide, narrow = ctx.saved_tensors
+        rows, order, places, ends, parts, scale, both, hidden, w13, w2 = ctx.saved_tensors
         to_out = grad.to(rows.dtype)[order // places.shape[1]]
         to_out = numerics.fake_quant_fp8(to_out, numerics.ACT_BLOCK) if ctx.fp8 else to_out
-        to_hidden = _product(to_out, narrow.to(rows.dtype), ends)
+        to_hidden = _product(to_out, _whole(w2, rows), ends)
         to_both, to_scale = swiglu_backward(both, scale, to_hidden, ctx.limit)
         to_both = numerics.fake_quant_fp8(to_both, numerics.ACT_BLOCK) if ctx.fp8 else to_both
-        to_wide, to_narrow = _product(to_both.T, rows, ends), _product(to_out.T, hidden, ends)
-        to_x = sum_rows(_product(to_both, wide.to(rows.dtype), ends), places, rows.dtype)
-        masters = to_wide.to(ctx.masters[0]), to_narrow.to(ctx.masters[1])
+        pairs = (w13, to_both, rows), (w2, to_out, hidden)
+        masters = [_product(up.T, x, parts).view(w.shape).to(w.dtype) for w, up, x in pairs]
+        to_x = sum_rows(_product(to_both, _whole(w13, rows), ends), places, rows.dtype)
         return to_x, None, to_scale[places], *masters, *[None] * 4
