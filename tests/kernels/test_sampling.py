@@ -15,13 +15,25 @@ from pelagos.kernels import sampling
 from pelagos.kernels.layout import Draw
 from pelagos.kernels.ref import sampling as ref
 
+# (tokens, vocabulary, spread of the logits, temperature, top_k, top_p, min_p)
+CASES = (
+    *((tokens, 4096, 3.0, 1.0, 0, 1.0, 0.0) for tokens in (1, 2, 17, 64)),
+    *((3, vocab, 4.0, 0.0, 0, 1.0, 0.0) for vocab in (1, 127, 128, 129, 129280)),
+    (4, 129, 1.0, 1.0, 0, 1.0, 0.0), (4, 4097, 2.0, 0.7, 40, 1.0, 0.0), (4, 4096, 2.0, 1.3, 0, 0.9, 0.0),
+    (4, 5000, 2.0, 1.0, 50, 0.8, 0.05), (4, 4096, 0.0, 1.0, 7, 1.0, 0.0), (4, 4096, 0.0, 1.0, 0, 0.5, 0.0),
+    (3, 4096, 3.0, 1e-3, 4095, 0.99, 0.0), (2, 4096, 3.0, 2.0, 1, 1.0, 0.0), (2, 4096, 3.0, 1.0, 0, 1e-6, 0.0),
+    (2, 4096, 1.0, 1.0, 0, 1.0, 1.0), (8, 129280, 3.0, 1.0, 0, 1.0, 0.0), (8, 129280, 3.0, 0.8, 20, 0.95, 0.01),
+    (4, 129280, 3.0, 1.0, 0, 0.95, 0.0), (2, 129280, 0.5, 1.0, 5000, 1.0, 0.0),
+)  # fmt: skip
+
 SCRIPT = """
 import torch
 torch.set_num_threads(1)
 from pelagos.kernels.ref import sampling as ref
 from pelagos.kernels.triton import sampling as kernel
+from test_sampling import CASES
 kernel.TILE = 512
-for case in [case for case in ref.CASES if case[1] < 5001 and case[0] < 9]:
+for case in [case for case in CASES if case[1] < 5001 and case[0] < 9]:
     logits, draws = ref.make_inputs(*case)
     got, want = kernel.forward(logits, draws), ref.forward(logits, draws)
     assert torch.equal(got[:, 0], want[:, 0]) and torch.allclose(got, want, atol=1e-5), (case, got, want)
@@ -93,7 +105,7 @@ def test_kernel_compiles(target):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ref.CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_on_the_device(case):
     """The reference's tokens, its log-probabilities to 1e-5, the same bits again and for a row by itself."""
     logits, draws = ref.make_inputs(*case, device="cuda")

@@ -188,9 +188,8 @@ class Batch:
         return Windows(
             unit=self.slot[self._put(having)][:, None], past=self._put(past), slots=self._put(slots.clip(0)),
             hidden=torch.from_numpy(at < 0).to(self.device).unsqueeze(-1),
-            first=self._put(last - ratio + 1).unsqueeze(0),
-            new=self._put(new), page=self.pages[self._put(span[new]), self._put(entry // per_page)],
-            row=self._put(entry % per_page),
+            first=self._put(last - ratio + 1).unsqueeze(0), new=self._put(new),
+            page=self.pages[self._put(span[new]), self._put(entry // per_page)], row=self._put(entry % per_page),
         )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ CASES = (
     ("flash", 4, tuple((1000 * i, 1) for i in range(40)), 24),
     ("flash", 128, tuple((999 * i, 1) for i in range(48)), 0),
 )  # fmt: skip
-SMALL = 23  # of CASES, from the front, that an interpreter can run
 REWIND = 3
 
 

@@ -10,15 +10,6 @@ from pelagos.kernels.batch_rows import Routed
 from pelagos.kernels.ref.experts import mixture, swiglu
 from pelagos.kernels.ref.skinny_gemm import decoded
 
-# (tokens, experts, picks, width, inner): the edges of a tile of rows, hot and idle experts, both ways of listing.
-CASES = (
-    *((tokens, 8, 2, 128, 128) for tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 127, 128, 129)),
-    (1, 256, 6, 256, 128), (7, 256, 6, 256, 256), (40, 256, 6, 128, 384), (64, 256, 6, 256, 128),
-    (3, 4, 4, 512, 128), (16, 1, 1, 128, 256), (130, 2, 1, 128, 128), (9, 16, 6, 640, 384),
-    (1, 256, 6, 4096, 2048), (8, 256, 6, 4096, 2048),
-)  # fmt: skip
-SMALL = 21  # of CASES, from the front, that an interpreter can run
-
 
 def make_inputs(
     tokens: int, experts: int, picks: int, width: int, inner: int, *, seed: int = 0, device: str = "cpu"

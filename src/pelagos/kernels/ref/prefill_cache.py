@@ -25,7 +25,6 @@ CASES = (
     ("flash", ((0, 512),)), ("flash", ((4096, 513),)), ("flash", ((100, 700), (0, 300))), ("flash", ((2047, 4096),)),
     ("pro", ((0, 600),)), ("pro", ((8191, 512), (3, 60))),
 )  # fmt: skip
-SMALL = 9  # of CASES, from the front, that an interpreter can run
 
 
 def cache_write(

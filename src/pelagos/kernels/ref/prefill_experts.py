@@ -13,15 +13,6 @@ from pelagos.kernels.ref.experts import route, swiglu
 from pelagos.kernels.ref.fp4_experts import decode, placed
 from pelagos.kernels.ref.gemm import ordered_sum
 
-# (tokens, experts, picks, width, inner): the edges of tiles of picks, hot and idle experts, blocks of the sort.
-CASES = (
-    *((tokens, 8, 2, 128, 128) for tokens in (1, 2, 15, 31, 63, 64, 65, 127, 128, 129, 255, 257)),
-    (3, 4, 4, 256, 128), (40, 256, 6, 128, 384), (64, 20, 4, 256, 128), (130, 1, 1, 128, 256), (9, 16, 6, 640, 384),
-    (512, 256, 6, 256, 128), (1000, 32, 6, 512, 256), (1025, 8, 6, 1024, 128), (512, 64, 6, 4096, 2048),
-    (4096, 256, 6, 512, 256),
-)  # fmt: skip
-SMALL = 16  # of CASES, from the front, that an interpreter can run
-
 
 def choose(
     logits: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor, experts: int, picks: int, scaling: float

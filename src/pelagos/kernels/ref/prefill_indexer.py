@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from pelagos.kernels.prefill_cache import Prompt
 
 ROWS = 64  # scored at once
-# (heads, width, topk, spans of (first position, tokens)): tiles of keys and queries, top-k not filled, sequences.
-CASES = (
-    *((16, 64, 16, ((first, tokens),)) for first, tokens in (
-        (0, 1), (0, 63), (0, 65), (3, 1), (61, 4), (64, 64), (509, 70), (2000, 3), (5000, 33))),
-    (16, 32, 64, ((0, 130), (700, 5))), (64, 128, 16, ((300, 9), (0, 20), (1022, 66))), (16, 128, 128, ((0, 700),)),
-    (64, 128, 512, ((0, 512),)), (64, 128, 512, ((2040, 16),)), (64, 128, 512, ((0, 4096),)),
-    (64, 128, 512, ((30000, 512),)), (64, 128, 512, ((40000, 65), (8000, 127))), (64, 128, 1024, ((4000, 512),)),
-    (64, 128, 512, ((262144, 64),)), (8, 64, 128, ((3000, 100),)), (64, 128, 1024, ((131072, 100),)),
-)  # fmt: skip
-SMALL = 12  # of CASES, from the front, that an interpreter can run
 
 
 def scores(index_q: Tensor, head_weights: Tensor, call: Prompt, codes: Tensor, scales: Tensor, row: Tensor) -> Tensor:

@@ -10,14 +10,6 @@ from pelagos.kernels.ref import experts
 from pelagos.kernels.ref.norm_rope import rms_norm
 from pelagos.kernels.ref.skinny_gemm import decoded
 
-# (tokens, outputs of a group, depth, groups): edges of the library's tiles and of a call's rows, grouped weights.
-CASES = (
-    *((tokens, 256, 512, 1) for tokens in (1, 2, 3, 65, 127, 128, 129, 511, 512, 513, 1000)),
-    (4096, 1024, 1024, 1), (8192, 1536, 4096, 1), (100, 128, 512, 8), (700, 1024, 4096, 8), (512, 4096, 8192, 1),
-    (1025, 32768, 1024, 1), (513, 4096, 4096, 1), (640, 4096, 2048, 1), (2047, 384, 512, 2), (300, 512, 256, 1),
-    (77, 256, 128, 2),
-)  # fmt: skip
-
 
 def product(codes: Tensor, scales: Tensor | None, weight: Tensor, weight_factors: Tensor, groups: int = 1) -> Tensor:
     """Return the product (T, O) bfloat16; see `kernels.prefill_products.product`."""

@@ -9,15 +9,6 @@ from pelagos import numerics
 from pelagos.kernels.ref.cache_write import turned
 from pelagos.kernels.ref.norm_rope import rms_norm
 
-# (tokens, heads, width, index heads, index width): nano's shapes, Flash's and Pro's, without an indexer, odd counts.
-CASES = (
-    *((tokens, 8, 128, 8, 64) for tokens in (1, 2, 3, 5, 17, 64)), *((tokens, 8, 128, 0, 0) for tokens in (1, 7)),
-    (1, 4, 512, 16, 128), (2, 3, 128, 5, 32), (1, 16, 512, 64, 128),
-    *((tokens, 64, 512, 64, 128) for tokens in (1, 2, 5, 16, 33, 64, 128)), (1, 64, 512, 0, 0), (9, 64, 512, 0, 0),
-    *((tokens, 128, 512, 64, 128) for tokens in (1, 4, 32)), (3, 128, 512, 0, 0),
-)  # fmt: skip
-SMALL = 10  # of CASES, from the front, that an interpreter can run
-
 
 def make_inputs(
     tokens: int, heads: int, width: int, index_heads: int, index_width: int, *, seed: int = 0, device: str = "cpu"

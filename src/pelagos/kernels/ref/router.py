@@ -13,15 +13,6 @@ from pelagos.kernels.ref.gemm import elementwise
 from pelagos.kernels.ref.skinny_gemm import decoded
 from pelagos.kernels.ref.tiles import best
 
-# (tokens, experts, picks, width, inner, by table)
-CASES = (
-    *((tokens, 64, 4, 256, 128, False) for tokens in (1, 2, 3, 15, 16, 17, 31, 33, 63, 64)),
-    *((tokens, 20, 4, 256, 128, True) for tokens in (1, 2, 8)),
-    (1, 20, 4, 128, 128, False), (5, 20, 4, 384, 256, False),
-    (1, 256, 6, 4096, 2048, False), (2, 256, 6, 4096, 2048, True), (64, 256, 6, 4096, 2048, False),
-    (1, 384, 6, 7168, 3072, False), (16, 384, 6, 7168, 3072, False),
-)  # fmt: skip
-
 
 def make_inputs(
     tokens: int, experts: int, picks: int, width: int, inner: int, hashed: bool, *, seed: int = 0, device: str = "cpu"

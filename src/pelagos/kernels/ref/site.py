@@ -9,13 +9,6 @@ from pelagos import numerics
 from pelagos.kernels.ref import hyper_connection as hc
 from pelagos.kernels.ref.norm_rope import rms_norm
 
-# (tokens, width): tiles of 16 and 64 tokens and their edges, one block of channels, widths that are no power of two.
-CASES = (
-    *((tokens, 256) for tokens in (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129)),
-    (1, 128), (5, 384), (70, 128), (20, 640), (1, 4096), (16, 4096), (129, 4096), (1, 7168), (130, 7168), (1025, 4096),
-)  # fmt: skip
-SMALL = 18  # of CASES, from the front, that an interpreter can run
-
 
 def make_inputs(tokens: int, width: int, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
     """Return random (y, streams, post, comb, fn, base, scale, norm) as `kernels.site.site` takes them."""

@@ -8,14 +8,6 @@ from torch import Tensor
 from pelagos import numerics
 from pelagos.kernels.batch_rows import Halves
 
-# (tokens, outputs of a group, depth, groups): the edges of a row tile, one tile and many, parts of k, grouped weights.
-CASES = (
-    *((tokens, 256, 512, 1) for tokens in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64)),
-    (1, 128, 128, 1), (3, 128, 2048, 1), (9, 384, 384, 1), (64, 640, 256, 1), (5, 128, 256, 4), (33, 256, 1024, 2),
-    (1, 1536, 4096, 1), (16, 32768, 1024, 1), (31, 4096, 8192, 1), (64, 1024, 4096, 8), (32, 65536, 1536, 1),
-)  # fmt: skip
-SMALL = 18  # of CASES, from the front, that an interpreter can run
-
 
 def make_inputs(
     tokens: int, outputs: int, depth: int, groups: int, *, seed: int = 0, device: str = "cpu"

@@ -62,9 +62,8 @@ def _append(
 
 @triton.jit
 def _pooled(
-    source, stride, row, ape, kv_ring, score_ring, position, first,
-    WIDTH: tl.constexpr, SPAN: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr, SLOTS: tl.constexpr,
-    STAGES: tl.constexpr = 3,
+    source, stride, row, ape, kv_ring, score_ring, position, first, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    RATIO: tl.constexpr, RING: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr = 3,
 ):  # fmt: skip
     """(1, WIDTH): the window that ends at `position`, slots weighted by a softmax a channel."""
     count: tl.constexpr = RATIO * (SPAN // WIDTH)
@@ -94,16 +93,13 @@ def _pooled(
 
 @triton.jit
 def keep(
-    kind, row,
-    projected, stride, positions, places, firsts, owners, table, frozens, table_stride,
-    q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes,
-    ape, norm, kv_ring, score_ring, main, main_scale,
-    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes,
-    entry_turn, head_weights, head_factor, factor, eps,
-    LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
-    SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
-    SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
-    TARGET: tl.constexpr, STAGES: tl.constexpr,
+    kind, row, projected, stride, positions, places, firsts, owners, table, frozens, table_stride, q_norm, kv_norm,
+    turn, codes, scales, window, window_scale, slot_bytes, ape, norm, kv_ring, score_ring, main, main_scale, index_ape,
+    index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes, entry_turn, head_weights, head_factor,
+    factor, eps, LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+    RING: tl.constexpr, SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr,
+    PAGE: tl.constexpr, SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+    ROUNDS: tl.constexpr, TARGET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write what a row leaves of one kind."""
     position = tl.load(positions + row)
@@ -165,11 +161,9 @@ def keep(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _kernel(
-    projected, stride, positions, places, firsts, owners, table, frozens, table_stride,
-    q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes,
-    ape, norm, kv_ring, score_ring, main, main_scale,
-    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes,
-    entry_turn, head_weights, head_factor, factor, eps,
+    projected, stride, positions, places, firsts, owners, table, frozens, table_stride, q_norm, kv_norm, turn, codes,
+    scales, window, window_scale, slot_bytes, ape, norm, kv_ring, score_ring, main, main_scale, index_ape, index_norm,
+    index_kv_ring, index_score_ring, index, index_scale, page_bytes, entry_turn, head_weights, head_factor, factor, eps,
     LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
     SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
     SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
@@ -181,9 +175,8 @@ def _kernel(
         tl.program_id(0), tl.program_id(1), projected, stride, positions, places, firsts, owners, table, frozens,
         table_stride, q_norm, kv_norm, turn, codes, scales, window, window_scale, slot_bytes, ape, norm, kv_ring,
         score_ring, main, main_scale, index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale,
-        page_bytes, entry_turn, head_weights, head_factor, factor, eps,
-        LATENT, PADDED, WIDTH, ROPE, RING, SCALES, RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS, HEADS_PADDED, ROUNDS,
-        TARGET, 3,
+        page_bytes, entry_turn, head_weights, head_factor, factor, eps, LATENT, PADDED, WIDTH, ROPE, RING, SCALES,
+        RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS, HEADS_PADDED, ROUNDS, TARGET, 3,
     )  # fmt: skip
 
 

@@ -58,9 +58,8 @@ def turn_block(codes, spread, token, cut, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _plan_kernel(
-    chosen, codes, table, slot_expert, slot_rows, spread,
-    picks, slots, width, BY_PICK: tl.constexpr, PICKS: tl.constexpr, COLUMNS: tl.constexpr, CUT: tl.constexpr,
-    TARGET: tl.constexpr,
+    chosen, codes, table, slot_expert, slot_rows, spread, picks, slots, width, BY_PICK: tl.constexpr,
+    PICKS: tl.constexpr, COLUMNS: tl.constexpr, CUT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     formats.let_next_start(TARGET)
     formats.wait_for_inputs(TARGET)
@@ -139,12 +138,11 @@ def _hidden_block(
 
 @triton.jit
 def _product_kernel(
-    x, xs, table, slot_expert, slot_rows, w, scale, homes, partial, picks,
-    shared_codes, shared_scales, shared_w, shared_w_scales, shared_partial, tokens,
-    weights, hidden, hs, shared, arrived, limit, HIDDEN: tl.constexpr,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr,
-    SINGLE: tl.constexpr, PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
-    TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
+    x, xs, table, slot_expert, slot_rows, w, scale, homes, partial, picks, shared_codes, shared_scales, shared_w,
+    shared_w_scales, shared_partial, tokens, weights, hidden, hs, shared, arrived, limit, HIDDEN: tl.constexpr,
+    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr,
+    PLACED: tl.constexpr, FP8_PARTS: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, TALL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one expert for its tokens, over one part of k. SHARED picks have one token.
 
@@ -370,9 +368,8 @@ def site(
     options = formats.launch(made_for, num_stages=STAGES)
     units = 1 if few else math.gcd(UNITS, first["PARTS"])
     _product_kernel[(2 * inner // ROWS, first["PARTS"] // units, slots + (fused and fp8_parts > 0))](
-        as_operand(spread), xs, *lists, w13, s13, homes, up, picks, *first_lent,
-        HIDDEN=fused, SHARED=picked, OUTPUTS=2 * inner, FP8_PARTS=0, UNITS=units, TALL=False,
-        **first, **shape, **options,
+        as_operand(spread), xs, *lists, w13, s13, homes, up, picks, *first_lent, HIDDEN=fused, SHARED=picked,
+        OUTPUTS=2 * inner, FP8_PARTS=0, UNITS=units, TALL=False, **first, **shape, **options,
     )  # fmt: skip
     if not fused:
         _hidden_kernel[(picks + (tokens if fp8_parts else 0), inner // BLOCK)](
@@ -381,9 +378,8 @@ def site(
         )  # fmt: skip
     units = 1 if few else math.gcd(UNITS, width // ROWS)
     _product_kernel[(width // ROWS // units, second["PARTS"], triton.cdiv(tokens, shape["WIDE"]) * fp8_parts + slots)](
-        as_operand(hidden), hs, *lists, w2, s2, homes, down, picks, *lent,
-        HIDDEN=False, SHARED=1, OUTPUTS=width, FP8_PARTS=fp8_parts, UNITS=units, TALL=units > 1,
-        **second, **shape, **options,
+        as_operand(hidden), hs, *lists, w2, s2, homes, down, picks, *lent, HIDDEN=False, SHARED=1, OUTPUTS=width,
+        FP8_PARTS=fp8_parts, UNITS=units, TALL=units > 1, **second, **shape, **options,
     )  # fmt: skip
     if out is not None:
         _combine_kernel[(tokens, triton.cdiv(width, COLUMNS))](

@@ -16,9 +16,8 @@ ROWS, KEYS, STEP = 128, 64, 64  # (query, head) rows and keys a step, rows a ste
 
 @triton.jit
 def _scores_kernel(
-    q, keys, gates, starts, scores, length, count,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr,
-    N: tl.constexpr,
+    q, keys, gates, starts, scores, length, count, HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    RATIO: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(1).to(tl.int64)
     _, _, place, live, _, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)
@@ -35,9 +34,8 @@ def _scores_kernel(
 
 @triton.jit
 def _query_grad_kernel(
-    q, keys, gates, starts, grad, grad_q, grad_gates, length, count,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr,
-    N: tl.constexpr,
+    q, keys, gates, starts, grad, grad_q, grad_gates, length, count, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     sequence, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
     t, _, place, live, _, low, last = _rows_of(starts, sequence, length, HEADS, PADDED, R)

@@ -252,9 +252,8 @@ def _met(g, tiles, sums):
 
 @triton.jit
 def _streams_grad_kernel(
-    grad_out, grad_x, y, post, comb, streams, out, pre, by_mix, grad_square,
-    grad_y, grad_post, grad_comb, grad_streams, count,
-    WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PENDING: tl.constexpr, MIX: tl.constexpr,
+    grad_out, grad_x, y, post, comb, streams, out, pre, by_mix, grad_square, grad_y, grad_post, grad_comb, grad_streams,
+    count, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PENDING: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """by_mix (T, 4, WIDTH): what reaches the streams through the mix logits."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)

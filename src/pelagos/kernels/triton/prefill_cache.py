@@ -27,11 +27,10 @@ ROWS, KEYS = 8, 32  # decoded by a program
 @triton.jit
 def _entry_kernel(
     ends, source, stride, index_source, positions, places, firsts, owners, table, table_stride, slot_bytes, page_bytes,
-    entry_turn, ape, norm, kv_ring, score_ring, main, main_scale,
-    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, factor, eps,
-    WIDTH: tl.constexpr, ROPE: tl.constexpr, SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr,
-    TAIL: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, INDEX: tl.constexpr, ROUNDS: tl.constexpr,
-    TARGET: tl.constexpr,
+    entry_turn, ape, norm, kv_ring, score_ring, main, main_scale, index_ape, index_norm, index_kv_ring,
+    index_score_ring, index, index_scale, factor, eps, WIDTH: tl.constexpr, ROPE: tl.constexpr, SCALES: tl.constexpr,
+    RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
+    INDEX: tl.constexpr, ROUNDS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The entry, or index key, of a window that ends with a row."""
     row = tl.load(ends + tl.program_id(0))

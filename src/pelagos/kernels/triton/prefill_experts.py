@@ -126,9 +126,8 @@ def _weights(byte, word, base, TARGET: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, homes, out, room,
-    SHARED: tl.constexpr, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PLACED: tl.constexpr, TILE: tl.constexpr,
-    TARGET: tl.constexpr,
+    x, xs, order, tile_expert, tile_first, tile_end, w, scale, base, homes, out, room, SHARED: tl.constexpr,
+    DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, PLACED: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """128 rows of an expert's weight times TILE of its picks. SHARED picks have one row of x; 0: each its own.
 

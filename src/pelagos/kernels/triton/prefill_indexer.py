@@ -72,8 +72,7 @@ def _score_kernel(
 
 @triton.jit
 def _select_kernel(
-    scores, seen, low, old_scores, old, best_scores, best, CHUNK: tl.constexpr, TOPK: tl.constexpr,
-    FIRST: tl.constexpr,
+    scores, seen, low, old_scores, old, best_scores, best, CHUNK: tl.constexpr, TOPK: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """The best TOPK of a row's best so far and a chunk of scores, by index, then -1; a tie goes to the lower index."""
     row = tl.program_id(0).to(tl.int64)

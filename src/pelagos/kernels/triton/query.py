@@ -65,9 +65,8 @@ def fp4(x):
 
 @triton.jit
 def _kernel(
-    product, turn, q, index_q, heads, columns, index_heads, parts, eps, factor,
-    WIDTH: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr,
-    INDEX_WIDTH: tl.constexpr, ROUNDS: tl.constexpr, INDEX_ROWS: tl.constexpr, TARGET: tl.constexpr,
+    product, turn, q, index_q, heads, columns, index_heads, parts, eps, factor, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+    ROWS: tl.constexpr, INDEX_WIDTH: tl.constexpr, ROUNDS: tl.constexpr, INDEX_ROWS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     let_next_start(TARGET)
     wait_for_inputs(TARGET)
@@ -111,9 +110,8 @@ def forward(
     made_for = target()
     if parts or index_heads:
         _kernel[(parts + triton.cdiv(index_heads, INDEX_ROWS), tokens)](
-            product, turn, q, index_q, heads, columns, index_heads, parts, eps,
-            WIDTH=width, ROPE=2 * turn.shape[2], ROWS=ROWS, INDEX_WIDTH=index_width, INDEX_ROWS=INDEX_ROWS,
-            TARGET=made_for, **rotation(max(index_width, 1)),
+            product, turn, q, index_q, heads, columns, index_heads, parts, eps, WIDTH=width, ROPE=2 * turn.shape[2],
+            ROWS=ROWS, INDEX_WIDTH=index_width, INDEX_ROWS=INDEX_ROWS, TARGET=made_for, **rotation(max(index_width, 1)),
             **launch(made_for, num_warps=4, enable_fp_fusion=False),
         )  # fmt: skip
     return q, index_q if index_heads else None
