@@ -70,9 +70,8 @@ def _products(x):
 
 @triton.jit
 def _mix_kernel(
-    y, streams, post, comb, terms, out, parts, tokens,
-    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, TARGET: tl.constexpr,
+    y, streams, post, comb, terms, out, parts, tokens, WIDTH: tl.constexpr, HAS_POST: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """SPAN channels of TILE tokens, STEP at a time: new streams are stored; their share of all sums goes to `parts`."""
     formats.let_next_start(TARGET)
@@ -195,14 +194,15 @@ def mixing(
 
 @triton.jit
 def _emit(x, p, inverse, weight, normed, codes, scales, token, live, block, WIDTH: tl.constexpr):
-    """Collapse, norm and quantise 128 channels, of a token or of several."""
-    column = block * 128 + tl.arange(0, 128)
-    if len(token.shape) > 0:
-        p, inverse, column = [each[:, None] for each in p], inverse[:, None], column[None, :]
-        place, both = token.to(tl.int64)[:, None] * WIDTH + column, live[:, None]
-        weight = weight[None, :]
+    """Collapse, norm and quantise 128 channels: one block or several of a token, or one of several tokens."""
+    column = tl.arange(0, 128)
+    if len(x[0].shape) == 1:
+        place, both = token.to(tl.int64) * WIDTH + block * 128 + column, live & (column >= 0)
+    elif len(token.shape) == 0:
+        place, both = token.to(tl.int64) * WIDTH + block[:, None] * 128 + column[None, :], live & (block >= 0)[:, None]
     else:
-        place, both = token.to(tl.int64) * WIDTH + column, live & (column >= 0)
+        p, inverse, weight, both = [each[:, None] for each in p], inverse[:, None], weight[None, :], live[:, None]
+        place = token.to(tl.int64)[:, None] * WIDTH + block * 128 + column[None, :]
     z = p[0] * x[0].to(tl.float32)
     for k in tl.static_range(1, 4):
         z += p[k] * x[k].to(tl.float32)
@@ -210,9 +210,9 @@ def _emit(x, p, inverse, weight, normed, codes, scales, token, live, block, WIDT
     z = z.to(tl.bfloat16)
     tl.store(normed + place, z, mask=both)
     wide = z.to(tl.float32)
-    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), len(token.shape)))
+    exponent = formats.fp8_scale_exponent(tl.max(tl.abs(wide), len(x[0].shape) - 1))
     shared = exponent
-    if len(token.shape) > 0:
+    if len(x[0].shape) > 1:
         shared = exponent[:, None]
     tl.store(codes + place, formats.e4m3_block(wide, shared), mask=both)
     tl.store(scales + token * (WIDTH // 128) + block, exponent.to(tl.uint8), mask=live)
@@ -255,11 +255,26 @@ def _added_up(
 
 
 @triton.jit
+def _entered(
+    y, routed, streams, post, comb, token, tokens, column, WIDTH: tl.constexpr, HAS_POST: tl.constexpr,
+    LAST: tl.constexpr, PICKED: tl.constexpr, PARTS: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """float32 values of a token's bfloat16 streams after the previous site."""
+    s = [tl.load(streams + token * (4 * WIDTH) + k * WIDTH + column).to(tl.float32) for k in (0, 1, 2, 3)]
+    added = s[0]
+    if HAS_POST:
+        if LAST > 0:
+            added = _added_up(y, routed, token, tokens, column, WIDTH, LAST, PICKED, PARTS, TARGET)
+        else:
+            added = tl.load(y + token * WIDTH + column).to(tl.float32)
+    return [_mixed(added, s, post + token * 4, comb + token * 16, k, HAS_POST) for k in (0, 1, 2, 3)]
+
+
+@triton.jit
 def _mix_token_kernel(
-    y, routed, streams, post, comb, fn, out, parts, tokens,
-    base, scale, norm, normed, codes, scales, arrived, eps, norm_eps,
-    WIDTH: tl.constexpr, HAS_POST: tl.constexpr, LAST: tl.constexpr, PICKED: tl.constexpr, PARTS: tl.constexpr,
-    EACH: tl.constexpr, ONE: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
+    y, routed, streams, post, comb, fn, out, parts, tokens, base, scale, norm, normed, codes, scales, arrived, eps,
+    norm_eps, WIDTH: tl.constexpr, HAS_POST: tl.constexpr, LAST: tl.constexpr, PICKED: tl.constexpr,
+    PARTS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr, PADDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """`_mix_kernel` for single tokens: weights stay in registers and wait there for the streams.
 
@@ -275,29 +290,27 @@ def _mix_token_kernel(
     if ONE:
         channels, factor, offsets = tl.load(norm + column), tl.load(scale), [tl.load(base + k) for k in (0, 1, 2, 3)]
     formats.wait_for_inputs(TARGET)
-    for i in range(EACH):
-        token = (tl.program_id(1) * EACH + i).to(tl.int64)
-        if token < tokens:
-            row = token * (4 * WIDTH) + column
-            s = [tl.load(streams + row + k * WIDTH).to(tl.float32) for k in (0, 1, 2, 3)]
-            added = s[0]
-            if HAS_POST:
-                if LAST > 0:
-                    added = _added_up(y, routed, token, tokens, column, WIDTH, LAST, PICKED, PARTS, TARGET)
-                else:
-                    added = tl.load(y + token * WIDTH + column).to(tl.float32)
-            x = [_mixed(added, s, post + token * 4, comb + token * 16, k, HAS_POST) for k in (0, 1, 2, 3)]
+    blocks: tl.constexpr = WIDTH // 128
+    # What four tokens need is asked for before the first is summed up: sums meet in shared memory, past which no load
+    # moves. Places past the end repeat the last token, to the same bits.
+    for begin in range(0, EACH, 4):
+        place = [tl.minimum(tl.program_id(1) * EACH + begin + i, tokens - 1).to(tl.int64) for i in (0, 1, 2, 3)[:EACH]]
+        mixed = [
+            _entered(y, routed, streams, post, comb, each, tokens, column, WIDTH, HAS_POST, LAST, PICKED, PARTS, TARGET)
+            for each in place
+        ]
+        for i in tl.static_range(min(EACH, 4)):
+            token, x = place[i], mixed[i]
             if HAS_POST:
                 for k in tl.static_range(4):
-                    tl.store(out + row + k * WIDTH, x[k].to(tl.bfloat16))
+                    tl.store(out + token * (4 * WIDTH) + k * WIDTH + column, x[k].to(tl.bfloat16))
             logits = w[0] * x[0][None, :] + w[1] * x[1][None, :] + w[2] * x[2][None, :] + w[3] * x[3][None, :]
             logits = tl.sum(logits, 1)
-            blocks: tl.constexpr = WIDTH // 128
-            place = parts + token * (40 * blocks) + block
-            tl.store(place + lane * blocks, logits, mask=lane < 24)
+            sums = parts + token * (40 * blocks) + block
+            tl.store(sums + lane * blocks, logits, mask=lane < 24)
             gram = tl.reduce(_products(x), 0, _add_ten)
             for j in tl.static_range(10):
-                tl.store(place + (24 + j) * blocks, gram[j])
+                tl.store(sums + (24 + j) * blocks, gram[j])
             if ONE:
                 formats.meet(arrived + token, blocks, TARGET)
                 there = token < tokens
@@ -328,14 +341,14 @@ def _finish_kernel(
     if part == 0:
         mixing(parts, base, scale, post, comb, token, live, eps, norm_eps, ITERS, WIDTH, PARTS, PADDED, TARGET)
     elif TILE == 1:
-        place = streams + token.to(tl.int64) * (4 * WIDTH) + (part - 1) * (RUN * 128) + tl.arange(0, 128)
-        channels = norm + (part - 1) * (RUN * 128) + tl.arange(0, 128)
-        found = [[tl.load(place + step * 128 + k * WIDTH) for k in (0, 1, 2, 3)] for step in (0, 1, 2, 3)[:RUN]]
-        weights = [tl.load(channels + step * 128) for step in (0, 1, 2, 3)[:RUN]]
+        block, column = (part - 1) * RUN, (part - 1) * (RUN * 128) + tl.arange(0, 128)
+        if RUN > 1:  # a warp has a block, and what a block shares it finds by itself
+            block += tl.arange(0, RUN)
+            column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+        found = [tl.load(streams + token.to(tl.int64) * (4 * WIDTH) + k * WIDTH + column) for k in (0, 1, 2, 3)]
+        weight = tl.load(norm + column)
         p, inverse = _collapse_weights(parts, token, live, offsets, factor, eps, norm_eps, WIDTH, PARTS, PADDED)
-        for step in tl.static_range(RUN):
-            block = (part - 1) * RUN + step
-            _emit(found[step], p, inverse, weights[step], normed, codes, scales, token, live, block, WIDTH)
+        _emit(found, p, inverse, weight, normed, codes, scales, token, live, block, WIDTH)
     else:
         p, inverse = _collapse_weights(parts, token, live, offsets, factor, eps, norm_eps, WIDTH, PARTS, PADDED)
         for step in tl.range(0, RUN, num_stages=2):
@@ -379,7 +392,7 @@ def forward(
     run = 1 if tokens <= TILE else math.gcd(blocks, RUN)
     tile, warps = (1, 4) if few else (TILE, 8)
     if few:
-        each = 1 if tokens <= TILE else 4
+        each = 1 if tokens <= TILE else 4 if tokens <= 2 * TILE else 8  # no more programs than fit on an H200 at once
         routed = None if left is None else left.routed
         picked = {"PICKED": 0, "PARTS": 1} if routed is None else {"PICKED": routed.shape[2], "PARTS": routed.shape[0]}
         _mix_token_kernel[(blocks, triton.cdiv(tokens, each))](
