@@ -28,8 +28,8 @@ from pelagos.kernels.ref import indexer as ref
 from pelagos.kernels.triton import indexer as kernel
 from test_indexer import CASES, inputs_of
 many = {"CHUNK": 256, "BOUNDS": 64}
-for case, options in ((8, {}), (10, {}), (9, many), (10, {"CHUNK": 128, "BOUNDS": 16}), (13, {})):
-    for name, value in {"CHUNK": 4096, "BOUNDS": 16384, **options}.items():
+for case, options in ((8, {}), (10, {}), (9, many), (10, {"CHUNK": 128, "BOUNDS": 16}), (13, {}), (9, {"FILLED": 3})):
+    for name, value in {"CHUNK": 4096, "BOUNDS": 16384, "FILLED": 264, **options}.items():
         setattr(kernel, name, value)
     for tied in (False, True):
         inputs = inputs_of(CASES[case], tied=tied)

@@ -21,7 +21,8 @@ from pelagos.kernels.triton.fp4_experts import turned
 
 KEYS = 128  # of a tile
 WARPS = 8  # of a program of the first launch
-PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors
+PROGRAMS = 1056  # of the first launch: eight for each of 132 multiprocessors, where two fit at a time;
+FILLED, SHARE = 264, 4  # beyond one round of them a program takes up to so many tiles, for it loads its queries once
 CHUNK = 4096  # scores a program of the second launch looks at; up to as many the first launch chooses, too
 BOUNDS = 4096  # groups of neighbours at most
 LOWEST = tl.constexpr(-2147483648)
@@ -133,22 +134,21 @@ def _highest(own, bounds, seen, TOPK: tl.constexpr, GROUP: tl.constexpr, GROUPS:
     return highest
 
 
-@triton.jit(do_not_specialize=["table_stride", "each", "longest", "groups"])
+@triton.jit(do_not_specialize=["table_stride", "longest", "groups"])
 def _score_kernel(
-    index_q, head_weights, positions, owners, table, pages, scores, bounds, arrived, picks,
-    table_stride, page_bytes, scale_at, each, longest, groups,
-    RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
+    index_q, head_weights, positions, owners, table, pages, scores, bounds, arrived, picks, table_stride, page_bytes,
+    scale_at, longest, groups, RATIO: tl.constexpr, TOPK: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
     PICK: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of `each` tiles of a row's keys, and the largest of every GROUP. PICK: the last program of a row picks."""
+    """Scores of a row's tiles of keys, dealt out in turn, and the largest of every GROUP. PICK: the last one picks."""
     formats.let_next_start(TARGET)
     row = tl.program_id(1)
     seen = tl.minimum((tl.load(positions + row) + 1) // RATIO, longest)
     pages_of = table + tl.load(owners + row).to(tl.int64) * table_stride
     formats.wait_for_inputs(TARGET)
-    first = tl.program_id(0) * each * KEYS
-    if (seen > TOPK) & (first < seen):
+    first, programs, tiles = tl.program_id(0), tl.num_programs(0), (seen + KEYS - 1) // KEYS
+    if (seen > TOPK) & (first < tiles):
         half: tl.constexpr = WIDTH // 2
         head, byte = tl.arange(0, PADDED), tl.arange(0, half)
         real = head < HEADS
@@ -156,11 +156,12 @@ def _score_kernel(
         words = tl.load(words + _source(byte, half)[:, None], mask=real[None, :], other=0)
         q_even, q_odd = formats.bits_to_bfloat16(words & 0xFFFF), formats.bits_to_bfloat16((words >> 16) & 0xFFFF)
         weight = tl.load(head_weights + row * HEADS + head, mask=real, other=0.0)[None, :]
-        steps = (tl.minimum(each * KEYS, seen - first) + KEYS - 1) // KEYS
+        steps = (tiles - first + programs - 1) // programs
         if TARGET == "interpreter":  # which takes no tensor for a range; tiles past the end store nothing
             steps = MOST
         for step in tl.range(0, steps):
-            key = first + step * KEYS + tl.arange(0, KEYS)
+            low = (first + step * programs) * KEYS
+            key = low + tl.arange(0, KEYS)
             live = key < seen
             page = tl.load(pages_of + key // PER_PAGE, mask=live, other=0).to(tl.int64) * page_bytes
             part = tl.multiple_of(pages + page + key % PER_PAGE * half, 8)
@@ -181,12 +182,12 @@ def _score_kernel(
             order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
             order = tl.where(live, order, LOWEST)
             tl.store(scores + row.to(tl.int64) * longest + key, order, mask=live)
-            group = (first + step * KEYS) // GROUP + tl.arange(0, KEYS // GROUP)
+            group = low // GROUP + tl.arange(0, KEYS // GROUP)
             tl.store(bounds + row * groups + group, tl.max(order.reshape(KEYS // GROUP, GROUP), 1),
                      mask=(group < groups) & (group * GROUP < seen))  # fmt: skip
         if PICK:
             tl.debug_barrier()
-            if tl.atomic_add(arrived + row, 1, sem="acq_rel") == (seen + each * KEYS - 1) // (each * KEYS) - 1:
+            if tl.atomic_add(arrived + row, 1, sem="acq_rel") == tl.minimum(tiles, programs) - 1:
                 tl.debug_barrier()
                 tl.store(arrived + row, 0)
                 lane = tl.arange(0, TILE)
@@ -262,14 +263,14 @@ def score(
     assert section is not None
     group = triton.next_power_of_2(triton.cdiv(most, BOUNDS))
     groups, tiles = triton.cdiv(most, group), triton.cdiv(most, KEYS)
-    each = triton.cdiv(tokens * tiles, PROGRAMS)
+    each = max(triton.cdiv(tokens * tiles, PROGRAMS), min(SHARE, triton.cdiv(tokens * tiles, FILLED)))
     scores, bounds, topk = new((tokens, most)), new((tokens, groups)), layout.config.index_topk
     tile, picks = triton.next_power_of_2(max(topk, min(most, CHUNK))), new((tokens, topk))
     least = {"maxnreg": 128} if made_for == formats.PTX and arrived is not None else {}  # two programs fit
     _score_kernel[(triton.cdiv(tiles, each), tokens)](
         index_q, head_weights, rows.positions, rows.owner, rows.table, pages.view(-1)[section.offset :], scores, bounds,
         bounds if arrived is None else arrived, picks, rows.table.shape[1], layout.page_bytes,
-        section.part(1) - section.offset, each, most, groups, RATIO=place.ratio, TOPK=topk, PER_PAGE=section.rows,
+        section.part(1) - section.offset, most, groups, RATIO=place.ratio, TOPK=topk, PER_PAGE=section.rows,
         WIDTH=width, HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), KEYS=KEYS, GROUP=group,
         MOST=each if made_for == formats.INTERPRETER else 0, PICK=arrived is not None, TILE=tile,
         TARGET=made_for, **formats.launch(made_for, num_warps=WARPS, **least),
