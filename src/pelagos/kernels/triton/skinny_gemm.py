@@ -21,7 +21,7 @@ from pelagos.kernels.triton.site import mixing, owed
 
 BLOCK = 128
 STAGES = 3  # of the pipeline: residency counts for more than a fourth
-FAT_STAGES = 2  # of products of 64 bfloat16 rows that quantise, so that all their programs fit on the device
+FAT = 64  # bfloat16 rows from which a program that quantises has 128 outputs, for rows are most of what it reads
 TILES = 256  # programs that a weight should at least be cut into
 MERGED_TALL = 64  # outputs a program of a merged product
 HUGE = 1 << 15  # outputs of a vocabulary
@@ -257,8 +257,7 @@ def _merged_tile(
     else:
         first = (tile - wide // TALL) * TALL
         total = fp8_tile(
-            codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH,
-            DEPTH, PART, TALL, WIDE, TARGET,
+            codes, scales, weight, weight_scales, first, part * PART, row, live, DEPTH, DEPTH, PART, TALL, WIDE, TARGET,
         )  # fmt: skip
     return total, first
 
@@ -309,15 +308,12 @@ def _add_up(partial, out, begin, size, COUNT: tl.constexpr, PADDED: tl.constexpr
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _kept_kernel(
-    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide,
-    mix_parts, mix_base, mix_scale, post, comb, mix_eps, mix_norm_eps,
-    positions, places, firsts, owners, table, frozens, table_stride,
-    q_norm, kv_norm, turn, latent_codes, latent_scales, window, window_scale, slot_bytes,
-    ape, norm, kv_ring, score_ring, main, main_scale,
-    index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale, page_bytes,
-    entry_turn, head_weights, head_factor, factor, eps,
-    DEPTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ITERS: tl.constexpr, SUMS: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr,
+    codes, scales, x, weight, weight_scales, wide_weight, out, partial, arrived, rows, narrow, wide, mix_parts,
+    mix_base, mix_scale, post, comb, mix_eps, mix_norm_eps, positions, places, firsts, owners, table, frozens,
+    table_stride, q_norm, kv_norm, turn, latent_codes, latent_scales, window, window_scale, slot_bytes, ape, norm,
+    kv_ring, score_ring, main, main_scale, index_ape, index_norm, index_kv_ring, index_score_ring, index, index_scale,
+    page_bytes, entry_turn, head_weights, head_factor, factor, eps, DEPTH: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, ITERS: tl.constexpr, SUMS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     LATENT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
     SCALES: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
     SLOTS: tl.constexpr, INDEX: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
@@ -371,9 +367,8 @@ def _kept_kernel(
                     kind, row, out, width, positions, places, firsts, owners, table, frozens, table_stride, q_norm,
                     kv_norm, turn, latent_codes, latent_scales, window, window_scale, slot_bytes, ape, norm, kv_ring,
                     score_ring, main, main_scale, index_ape, index_norm, index_kv_ring, index_score_ring, index,
-                    index_scale, page_bytes, entry_turn, head_weights, head_factor, factor, eps,
-                    LATENT, PADDED, WIDTH, ROPE, RING, SCALES, RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS,
-                    HEADS_PADDED, ROUNDS, TARGET, 1,
+                    index_scale, page_bytes, entry_turn, head_weights, head_factor, factor, eps, LATENT, PADDED, WIDTH,
+                    ROPE, RING, SCALES, RATIO, SPAN, TAIL, PAGE, SLOTS, INDEX, HEADS, HEADS_PADDED, ROUNDS, TARGET, 1,
                 )  # fmt: skip
                 row += 1
             tl.store(arrived + kind, 0)
@@ -418,7 +413,9 @@ def forward(
     out_scales = new((shape[0], shape[1] // BLOCK), dtype=torch.uint8) if quantise else out
     made_for = formats.target()
     # Behind the attention, whose programs fill a multiprocessor, an early start crams all onto a few.
-    options = formats.launch(made_for, num_stages=FAT_STAGES if scales is None and wide_of(rows) == 64 else STAGES)
+    fat = quantise and scales is None and wide_of(rows) >= FAT and outputs % 128 == 0
+    tall = 128 if fat else tall
+    options = formats.launch(made_for, num_stages=STAGES, num_warps=8 if fat else 4)
     if quantise and made_for == formats.PTX:
         options["launch_pdl"] = False
     if scales is not None:
