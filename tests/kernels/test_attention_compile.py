@@ -19,10 +19,10 @@ TYPES = dict.fromkeys(
 ) | dict.fromkeys("positions places firsts owners table frozens picks scores bounds found sizes arrived".split(), I32)
 TYPES |= dict.fromkeys("q_norm kv_norm norm index_norm product q index_q stored".split(), BF16)
 TYPES |= dict.fromkeys("stored_scales codes scales window main index pages slots".split(), U8)
-TYPES |= dict.fromkeys("head_factor factor eps scale".split(), "fp32")
+TYPES |= {{"noted": "*i64"}} | dict.fromkeys("head_factor factor eps scale".split(), "fp32")
 CSA = dict(RATIO=4, PICKED=512, WINDOW=128, BLOCKS=blocks, KEYS=64, TARGET=made_for)
 HCA = CSA | dict(RATIO=128, PICKED=0)
-ATTEND = dict(RING=131, SCALES=8, HEADS=heads, CUT=1, NORM=True)
+ATTEND = dict(RING=131, SCALES=8, HEADS=heads, CUT=1, NORM=True, COUNT=64)
 WRITE = dict(LATENT=latent, PADDED=latent, WIDTH=width, ROPE=64, RING=131, SCALES=8, PAGE=128, SLOTS=8, HEADS=heads,
              HEADS_PADDED=heads, ROUNDS=index.bit_length() - 1, TARGET=made_for)
 SELECT = dict(RATIO=4, TOPK=128, GROUP=16, CHUNK=1024, GROUPS=1024, TARGET=made_for)
@@ -30,7 +30,8 @@ KERNELS = [
     (decode_attention._attend_kernel, CSA | ATTEND | dict(PER_PAGE=32, EACH=1, DONE=False), dict(num_warps=8)),
     (decode_attention._attend_kernel, CSA | ATTEND | dict(PER_PAGE=32, EACH=1, DONE=False, CUT=blocks),
      dict(num_warps=8)),
-    (decode_attention._attend_kernel, HCA | ATTEND | dict(PER_PAGE=1, EACH=18, DONE=True), dict(num_warps=8)),
+    (decode_attention._attend_kernel, HCA | ATTEND | dict(PER_PAGE=1, EACH=18, DONE=True, COUNT=256,
+                                                          CUT=(blocks + 1) // 2), dict(num_warps=4)),
     *((decode_attention._combine_kernel, CSA | each, dict(num_warps=1, stored=U8))
       for each in (dict(EACH=1, SECTIONS=2, RUN=18), dict(EACH=18, SECTIONS=1, RUN=20))),
     (cache_write._kernel, WRITE | dict(RATIO=4, SPAN=2 * width, TAIL=11, INDEX=index), dict(num_warps=8)),

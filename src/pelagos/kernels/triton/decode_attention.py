@@ -2,9 +2,9 @@
 
 A chunk (128 window rows in order of position, then entries by index or rank) has a softmax of its own; chunks are
 folded one after another, 18 of them make a section, sections are folded in turn. Few rows: every chunk is a program and
-the combine folds them all, a section a program. Many rows: a program folds a section in registers by the same steps. So
-how the work is cut changes no bit. Operands are float16: it holds what codes, rope and queries hold to 2^-25, and
-weights more closely than bfloat16 would.
+the combine folds them all, a section a program. Many rows: a program folds half of the columns of a section in
+registers by the same steps. So how the work is cut changes no bit. Operands are float16: it holds what codes, rope and
+queries hold to 2^-25, and weights more closely than bfloat16 would.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pelagos.kernels.triton.query import turned
 
 KEYS = 64  # of a chunk
 SECTION = 18  # chunks: all that a CSA row of Flash or Pro attends
-PROGRAMS = 600  # up to here every chunk is a program
+PROGRAMS = 300  # up to here every chunk is a program
 FEW, FEW_ROWS = 3, 32  # so few chunks of more rows become whole results where they are made, a launch less
+HALVES = 2  # of a row's columns, of which a program of many chunks folds one
 RESIDENT = 132  # up to here every block of its columns too
 NOTHING = tl.constexpr(-1e30)  # the largest logit of no keys
 
@@ -39,13 +40,30 @@ _WIDEN = tl.constexpr(
     }"""
 )
 
+# Two bfloat16, or the powers of two of two UE8M0 bytes, to float16; two float32 to bfloat16 and back. One at a time
+# these conversions take four times as long.
+_NARROW = tl.constexpr("{.reg .b32 a, b; shl.b32 a, $1, 16; and.b32 b, $1, 0xFFFF0000; cvt.rn.f16x2.f32 $0, b, a;}")
+_POWERS = tl.constexpr("{.reg .b32 a, b; shl.b32 a, $1, 23; shl.b32 b, $2, 23; cvt.rn.f16x2.f32 $0, b, a;}")
+_ROUND = tl.constexpr("{.reg .b32 a; cvt.rn.bf16x2.f32 a, $3, $2; shl.b32 $0, a, 16; and.b32 $1, a, 0xFFFF0000;}")
+
 
 @triton.jit
-def _scales(scale, live, SCALES: tl.constexpr, BLOCKS: tl.constexpr):
-    """float16 2^(byte - 127) (KEYS, 2) of every 128 columns, for UE8M0 bytes of 103..142 at pointers (KEYS,)."""
-    byte = tl.load(scale[:, None] + tl.arange(0, SCALES)[None, :], mask=live[:, None], other=127).to(tl.int32)
-    bits = tl.where(byte >= 113, (byte - 112) << 10, 1 << tl.maximum(byte - 103, 0))
-    factors = bits.to(tl.uint16).to(tl.float16, bitcast=True)
+def _rounded(x, TARGET: tl.constexpr):
+    """`formats.rounded`, of an even number of values a thread."""
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise(_ROUND, "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return formats.rounded(x, TARGET)
+
+
+@triton.jit
+def _scales(scale, live, SCALES: tl.constexpr, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
+    """float16 2^(byte - 127) (KEYS, 2) of every 128 columns, for UE8M0 bytes of 103..142 at addresses (KEYS,)."""
+    place = tl.multiple_of(scale.to(tl.pointer_type(tl.uint8)), 8)[:, None] + tl.arange(0, SCALES)[None, :]
+    byte = tl.load(place, mask=live[:, None], other=127).to(tl.int32)
+    if TARGET == "ptx":
+        factors = tl.inline_asm_elementwise(_POWERS, "=r,r,r", [byte], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        factors = formats.power_of_two(byte).to(tl.float16)
     keys: tl.constexpr = scale.shape[0]
     if BLOCKS == 1:
         first, _ = tl.split(tl.permute(factors.reshape(keys, 4, 2), (0, 2, 1)).reshape(keys, 2, 2, 2))
@@ -63,15 +81,18 @@ def _codes(part, live, B: tl.constexpr, BLOCKS: tl.constexpr):
     """E4M3 codes (KEYS, 128) of columns from 128 B; of the last block only the first 64 are."""
     lane = tl.arange(0, 128)[None, :]
     fp8 = live[:, None] & (lane < 64) if B == BLOCKS - 1 else live[:, None]
-    return tl.load(part[:, None] + (B * 128 + lane), mask=fp8, other=0)
+    return tl.load(tl.multiple_of(part.to(tl.pointer_type(tl.uint8)), 8)[:, None] + (B * 128 + lane), mask=fp8, other=0)
 
 
 @triton.jit
-def _rope(part, live, BLOCKS: tl.constexpr):
-    """bfloat16 (KEYS, 128) of which the last 64 are the rotated columns."""
-    lane = tl.arange(0, 128)[None, :]
-    rope = (part + (BLOCKS * 128 - 64)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    return tl.load(tl.multiple_of(rope, 8)[:, None] + (lane - 64), mask=live[:, None] & (lane >= 64), other=0.0)
+def _rope(part, live, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
+    """float16 (KEYS, 128) of which the last 64 are the rotated columns."""
+    lane, place = tl.arange(0, 128)[None, :], (part + (BLOCKS * 128 - 64)).to(tl.pointer_type(tl.bfloat16))
+    place = tl.multiple_of(place, 8)[:, None] + (lane - 64)
+    rope = tl.load(place, mask=live[:, None] & (lane >= 64), other=0.0)
+    if TARGET == "ptx":
+        return tl.inline_asm_elementwise(_NARROW, "=r,r", [rope], dtype=tl.float16, is_pure=True, pack=2)
+    return rope.to(tl.float16)
 
 
 @triton.jit
@@ -101,13 +122,29 @@ def _mix(total, p, keys, keep, join, ONLY: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
+def _mixed(acc, p, keys, keep, join, FIRST: tl.constexpr, ONLY: tl.constexpr, TARGET: tl.constexpr):
+    """`_mix` of as many blocks of columns as there are totals, from block FIRST on."""
+    return [_mix(acc[b], p, keys[FIRST + b], keep, join, ONLY, TARGET) for b in (0, 1, 2, 3)[: len(acc)]]
+
+
+@triton.jit
+def _fetch(part, BYTES: tl.constexpr, TARGET: tl.constexpr):
+    """Bring rows of Flash or Pro to the L2, from the multiple of 16 at or before each, as has to be asked for."""
+    if TARGET == "ptx" and BYTES == 576:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s64 p, $1, 0; @p cp.async.bulk.prefetch.L2.global [$1], 576; mov.b32 $0, 0;}",
+            "=r,l", [part & -16], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _place(
     chunk, row, position, seen, pages, slots, picks, table, slot, owner, window_scale, entry_scale, page_bytes,
     PICKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PER_PAGE: tl.constexpr, BYTES: tl.constexpr,
-    SCALES: tl.constexpr, KEYS: tl.constexpr,
+    SCALES: tl.constexpr, KEYS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Pointers (KEYS,) to the FP8 part and the scales of a chunk's rows, and which of them are attended."""
-    at = chunk * KEYS + tl.arange(0, KEYS)
+    """Addresses (COUNT,) of the FP8 part and the scales of rows from a chunk on, and which of them are attended."""
+    at = chunk * KEYS + tl.arange(0, COUNT)
     back = position - (WINDOW - 1) + at
     near, rank = at < WINDOW, at - WINDOW
     live = (near & (back >= 0)) | ((rank >= 0) & (rank < seen))  # none at position -1
@@ -121,7 +158,7 @@ def _place(
     ring, inner = tl.maximum(back, 0) % RING, index % PER_PAGE
     part = tl.where(near, slots + slot + ring * BYTES, pages + page + inner * BYTES)
     scale = tl.where(near, slots + slot + window_scale + ring * SCALES, pages + page + entry_scale + inner * SCALES)
-    return tl.multiple_of(part, 8), tl.multiple_of(scale, 8), live
+    return part.to(tl.int64), scale.to(tl.int64), live
 
 
 @triton.jit
@@ -140,13 +177,13 @@ def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARG
     As codes they become two E4M3 rows that add up, the lower half `low` columns behind.
     """
     heads: tl.constexpr = out.shape[0]
-    out = formats.rounded(out, TARGET)
+    out = _rounded(out, TARGET)
     if ROPE:
         pair = tl.arange(0, 64)
         cos = tl.load(turn + pair - 32, mask=pair >= 32, other=1.0)[None, :]
         sin = tl.load(turn + pair, mask=pair >= 32, other=0.0)[None, :]
         a, b = tl.split(out.reshape(heads, 64, 2))
-        out = formats.rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
+        out = _rounded(tl.join(a * cos + b * sin, b * cos - a * sin).reshape(heads, 128), TARGET)
     place = stored + column[:, None] + tl.arange(0, 128)[None, :]
     if stored.dtype.element_ty == tl.bfloat16:
         tl.store(place, out.to(tl.bfloat16), mask=live[:, None])
@@ -161,17 +198,18 @@ def _emit(out, turn, stored, scales, column, low, live, ROPE: tl.constexpr, TARG
 
 
 @triton.jit
-def _normed(blocks, eps, turn, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
+def _normed(blocks, again, eps, turn, BLOCKS: tl.constexpr, TARGET: tl.constexpr):
     """Heads (HEADS, 128) a block of columns over their root mean square, the last 64 columns turned; float32."""
-    wide = [each.to(tl.float32) for each in blocks]
-    square = wide[0] * wide[0]
+    wide = blocks[0].to(tl.float32)
+    square = wide * wide
     for b in tl.static_range(1, BLOCKS):
-        square += wide[b] * wide[b]
+        wide = blocks[b].to(tl.float32)
+        square += wide * wide
     for _ in tl.static_range(7):  # by neighbours: a sum's order is its layout's, which each way to cut has of its own
         even, odd = tl.split(square.reshape(square.shape[0], square.shape[1] // 2, 2))
         square = even + odd
     root = tl.rsqrt(square / (BLOCKS * 128) + eps)
-    wide = [formats.rounded(each * root, TARGET) for each in wide]
+    wide = [_rounded(each.to(tl.float32) * root, TARGET) for each in again]
     last = turned(wide[BLOCKS - 1], turn, 64, TARGET)
     return [last if b == BLOCKS - 1 else wide[b] for b in (0, 1, 2, 3)[:BLOCKS]]
 
@@ -186,15 +224,17 @@ def _finish(top, total, sink):
 
 @triton.jit(do_not_specialize=["heads", "parts", "most", "table_stride", "q_blocks"])
 def _attend_kernel(
-    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, stored_scales, partial, tops,
+    q, pages, slots, table, picks, positions, owners, places, sink, turn, stored, stored_scales, partial, tops, noted,
     heads, parts, most, table_stride, q_blocks, eps, slot_bytes, page_bytes, window_scale, entry_scale, scale,
     RATIO: tl.constexpr, PICKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PER_PAGE: tl.constexpr,
     SCALES: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
-    DONE: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, TARGET: tl.constexpr,
+    DONE: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Fold EACH chunks for HEADS heads of a row; with DONE these are all it has and the result is stored.
 
-    CUT > 1: of one chunk's values this program takes one block of columns.
+    CUT > 1: of the values this program takes one of so many parts of the columns. EACH > 1: where the rows of its
+    chunks lie, COUNT at most, is noted first: to find out chunk by chunk would take two round trips each, and as many
+    instructions in every layout that wants to know.
     """
     formats.let_next_start(TARGET)
     part, tile, row = tl.program_id(0), tl.program_id(1) // CUT, tl.program_id(2)
@@ -213,61 +253,99 @@ def _attend_kernel(
         width: tl.constexpr = BLOCKS * 128
         row_bytes: tl.constexpr = width + 64
         own = q + row.to(tl.int64) * q_blocks * 128 + head[:, None] * width + lane[None, :]
+        where = (begin, row, position, seen, pages, slots, picks, table, slot, owner, window_scale, entry_scale,
+                 page_bytes)  # fmt: skip
+        key, first, last = tl.arange(0, KEYS), WINDOW - 1 - position, WINDOW + seen
+        if EACH > 1:  # the addresses of a chunk's rows, then of their scales; 0 of those that are not attended
+            noted += (row * parts + part).to(tl.int64) * (EACH * 2 * KEYS)
+            rows_at, scales_at, lives = _place(*where, PICKED, WINDOW, RING, PER_PAGE, row_bytes, SCALES, KEYS, COUNT)
+            every = tl.arange(0, COUNT)
+            note, there = noted + every // KEYS * (2 * KEYS) + every % KEYS, every < EACH * KEYS
+            tl.store(note, tl.where(lives, rows_at, 0), mask=there)
+            tl.store(note + KEYS, tl.where(lives, scales_at, 0), mask=there)
+            if PICKED > 0:
+                last = tl.sum((lives & (begin * KEYS + every >= WINDOW)).to(tl.int32), 0)
+                last += tl.maximum(begin * KEYS, WINDOW)
         queries = [tl.load(own + b * 128, mask=real[:, None], other=0.0) for b in (0, 1, 2, 3)[:BLOCKS]]
         if NORM:
-            queries = _normed(queries, eps, turn + row * 64, BLOCKS, TARGET)
+            again = queries
+            if EACH > 1:  # rather than kept: four warps have no registers for all of them
+                again = [tl.load(own + b * 128, mask=real[:, None], other=0.0, cache_modifier=".ca")
+                         for b in (0, 1, 2, 3)[:BLOCKS]]  # fmt: skip
+            queries = _normed(queries, again, eps, turn + row * 64, BLOCKS, TARGET)
         queries = [each.to(tl.float16) for each in queries]
-        acc = [tl.zeros((HEADS, 128), tl.float32)] * (1 if CUT == 4 else BLOCKS)
+        mine: tl.constexpr = BLOCKS // CUT
+        acc = [tl.zeros((HEADS, 128), tl.float32)] * mine
         top = tl.full((HEADS,), NOTHING, tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
         steps = end - begin
         if TARGET == "interpreter":  # which takes no tensor for a range; chunks past the end change nothing
-            steps = EACH
+            steps = min(EACH, COUNT // KEYS)
+        if EACH > 1:
+            tl.debug_barrier()
         for step in tl.range(0, steps):
-            chunk = begin + step
-            bits, factor, live = _place(
-                chunk, row, position, seen, pages, slots, picks, table, slot, owner, window_scale, entry_scale,
-                page_bytes, PICKED, WINDOW, RING, PER_PAGE, row_bytes, SCALES, KEYS,
-            )  # fmt: skip
-            # All that is read is asked for before the first of it is needed.
-            codes = [_codes(bits, live, b, BLOCKS) for b in (0, 1, 2, 3)[:BLOCKS]]
-            rope, factors = _rope(bits, live, BLOCKS).to(tl.float16), _scales(factor, live, SCALES, BLOCKS)
-            keys = [_wide(codes[b], factors[b], rope, b == BLOCKS - 1, TARGET) for b in (0, 1, 2, 3)[:BLOCKS]]
+            if EACH > 1:
+                entry = noted + step * (2 * KEYS) + key
+                part_at, scale_at = tl.load(entry), tl.load(entry + KEYS)
+                live, scaled = part_at != 0, scale_at != 0
+            else:
+                part_at, scale_at, live = _place(*where, PICKED, WINDOW, RING, PER_PAGE, row_bytes, SCALES, KEYS, KEYS)
+            if EACH == 1 or BLOCKS < 4:  # all that is read is asked for before the first of it is needed
+                codes = [_codes(part_at, live, b, BLOCKS) for b in (0, 1, 2, 3)[:BLOCKS]]
+                rope, factors = _rope(part_at, live, BLOCKS, TARGET), _scales(scale_at, live, SCALES, BLOCKS, TARGET)
+                keys = [_wide(codes[b], factors[b], rope, b == BLOCKS - 1, TARGET) for b in (0, 1, 2, 3)[:BLOCKS]]
+            else:  # four warps have registers for two blocks; the next chunk's rows come to the L2 meanwhile
+                first_codes, second_codes = _codes(part_at, live, 0, 4), _codes(part_at, live, 1, 4)
+                factors = _scales(scale_at, scaled, SCALES, 4, TARGET)
+                _fetch(tl.load(noted + tl.minimum(step + 1, steps - 1) * (2 * KEYS) + key), row_bytes, TARGET)
+                first_keys, third_codes = _wide(first_codes, factors[0], 0, False, TARGET), _codes(part_at, live, 2, 4)
+                second_keys, last_codes = _wide(second_codes, factors[1], 0, False, TARGET), _codes(part_at, live, 3, 4)
+                rope, third_keys = _rope(part_at, live, 4, TARGET), _wide(third_codes, factors[2], 0, False, TARGET)
+                keys = [first_keys, second_keys, third_keys, _wide(last_codes, factors[3], rope, True, TARGET)]
             s = tl.zeros((HEADS, KEYS), tl.float32)
             for b in tl.static_range(BLOCKS):
                 s = formats.dot(queries[b], tl.trans(keys[b]), s, TARGET)
-            s = tl.where(live[None, :], s * scale, NOTHING)
+            s *= scale
+            at = (begin + step) * KEYS
+            if EACH == 1:
+                s = tl.where(live[None, :], s, NOTHING)
+            elif (at < first) | (at + KEYS > last):  # what is attended lies beside each other, and mostly that is all
+                s = tl.where(((at + key >= first) & (at + key < last))[None, :], s, NOTHING)
             own_top = tl.max(s, 1)
-            p = tl.where(live[None, :], tl.exp2(s - own_top[:, None]), 0.0)
+            p = tl.exp2(s - tl.maximum(own_top, NOTHING / 2)[:, None])  # 0 where there is nothing at all, too
             most_top = tl.maximum(top, own_top)
             keep, join = tl.exp2(top - most_top), tl.exp2(own_top - most_top)
             total = _fold(total, tl.sum(p, 1), keep, join)
             top = most_top
             p = p.to(tl.float16)
-            if CUT == 4:
-                if block == 0:
-                    acc = [formats.dot(p, keys[0], acc[0], TARGET)]
-                elif block == 1:
-                    acc = [formats.dot(p, keys[1], acc[0], TARGET)]
-                elif block == 2:
-                    acc = [formats.dot(p, keys[2], acc[0], TARGET)]
-                else:
-                    acc = [formats.dot(p, keys[3], acc[0], TARGET)]
+            if CUT == 1 or block == 0:
+                acc = _mixed(acc, p, keys, keep, join, 0, EACH == 1, TARGET)
+            elif CUT == 2:
+                acc = _mixed(acc, p, keys, keep, join, 2, EACH == 1, TARGET)
+            elif block == 1:
+                acc = _mixed(acc, p, keys, keep, join, 1, EACH == 1, TARGET)
+            elif block == 2:
+                acc = _mixed(acc, p, keys, keep, join, 2, EACH == 1, TARGET)
             else:
-                acc = [_mix(acc[b], p, keys[b], keep, join, EACH == 1, TARGET) for b in (0, 1, 2, 3)[:BLOCKS]]
+                acc = _mixed(acc, p, keys, keep, join, 3, EACH == 1, TARGET)
         if DONE:
             factor = _finish(top, total, tl.load(sink + head, mask=real, other=0.0) * 1.4426950408889634)[:, None]
             halves: tl.constexpr = 1 if stored.dtype.element_ty == tl.bfloat16 else 2
             column, turned, low = (halves * row * heads + head) * width, turn + row * 64, heads * width
-            for b in tl.static_range(BLOCKS):
-                _emit(acc[b] * factor, turned, stored, stored_scales, column + b * 128, low, real, b == BLOCKS - 1,
-                      TARGET)  # fmt: skip
+            column += block * (mine * 128)
+            for b in tl.static_range(mine - 1):
+                _emit(acc[b] * factor, turned, stored, stored_scales, column + b * 128, low, real, False, TARGET)
+            out, column = acc[mine - 1] * factor, column + (mine - 1) * 128
+            if CUT == 1 or block == CUT - 1:
+                _emit(out, turned, stored, stored_scales, column, low, real, True, TARGET)
+            else:
+                _emit(out, turned, stored, stored_scales, column, low, real, False, TARGET)
         else:
             at = (row * parts + part).to(tl.int64) * heads + head
             tl.store(tops + at * 2, top, mask=real & (head * 0 + block == 0))
             tl.store(tops + at * 2 + 1, total, mask=real & (head * 0 + block == 0))
-            place = partial + at[:, None] * width + (block * 128 + lane)[None, :]
-            for b in tl.static_range(1 if CUT == 4 else BLOCKS):
+            place = partial + at[:, None] * width + (block * (mine * 128) + lane)[None, :]
+            for b in tl.static_range(mine):
                 tl.store(place + b * 128, acc[b], mask=real[:, None])
 
 
@@ -354,8 +432,7 @@ def _combine_kernel(
 
 def forward(
     q: Tensor, rows: Rows, layout: CacheLayout, layer: int, pages: Tensor, slots: Tensor, sink: Tensor,
-    picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor | None,
-    norm_eps: float | None = None,
+    picks: Tensor | None, turn: Tensor, most: int, whole: bool, arrived: Tensor | None, norm_eps: float | None = None,
 ) -> Tensor | Halves:  # fmt: skip
     """Return what `kernels.decode_attention.attend` does."""
     (tokens, heads, width), place = q.shape, layout.layers[layer]
@@ -370,21 +447,23 @@ def forward(
     each = SECTION if many else 1
     parts = triton.cdiv(chunks, each)
     cut = width // 128 if each == 1 < parts and tokens * tiles * chunks * (width // 128) <= RESIDENT else 1
+    cut = HALVES if many and width == 512 else cut
     stored = new((tokens, heads * width)) if whole else new((2 * tokens, heads * width), dtype=torch.uint8)
     scales = new((2 * tokens, heads * width // 128), dtype=torch.uint8)
     sections = triton.cdiv(parts, SECTION) if each == 1 else 1
     size = tokens * (parts + (sections if sections > 1 else 0)) * heads if parts > 1 else 1
     partial, tops = new(size * width, dtype=torch.float32), new(size * 2, dtype=torch.float32)
+    noted = new(tokens * parts * each * 2 * KEYS if many else 1, dtype=torch.int64)
     constants = {"RATIO": place.ratio, "PICKED": picked, "WINDOW": layout.config.sliding_window,
                  "BLOCKS": width // 128, "KEYS": KEYS, "EACH": each, "TARGET": made_for}  # fmt: skip
     _attend_kernel[(parts, tiles * cut, tokens)](
         q, pages.view(-1)[main.offset :], slots.view(-1)[window.offset :], rows.table, q if picks is None else picks,
-        rows.positions, rows.owner, rows.slots, sink, turn, stored, scales, partial, tops,
+        rows.positions, rows.owner, rows.slots, sink, turn, stored, scales, partial, tops, noted,
         heads, parts, most, rows.table.shape[1], q.stride(0) // 128, norm_eps or 0.0, layout.slot_bytes,
         layout.page_bytes, window.part(1) - window.offset, main.part(1) - main.offset, width**-0.5 * math.log2(math.e),
         RING=window.rows, PER_PAGE=main.rows, SCALES=window.parts[1], HEADS=tall, DONE=parts == 1, CUT=cut,
-        NORM=norm_eps is not None, **constants,
-        **formats.launch(made_for, num_warps=8 if width > 128 else 4, num_stages=1, enable_fp_fusion=False),
+        NORM=norm_eps is not None, COUNT=triton.next_power_of_2(min(each, chunks) * KEYS), **constants,
+        **formats.launch(made_for, num_warps=4 if many or width == 128 else 8, num_stages=1, enable_fp_fusion=False),
     )  # fmt: skip
     if parts > 1:
         if arrived is None:
