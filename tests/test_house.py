@@ -31,8 +31,8 @@ FLOORS = (
     ("__main__",),
 )
 LINE_CEILINGS = {
-    "cli": 1226, "posttrain": 2000, "evals": 1369, "serve": 4808, "agent": 250, "train": 4237, "engine": 5005,
-    "model": 3697, "checkpoint": 715, "tasks": 750, "kernels": 11210, "parallel": 110, "chat": 970, "cost": 750,
+    "cli": 1226, "posttrain": 2000, "evals": 1369, "serve": 4808, "agent": 250, "train": 4237, "engine": 4949,
+    "model": 3743, "checkpoint": 715, "tasks": 750, "kernels": 11210, "parallel": 117, "chat": 970, "cost": 750,
     "sandbox": 5637, "config": 370, "errors": 65, "numerics": 195,
 }  # fmt: skip
 HOUSE_CEILING = 41_584

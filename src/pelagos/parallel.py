@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import pickle
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from pelagos.errors import ConfigError
 
 TIMEOUT = datetime.timedelta(seconds=120)  # of every exchange over the hosts: a lost rank ends the others
+ORDER = 1 << 15  # bytes of an order that take one broadcast
 SIGNAL_MS = 120_000  # of a wait on the device, which then traps
 
 
@@ -98,10 +100,16 @@ class Group:
         return found
 
     def told(self, thing: Any = None) -> Any:
-        """Return what rank 0 brought, on every rank, whenever it does."""
-        found = [thing]
-        dist.broadcast_object_list(found, 0, self._orders)
-        return found[0]
+        """Return what rank 0 brought, on every rank, whenever it does; quickest in less than ORDER bytes."""
+        packed = b"" if self.rank else pickle.dumps(thing, 5)
+        sent, size, begin = len(packed).to_bytes(8, "little") + packed, ORDER, 0
+        found = bytearray()
+        while begin < size:  # the first bytes say how many there are
+            part = bytearray(sent[begin:size].ljust(size - begin, b"\0"))
+            dist.broadcast(torch.frombuffer(part, dtype=torch.uint8), 0, self._orders)
+            found += part
+            begin, size = size, 8 + int.from_bytes(found[:8], "little")
+        return pickle.loads(memoryview(found)[8:size]) if self.rank else thing
 
     def close(self) -> None:
         """Part, when all have come so far."""

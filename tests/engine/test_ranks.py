@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests import two_ranks
 
 from pelagos.config import preset
 from pelagos.engine.memory import MemoryPlan
+from pelagos.engine.over_ranks import _Lead
 from pelagos.engine.pages import PagePool
 from pelagos.engine.prefix import KeyChain, Match
 from pelagos.engine.scheduler import Request, Scheduler
-from pelagos.kernels.layout import CacheLayout
+from pelagos.kernels.layout import CacheLayout, Draw, Span
 from pelagos.model.cuda_group import cut_width, group_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +49,30 @@ def test_as_many_as_the_budget_holds_run_at_once_and_one_more_waits() -> None:
     assert row["good"]
     assert (row["running"], row["waiting"], row["shortest"] > 896) == (4, 1, True)
     assert "ask for at most" in row["refusal"]
+
+
+def test_what_the_others_are_told_does_not_grow_with_the_context() -> None:
+    """Thirty rows a step: of pages what is new, and that once; the others know the same tables."""
+    sizes = []
+    for count in (8, 8192):
+        sent: list[bytes] = []
+        group = SimpleNamespace(told=lambda thing, sent=sent: sent.append(pickle.dumps(thing)))
+        given = {"numeric_path": "", "two_kinds": True, "draws": True, "weight_bytes": 0, "scratch_bytes": None}
+        forward = SimpleNamespace(**given, known={}, forward=lambda told: None)
+        lead, theirs = _Lead(forward, group), dict[int, np.ndarray]()  # pyright: ignore[reportArgumentType]
+        longer = [np.arange(count + 1, dtype=np.int32) + slot for slot in range(30)]
+        shorter = [table[:count] for table in longer]
+        for tables in (shorter, shorter, longer, longer):
+            lead.forward([Span(np.array([7]), 128 * count - 1, slot, table, decode=True, draws=(Draw(),))
+                          for slot, table in enumerate(tables)])  # fmt: skip
+            told = pickle.loads(sent[-1])[1].whole(theirs)
+            assert all(map(np.array_equal, told.pages, tables))
+            forward.known |= dict(enumerate(tables))  # as a forward does that runs them
+            theirs |= dict(enumerate(told.pages))
+        sizes.append([len(each) for each in sent[1:]])
+    assert sizes[0][::2] == sizes[1][::2]
+    assert sizes[0][0] == sizes[0][2]
+    assert max(map(max, sizes)) < 6_000
 
 
 def test_thirty_sequences_of_a_million_on_two_h200() -> None:

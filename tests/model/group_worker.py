@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ import torch
 from pelagos.config import preset
 from pelagos.errors import CapacityError
 from pelagos.kernels import prefill_experts, prefill_products, skinny_gemm
-from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.kernels.layout import CacheLayout, Draw, Output, Span
 from pelagos.kernels.prefill_products import quantise
 from pelagos.model import cuda_weights
-from pelagos.model.cuda_forward import CudaForward, _Step
+from pelagos.model.cuda_forward import CudaForward, Told, _Step
 from pelagos.model.cuda_group import GroupForward, cut_tensors, cut_width
 from pelagos.model.cuda_prefill import Prefill
 from pelagos.model.cuda_weights import Fp8, LayerWeights, Weights
@@ -75,11 +74,11 @@ class Halved(CudaForward):
         cut = zip(layers(whole), *map(layers, cuts), strict=True)
         self._parts_of, self._follow = {id(layer): parts for layer, *parts in cut}, follow
 
-    def _divided(self, spans: Sequence[Span], part: list[tuple[int, int, int]]) -> Any:
-        self._helped = self._follow and len({spans[which].slot % 2 for which, _, _ in part}) == 1
+    def _prepared(self, told: Told, span: np.ndarray, /, *rows: np.ndarray, drafts: bool) -> Any:
+        self._helped = self._follow and len(set((told.fields[2, span] % 2).tolist())) == 1
         self._owner = int(self._helped)  # no graph of the other kind
         self.fused = self.fuses and self._helped
-        return super()._divided(spans, part)
+        return super()._prepared(told, span, *rows, drafts=drafts)
 
     def _output(self, index: int, layer: LayerWeights, attended: Any) -> Any:
         if not self._helped:
@@ -142,10 +141,12 @@ def run(forward: CudaForward, first_slots: list[int]) -> list[Output]:
         forward.forward([longest._replace(tokens=longest.tokens[40:], start=40), *spans[1:]]),
     ]
     for step in range(2):
-        found.append(forward.forward([
-            Span(np.array([7 + step]), len(ids) + step, slot, table, decode=True)
-            for ids, slot, table in zip(prompts, first_slots, pages, strict=True)
-        ]))  # fmt: skip
+        spans = [Span(np.array([7 + step]), len(ids) + step, slot, table, decode=True)
+                 for ids, slot, table in zip(prompts, first_slots, pages, strict=True)]  # fmt: skip
+        found.append(forward.forward(spans))
+        drawn = forward.forward([span._replace(draws=(Draw(),)) for span in spans])  # of which every rank has all
+        assert not len(drawn.logits)
+        assert [drawn.picks[at][0].token for at in range(3)] == found[-1].logits.argmax(1).tolist()
     found.append(forward.forward([Span(np.array([5]), len(prompts[0]) + 2, first_slots[0], pages[0], decode=True)]))
     drafts = [Span(np.array([11]), len(ids) - 1, slot, table, decode=True)
               for ids, slot, table in zip(prompts, first_slots, pages, strict=True)]  # fmt: skip

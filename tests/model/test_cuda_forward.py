@@ -18,7 +18,7 @@ from pelagos.kernels import sampling
 from pelagos.kernels.layout import CacheLayout, Draw, Output, Span
 from pelagos.load import load_model, load_weights
 from pelagos.model import Transformer
-from pelagos.model.cuda_forward import BUCKETS, CudaForward
+from pelagos.model.cuda_forward import BUCKETS, CudaForward, agreed, tell
 from pelagos.model.cuda_weights import Weights
 from pelagos.model.paged import PagedForward
 
@@ -108,6 +108,41 @@ def test_prompts_and_decoding_share_a_call(model: Transformer, step: CudaForward
         got, want = step.forward(order), reference.forward(order)
         assert off(got.logits, want.logits) < LOGITS
         assert got.streams.shape == want.streams.shape
+
+
+def test_what_a_step_brings_to_the_device_does_not_grow_with_the_context(
+    model: Transformer, step: CudaForward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of the call, and of page tables what is new."""
+    layout, copied, copy = layout_of(model), [], torch.Tensor.copy_
+    results = torch.zeros(1, 4096), torch.zeros(1, 4, 256), torch.zeros(1, 2, dtype=torch.float64), None
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, *a, **k: copied.append(to.numel()) or copy(to, *a, **k))
+    found = []
+    for count in (8, 8192):
+        forward = CudaForward(step.weights, layout, *pools_of(layout), positions=(count + 1) * layout.page_tokens)
+        monkeypatch.setattr(forward, "_step", lambda *given: results)
+        tables = [np.arange(count + more, dtype=np.int32) for more in (0, 1)]
+        last = count * layout.page_tokens - 2
+        counts = []
+        for at, table in ((0, 0), (1, 0), (2, 1), (3, 1)):
+            copied.clear()
+            forward.forward([Span(tokens(1), last + at, 2, tables[table], decode=True, draws=(Draw(),))])
+            counts.append(sum(copied))
+        assert forward._tables[2].tolist() == tables[1].tolist()
+        assert not forward._tables[[0, 1, 3]].any()
+        assert counts[0] == counts[1] + count
+        found.append(counts[1:])
+    assert found[0] == found[1]
+    assert found[0][1] == found[0][0] + 1
+
+
+def test_a_slot_of_another_sequence_has_its_pages(step: CudaForward) -> None:
+    """A table that is another array, changed in its middle, shorter or longer."""
+    for pages in ([1, 2], [1, 2, 3], [1, 5, 3], [4], [4, 9, 3]):
+        step._tell_pages(tell([span(tokens(1), 0)._replace(pages=np.array(pages, np.int32), decode=True)]))
+        assert step._tables[0, : len(pages)].tolist() == pages
+    for known, pages, same in ((None, [0, 1], 0), ([0, 1, 2], [0, 1], 2), ([0, 1], [1, 1, 1], 0), ([], [1], 0)):
+        assert agreed(None if known is None else np.array(known), np.array(pages)) == same
 
 
 def test_weights_hold_the_release_and_nothing_else(model: Transformer, step: CudaForward) -> None:

@@ -228,16 +228,9 @@ class Engine(Protocol):
     """A source of completions that many requests share."""
 
     def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        user_id: str = "",
-        priority: int = 0,
-        timeout_s: float | None = None,
-        cuts: Sequence[int] = (),
-        on_step: Callable[[], None] | None = None,
-    ) -> Stream:
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, user_id: str = "", priority: int = 0,
+        timeout_s: float | None = None, cuts: Sequence[int] = (), on_step: Callable[[], None] | None = None,
+    ) -> Stream:  # fmt: skip
         """Queue one prompt and return its stream at once.
 
         Higher `priority` goes first; after `timeout_s` the stream ends with `deadline`. `user_id` isolates cached

@@ -165,15 +165,9 @@ class DiskCache:
     """
 
     def __init__(
-        self,
-        root: Path,
-        *,
-        fingerprint: bytes,
-        page_bytes: int,
-        quota_bytes: int,
-        user_quota_bytes: int | None = None,
+        self, root: Path, *, fingerprint: bytes, page_bytes: int, quota_bytes: int, user_quota_bytes: int | None = None,
         queue_bytes: int = QUEUE_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Open or create the cache directory `root` (mode 0700) and index what it holds for `fingerprint`.
 
         fingerprint: all that must be equal for bytes to be exchangeable: model, mode, numeric path, layout version.
@@ -226,13 +220,9 @@ class DiskCache:
             return sorted(((remainder, key) for key, remainder in states.items()), reverse=True)
 
     def read(
-        self,
-        user: str,
-        page_keys: Sequence[bytes],
-        state_key: bytes | None = None,
-        *,
+        self, user: str, page_keys: Sequence[bytes], state_key: bytes | None = None, *,
         into: Sequence[memoryview] | None = None,
-    ) -> Ticket:
+    ) -> Ticket:  # fmt: skip
         """Start reading leading pages of a chain and a state; what is not in the index is simply not delivered.
 
         `into`: one writable buffer of page_bytes for each page, filled in place (rows of a page pool); otherwise fresh

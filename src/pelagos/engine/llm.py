@@ -50,15 +50,9 @@ class LLM:
     """A loaded model with its tokenizer, behind an engine that many threads may use at once."""
 
     def __init__(
-        self,
-        path_or_name: str | Path = "nano",
-        *,
-        mode: str = "reference",
-        device: torch.device | str | None = None,
-        generation: str | None = None,
-        expert_bytes: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, path_or_name: str | Path = "nano", *, mode: str = "reference", device: torch.device | str | None = None,
+        generation: str | None = None, expert_bytes: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         """Load a bundled name, a directory or a cached hub id; `generation` (prompt protocol) None takes the model's.
 
         `options` are those of `EngineOptions`. expert_bytes: memory for routed experts (None: all of them); on a CPU

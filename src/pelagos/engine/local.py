@@ -70,18 +70,10 @@ class LocalEngine:
     """Serves requests with one model in this process; see `api.Engine` for what each method promises."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        options: EngineOptions,
-        *,
-        tiers: Tiers,
-        forward: Forward,
-        plan: MemoryPlan,
-        salt: bytes,
-        decoder: Callable[[], Decoder] | None = None,
-        disk_policy: StatePolicy | None = None,
+        self, config: ModelConfig, options: EngineOptions, *, tiers: Tiers, forward: Forward, plan: MemoryPlan,
+        salt: bytes, decoder: Callable[[], Decoder] | None = None, disk_policy: StatePolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Join the parts; `salt` is what cached content must never be shared across."""
         self.config, self.plan = config, plan
         self.numeric_path = forward.numeric_path
@@ -119,16 +111,9 @@ class LocalEngine:
     # What callers of any thread use.
 
     def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        user_id: str = "",
-        priority: int = 0,
-        timeout_s: float | None = None,
-        cuts: Sequence[int] = (),
-        on_step: Callable[[], None] | None = None,
-    ) -> Stream:
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, user_id: str = "", priority: int = 0,
+        timeout_s: float | None = None, cuts: Sequence[int] = (), on_step: Callable[[], None] | None = None,
+    ) -> Stream:  # fmt: skip
         """Queue one prompt and return its stream at once; see `api.Engine.submit`."""
         kinds = (("params", params, SamplingParams), ("user_id", user_id, str), ("priority", priority, int))
         for name, value, kind in kinds:
@@ -447,8 +432,8 @@ class LocalEngine:
         request, count = _live(work.request), work.tokens
         start, known = request.computed, min(count, work.request.pending)
         tokens = request.tokens[start : start + known] + request.drafts[: count - known]
-        if request.table.size != len(request.pages):
-            request.table = np.asarray(request.pages, np.int32)
+        if new := request.pages[request.table.size :]:
+            request.table = np.concatenate((request.table, np.array(new, np.int32)))
         last = start + known == len(request.tokens)
         logits = 1 + count - known if last else 0
         if request.prompt_logprobs is not None and start < request.prompt_tokens:

@@ -75,17 +75,9 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig,
-    options: EngineOptions,
-    *,
-    mode: str = "reference",
-    rewind: int = 0,
-    weight_bytes: int = 0,
-    scratch_bytes: int = 0,
-    available: int | None = None,
-    host_available: int | None = None,
-    apart: bool = False,
-) -> MemoryPlan:
+    config: ModelConfig, options: EngineOptions, *, mode: str = "reference", rewind: int = 0, weight_bytes: int = 0,
+    scratch_bytes: int = 0, available: int | None = None, host_available: int | None = None, apart: bool = False,
+) -> MemoryPlan:  # fmt: skip
     """Split `kv_bytes` into slots (one a request), snapshots (a quarter of the rest) and pages.
 
     `host_kv_bytes` is for a tier of the host, which then holds the snapshots, in a quarter of it: without it there is

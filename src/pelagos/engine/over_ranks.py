@@ -22,6 +22,7 @@ from pelagos.engine.runner import Pools, available_bytes
 from pelagos.engine.tiers import Tiers
 from pelagos.errors import ConfigError, PelagosError
 from pelagos.kernels.layout import CacheLayout, Output, Span
+from pelagos.model.cuda_forward import tell
 from pelagos.model.cuda_group import GroupForward, group_bytes
 from pelagos.model.cuda_weights import Weights
 from pelagos.parallel import Group
@@ -45,13 +46,13 @@ class _Lead:
         self.numeric_path, self.two_kinds, self.draws = forward.numeric_path, forward.two_kinds, forward.draws
         self.weight_bytes, self.scratch_bytes = forward.weight_bytes, forward.scratch_bytes
 
-    def forward(self, spans: Sequence[Span]) -> Output:
-        self._group.told(("forward", spans))
-        return self._forward.forward(spans)
+    def forward(self, spans: Sequence[Span], *streams: np.ndarray, call: str = "forward") -> Output:
+        told = tell(spans)
+        self._group.told((call, told.news(self._forward.known), *streams))
+        return getattr(self._forward, call)(told, *streams)
 
     def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
-        self._group.told(("draft", spans, streams))
-        return self._forward.draft(spans, streams)
+        return self.forward(spans, streams, call="draft")
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def engine_over(
     if group.rank:
         while (order := group.told()) is not None:
             with suppress(PelagosError):  # the first rank's, too
-                getattr(forward, order[0])(*order[1:])
+                getattr(forward, order[0])(order[1].whole(forward.known), *order[2:])
         yield None
         return
     engine = LocalEngine(

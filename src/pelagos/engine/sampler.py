@@ -181,12 +181,9 @@ class Sampler:
         return tuple(Draw(params.temperature, params.top_p, params.min_p, top_k, key) for key in keys)
 
     def verify(
-        self,
-        rows: np.ndarray | Sequence[Drawn],
-        drafts: Sequence[int],
-        position: int,
+        self, rows: np.ndarray | Sequence[Drawn], drafts: Sequence[int], position: int,
         ends: AbstractSet[int] = frozenset(),
-    ) -> list[Pick]:
+    ) -> list[Pick]:  # fmt: skip
         """Pick from logits (1 + k, V) while the k drafts agree: 1 to 1 + k picks, the first one for `position`.
 
         Stops after a pick that differs from its draft or is in `ends`; equal to picking one at a time. Rows that were

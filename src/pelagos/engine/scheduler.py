@@ -97,17 +97,10 @@ class Scheduler:
     """Plans steps over a pool of pages and a number of slots."""
 
     def __init__(
-        self,
-        pool: PagePool,
-        *,
-        slots: int,
-        page_tokens: int,
-        chunk_tokens: int,
-        match: Callable[[Request], Match | None],
-        next_stop: Callable[[Request], int],
-        save: Callable[[Preempted], bool] = lambda _: True,
-        ranks: int = 1,
-    ) -> None:
+        self, pool: PagePool, *, slots: int, page_tokens: int, chunk_tokens: int,
+        match: Callable[[Request], Match | None], next_stop: Callable[[Request], int],
+        save: Callable[[Preempted], bool] = lambda _: True, ranks: int = 1,
+    ) -> None:  # fmt: skip
         """`match` finds a waiting request's cached prefix, or returns None while that is being fetched.
 
         `next_stop` says at which position after `computed` a chunk has to end because state is kept there. `save`

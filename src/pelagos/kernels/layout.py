@@ -95,8 +95,8 @@ class Drawn(NamedTuple):
 class Span(NamedTuple):
     """Consecutive tokens of one sequence in one forward.
 
-    tokens (S,) int64 from position `start`; `pages` (P,) int32 lists the page of every page_tokens positions up to
-    the last token. Entries of windows that end before position `frozen` are there already and are not written.
+    tokens (S,) int64 from position `start`; `pages` (P,) int32, the page of every page_tokens positions up to the last
+    token: the same array says that nothing is new. Entries of windows that end before `frozen` are there already.
     `logits` and `streams` say how many of the last tokens want logits and their final streams. `decode` says that the
     tokens were generated, not given, which matters to a forward of two kinds. With `draws`, one for each of the
     logits, a forward may pick the tokens itself and keep the logits.

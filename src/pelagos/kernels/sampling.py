@@ -21,10 +21,10 @@ MAX_VOCAB = 1 << 20
 
 def packed(draws: Sequence[Draw]) -> np.ndarray:
     """Return draws as (T, FIELDS) int64: the bits of temperature, top_p and min_p as float64, then top_k and key."""
-    words = np.empty((len(draws), FIELDS), np.int64)
-    if draws:
-        words[:, :3] = np.array([draw[:3] for draw in draws], np.float64).view(np.int64)
-        words[:, 3:] = np.array([draw[3:] for draw in draws], np.uint64).view(np.int64)
+    words, columns = np.empty((len(draws), FIELDS), np.int64), [*zip(*draws, strict=True)]
+    if columns:
+        words[:, :3] = np.array(columns[:3], np.float64).view(np.int64).T
+        words[:, 3:] = np.array(columns[3:], np.uint64).view(np.int64).T
     return words
 
 

@@ -1,16 +1,16 @@
 """The forward on CUDA: prompts by their own kernels, decode and verification of up to 64 rows as one captured graph.
 
 A graph per bucket of rows and kind of context (whether every row sees no more entries than the indexer picks), another
-for the draft layer. One copy of a pinned buffer tells a graph its rows; it reads lengths on the device, so that one
-serves every context planned for, and no host waits inside. Source: docs/log/0006-captured-step.md; technical report 2.
+for the draft layer. One copy of a pinned buffer tells a graph its rows; page tables stay on the device. Lengths are
+read there, so that one graph serves every context planned for, and no host waits inside.
+Source: docs/log/0006-captured-step.md; technical report 2.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from pelagos import numerics
 from pelagos.errors import CapacityError, ConfigError, RequestError
 from pelagos.kernels import cache_write, decode_attention, fp4_experts, indexer, query, router, sampling, skinny_gemm
 from pelagos.kernels.batch_rows import Halves, Mixing, Parts, Rows
-from pelagos.kernels.layout import CacheLayout, Draw, Drawn, Output, Span
+from pelagos.kernels.layout import CacheLayout, Drawn, Output, Span
 from pelagos.kernels.ragged import turns
 from pelagos.kernels.ref.norm_rope import rms_norm
 from pelagos.kernels.site import site
@@ -36,13 +36,13 @@ from pelagos.model.cuda_weights import Fp8, LayerWeights, SiteWeights, Weights
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 KEPT_ROWS = 1  # up to here the merged product writes the cache too
 PROMPT_TOKENS = 8192  # of a call of the prompt kernels; longer ones run in turns, which changes no bit
-_FIELDS = 6  # ids, positions, slots, first, owner, frozen
-_HEAD = (_FIELDS + 2 * sampling.FIELDS) * BUCKETS[-1]  # with the draws, all words of 32 bits
+_FIELDS = 5  # ids, positions, slots, first, frozen
+_DRAWS = 2 * sampling.FIELDS  # words of 32 bits that say how a row's token is drawn
+_NONE = (np.empty((2, 0), np.int64),) * 2  # nothing asked for
 
 
 # What one site hands to the next: its output, the streams, and how the one enters the others.
 _State = tuple[Tensor | Parts | None, Tensor, Tensor | None, Tensor | None]
-_Part = list[tuple[int, int, int]]  # what a call computes: which span, and its rows from begin to end
 _Found = tuple[list[Any], list[Any], list[Drawn]]  # what a span gets: rows of logits and of streams, and picks
 
 
@@ -72,13 +72,52 @@ class _Call:
             self.graph.replay()
 
 
+class Told(NamedTuple):
+    """What N spans say, as arrays: what is cut into calls, and what one rank tells another."""
+
+    fields: np.ndarray  # (9, N) int64: tokens, start, slot, frozen, logits, streams, draws, decode, pages
+    tokens: np.ndarray  # (sum of tokens,) int64
+    draws: np.ndarray  # (sum of draws, FIELDS) int64 of `sampling.packed`
+    pages: Sequence[Any]  # each span's
+
+    def span(self, which: int) -> tuple[Span, np.ndarray]:
+        """Return a span without its draws, and those."""
+        size, start, slot, frozen, logits, streams, draws, decode, _ = self.fields[:, which].tolist()
+        end, last = self.fields[[0, 6], : which + 1].sum(1).tolist()
+        tokens = self.tokens[end - size : end]
+        span = Span(tokens, start, slot, self.pages[which], frozen, logits, streams, bool(decode))
+        return span, self.draws[last - draws : last]
+
+    def news(self, known: Mapping[int, np.ndarray]) -> Told:
+        """Leave out pages that are known of a span's slot, the first ones or all."""
+        pages = [None if known.get(slot) is own else (first := agreed(known.get(slot), own), own[first:])
+                 for slot, own in zip(self.fields[2].tolist(), self.pages, strict=True)]  # fmt: skip
+        return self._replace(pages=pages)
+
+    def whole(self, known: Mapping[int, np.ndarray]) -> Told:
+        """Undo `news`."""
+        pages = [known[slot] if new is None else np.concatenate((known.get(slot, new[1])[: new[0]], new[1]))
+                 for slot, new in zip(self.fields[2].tolist(), self.pages, strict=True)]  # fmt: skip
+        return self._replace(pages=pages)
+
+
+def tell(spans: Sequence[Span] | Told) -> Told:
+    """Return spans as arrays."""
+    if isinstance(spans, Told):
+        return spans
+    tokens, starts, slots, pages, frozen, logits, streams, decode, draws = zip(*spans, strict=True)
+    sizes, drawn, counts = ([*map(len, each)] for each in (tokens, draws, pages))
+    fields = np.array([sizes, starts, slots, frozen, logits, streams, drawn, decode, counts], np.int64)
+    return Told(fields, np.concatenate(tokens), sampling.packed([draw for each in draws for draw in each]), pages)
+
+
 class Staged(NamedTuple):
-    """A call under way, and the (span, row) that were asked for: of logits, of streams and of picks."""
+    """A call under way, and what was asked for of its results: spans and rows, (2, N)."""
 
     call: _Call
-    wanted: list[tuple[int, int]]
-    kept: list[tuple[int, int]]
-    drawn: list[tuple[int, int]]
+    wanted: np.ndarray  # of logits
+    kept: np.ndarray  # of streams
+    drawn: np.ndarray  # of picks
 
 
 class CudaForward:
@@ -89,7 +128,7 @@ class CudaForward:
     """
 
     draws = two_kinds = True  # prompts have kernels of their own
-    ranks = 1  # that share the rows of a call
+    ranks, _rank = 1, 0  # that share the rows of a call, and which of them this is
     left = True  # sums go to the launches that read them
     fused = True  # the launch behind a site finishes it, and keeps one row's cache
     _owner: int | None = None  # the only one of several ranks that has rows in a call
@@ -103,9 +142,15 @@ class CudaForward:
         self._device, self._cuda = device, device.type == "cuda"
         self._width = layout.pages_for(positions)
         most = BUCKETS[-1]
-        size = _HEAD + most * self._width
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+        size = (_FIELDS + _DRAWS + self.ranks * (self.ranks > 1)) * most
         self._rows = torch.zeros(size, dtype=torch.int32, device=device)
+        # Two, so that one call is prepared while another's is on its way, with what says that it has arrived.
+        words = [torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda) for _ in range(2)]
+        views = [[part.numpy() for part in self._sections(each)] for each in words]
+        self._hosts = [*zip(words, views, [torch.cuda.Event() if self._cuda else None for _ in words], strict=True)]
+        # Page tables by slot stay on the device: a call brings what is new. Known are those of all ranks.
+        self._tables = torch.zeros((len(slots), self._width), dtype=torch.int32, device=device)
+        self.known: dict[int, np.ndarray] = {}
         self._past = torch.zeros((most, config.hc_mult, config.hidden_size), dtype=torch.bfloat16, device=device)
         self._arrived = torch.zeros(skinny_gemm.COUNTERS, dtype=torch.int32, device=device)
         self._counts = torch.zeros((most, indexer.COUNTS), dtype=torch.int32, device=device)
@@ -141,36 +186,41 @@ class CudaForward:
         """Bound of what calls take beside weights and pools, static buffers included."""
         rows = bucket_of(min(tokens, BUCKETS[-1]))
         prompt = prompt_bytes(self.layout, min(tokens, PROMPT_TOKENS), self.positions)
-        return step_bytes(self.layout, rows, self.positions) + prompt
+        return step_bytes(self.layout, rows, self.positions, len(self.slots)) + prompt
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span]) -> Output:
+    def forward(self, spans: Sequence[Span] | Told) -> Output:
         """Append the spans' tokens to their sequences; return the logits and streams they ask for, in span order.
 
         Raises CapacityError for spans longer than planned, RequestError for token ids outside the vocabulary.
         """
-        return self._run(spans, None)
+        return self._run(tell(spans), None)
 
     @torch.inference_mode()
-    def draft(self, spans: Sequence[Span], streams: np.ndarray) -> Output:
+    def draft(self, spans: Sequence[Span] | Told, streams: np.ndarray) -> Output:
         """Run the draft layer: tokens are the ids that follow, streams (sum S, n, D) float32 those at its positions.
 
         Raises ConfigError for a model without one.
         """
         if self.weights.draft is None:
             raise ConfigError("this model has no MTP block (num_nextn_predict_layers=0)")
-        return self._run(spans, streams)
+        return self._run(tell(spans), streams)
 
-    def launch(self, spans: Sequence[Span], past: np.ndarray | None = None) -> Iterator[Staged]:
+    def launch(self, spans: Sequence[Span] | Told, past: np.ndarray | None = None) -> Iterator[Staged]:
         """Start one call after another of those that the spans take; what a call leaves is there until the next one."""
-        begins = list(itertools.accumulate((len(span.tokens) for span in spans), initial=0))
-        streams = None if past is None else torch.from_numpy(np.ascontiguousarray(past))
-        pages = self._placed(spans)
-        for part in self._parts(spans):
-            yield self._launch(spans, pages, *self._divided(spans, part), streams, begins)
+        told, drafts = tell(spans), past is not None
+        self._check(told, paged=not drafts)
+        if not drafts:
+            self._tell_pages(told)
+        prepared = (self._prepared(told, *rows, drafts=drafts) for rows in self._calls_of(told, drafts=drafts))
+        ready = next(prepared, None)
+        while ready is not None:
+            staged = self._start(past, *ready)
+            ready = next(prepared, None)  # while the device computes
+            yield staged
 
-    def _run(self, spans: Sequence[Span], past: np.ndarray | None) -> Output:
-        c, found = self.weights.config, self._found(spans, past)
+    def _run(self, told: Told, past: np.ndarray | None) -> Output:
+        c, found = self.weights.config, self._found(told, past)
 
         def flat(at: int, *shape: int) -> np.ndarray:
             rows = [row for each in found for row in each[at]]
@@ -179,161 +229,167 @@ class CudaForward:
         picks = {which: each[2] for which, each in enumerate(found) if each[2]}
         return Output(flat(0, c.vocab_size), flat(1, c.hc_mult, c.hidden_size), picks)
 
-    def _found(self, spans: Sequence[Span], past: np.ndarray | None) -> list[_Found]:
+    def _found(self, told: Told, past: np.ndarray | None) -> list[_Found]:
         """Run all spans; return what each one gets."""
-        found: list[_Found] = [([], [], []) for _ in spans]
+        found: list[_Found] = [([], [], []) for _ in told.pages]
         if past is None:
-            self._prompts(spans, found)
-        decoding = [which for which, span in enumerate(spans) if span.decode or past is not None]
-        for call, *asked, drawn in self.launch([spans[which] for which in decoding], past):
-            for at, (rows, results) in enumerate(zip(asked, (call.logits, call.streams), strict=True)):
-                if rows:
-                    index = torch.tensor([row for _, row in rows], device=self._device)
-                    values = results.index_select(0, index).float().cpu().numpy()
-                    for (which, _), value in zip(rows, values, strict=True):
-                        found[decoding[which]][at].append(value)
-            if drawn:
+            self._prompts(told, found)
+        for call, *asked, drawn in self.launch(told, past):
+            for at, ((spans, rows), results) in enumerate(zip(asked, (call.logits, call.streams), strict=True)):
+                if len(rows):
+                    values = results.index_select(0, torch.from_numpy(rows).to(self._device)).float().cpu().numpy()
+                    for which, value in zip(spans.tolist(), values, strict=True):
+                        found[which][at].append(value)
+            if drawn.size:
                 values = call.picks.tolist()
-                for which, row in drawn:
-                    found[decoding[which]][2].append(Drawn(int(values[row][0]), values[row][1]))
+                for which, row in drawn.T.tolist():
+                    found[which][2].append(Drawn(int(values[row][0]), values[row][1]))
         return found
 
-    def _prompts(self, spans: Sequence[Span], found: list[_Found]) -> None:
+    def _prompts(self, told: Told, found: list[_Found]) -> None:
         """Run what was given through the prompt kernels, and hand each span its rows, or what is picked from them."""
-        given = [(which, span) for which, span in enumerate(spans) if not span.decode]
-        self._placed(spans)
-        self._checked(spans, [(which, 0, len(span.tokens)) for which, span in given], paged=True)
-        parts = [
-            (logits, streams.float().cpu())
-            for logits, streams in map(self.prefill.run, turns([span for _, span in given], PROMPT_TOKENS * self.ranks))
-        ]
-        if not parts:
+        given = {which: told.span(which) for which in np.flatnonzero(told.fields[7] == 0).tolist()}
+        if not given:
             return
+        self._check(told, paged=True)
+        spans = [span for span, _ in given.values()]
+        ran = map(self.prefill.run, turns(spans, PROMPT_TOKENS * self.ranks))
+        parts = [(logits, streams.float().cpu()) for logits, streams in ran]
         logits, streams = (torch.cat(each) for each in zip(*parts, strict=True))
-        cuts = [span.logits for _, span in given], [span.streams for _, span in given]
-        for (which, span), own, kept in zip(given, logits.split(cuts[0]), streams.split(cuts[1]), strict=True):
+        cuts = [span.logits for span in spans], [span.streams for span in spans]
+        rows = zip(logits.split(cuts[0]), streams.split(cuts[1]), strict=True)
+        for (which, (_, draws)), (own, kept) in zip(given.items(), rows, strict=True):
             found[which][1].extend(kept.numpy())
-            if span.logits and span.draws:
-                draws = torch.from_numpy(sampling.packed(span.draws)).to(self._device)
-                found[which][2].extend(Drawn(int(token), p) for token, p in sampling.pick(own.float(), draws).tolist())
+            if len(own) and len(draws):
+                picks = sampling.pick(own.float(), torch.from_numpy(draws).to(self._device))
+                found[which][2].extend(Drawn(int(token), chance) for token, chance in picks.tolist())
             else:
                 found[which][0].extend(own.float().cpu().numpy())
 
-    def _parts(self, spans: Sequence[Span]) -> Iterator[_Part]:
-        """Cut spans into calls of (which, begin, end): at most 64 rows, a sequence's at most what its rings take."""
-        longest, done = self.layout.rewind + 1, [0] * len(spans)
-        left = sum(len(span.tokens) for span in spans)
-        while left:
-            part: _Part = []
-            room = [BUCKETS[-1]] * self.ranks
-            for which, span in enumerate(spans):
-                owner = span.slot % self.ranks
-                count = min(len(span.tokens) - done[which], longest, room[owner])
-                if count > 0:
-                    part.append((which, done[which], done[which] + count))
-                    done[which], room[owner], left = done[which] + count, room[owner] - count, left - count
-            yield part
+    def _check(self, told: Told, *, paged: bool) -> None:
+        """Raise unless all spans are of what was planned for."""
+        size, start, slot = told.fields[:3]
+        pages, own = -(-(start + size) // self.layout.page_tokens), told.fields[8]
+        odd = (pages > (np.minimum(own, self._width) if paged else self._width)) | (slot < 0)
+        odd |= slot >= len(self.slots) * self.ranks
+        if odd.any():
+            which = int(odd.argmax())
+            raise CapacityError(
+                f"span {which}: slot {slot[which] // self.ranks} of {len(self.slots)}, {pages[which]} pages up to "
+                f"{start[which] + size[which]}, of which it has {own[which]} and the step was planned for {self._width}"
+            )
+        odd = (told.tokens < 0) | (told.tokens >= self.weights.config.vocab_size)
+        if odd.any():
+            which = int(np.searchsorted(size.cumsum(), odd.argmax(), "right"))
+            raise RequestError(f"span {which}: token ids outside 0..{self.weights.config.vocab_size - 1}")
 
-    def _divided(self, spans: Sequence[Span], part: _Part) -> tuple[_Part, int, int]:
-        """Return a rank's rows of a call, and the least bucket and last position that all ranks agree on."""
-        return part, 1, 0
+    def _tell_pages(self, told: Told) -> None:
+        """Bring what is new of generating sequences' pages to the device."""
+        for which, (slot, decode, pages) in enumerate(zip(*told.fields[[2, 7]].tolist(), told.pages, strict=True)):
+            known, owner = self.known.get(slot), slot % self.ranks
+            if known is pages or not decode:
+                continue
+            first = agreed(known, pages)
+            own, rank = np.divmod(pages[first : self._width], self.ranks)
+            if (rank != owner).any():
+                raise CapacityError(f"span {which}: slot {slot} is of rank {owner}, a page of it is not")
+            if owner == self._rank:
+                into = self._tables[slot // self.ranks, first : first + len(own)]
+                into.copy_(torch.from_numpy(own), non_blocking=True)
+            self.known[slot] = pages
 
-    def _launch(
-        self, spans: Sequence[Span], tables_of: Sequence[np.ndarray], part: _Part, bucket: int, last: int,
-        past: Tensor | None, begins: list[int],
-    ) -> Staged:  # fmt: skip
-        """Tell one graph its rows and run it."""
-        if self._cuda:
-            torch.cuda.current_stream().synchronize()  # the pinned buffer may still be on its way
-        self._learn()
-        bucket = max(bucket, bucket_of(sum(end - begin for _, begin, end in part)))
-        head, draws, tables = (each.numpy() for each in self._sections(self._host))
-        head[:], head[1], draws[:] = 0, -1, 0  # unused places of tables keep old pages
-        wanted: list[tuple[int, int]] = []
-        drawn: list[tuple[int, int]] = []
-        kept: list[tuple[int, int]] = []
-        picked: list[tuple[int, Draw]] = []
-        ids = self._checked(spans, part, paged=past is None)
-        at = 0
-        for owner, (which, begin, end) in enumerate(part):
-            span = spans[which]
-            total, behind = len(span.tokens), at - begin
-            pages = min(self.layout.pages_for(span.start + end), len(span.pages))
-            tables[owner, :pages] = tables_of[which][:pages]
-            asked = range(max(begin, total - span.logits), end)
-            (drawn if span.draws else wanted).extend((which, behind + i) for i in asked)
-            if span.draws:
-                picked += ((behind + i, span.draws[i - total]) for i in asked)
-            if span.streams:
-                kept += [(which, behind + i) for i in range(max(begin, total - span.streams), end)]
-            if past is not None:
-                rows = slice(begins[which] + begin, begins[which] + end)
-                self._past[at : at + end - begin] = past[rows].to(self._device, torch.bfloat16)
-            at += end - begin
-        if part:
-            own = [spans[which] for which, _, _ in part]
-            begin, counts = np.array([(begin, end - begin) for _, begin, end in part]).T
-            each = np.array([(span.slot // self.ranks, span.start, 0, span.frozen) for span in own]).T
-            each[1] += begin
-            each[2] = np.arange(len(part))
-            head[0, :at], head[2:, :at] = ids, np.repeat(each, counts, 1)
-            head[1, :at] = head[3, :at] + np.arange(at) - np.repeat(np.cumsum(counts) - counts, counts)
-            last = max(last, int(head[1, :at].max()) + 1)
-        if picked:
-            draws[[row for row, _ in picked]] = sampling.packed([draw for _, draw in picked])
-        dense = past is not None or last // CSA_RATIO <= self.weights.config.index_topk
-        call = self._replay(bucket, dense, past is not None)
+    def _calls_of(self, told: Told, *, drafts: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Cut spans into calls of at most 64 rows of a rank, a sequence's at most what its rings take.
+
+        Of each row its span, its place in that, and that of the span's first row in the call.
+        """
+        left, rank = told.fields[0] if drafts else told.fields[0] * told.fields[7], told.fields[2] % self.ranks
+        done = np.zeros_like(left)
+        if len(left) and (left == 1).all() and np.bincount(rank).max() <= BUCKETS[-1]:
+            yield np.arange(len(left)), done, done
+            return
+        while left.any():
+            count = np.minimum(left, self.layout.rewind + 1)
+            for each in range(self.ranks):
+                own = count * (rank == each)
+                count -= own - np.minimum(own, np.maximum(0, BUCKETS[-1] - own.cumsum() + own))
+            span = np.repeat(np.arange(len(count)), count)
+            first = done[span]
+            yield span, np.arange(len(span)) - (count.cumsum() - count)[span] + first, first
+            left, done = left - count, done + count
+
+    def _divided(
+        self, rank: np.ndarray, ids: np.ndarray, everyone: np.ndarray, shared: bool
+    ) -> tuple[np.ndarray | slice, np.ndarray, int]:
+        """Return which rows of a call are computed here, where all rows' picks will be, and the bucket.
+
+        `rank` is who has a row, `everyone` a place for all ranks' ids; `shared` says that more than picks is asked for.
+        """
+        return slice(None), np.arange(len(rank)), bucket_of(len(rank))
+
+    def _prepared(
+        self, told: Told, span: np.ndarray, place: np.ndarray, first: np.ndarray, /, *, drafts: bool
+    ) -> tuple[Any, ...]:
+        """Write a call's rows into a host buffer; return what `_start` takes."""
+        self._hosts.reverse()
+        _, (head, words, everyone), sent = self._hosts[0]
+        if sent is not None:
+            sent.synchronize()
+        size, start, slot, frozen, logits, streams, draws, *_ = told.fields[:, span]
+        token = (told.fields[0].cumsum() - told.fields[0])[span] + place
+        left, ids, positions = size - place, told.tokens[token], start + place
+        asked, kept = left <= logits, left <= streams
+        drawn = asked & (draws > 0)
+        wanted = asked ^ drawn
+        shared = bool((wanted | kept).any())
+        own, results, bucket = self._divided(slot % self.ranks, ids, everyone, shared)
+        fields = np.array((ids, positions, slot // self.ranks, start + first, frozen))[:, own]
+        rows, drawing = fields.shape[1], drawn[own]
+        head[:, :rows], head[:, rows:], head[1, rows:], words[:] = fields, 0, -1, 0
+        words[:rows][drawing] = told.draws[(told.fields[6].cumsum()[span] - left)[own][drawing]]
+        dense = drafts or int(positions.max() + 1) // CSA_RATIO <= self.weights.config.index_topk
+        more = [np.array((span[own], np.arange(rows)))[:, each[own]] for each in (wanted, kept)] if shared else _NONE
+        return bucket, dense, token[own], (*more, np.array((span, results))[:, drawn])
+
+    def _start(
+        self, past: np.ndarray | None, bucket: int, dense: bool, tokens: np.ndarray, asked: tuple[np.ndarray, ...], /
+    ) -> Staged:
+        """Tell one graph the rows of the host buffer and run it, captured at its first use."""
+        drafts = past is not None
+        if self.weights.blocks is not None:
+            self._learn()
+        if past is not None:
+            self._past[: len(tokens)] = torch.from_numpy(past[tokens]).to(self._device, torch.bfloat16)
+        key = (bucket, dense, drafts, self._owner)
+        if self._cuda and key not in self._calls:
+            self._calls[key] = self._capture(bucket, dense, drafts)
+        self._rows.copy_(self._hosts[0][0], non_blocking=True)
+        if (sent := self._hosts[0][2]) is not None:
+            sent.record()
+        call = self._calls[key] if self._cuda else _Call(None, *self._step(bucket, dense, drafts))
+        call.run()
         if call.chosen is not None:
             into = self._routes[: call.chosen.numel()].view_as(call.chosen)
             into.copy_(call.chosen, non_blocking=True)
-            self._routed = 0 if past is None else len(self.weights.layers), at, into
-        return Staged(call, wanted, kept, drawn)
+            self._routed = len(self.weights.layers) if drafts else 0, len(tokens), into
+        return Staged(call, *asked)
 
     def _sections(self, words: Tensor) -> tuple[Tensor, ...]:
-        """Views of a buffer: rows' fields (6, 64), their draws (64, FIELDS) int64, page tables (64, P)."""
-        head, draws, tables = words.split((_FIELDS * BUCKETS[-1], _HEAD - _FIELDS * BUCKETS[-1], len(words) - _HEAD))
-        return head.view(_FIELDS, -1), draws.view(torch.int64).view(-1, sampling.FIELDS), tables.view(-1, self._width)
+        """Views of a buffer: rows' fields (5, 64), their draws (64, FIELDS) int64, and all ranks' ids."""
+        most = BUCKETS[-1]
+        head, draws, everyone = words.split((_FIELDS * most, _DRAWS * most, len(words) - (_FIELDS + _DRAWS) * most))
+        return head.view(_FIELDS, -1), draws.view(torch.int64).view(-1, sampling.FIELDS), everyone
 
     def _learn(self) -> None:
         """Between two calls tell the blocks of experts what the last one chose, and let them change places."""
-        if self.weights.blocks is not None:
-            if self._routed is not None:
-                first, rows, chosen = self._routed
-                self.weights.blocks.note(first, chosen[:, :rows].numpy())
-            self._routed = None
-            self.weights.blocks.turn()
-
-    def _placed(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
-        """Return spans' pages as the rank numbers them that has them; CapacityError for those it does not have."""
-        return [span.pages for span in spans]
-
-    def _checked(self, spans: Sequence[Span], part: _Part, *, paged: bool) -> np.ndarray:
-        """Return the token ids of a call's rows, all of which were planned for."""
-        vocabulary, ids = self.weights.config.vocab_size, [spans[which].tokens[begin:end] for which, begin, end in part]
-        for which, _, end in part:
-            span = spans[which]
-            pages, slot = self.layout.pages_for(span.start + end), span.slot // self.ranks
-            if pages > self._width or (paged and pages > len(span.pages)) or not 0 <= slot < len(self.slots):
-                raise CapacityError(
-                    f"span {which}: slot {slot} of {len(self.slots)}, {pages} pages for positions up to "
-                    f"{span.start + end}, of which it has {len(span.pages)} and the step was planned for {self._width}"
-                )
-        found = np.concatenate(ids) if ids else np.empty(0, np.int64)
-        if len(found) and not 0 <= found.min() <= found.max() < vocabulary:
-            odd = next(at for at, own in enumerate(ids) if own.min() < 0 or own.max() >= vocabulary)
-            raise RequestError(f"span {part[odd][0]}: token ids outside 0..{vocabulary - 1}")
-        return found
-
-    def _replay(self, bucket: int, dense: bool, drafts: bool) -> _Call:
-        """Run the graph of a bucket on what the host buffer holds, captured at its first use."""
-        key, size = (bucket, dense, drafts, self._owner), _HEAD + self._width * bucket
-        if self._cuda and key not in self._calls:
-            self._calls[key] = self._capture(bucket, dense, drafts)
-        self._rows[:size].copy_(self._host[:size], non_blocking=True)
-        if not self._cuda:
-            return _Call(None, *self._step(bucket, dense, drafts))
-        self._calls[key].run()
-        return self._calls[key]
+        assert self.weights.blocks is not None
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+        if self._routed is not None:
+            first, rows, chosen = self._routed
+            self.weights.blocks.note(first, chosen[:, :rows].numpy())
+        self._routed = None
+        self.weights.blocks.turn()
 
     def _capture(self, bucket: int, dense: bool, drafts: bool) -> _Call:
         self._rows.zero_()
@@ -350,9 +406,9 @@ class CudaForward:
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Compute logits (T, V) float32, streams (T, n, D) and picks (T, 2) of the static buffer's rows, and routes."""
-        head, draws, tables = self._sections(self._rows)
-        ids, positions, slots, first, owner, frozen = head[:, :bucket].unbind(0)
-        rows = Rows(positions, slots, first, owner, tables[:bucket], frozen)
+        head, draws, _ = self._sections(self._rows)
+        ids, positions, slots, first, frozen = head[:, :bucket].unbind(0)
+        rows = Rows(positions, slots, first, slots, self._tables, frozen)
         turns = query.angles(positions - self._back, self._freqs).unbind(0)
         weights, config = self.weights, self.weights.config
         embedded = weights.embed.index_select(0, ids)
@@ -486,10 +542,18 @@ def bucket_of(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if bucket >= rows)
 
 
-def step_bytes(layout: CacheLayout, rows: int, positions: int) -> int:
+def agreed(known: np.ndarray | None, pages: np.ndarray) -> int:
+    """Return how many of a sequence's pages are those that were known before."""
+    if known is None or not (least := min(len(known), len(pages))):
+        return 0
+    differ = known[:least] != pages[:least]
+    return int(differ.argmax()) if differ.any() else least
+
+
+def step_bytes(layout: CacheLayout, rows: int, positions: int, slots: int = BUCKETS[-1]) -> int:
     """Bound of a step's bytes beside weights and pools: static buffers and what kernels hold for a moment."""
     c = layout.config
-    static = 4 * BUCKETS[-1] * (_FIELDS + layout.pages_for(positions) + indexer.COUNTS)
+    static = 4 * BUCKETS[-1] * (_FIELDS + _DRAWS + indexer.COUNTS) + 4 * slots * layout.pages_for(positions)
     static += 2 * BUCKETS[-1] * c.hc_mult * c.hidden_size
     picks, inner = c.num_experts_per_tok, c.moe_intermediate_size
     row = 12 * c.vocab_size + 2 * c.hidden_size * (6 * c.hc_mult + 8) + 4 * picks * (4 * inner + 2 * c.hidden_size)

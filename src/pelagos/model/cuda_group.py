@@ -35,7 +35,7 @@ from pelagos.kernels.batch_rows import Halves, Parts, sum_of
 from pelagos.kernels.layout import CacheLayout, Span
 from pelagos.kernels.prefill_products import BLOCK, quantise
 from pelagos.kernels.ragged import turns
-from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, _Found, _Part, _Step, bucket_of, step_bytes
+from pelagos.model.cuda_forward import BUCKETS, PROMPT_TOKENS, CudaForward, Told, _Found, _Step, bucket_of, step_bytes
 from pelagos.model.cuda_prefill import Prefill, prompt_bytes, scaled
 from pelagos.model.cuda_weights import Fp8, LayerWeights, Weights
 from pelagos.parallel import Group
@@ -304,59 +304,53 @@ class GroupForward(CudaForward):
         self, weights: Weights, layout: CacheLayout, pages: Sequence[Tensor], slots: Sequence[Tensor], group: Group, *,
         positions: int, follow: bool = True,
     ) -> None:  # fmt: skip
+        self._group, self._rank, self.ranks, config = group, group.rank, group.size, weights.config
         super().__init__(weights, layout, pages[group.rank], slots[group.rank], positions=positions)
-        self._group, self.ranks, config = group, group.size, weights.config
         widest = max(config.hidden_size, config.num_attention_heads * config.head_dim // group.size)
         self.exchanges = Exchanges(group, 2 * BUCKETS[-1] * widest)
         self.prefill = GroupPrefill(self.prefill, pages, slots, group, PROMPT_TOKENS * group.size)
         self._follow = follow and config.o_groups % group.size == 0
-        self._everyone = torch.zeros(  # token ids, rank by rank
-            BUCKETS[-1] * group.size, dtype=torch.int32, device=weights.device
-        )
+        self._everyone = self._sections(self._rows)[2]  # token ids, rank by rank
         layers = [*weights.layers, *([] if weights.draft is None else [weights.draft.layer])]
         self._halves = [self._cut(layer) for layer in layers] if self._follow else []
-        self._apart = False  # whether a call left results on one rank only
+        self._apart = False  # whether a call left results that were asked for on one rank only
 
     def scratch_bytes(self, tokens: int) -> int:
         return group_bytes(self.layout, self.ranks, self.positions)
 
-    def _divided(self, spans: Sequence[Span], part: _Part) -> tuple[_Part, int, int]:
+    def _divided(
+        self, rank: np.ndarray, ids: np.ndarray, everyone: np.ndarray, shared: bool
+    ) -> tuple[np.ndarray | slice, np.ndarray, int]:
         """Choose who attends, each rank its own rows or one all, and tell every rank the ids of all rows."""
-        rows = [[each for each in part if spans[each[0]].slot % self.ranks == rank] for rank in range(self.ranks)]
-        holders = [rank for rank, own in enumerate(rows) if own]
-        self._owner = holders[0] if self._follow and len(holders) == 1 else None
+        counts = np.bincount(rank, minlength=self.ranks)
+        holders, bucket = np.flatnonzero(counts), bucket_of(int(counts.max()))
+        self._owner = int(holders[0]) if self._follow and len(holders) == 1 else None
         self.fused = self.fuses and self._owner is not None  # apart the router's rows are not the site's
-        bucket = bucket_of(max(sum(end - begin for _, begin, end in own) for own in rows))
-        if self._owner is None:
-            self._apart = True
-            ids = np.zeros((self.ranks, bucket), np.int32)
-            for own, each in zip(rows, ids, strict=True):
-                found = np.concatenate([ids[0, :0], *(spans[which].tokens[begin:end] for which, begin, end in own)])
-                each[: len(found)] = found
-            self._everyone[: ids.size].copy_(torch.from_numpy(ids.ravel()))
-        mine = rows[self._group.rank if self._owner is None else self._owner]
-        return mine, bucket, max(spans[which].start + end for which, _, end in part)
+        if self._owner is not None:
+            return slice(None), np.arange(len(rank)), bucket
+        self._apart |= shared
+        place = np.empty_like(rank)
+        for each in holders:
+            own = rank == each
+            place[own] = each * bucket + np.arange(counts[each])
+        everyone[:] = 0
+        everyone[place] = ids
+        return np.flatnonzero(rank == self._rank), place, bucket
 
-    def _found(self, spans: Sequence[Span], past: np.ndarray | None) -> list[_Found]:
+    def _found(self, told: Told, past: np.ndarray | None) -> list[_Found]:
         self._apart = False
-        found = super()._found(spans, past)
+        found = super()._found(told, past)
         if not self._apart:
             return found
-        every = self._group.gather(found)
-        return [every[span.slot % self.ranks][which] for which, span in enumerate(spans)]
-
-    def _placed(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
-        counts = [len(span.pages) for span in spans]
-        own, rank = np.divmod(np.concatenate([np.empty(0, np.int32), *(span.pages for span in spans)]), self.ranks)
-        if (rank != np.repeat([span.slot % self.ranks for span in spans], counts)).any():
-            for which, span in enumerate(spans):
-                own_span(which, span, self.ranks)
-        return [own[end - count : end] for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
+        every, ranks = self._group.gather([each[:2] for each in found]), (told.fields[2] % self.ranks).tolist()
+        return [(*every[rank][which], found[which][2]) for which, rank in enumerate(ranks)]
 
     def _step(self, bucket: int, dense: bool, drafts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        found = super()._step(bucket, dense, drafts)
+        logits, streams, picks, chosen = super()._step(bucket, dense, drafts)
+        if self._owner is None:  # words that travel like any others
+            picks = self.exchanges.every_row(picks.view(torch.bfloat16)).view(picks.dtype)
         self.exchanges.finish()
-        return found
+        return logits, streams, picks, chosen
 
     def _attend(
         self, index: int, layer: LayerWeights, step: _Step, normed: Tensor, codes: Tensor, scales: Tensor

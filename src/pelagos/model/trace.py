@@ -95,20 +95,12 @@ def _layer(model: Transformer, step: Step, index: int, notes: dict[str, Tensor])
         picks, scores = chosen.tolist(), last[0, 0, chosen].tolist()
     attended = visible if picks is None else torch.tensor(picks, dtype=torch.int64)
     return LayerTrace(
-        layer=index,
-        kind=layer_kind(ratio),
-        ratio=ratio,
+        layer=index, kind=layer_kind(ratio), ratio=ratio, visible=len(visible), picks=picks, scores=scores,
         window=(max(0, step.start - config.sliding_window + 1), step.start),
-        visible=len(visible),
-        picks=picks,
-        scores=scores,
-        shares=shares[attended.to(shares.device)].tolist(),
-        routing="hash" if index < config.num_hash_layers else "learned",
-        experts=notes["chosen"][-1].tolist(),
-        expert_weights=notes["chosen_weights"][-1].tolist(),
-        attn_mixing=mixing(notes["hc_attn_comb"][0, -1]),
-        ffn_mixing=mixing(notes["hc_ffn_comb"][0, -1]),
-    )
+        shares=shares[attended.to(shares.device)].tolist(), ffn_mixing=mixing(notes["hc_ffn_comb"][0, -1]),
+        routing="hash" if index < config.num_hash_layers else "learned", experts=notes["chosen"][-1].tolist(),
+        expert_weights=notes["chosen_weights"][-1].tolist(), attn_mixing=mixing(notes["hc_attn_comb"][0, -1]),
+    )  # fmt: skip
 
 
 def mixing(comb: Tensor) -> Mixing:

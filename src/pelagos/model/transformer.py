@@ -115,13 +115,9 @@ class Transformer(Collapse):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        mode: str = "reference",
-        dtype: torch.dtype = torch.float32,
+        self, config: ModelConfig, *, mode: str = "reference", dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         with torch.device(device or "cpu"):
