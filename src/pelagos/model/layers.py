@@ -34,7 +34,7 @@ def in_product(weight: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
     """Return a weight as a product takes it, straight through; micro-batches share a trained one's until it changes."""
     if not (weight.is_leaf and weight.requires_grad and torch.is_grad_enabled()):
         return quantize_weight(weight, stored).to(dtype)
-    kept, key = weight.__dict__, (weight._version, weight.data_ptr(), stored, dtype)
+    kept, key = vars(weight), (weight._version, weight.data_ptr(), stored, dtype)
     if kept.get("made_of") != key:
         kept["made"], kept["made_of"] = quantize_weight(weight.detach(), stored).to(dtype), key
     return numerics.straight_through(weight, kept["made"])
