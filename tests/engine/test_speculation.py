@@ -332,6 +332,17 @@ def test_what_telling_it_takes_is_not_held_against_plain_steps() -> None:
     assert world.pace(policy, 2500) >= 0.975 * world.pace(0, 2500)
 
 
+@pytest.mark.parametrize("name", ["one, losing", "one, useless", "four, losing"])
+def test_what_many_requests_earned_is_not_spent_by_a_few(name: str) -> None:
+    ratios = []
+    for seed in range(8):
+        policy = AdaptiveDepth(4)
+        World(*WORLDS["sixteen, winning"], seed=seed).pace(policy, 3000)
+        ours, plain = (World(*WORLDS[name], seed=100 + seed) for _ in range(2))
+        ratios.append(ours.pace(policy, 150) / plain.pace(0, 150))
+    assert np.mean(ratios) >= 0.96
+
+
 @pytest.mark.parametrize("name", ["one, even", "sixteen, winning", "sixteen, losing"])
 def test_requests_that_come_and_go_are_no_loss(name: str) -> None:
     fixed = [World(*WORLDS[name], life=6).pace(depth, 1500) for depth in range(3)]

@@ -32,11 +32,11 @@ _LEARN, _STALE, _DRIFT, _FIRST, _CLASSES = 0.1, 24, 0.03, 4, 3
 _PROBE_STEPS, _PLAN_STEPS, _LOOK_STEPS, _FIRST_LOOK_STEPS, _LONGEST, _PLAIN_EVERY = 3, 8, 16, 48, 256, 64
 # Drafts are made where they are expected to give this many times the tokens a second: less than that is noise.
 _GAIN = 1.1
-# The share of all steps that probes may cost, and that drafting may lose against plain steps; how many steps more it
-# may lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a draft that
-# had to catch up counts as so many steps at most. Losses are counted in plain steps of the batch that had them: what
-# large batches earn would else be spent by single requests, whose steps are short.
-_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 2, 8, 4, 6
+# The share of all steps that probes may cost, and of a batch's own that drafting may lose against plain ones; how many
+# steps more it may lose at the start, or after having gained as much; a probe goes deeper for one request in so many; a
+# draft that had to catch up counts as so many steps at most. Losses are counted in plain steps of the batch that had
+# them and held against these alone: what all batches together may lose, one that is seldom seen would spend at once.
+_SHARE, _START, _CREDIT, _PROBE_PART, _CATCH_UP = 0.004, 1, 8, 4, 6
 
 
 class Draft(NamedTuple):
@@ -322,7 +322,9 @@ class AdaptiveDepth:
         self._rested: list[float] = []  # what its steps in a rest took
         self._told = 0  # steps since the last rest
         self._plain: dict[int, _Plain] = {}  # what a step takes in a rest, by requests
-        self._elapsed = self._spent = self._debt = 0.0  # in plain steps: all, lost by probes, lost by drafting
+        self._spent = 0.0  # in plain steps: lost by probes
+        self._elapsed: dict[int, float] = {}  # the same, by requests: all steps, and those lost by drafting
+        self._debt: dict[int, float] = {}
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
@@ -345,7 +347,7 @@ class AdaptiveDepth:
 
     def _note_rest(self) -> None:
         """Learn what a step takes in a rest: other work only ever makes it longer."""
-        self._elapsed += len(self._rested)
+        self._pass(self._resting_for, len(self._rested))
         if len(self._rested) > 1:
             late = self._rested[len(self._rested) // 2 :]  # drafts have left the processor's caches
             seconds = max(statistics.median(late), 1e-9)
@@ -354,6 +356,9 @@ class AdaptiveDepth:
             plain.seconds *= ratio ** (len(late) / (len(late) + _LOOK_STEPS) if plain.seen and ratio > 1 else 1.0)
             plain.seen = True
         self._rested.clear()
+
+    def _pass(self, requests: int, steps: float) -> None:
+        self._elapsed[requests] = self._elapsed.get(requests, 0.0) + steps
 
     def _plain_s(self) -> float:
         """Return the seconds of a step without a thought of drafts for the requests of the plan."""
@@ -369,7 +374,7 @@ class AdaptiveDepth:
             self._plan, self._probes = self._best(keys), None
             if self._times is None:
                 return self._plan
-            if self._debt > _SHARE * self._elapsed + _START:
+            if self._debt.get(len(keys), 0.0) > _SHARE * self._elapsed.get(len(keys), 0.0) + _START:
                 self._plan = [0] * len(keys)  # whatever the estimates say, it did not pay
             self._choose(last)
         self._left -= 1
@@ -404,7 +409,7 @@ class AdaptiveDepth:
         self._rests[len(self._plan)], self._left, self._told = steps, 1, 0
 
     def _affordable(self) -> bool:
-        return self._spent + max(self._loss, 0.0) <= _SHARE * self._elapsed
+        return self._spent + max(self._loss, 0.0) <= _SHARE * sum(self._elapsed.values())
 
     def _best(self, keys: Sequence[str]) -> list[int]:
         """Return the depths with the most expected tokens a second, if only the confident drafts are verified."""
@@ -534,17 +539,18 @@ class AdaptiveDepth:
             assert self._times is not None
             seconds = float(self._times[min(verified, self._times.size - 1)])
         tokens = sum(len(outcome.picked) for outcome in outcomes)
+        batch = len(self._planned_for)
         if self._times is None:
-            self._elapsed += 1
+            self._pass(batch, 1)
             return
         plain = max(self._plain_s(), 1e-9)
         # Where a size is met for the first time, kernels may be compiled: that says nothing about drafts.
         steps = min(seconds / plain, _CATCH_UP) + self._draft_s / plain
-        self._elapsed += steps
+        self._pass(batch, steps)
         if self._draft_s:
-            if (known := self._plain.get(len(self._planned_for))) is not None:
+            if (known := self._plain.get(batch)) is not None:
                 known.drafted += 1
-            self._debt = max(self._debt + steps - tokens / len(self._planned_for), -_CREDIT)
+            self._debt[batch] = max(self._debt.get(batch, 0.0) + steps - tokens / batch, -_CREDIT)
         if self._probes and any(self._probes):
             loss = steps - tokens / max(self._pace * plain, 1e-9)
             self._spent = max(0.0, self._spent + loss)
