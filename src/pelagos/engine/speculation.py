@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -322,9 +322,8 @@ class AdaptiveDepth:
         self._rested: list[float] = []  # what its steps in a rest took
         self._told = 0  # steps since the last rest
         self._plain: dict[int, _Plain] = {}  # what a step takes in a rest, by requests
-        self._spent = 0.0  # in plain steps: lost by probes
-        self._elapsed: dict[int, float] = {}  # the same, by requests: all steps, and those lost by drafting
-        self._debt: dict[int, float] = {}
+        self._spent = 0.0  # in plain steps: lost by probes; and by requests, all there were and those lost by drafting
+        self._elapsed, self._debt = defaultdict[int, float](float), defaultdict[int, float](float)
         self._made: dict[str, Draft] = {}  # for the coming step
         self._draft_s = 0.0  # what these took
         self._drafted: frozenset[str] = frozenset()  # for whom the last step drafted: they have nothing to catch up
@@ -347,7 +346,7 @@ class AdaptiveDepth:
 
     def _note_rest(self) -> None:
         """Learn what a step takes in a rest: other work only ever makes it longer."""
-        self._pass(self._resting_for, len(self._rested))
+        self._elapsed[self._resting_for] += len(self._rested)
         if len(self._rested) > 1:
             late = self._rested[len(self._rested) // 2 :]  # drafts have left the processor's caches
             seconds = max(statistics.median(late), 1e-9)
@@ -356,9 +355,6 @@ class AdaptiveDepth:
             plain.seconds *= ratio ** (len(late) / (len(late) + _LOOK_STEPS) if plain.seen and ratio > 1 else 1.0)
             plain.seen = True
         self._rested.clear()
-
-    def _pass(self, requests: int, steps: float) -> None:
-        self._elapsed[requests] = self._elapsed.get(requests, 0.0) + steps
 
     def _plain_s(self) -> float:
         """Return the seconds of a step without a thought of drafts for the requests of the plan."""
@@ -374,7 +370,7 @@ class AdaptiveDepth:
             self._plan, self._probes = self._best(keys), None
             if self._times is None:
                 return self._plan
-            if self._debt.get(len(keys), 0.0) > _SHARE * self._elapsed.get(len(keys), 0.0) + _START:
+            if self._debt[len(keys)] > _SHARE * self._elapsed[len(keys)] + _START:
                 self._plan = [0] * len(keys)  # whatever the estimates say, it did not pay
             self._choose(last)
         self._left -= 1
@@ -386,8 +382,7 @@ class AdaptiveDepth:
         unchanged = self._plan == last if drafts else not any(last)
         if drafts and not any(last):  # what pays for some is worth a look for other numbers of requests
             self._rests.clear()
-        self._hold = min(max(2 * before, _PLAN_STEPS), _LONGEST) if unchanged else _PROBE_STEPS
-        self._left = self._hold
+        self._left = self._hold = min(max(2 * before, _PLAN_STEPS), _LONGEST) if unchanged else _PROBE_STEPS
         plain = self._plain.get(batch)
         if drafts and (plain is None or plain.drafted >= plain.look_after):
             self._probes = [0] * batch  # what plain steps take comes first
@@ -538,19 +533,18 @@ class AdaptiveDepth:
         else:  # what drafts cost there is booked as it would have been without the other work
             assert self._times is not None
             seconds = float(self._times[min(verified, self._times.size - 1)])
-        tokens = sum(len(outcome.picked) for outcome in outcomes)
-        batch = len(self._planned_for)
+        batch, tokens = len(self._planned_for), sum(len(outcome.picked) for outcome in outcomes)
         if self._times is None:
-            self._pass(batch, 1)
+            self._elapsed[batch] += 1
             return
         plain = max(self._plain_s(), 1e-9)
         # Where a size is met for the first time, kernels may be compiled: that says nothing about drafts.
         steps = min(seconds / plain, _CATCH_UP) + self._draft_s / plain
-        self._pass(batch, steps)
+        self._elapsed[batch] += steps
         if self._draft_s:
             if (known := self._plain.get(batch)) is not None:
                 known.drafted += 1
-            self._debt[batch] = max(self._debt.get(batch, 0.0) + steps - tokens / batch, -_CREDIT)
+            self._debt[batch] = max(self._debt[batch] + steps - tokens / batch, -_CREDIT)
         if self._probes and any(self._probes):
             loss = steps - tokens / max(self._pace * plain, 1e-9)
             self._spent = max(0.0, self._spent + loss)
